@@ -1,0 +1,27 @@
+"""The flow maths of UniGRPO (arXiv 2603.23500) as pure functions of tensors: no model, no trainer.
+
+Read in this order: `schedule` (which times, which steps are noisy), `transition` (one step as a Gaussian),
+`objective` (ratio, clip, regularisers).
+"""
+
+from .objective import clipped_surrogate, latent_kl, log_ratio, scale_with_latents, velocity_mse
+from .schedule import flow_timesteps, sde_window, shift_timesteps
+from .transition import Transition, cps_transition, ode_transition, sde_transition, step, transition
+
+
+__all__ = [
+    "Transition",
+    "clipped_surrogate",
+    "cps_transition",
+    "flow_timesteps",
+    "latent_kl",
+    "log_ratio",
+    "ode_transition",
+    "scale_with_latents",
+    "sde_transition",
+    "sde_window",
+    "shift_timesteps",
+    "step",
+    "transition",
+    "velocity_mse",
+]
