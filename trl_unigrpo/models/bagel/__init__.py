@@ -1,0 +1,13 @@
+"""BAGEL: one decoder with a text expert and an image expert."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from .autoencoder import LatentCodec
+from .configuration import BagelConfig
+from .modeling import THINK_SYSTEM_PROMPT, BagelForUnifiedGeneration
+
+
+AutoConfig.register("bagel", BagelConfig, exist_ok=True)
+AutoModelForCausalLM.register(BagelConfig, BagelForUnifiedGeneration, exist_ok=True)
+
+__all__ = ["THINK_SYSTEM_PROMPT", "BagelConfig", "BagelForUnifiedGeneration", "LatentCodec"]

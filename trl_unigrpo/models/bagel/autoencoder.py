@@ -1,0 +1,140 @@
+"""BAGEL's VAE: FLUX's, or a small one, between pixels and image tokens."""
+
+import re
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+AUTOENCODER_WEIGHTS = "ae.safetensors"
+
+# diffusers' names on the left, those of the released file on the right.
+_RENAMES = [
+    (r"(en|de)coder\.mid_block\.resnets\.0\.", r"\1coder.mid.block_1."),
+    (r"(en|de)coder\.mid_block\.resnets\.1\.", r"\1coder.mid.block_2."),
+    (r"(en|de)coder\.mid_block\.attentions\.0\.group_norm\.", r"\1coder.mid.attn_1.norm."),
+    (r"(en|de)coder\.mid_block\.attentions\.0\.to_([qkv])\.", r"\1coder.mid.attn_1.\2."),
+    (r"(en|de)coder\.mid_block\.attentions\.0\.to_out\.0\.", r"\1coder.mid.attn_1.proj_out."),
+    (r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", r"encoder.down.\1.block.\2."),
+    (r"encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
+    (r"(en|de)coder\.conv_norm_out\.", r"\1coder.norm_out."),
+    (r"\.conv_shortcut\.", r".nin_shortcut."),
+]
+
+
+class LatentCodec:
+    """
+    Turns images into image tokens and back. Not a module: the VAE is frozen, and never part of what is trained or saved
+    with the model's weights.
+
+    Args:
+        vae: diffusers' `AutoencoderKL` or anything with its interface.
+        config: the VAE's entry of the model's configuration.
+        patch_size: side of the square of latents that makes one token.
+    """
+
+    def __init__(self, vae: nn.Module, config: dict, patch_size: int = 1):
+        self.vae = vae.eval().requires_grad_(False)
+        self.config = config
+        self.patch_size = patch_size
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Tokens (B, N, p p C) of images (B, 3, H, W) in [-1, 1]: the mean of the posterior, scaled."""
+        vae = self.vae.to(pixels.device)
+        mean = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
+        latents = vae.config.scaling_factor * (mean - vae.config.shift_factor)
+        p = self.patch_size
+        batch, channels, height, width = latents.shape
+        patches = latents.view(batch, channels, height // p, p, width // p, p)
+        return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels).float()
+
+    def decode(self, tokens: Tensor, grid: tuple[int, int], output_type: str = "pil") -> list[Image.Image] | Tensor:
+        """Images of tokens (B, N, p p C): PIL images, or ("pt") a tensor (B, 3, H, W) in [-1, 1] with gradient."""
+        if output_type not in ("pil", "pt"):
+            raise ValueError(f"output_type={output_type!r}: expected 'pil' or 'pt'.")
+        vae, p = self.vae.to(tokens.device), self.patch_size
+        (height, width), channels = grid, tokens.shape[-1] // p**2
+        patches = tokens.view(len(tokens), height, width, p, p, channels).permute(0, 5, 1, 3, 2, 4)
+        latents = patches.reshape(len(tokens), channels, height * p, width * p)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and output_type == "pt"):
+            pixels = vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample
+        if output_type == "pt":
+            return pixels.float()
+        arrays = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(array) for array in arrays]
+
+    def save(self, folder: str | Path) -> None:
+        """Write `ae.safetensors`, with the names of the released file."""
+        state = {name: tensor.contiguous().cpu() for name, tensor in self.vae.state_dict().items()}
+        if isinstance(self.vae, AutoencoderKL):
+            names = official_names(self.vae)
+            shapes = {names[name]: (tensor[..., None, None] if _is_convolution(names[name], tensor) else tensor) for name, tensor in state.items()}
+            state = {name: tensor.contiguous() for name, tensor in shapes.items()}
+        save_file(state, Path(folder) / AUTOENCODER_WEIGHTS, metadata={"format": "pt"})
+
+    @classmethod
+    def load(cls, file: str | Path, config: dict, patch_size: int) -> "LatentCodec":
+        """
+        Read `ae.safetensors`.
+
+        Raises:
+            ValueError: if its keys or shapes are not those of the configuration.
+        """
+        vae = build_vae(config)
+        names = official_names(vae) if isinstance(vae, AutoencoderKL) else {name: name for name in vae.state_dict()}
+        stored = load_file(file)
+        missing, extra = sorted(set(names.values()) - set(stored)), sorted(set(stored) - set(names.values()))
+        if missing or extra:
+            raise ValueError(f"{file} is not the VAE of its configuration. Missing: {missing[:8]}. Left over: {extra[:8]}.")
+        target = vae.state_dict()
+        wrong = [name for name, official in names.items() if stored[official].numel() != target[name].numel()]
+        if wrong:
+            raise ValueError(f"{file} has tensors of other sizes than its configuration says: {wrong[:8]}.")
+        vae.load_state_dict({name: stored[official].reshape(target[name].shape) for name, official in names.items()})
+        return cls(vae, config, patch_size)
+
+
+def build_vae(config: dict) -> nn.Module:
+    """The VAE of a configuration, with random weights."""
+    if config.get("_class_name") == "PatchAutoencoderKL":
+        from ..patch_autoencoder import PatchAutoencoderKL
+
+        return PatchAutoencoderKL.from_config(config)
+    widths = [config["ch"] * factor for factor in config["ch_mult"]]
+    return AutoencoderKL(
+        in_channels=config["in_channels"],
+        out_channels=config["out_ch"],
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        block_out_channels=widths,
+        layers_per_block=config["num_res_blocks"],
+        latent_channels=config["z_channels"],
+        scaling_factor=config["scale_factor"],
+        shift_factor=config["shift_factor"],
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def official_names(vae: AutoencoderKL) -> dict[str, str]:
+    """The name in the released file of every tensor of diffusers' module."""
+    blocks = len(vae.config.block_out_channels)
+
+    def rename(name: str) -> str:
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        # The released decoder counts its blocks from the full-size end.
+        name = re.sub(r"decoder\.up_blocks\.(\d+)\.", lambda m: f"decoder.up.{blocks - 1 - int(m[1])}.", name)
+        return re.sub(r"(up\.\d+)\.resnets\.(\d+)\.", r"\1.block.\2.", name).replace(".upsamplers.0.", ".upsample.")
+
+    return {name: rename(name) for name in vae.state_dict()}
+
+
+def _is_convolution(official: str, tensor: Tensor) -> bool:
+    """The released attention is written with 1 x 1 convolutions, diffusers' with linear layers."""
+    return bool(re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", official)) and tensor.ndim == 2

@@ -1,0 +1,126 @@
+"""BAGEL's configuration, read from the files of the released folder."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, Qwen2Config
+from transformers.utils import cached_file
+
+
+# The released checkpoint carries no VAE configuration: these are the sizes of its `ae.safetensors` (FLUX's VAE).
+RELEASED_VAE = {
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "z_channels": 16,
+    "scale_factor": 0.3611,
+    "shift_factor": 0.1159,
+}
+RELEASED_WEIGHTS = "ema.safetensors"
+SPECIAL_TOKENS = {
+    "im_start_token_id": "<|im_start|>",
+    "im_end_token_id": "<|im_end|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+
+
+class BagelConfig(PreTrainedConfig):
+    """
+    Configuration of [`BagelForUnifiedGeneration`].
+
+    Args:
+        llm_config (`dict` or `Qwen2Config`):
+            Sizes of the decoder. Both experts have them; q and k are always normalised per head (qk-norm).
+        vae_config (`dict`):
+            Sizes of the VAE: FLUX's, with the names of its own configuration, or those of a
+            [`~trl_unigrpo.models.patch_autoencoder.PatchAutoencoderKL`], marked by `_class_name`.
+        latent_patch_size (`int`):
+            Side of the square of VAE latents that makes one image token.
+        max_latent_size (`int`):
+            Image tokens along one side that the position table has room for.
+        timestep_shift (`float`):
+            Shift of the schedule that the checkpoint was trained with (informative).
+        im_start_token_id, im_end_token_id (`int`):
+            The tokens that open and close a chunk of text.
+        vision_start_token_id, vision_end_token_id (`int`):
+            The two marker tokens around an image.
+        vit_config (`dict`, *optional*):
+            Sizes of the understanding tower. Kept as read; the tower is not built here.
+    """
+
+    model_type = "bagel"
+    sub_configs = {"llm_config": Qwen2Config}
+
+    llm_config: dict[str, Any] | PreTrainedConfig | None = None
+    vae_config: dict[str, Any] | None = None
+    vit_config: dict[str, Any] | None = None
+    latent_patch_size: int = 2
+    max_latent_size: int = 64
+    timestep_shift: float = 1.0
+    im_start_token_id: int = 151644
+    im_end_token_id: int = 151645
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+
+    def __post_init__(self, **kwargs):
+        if not isinstance(self.llm_config, PreTrainedConfig):
+            self.llm_config = Qwen2Config(**(self.llm_config or {}))
+        self.vae_config = dict(self.vae_config or RELEASED_VAE)
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = self.llm_config.tie_word_embeddings = False
+
+    def get_text_config(self, decoder=None, encoder=None):
+        return self.llm_config
+
+    @property
+    def vae_downsample(self) -> int:
+        """Pixels along one side of one VAE latent."""
+        if "strides" in self.vae_config:
+            return math.prod(self.vae_config["strides"])
+        return 2 ** (len(self.vae_config["ch_mult"]) - 1)
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Pixels along one side of one image token; image sides must be multiples of it."""
+        return self.vae_downsample * self.latent_patch_size
+
+    @property
+    def latent_channels(self) -> int:
+        """Numbers in one image token."""
+        channels = self.vae_config.get("z_channels") or self.vae_config["latent_channels"]
+        return self.latent_patch_size**2 * channels
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Assemble the dictionary from `config.json` or, for a released folder, from its separate files."""
+        source = pretrained_model_name_or_path
+        hub = {key: kwargs.get(key) for key in ("cache_dir", "revision", "token", "local_files_only") if kwargs.get(key)}
+
+        def read(name: str) -> dict[str, Any] | None:
+            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+            return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+        if read("config.json") is None:
+            config_dict, unused = {}, {key: value for key, value in kwargs.items() if key not in hub}
+        else:
+            config_dict, unused = super().get_config_dict(source, **kwargs)
+        if "llm_config" in config_dict:
+            return config_dict, unused
+        llm_config = read("llm_config.json")
+        if llm_config is None:
+            raise FileNotFoundError(
+                f"{source!r} is not a BAGEL checkpoint: expected `llm_config.json`, or a `config.json` with an `llm_config` entry. "
+                "Pass the folder or the hub id of a released BAGEL, or a folder written by `save_pretrained`."
+            )
+        names = {token["content"]: int(i) for i, token in (read("tokenizer_config.json") or {}).get("added_tokens_decoder", {}).items()}
+        special = {key: names[token] for key, token in SPECIAL_TOKENS.items() if token in names}
+        for key in ("architectures", "visual_gen", "visual_und", "dtype", "torch_dtype"):
+            config_dict.pop(key, None)
+        vit_config = read("vit_config.json")
+        released = {"llm_config": llm_config, "vit_config": vit_config, "transformers_weights": RELEASED_WEIGHTS}
+        return {**config_dict, **special, **released}, unused

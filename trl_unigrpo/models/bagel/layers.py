@@ -1,0 +1,141 @@
+"""Layers of BAGEL's decoder: two experts, chosen by the type of the token, share one attention.
+
+Module names are those of the released checkpoint, so that its keys load unchanged; `_moe_gen` marks the image expert.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, Qwen2Config
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import Layout, attend_streams
+
+
+class BagelRMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32 and scaled in the input's dtype."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+class BagelMLP(nn.Module):
+    def __init__(self, config: Qwen2Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class BagelAttention(nn.Module):
+    def __init__(self, config: Qwen2Config, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        for suffix in ("", "_moe_gen"):
+            self.add_module(f"q_proj{suffix}", nn.Linear(width, heads * self.head_dim))
+            self.add_module(f"k_proj{suffix}", nn.Linear(width, kv_heads * self.head_dim))
+            self.add_module(f"v_proj{suffix}", nn.Linear(width, kv_heads * self.head_dim))
+            self.add_module(f"o_proj{suffix}", nn.Linear(heads * self.head_dim, width, bias=False))
+            self.add_module(f"q_norm{suffix}", BagelRMSNorm(self.head_dim, config.rms_norm_eps))
+            self.add_module(f"k_norm{suffix}", BagelRMSNorm(self.head_dim, config.rms_norm_eps))
+
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor], suffix: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, S, D) of one stream; q and k normalised per head, then rotated."""
+        q, k, v = (getattr(self, f"{name}_proj{suffix}")(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for name in "qkv")
+        q, k = getattr(self, f"q_norm{suffix}")(q), getattr(self, f"k_norm{suffix}")(k)
+        return rotate(q, rotary), rotate(k, rotary), v
+
+    def forward(self, und, gen, rotary_und, rotary_gen, layout: Layout, past_key_values: Cache | None):
+        streams = self.project(und, rotary_und, ""), None if gen is None else self.project(gen, rotary_gen, "_moe_gen")
+        und, gen, keys, values = attend_streams(*streams, layout, self.layer, past_key_values)
+        und = self.o_proj(und.transpose(1, 2).flatten(2))
+        gen = None if gen is None else self.o_proj_moe_gen(gen.transpose(1, 2).flatten(2))
+        return und, gen, keys, values
+
+
+class BagelLayer(GradientCheckpointingLayer):
+    """One decoder layer over the two streams; returns the text's keys and values beside the streams."""
+
+    def __init__(self, config: Qwen2Config, layer: int):
+        super().__init__()
+        self.self_attn = BagelAttention(config, layer)
+        for suffix in ("", "_moe_gen"):
+            self.add_module(f"mlp{suffix}", BagelMLP(config))
+            self.add_module(f"input_layernorm{suffix}", BagelRMSNorm(config.hidden_size, config.rms_norm_eps))
+            self.add_module(f"post_attention_layernorm{suffix}", BagelRMSNorm(config.hidden_size, config.rms_norm_eps))
+
+    def forward(self, und, gen, rotary_und, rotary_gen, layout: Layout, past_key_values: Cache | None = None):
+        und_in = self.input_layernorm(und)
+        gen_in = None if gen is None else self.input_layernorm_moe_gen(gen)
+        und_out, gen_out, keys, values = self.self_attn(und_in, gen_in, rotary_und, rotary_gen, layout, past_key_values)
+        und = und + und_out
+        und = und + self.mlp(self.post_attention_layernorm(und))
+        if gen is not None:
+            gen = gen + gen_out
+            gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
+        return und, gen, keys, values
+
+
+class BagelTimeEmbedder(nn.Module):
+    """Embeds t in [0, 1], not scaled, by 128 cosines and 128 sines."""
+
+    frequencies = 256
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.frequencies // 2
+        scale = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+        angles = t.float()[..., None] * scale
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class BagelPositionTable(nn.Module):
+    """Fixed embedding of each cell of a square grid, stored in the checkpoint."""
+
+    def __init__(self, side: int, width: int):
+        super().__init__()
+        self.side = side
+        self.pos_embed = nn.Parameter(torch.zeros(side * side, width), requires_grad=False)
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        """(h w, width) embeddings of the first h rows and w columns, row by row."""
+        rows, columns = (torch.arange(n, device=self.pos_embed.device) for n in grid)
+        return self.pos_embed[(rows[:, None] * self.side + columns).flatten()]
+
+    def reset(self) -> None:
+        """Sines and cosines of the row and of the column, half of the width each."""
+        quarter = self.pos_embed.shape[1] // 4
+        angles = torch.outer(torch.arange(self.side, dtype=torch.float64), 10_000.0 ** (-torch.arange(quarter) / quarter))
+        axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+        columns, rows = axis.repeat(self.side, 1), axis.repeat_interleave(self.side, dim=0)
+        with torch.no_grad():
+            self.pos_embed.copy_(torch.cat([columns, rows], dim=1))
+
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, S, D) of the rotary embedding at integer positions (B, S), computed in float32."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angles = positions[:, None, :, None].float() * frequencies
+    return tuple(torch.cat([table, table], dim=-1).to(dtype) for table in (angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply the rotary embedding to (B, heads, S, D), halves paired."""
+    cos, sin = tables
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

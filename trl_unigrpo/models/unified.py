@@ -1,0 +1,214 @@
+"""What any unified model offers the trainer: the contract, and the parts of it that follow from two primitives.
+
+Shapes: B samples, K noisy copies of each sample's image, T text tokens, H hidden size, `latent` the model's own latent
+dimensions (BAGEL: N tokens of C numbers).
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ..rollout import FlowRecord, RolloutPlan, sample_latents
+
+
+@dataclass
+class UnifiedOutput(ModelOutput):
+    """Output of the backbone: `last_hidden_state` (B, T, H) of the text rows, `velocity` (B, K, *latent) if asked for."""
+
+    last_hidden_state: Tensor | None = None
+    velocity: Tensor | None = None
+
+
+@dataclass
+class Conditioning:
+    """
+    What the images of a batch are painted from: the tokens of one prompt and one thinking per sample, as sampled.
+
+    An empty thinking means none: the image then follows the prompt itself.
+    """
+
+    prompt_ids: Sequence[Sequence[int]]
+    completion_ids: Sequence[Sequence[int]]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+
+@dataclass
+class FlowInputs:
+    """
+    The noisy copies of a packed call, and the context that they see.
+
+    Attributes:
+        latents: (B, K, *latent) float32 states x_t.
+        timesteps: (B, K) times in [0, 1].
+        context_ids: (B, L) right-padded tokens of each sample's whole context.
+        context_lengths: (B,) true lengths of these rows.
+        image_size: (height, width) in pixels, one for the batch.
+        context_grad: whether the copies' loss reaches the text's weights through the context.
+    """
+
+    latents: Tensor
+    timesteps: Tensor
+    context_ids: Tensor
+    context_lengths: Tensor
+    image_size: tuple[int, int]
+    context_grad: bool = False
+
+
+class UnifiedModelMixin:
+    """
+    Mixin of a transformers `PreTrainedModel` with `GenerationMixin` that also paints.
+
+    A model brings text as any causal LM in TRL does (`generate`, `get_output_embeddings`, and `base_model(input_ids,
+    attention_mask, use_cache=False, flow=None) -> UnifiedOutput`), the primitives below that are marked abstract, and
+    gets from here what the trainer calls: `rollout`, `velocities` and `reference`. A model whose context and denoiser
+    do not separate overrides those instead.
+    """
+
+    packs_velocities: bool = True
+    """Whether `base_model(..., flow=...)` computes the text and all K velocities in one call."""
+
+    default_system_prompt: str | None = None
+    """System prompt put before prompts that bring none, or None."""
+
+    _reference: nn.Module | None = None
+
+    # What a model brings
+
+    @abstractmethod
+    def encode_context(self, context_ids: Tensor, context_lengths: Tensor) -> Any:
+        """Encode right-padded contexts (B, L) of true lengths (B,) once, for any number of velocities."""
+
+    @abstractmethod
+    def predict_velocity(self, context: Any, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Velocity (B, *latent), float32, at states `latents` (B, *latent) and times (B,). Never changes the context."""
+
+    @abstractmethod
+    def context_ids(self, conditioning: Conditioning) -> list[Tensor]:
+        """The tokens, one 1-d tensor per sample, that stand before each image: prompt, thinking and what closes them."""
+
+    @abstractmethod
+    def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of one image's latents; raises ValueError for a size that the model can't paint."""
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Clean latents (B, *latent) of images (B, 3, height, width) in [-1, 1]."""
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor, image_size: tuple[int, int], output_type: str = "pil") -> Any:
+        """Images of latents (B, *latent): a list of PIL images, or ("pt") a differentiable tensor (B, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def predict_velocities(self, flow: FlowInputs) -> Tensor:
+        """All K velocities (B, K, *latent), float32, in one packed call without text outputs."""
+
+    @abstractmethod
+    def is_image_parameter(self, name: str) -> bool:
+        """Whether a parameter of this name belongs to the image expert (else to the text expert, or to both)."""
+
+    @abstractmethod
+    def default_lora_targets(self, experts: str = "both") -> str:
+        """Regular expression of the modules to adapt; `experts` is "text", "image" or "both"."""
+
+    # What the trainer calls
+
+    @torch.no_grad()
+    def rollout(self, conditioning: Conditioning, plan: RolloutPlan, generators: Sequence[torch.Generator]) -> list[FlowRecord]:
+        """
+        Paint one image per sample (the hybrid ODE/SDE sampler of the plan) and record the SDE steps.
+
+        Args:
+            conditioning: prompts and thinkings, B samples.
+            plan: steps, windows, noise and size of the images.
+            generators: B random generators; each draws all the noise of its own sample, so that the result does not
+                depend on how samples are batched.
+        """
+        shape = self.latent_shape(plan.image_size)
+        rows = self.context_ids(conditioning)
+        records = []
+        for start in range(0, len(rows), plan.batch_size or len(rows)):
+            chunk = slice(start, start + (plan.batch_size or len(rows)))
+            ids, lengths = pad_contexts(rows[chunk], self.device)
+            context = self.encode_context(ids, lengths)
+            records += sample_latents(
+                lambda latents, timesteps, context=context: self.predict_velocity(context, latents, timesteps, plan.image_size),
+                shape=shape,
+                plan=plan.rows(chunk),
+                generators=generators[chunk],
+                contexts=rows[chunk],
+                device=self.device,
+            )
+        return records
+
+    def flow_inputs(self, records: Sequence[FlowRecord], context_grad: bool = False) -> FlowInputs:
+        """Batch the recorded SDE steps of a micro-batch for a packed call."""
+        ids, lengths = pad_contexts([record.context for record in records], self.device)
+        return FlowInputs(
+            latents=torch.stack([record.latents for record in records]).to(self.device),
+            timesteps=torch.stack([record.timesteps for record in records]).to(self.device),
+            context_ids=ids,
+            context_lengths=lengths,
+            image_size=records[0].image_size,
+            context_grad=context_grad,
+        )
+
+    def velocities(self, records: Sequence[FlowRecord], context_grad: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """
+        Yield `(k, velocity)` of every recorded step k, velocity (B, *latent) with gradient, one forward each.
+
+        The plain route of models that can't pack; the context is encoded anew for each step, so that each velocity can be
+        back-propagated, and its memory freed, before the next is asked for.
+        """
+        flow = self.flow_inputs(records, context_grad)
+        for k in range(flow.latents.shape[1]):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and context_grad):
+                context = self.encode_context(flow.context_ids, flow.context_lengths)
+            yield k, self.predict_velocity(context, flow.latents[:, k], flow.timesteps[:, k], flow.image_size)
+
+    def keep_reference(self, reference: nn.Module) -> None:
+        """Keep a frozen copy as the reference of a fully fine-tuned model. It is no submodule: never saved or trained."""
+        object.__setattr__(self, "_reference", reference.requires_grad_(False))
+
+    @contextmanager
+    def reference(self) -> Iterator["UnifiedModelMixin"]:
+        """
+        The reference model: the frozen copy if one is kept, else this model with its adapters switched off, or switched to
+        the adapter named "ref" if there is one. Which parameters are trained is the same before and after.
+        """
+        if self._reference is not None:
+            yield self._reference
+            return
+        layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        if not layers:
+            raise RuntimeError("No reference model: the model has no adapters and no frozen copy. Call `keep_reference` first.")
+        trainable = {parameter: parameter.requires_grad for parameter in self.parameters()}
+        active = {layer: list(layer.active_adapters) for layer in layers}
+        try:
+            for layer in layers:
+                if "ref" in layer.r:
+                    layer.set_adapter("ref")
+                else:
+                    layer.enable_adapters(False)
+            yield self
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+                layer.set_adapter(active[layer])
+            # PEFT marks every weight of an adapter as trainable when it is switched on again.
+            for parameter, requires_grad in trainable.items():
+                parameter.requires_grad_(requires_grad)
+
+
+def pad_contexts(rows: Sequence[Tensor], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Right-pad 1-d id tensors to (B, L) with zeros; returns them with their true lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device), lengths.to(device)
