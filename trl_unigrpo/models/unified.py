@@ -5,7 +5,7 @@ dimensions (BAGEL: N tokens of C numbers).
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +53,7 @@ class FlowInputs:
         context_lengths: (B,) true lengths of these rows.
         image_size: (height, width) in pixels, one for the batch.
         context_grad: whether the copies' loss reaches the text's weights through the context.
+        velocity: (B, K, *latent) filled in by `base_model`, for a caller that sees only what the language head returns.
     """
 
     latents: Tensor
@@ -61,20 +62,26 @@ class FlowInputs:
     context_lengths: Tensor
     image_size: tuple[int, int]
     context_grad: bool = False
+    velocity: Tensor | None = None
 
 
 class UnifiedModelMixin:
     """
     Mixin of a transformers `PreTrainedModel` with `GenerationMixin` that also paints.
 
-    A model brings text as any causal LM in TRL does (`generate`, `get_output_embeddings`, and `base_model(input_ids,
-    attention_mask, use_cache=False, flow=None) -> UnifiedOutput`), the primitives below that are marked abstract, and
-    gets from here what the trainer calls: `rollout`, `velocities` and `reference`. A model whose context and denoiser
-    do not separate overrides those instead.
+    A model brings text as any causal LM in TRL does (`generate`, `get_output_embeddings`), the primitives below that are
+    marked abstract, and gets from here what the trainer calls: `base_model`, `rollout`, `velocities` and `reference`. A
+    model whose context and denoiser do not separate overrides those instead.
     """
 
     packs_velocities: bool = True
-    """Whether `base_model(..., flow=...)` computes the text and all K velocities in one call."""
+    """Whether `backbone(..., flow=...)` computes the text and all K velocities in one call."""
+
+    chat_template: str | None = None
+    """Chat template that the model was trained with, where its tokenizer brings none or another; None to keep that."""
+
+    suppressed_token_ids: Sequence[int] = ()
+    """Tokens never sampled in a thinking."""
 
     default_system_prompt: str | None = None
     """System prompt put before prompts that bring none, or None."""
@@ -82,6 +89,12 @@ class UnifiedModelMixin:
     _reference: nn.Module | None = None
 
     # What a model brings
+
+    @abstractmethod
+    def backbone(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False, flow: FlowInputs | None = None
+    ) -> UnifiedOutput:
+        """Hidden states (B, T, H) of text rows in the padded layout given and, of the same call, the velocities of `flow`."""
 
     @abstractmethod
     def encode_context(self, context_ids: Tensor, context_lengths: Tensor) -> Any:
@@ -120,6 +133,17 @@ class UnifiedModelMixin:
         """Regular expression of the modules to adapt; `experts` is "text", "image" or "both"."""
 
     # What the trainer calls
+
+    @property
+    def base_model(self) -> Callable[..., UnifiedOutput]:
+        """The backbone, all but the language head, as TRL's fused head calls it."""
+        return self._call_backbone
+
+    def _call_backbone(self, *args: Any, flow: FlowInputs | None = None, **kwargs: Any) -> UnifiedOutput:
+        outputs = self.backbone(*args, flow=flow, **kwargs)
+        if flow is not None:
+            flow.velocity = outputs.velocity
+        return outputs
 
     @torch.no_grad()
     def rollout(self, conditioning: Conditioning, plan: RolloutPlan, generators: Sequence[torch.Generator]) -> list[FlowRecord]:

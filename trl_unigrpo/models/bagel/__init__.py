@@ -3,8 +3,8 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from .autoencoder import LatentCodec
-from .configuration import BagelConfig
-from .modeling import THINK_SYSTEM_PROMPT, BagelForUnifiedGeneration
+from .configuration import THINK_SYSTEM_PROMPT, BagelConfig
+from .modeling import BagelForUnifiedGeneration
 
 
 AutoConfig.register("bagel", BagelConfig, exist_ok=True)

@@ -29,6 +29,13 @@ SPECIAL_TOKENS = {
 }
 
 
+THINK_SYSTEM_PROMPT = (
+    "You should first think about the planning process in the mind and then generate the image. \nThe planning process is "
+    "enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here"
+)
+"""What the released checkpoint was trained to be told; the space before the line break belongs to it."""
+
+
 class BagelConfig(PreTrainedConfig):
     """
     Configuration of [`BagelForUnifiedGeneration`].
@@ -45,6 +52,8 @@ class BagelConfig(PreTrainedConfig):
             Image tokens along one side that the position table has room for.
         timestep_shift (`float`):
             Shift of the schedule that the checkpoint was trained with (informative).
+        think_system_prompt (`str`, *optional*):
+            System prompt that asks for a thinking before the image; None if the model needs none.
         im_start_token_id, im_end_token_id (`int`):
             The tokens that open and close a chunk of text.
         vision_start_token_id, vision_end_token_id (`int`):
@@ -62,6 +71,7 @@ class BagelConfig(PreTrainedConfig):
     latent_patch_size: int = 2
     max_latent_size: int = 64
     timestep_shift: float = 1.0
+    think_system_prompt: str | None = THINK_SYSTEM_PROMPT
     im_start_token_id: int = 151644
     im_end_token_id: int = 151645
     vision_start_token_id: int = 151652

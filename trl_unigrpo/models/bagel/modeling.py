@@ -19,11 +19,11 @@ from .layers import BagelLayer, BagelPositionTable, BagelRMSNorm, BagelTimeEmbed
 from .loading import load_checkpoint
 
 
-THINK_SYSTEM_PROMPT = (
-    "You should first think about the planning process in the mind and then generate the image. \nThe planning process is "
-    "enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{'<|im_start|>' + m['content'] + '<|im_end|>'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>'}}{% endif %}"
 )
-"""What the released checkpoint was trained to be told; the space before the line break belongs to it."""
+"""BAGEL's own format: one marked chunk per message, without roles. Not the one of its tokenizer."""
 
 LINEARS = r"self_attn\.[qkvo]_proj{suffix}|mlp{suffix}\.(gate|up|down)_proj"
 
@@ -89,7 +89,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
     _keys_to_ignore_on_load_unexpected = (r"^vit_model\.", r"^connector\.", r"^vit_pos_embed\.")
 
     packs_velocities = True
-    default_system_prompt = THINK_SYSTEM_PROMPT
+    chat_template = CHAT_TEMPLATE
 
     def __init__(self, config: BagelConfig, codec: LatentCodec | None = None):
         super().__init__(config)
@@ -147,11 +147,6 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language_model.lm_head = value
 
-    @property
-    def base_model(self):
-        """The backbone: all but the language head."""
-        return self._backbone
-
     def forward(
         self,
         input_ids: Tensor,
@@ -183,7 +178,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         logits = self.language_model.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
-    def _backbone(
+    def backbone(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -316,6 +311,14 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         return self.codec
 
     # For the trainer
+
+    @property
+    def default_system_prompt(self) -> str | None:
+        return self.config.think_system_prompt
+
+    @property
+    def suppressed_token_ids(self) -> list[int]:
+        return [self.config.im_start_token_id, self.config.vision_start_token_id, self.config.vision_end_token_id]
 
     def is_image_parameter(self, name: str) -> bool:
         return "moe_gen" in name or any(part in name for part in ("vae2llm", "llm2vae", "time_embedder"))
