@@ -37,7 +37,11 @@ class RolloutPlan:
 
     def rows(self, chunk: slice) -> "RolloutPlan":
         """The plan of some of the samples."""
-        return self if self.windows is None or self.windows.ndim == 1 else replace(self, windows=self.windows[chunk])
+        return (
+            self
+            if self.windows is None or self.windows.ndim == 1
+            else replace(self, windows=self.windows[chunk])
+        )
 
 
 @dataclass
@@ -104,11 +108,18 @@ def sample_latents(
         if now.any():
             noisy = transition(plan.sde_type, t, t_next, plan.noise_level, nodes[1])
             plain = ode_transition(t, t_next)
-            coefficients = type(noisy)(*(torch.where(now, a, b).to(device) for a, b in zip(noisy, plain, strict=True)))
+            coefficients = type(noisy)(
+                *(
+                    torch.where(now, a, b).to(device)
+                    for a, b in zip(noisy, plain, strict=True)
+                )
+            )
             following, _ = step(latents, predicted, coefficients, noise(now))
             recorded.append((i, latents, following, predicted))
         else:
-            following, _ = step(latents, predicted, ode_transition(t.to(device), t_next.to(device)))
+            following, _ = step(
+                latents, predicted, ode_transition(t.to(device), t_next.to(device))
+            )
         latents = following
 
     records = []
@@ -116,7 +127,10 @@ def sample_latents(
         steps = [entry for entry in recorded if stochastic[row, entry[0]]]
         index = torch.tensor([entry[0] for entry in steps], dtype=torch.long)
         before, after, predicted = (
-            torch.stack([entry[j][row] for entry in steps]) if steps else torch.zeros(0, *shape, device=device) for j in (1, 2, 3)
+            torch.stack([entry[j][row] for entry in steps])
+            if steps
+            else torch.zeros(0, *shape, device=device)
+            for j in (1, 2, 3)
         )
         records.append(
             FlowRecord(

@@ -92,7 +92,11 @@ class UnifiedModelMixin:
 
     @abstractmethod
     def backbone(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False, flow: FlowInputs | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = False,
+        flow: FlowInputs | None = None,
     ) -> UnifiedOutput:
         """Hidden states (B, T, H) of text rows in the padded layout given and, of the same call, the velocities of `flow`."""
 
@@ -101,7 +105,9 @@ class UnifiedModelMixin:
         """Encode right-padded contexts (B, L) of true lengths (B,) once, for any number of velocities."""
 
     @abstractmethod
-    def predict_velocity(self, context: Any, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]) -> Tensor:
+    def predict_velocity(
+        self, context: Any, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]
+    ) -> Tensor:
         """Velocity (B, *latent), float32, at states `latents` (B, *latent) and times (B,). Never changes the context."""
 
     @abstractmethod
@@ -146,7 +152,9 @@ class UnifiedModelMixin:
         return outputs
 
     @torch.no_grad()
-    def rollout(self, conditioning: Conditioning, plan: RolloutPlan, generators: Sequence[torch.Generator]) -> list[FlowRecord]:
+    def rollout(
+        self, conditioning: Conditioning, plan: RolloutPlan, generators: Sequence[torch.Generator]
+    ) -> list[FlowRecord]:
         """
         Paint one image per sample (the hybrid ODE/SDE sampler of the plan) and record the SDE steps.
 
@@ -164,7 +172,9 @@ class UnifiedModelMixin:
             ids, lengths = pad_contexts(rows[chunk], self.device)
             context = self.encode_context(ids, lengths)
             records += sample_latents(
-                lambda latents, timesteps, context=context: self.predict_velocity(context, latents, timesteps, plan.image_size),
+                lambda latents, timesteps, context=context: self.predict_velocity(
+                    context, latents, timesteps, plan.image_size
+                ),
                 shape=shape,
                 plan=plan.rows(chunk),
                 generators=generators[chunk],
@@ -213,7 +223,9 @@ class UnifiedModelMixin:
             return
         layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
         if not layers:
-            raise RuntimeError("No reference model: the model has no adapters and no frozen copy. Call `keep_reference` first.")
+            raise RuntimeError(
+                "No reference model: the model has no adapters and no frozen copy. Call `keep_reference` first."
+            )
         trainable = {parameter: parameter.requires_grad for parameter in self.parameters()}
         active = {layer: list(layer.active_adapters) for layer in layers}
         try:

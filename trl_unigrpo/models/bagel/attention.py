@@ -87,7 +87,9 @@ def attend_streams(
     outputs = []
     if num_text:
         plain = layout.text_mask is None
-        outputs.append(attend(und[0][:, :, :num_text], text_k, text_v, layout.text_mask, is_causal=plain and num_text > 1))
+        outputs.append(
+            attend(und[0][:, :, :num_text], text_k, text_v, layout.text_mask, is_causal=plain and num_text > 1)
+        )
     if not images:
         return outputs[0], None, text_k, text_v
 

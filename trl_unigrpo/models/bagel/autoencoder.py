@@ -73,7 +73,10 @@ class LatentCodec:
         state = {name: tensor.contiguous().cpu() for name, tensor in self.vae.state_dict().items()}
         if isinstance(self.vae, AutoencoderKL):
             names = official_names(self.vae)
-            shapes = {names[name]: (tensor[..., None, None] if _is_convolution(names[name], tensor) else tensor) for name, tensor in state.items()}
+            shapes = {
+                names[name]: (tensor[..., None, None] if _is_convolution(names[name], tensor) else tensor)
+                for name, tensor in state.items()
+            }
             state = {name: tensor.contiguous() for name, tensor in shapes.items()}
         save_file(state, Path(folder) / AUTOENCODER_WEIGHTS, metadata={"format": "pt"})
 
@@ -90,7 +93,9 @@ class LatentCodec:
         stored = load_file(file)
         missing, extra = sorted(set(names.values()) - set(stored)), sorted(set(stored) - set(names.values()))
         if missing or extra:
-            raise ValueError(f"{file} is not the VAE of its configuration. Missing: {missing[:8]}. Left over: {extra[:8]}.")
+            raise ValueError(
+                f"{file} is not the VAE of its configuration. Missing: {missing[:8]}. Left over: {extra[:8]}."
+            )
         target = vae.state_dict()
         wrong = [name for name, official in names.items() if stored[official].numel() != target[name].numel()]
         if wrong:

@@ -109,7 +109,9 @@ class BagelConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """Assemble the dictionary from `config.json` or, for a released folder, from its separate files."""
         source = pretrained_model_name_or_path
-        hub = {key: kwargs.get(key) for key in ("cache_dir", "revision", "token", "local_files_only") if kwargs.get(key)}
+        hub = {
+            key: kwargs.get(key) for key in ("cache_dir", "revision", "token", "local_files_only") if kwargs.get(key)
+        }
 
         def read(name: str) -> dict[str, Any] | None:
             path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
@@ -127,7 +129,10 @@ class BagelConfig(PreTrainedConfig):
                 f"{source!r} is not a BAGEL checkpoint: expected `llm_config.json`, or a `config.json` with an `llm_config` entry. "
                 "Pass the folder or the hub id of a released BAGEL, or a folder written by `save_pretrained`."
             )
-        names = {token["content"]: int(i) for i, token in (read("tokenizer_config.json") or {}).get("added_tokens_decoder", {}).items()}
+        names = {
+            token["content"]: int(i)
+            for i, token in (read("tokenizer_config.json") or {}).get("added_tokens_decoder", {}).items()
+        }
         special = {key: names[token] for key, token in SPECIAL_TOKENS.items() if token in names}
         for key in ("architectures", "visual_gen", "visual_und", "dtype", "torch_dtype"):
             config_dict.pop(key, None)

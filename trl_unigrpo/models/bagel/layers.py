@@ -53,7 +53,10 @@ class BagelAttention(nn.Module):
 
     def project(self, x: Tensor, rotary: tuple[Tensor, Tensor], suffix: str) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, heads, S, D) of one stream; q and k normalised per head, then rotated."""
-        q, k, v = (getattr(self, f"{name}_proj{suffix}")(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for name in "qkv")
+        q, k, v = (
+            getattr(self, f"{name}_proj{suffix}")(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for name in "qkv"
+        )
         q, k = getattr(self, f"q_norm{suffix}")(q), getattr(self, f"k_norm{suffix}")(k)
         return rotate(q, rotary), rotate(k, rotary), v
 
@@ -79,7 +82,9 @@ class BagelLayer(GradientCheckpointingLayer):
     def forward(self, und, gen, rotary_und, rotary_gen, layout: Layout, past_key_values: Cache | None = None):
         und_in = self.input_layernorm(und)
         gen_in = None if gen is None else self.input_layernorm_moe_gen(gen)
-        und_out, gen_out, keys, values = self.self_attn(und_in, gen_in, rotary_und, rotary_gen, layout, past_key_values)
+        und_out, gen_out, keys, values = self.self_attn(
+            und_in, gen_in, rotary_und, rotary_gen, layout, past_key_values
+        )
         und = und + und_out
         und = und + self.mlp(self.post_attention_layernorm(und))
         if gen is not None:
@@ -105,12 +110,18 @@ class BagelTimeEmbedder(nn.Module):
 
 
 class BagelPositionTable(nn.Module):
-    """Fixed embedding of each cell of a square grid, stored in the checkpoint."""
+    """
+    Fixed embedding of each cell of a square grid, stored in the checkpoint.
+
+    A buffer, not a frozen parameter: loading a checkpoint switches `requires_grad` on.
+    """
+
+    pos_embed: Tensor
 
     def __init__(self, side: int, width: int):
         super().__init__()
         self.side = side
-        self.pos_embed = nn.Parameter(torch.zeros(side * side, width), requires_grad=False)
+        self.register_buffer("pos_embed", torch.zeros(side * side, width))
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
         """(h w, width) embeddings of the first h rows and w columns, row by row."""
@@ -120,7 +131,9 @@ class BagelPositionTable(nn.Module):
     def reset(self) -> None:
         """Sines and cosines of the row and of the column, half of the width each."""
         quarter = self.pos_embed.shape[1] // 4
-        angles = torch.outer(torch.arange(self.side, dtype=torch.float64), 10_000.0 ** (-torch.arange(quarter) / quarter))
+        angles = torch.outer(
+            torch.arange(self.side, dtype=torch.float64), 10_000.0 ** (-torch.arange(quarter) / quarter)
+        )
         axis = torch.cat([angles.sin(), angles.cos()], dim=1)
         columns, rows = axis.repeat(self.side, 1), axis.repeat_interleave(self.side, dim=0)
         with torch.no_grad():

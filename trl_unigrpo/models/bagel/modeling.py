@@ -192,7 +192,9 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
             attention_mask: (B, T), 1 at the real tokens of each row, which stand side by side.
         """
         if use_cache:
-            raise ValueError("The backbone has no cache: call it with use_cache=False, or the model itself to generate.")
+            raise ValueError(
+                "The backbone has no cache: call it with use_cache=False, or the model itself to generate."
+            )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         # Rows are moved to the left, where neither positions nor the causal mask need to know of padding.
@@ -203,11 +205,15 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         ids = input_ids.gather(1, (start[:, None] + column).clamp(max=input_ids.shape[1] - 1))
         if flow is not None:
             # The context is the row itself, and the token that closes a thinking that ran out of length.
-            context = nn.functional.pad(flow.context_ids, (0, max(0, len(column) - flow.context_ids.shape[1])))[:, : len(column)]
+            context = nn.functional.pad(flow.context_ids, (0, max(0, len(column) - flow.context_ids.shape[1])))[
+                :, : len(column)
+            ]
             ids = torch.where(column < flow.context_lengths[:, None], context, ids)
         hidden, velocity = self._packed(ids, flow)
         back = (torch.arange(input_ids.shape[1], device=ids.device) - start[:, None]).clamp(0, len(column) - 1)
-        return UnifiedOutput(last_hidden_state=hidden.gather(1, back[..., None].expand(-1, -1, hidden.shape[-1])), velocity=velocity)
+        return UnifiedOutput(
+            last_hidden_state=hidden.gather(1, back[..., None].expand(-1, -1, hidden.shape[-1])), velocity=velocity
+        )
 
     # Images
 
@@ -220,7 +226,9 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         _, _, keys, values = self.language_model.model(embedded, None, positions, None, layout)
         return Context(keys, values, context_lengths, padding_mask(context_lengths, context_ids.shape[1]))
 
-    def predict_velocity(self, context: Context, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]) -> Tensor:
+    def predict_velocity(
+        self, context: Context, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]
+    ) -> Tensor:
         markers, gen = self._image_streams(latents[:, None], timesteps[:, None], image_size)
         layout = Layout(num_text=0, num_images=1, context=context, context_mask=context.mask)
         positions = context.lengths[:, None]
@@ -269,7 +277,9 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
 
     def _empty_context(self, lengths: Tensor) -> Context:
         llm, weight = self.config.llm_config, self.vae2llm.weight
-        empty = weight.new_zeros(len(lengths), llm.num_key_value_heads, 0, self.language_model.model.layers[0].self_attn.head_dim)
+        empty = weight.new_zeros(
+            len(lengths), llm.num_key_value_heads, 0, self.language_model.model.layers[0].self_attn.head_dim
+        )
         return Context([empty] * llm.num_hidden_layers, [empty] * llm.num_hidden_layers, lengths, None)
 
     def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -307,7 +317,9 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
 
     def _codec(self) -> LatentCodec:
         if self.codec is None:
-            raise ValueError("This model has no VAE: load it with `from_pretrained`, or pass `codec=LatentCodec(...)`.")
+            raise ValueError(
+                "This model has no VAE: load it with `from_pretrained`, or pass `codec=LatentCodec(...)`."
+            )
         return self.codec
 
     # For the trainer
