@@ -155,14 +155,18 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        flow: FlowInputs | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | UnifiedOutput:
         """
         Next-token logits (B, T or logits_to_keep, vocabulary) of text rows, with a cache for `generate`.
 
         Args:
             attention_mask: (B, cached + T), 1 at real tokens. Positions count the real tokens.
+            flow: if given, the output is the backbone's instead: hidden states and velocities.
         """
+        if flow is not None:
+            return self.base_model(input_ids, attention_mask, flow=flow)
         batch, length = input_ids.shape
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.llm_config)

@@ -1,0 +1,135 @@
+"""Think and paint with a unified model, outside of training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl.trainer.utils import get_config_model_id
+
+from ..flow import flow_timesteps
+from ..models.auto import unified_model
+from ..models.unified import Conditioning
+from ..prompts import as_messages, prepare_tokenizer
+from ..rollout import RolloutPlan
+from ..seeding import EVAL, row_generator
+
+
+@dataclass
+class Sample:
+    """One prompt, what the model thought about it, and the image that it painted."""
+
+    prompt: Any
+    thinking: str
+    image: Image.Image
+    latents: torch.Tensor
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Any],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    thinking: bool = True,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    max_completion_length: int = 512,
+    num_inference_steps: int = 50,
+    timestep_shift: float = 3.0,
+    image_size: int = 1024,
+    system_prompt: str = "auto",
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[Sample]:
+    """
+    Sample one thinking and one image per prompt; the images by the ODE, without guidance.
+
+    Args:
+        model: a unified model, adapted or not.
+        prompts: strings or conversations.
+        tokenizer: loaded from the model's folder if not given.
+        thinking: False paints from the prompt alone.
+        do_sample, temperature, max_completion_length: how the thinking is sampled; do_sample=False is greedy.
+        num_inference_steps, timestep_shift, image_size: how the image is sampled; image_size in pixels.
+        system_prompt: "auto" for the model's own, "" for none.
+        batch_size: prompts at once.
+        seed: of the thinkings and of each image's noise. Image noise depends on the prompt's place in the list alone.
+    """
+    base = unified_model(model)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(
+        get_config_model_id(model.config)
+    )
+    tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
+    system = base.default_system_prompt if system_prompt == "auto" else system_prompt
+    size = (image_size, image_size)
+    plan = RolloutPlan(flow_timesteps(num_inference_steps, timestep_shift), size)
+    was_training = model.training
+    model.eval()
+    samples = []
+    for start in range(0, len(prompts), batch_size):
+        chunk = prompts[start : start + batch_size]
+        messages = [
+            as_messages(prompt, system if thinking else None) for prompt in chunk
+        ]
+        encoded = tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        ).to(base.device)
+        prompt_ids = [
+            ids[mask.bool()].tolist()
+            for ids, mask in zip(
+                encoded["input_ids"], encoded["attention_mask"], strict=True
+            )
+        ]
+        completion_ids: list[list[int]] = [[] for _ in chunk]
+        if thinking:
+            with torch.random.fork_rng():
+                torch.manual_seed(seed + start)
+                out = model.generate(
+                    input_ids=encoded["input_ids"],
+                    attention_mask=encoded["attention_mask"],
+                    do_sample=do_sample,
+                    temperature=temperature if do_sample else None,
+                    top_k=0 if do_sample else None,
+                    top_p=1.0 if do_sample else None,
+                    max_new_tokens=max_completion_length,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                    suppress_tokens=sorted(
+                        set(base.suppressed_token_ids) - {tokenizer.eos_token_id}
+                    )
+                    or None,
+                    use_cache=True,
+                )
+            completion_ids = [
+                trim(ids, tokenizer.eos_token_id)
+                for ids in out[:, encoded["input_ids"].shape[1] :].tolist()
+            ]
+        generators = [
+            row_generator(seed, EVAL, 0, row)
+            for row in range(start, start + len(chunk))
+        ]
+        records = base.rollout(
+            Conditioning(prompt_ids, completion_ids), plan, generators
+        )
+        latents = torch.stack([record.final_latents for record in records])
+        images = base.decode_latents(latents, size)
+        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        samples += [
+            Sample(*row)
+            for row in zip(chunk, texts, images, latents.cpu(), strict=True)
+        ]
+    model.train(was_training)
+    return samples
+
+
+def trim(ids: list[int], end: int) -> list[int]:
+    """Tokens up to the first `end`, which stays."""
+    return ids[: ids.index(end) + 1] if end in ids else ids

@@ -1,0 +1,32 @@
+"""The model card of a trained model."""
+
+import re
+from pathlib import Path
+
+QUICK_START = """## Quick start
+
+```python
+from trl_unigrpo.evaluation import generate
+from trl_unigrpo.models import load_unified_model
+
+model = load_unified_model("{source}")
+sample = generate(model, prompts=["A red cube on a blue table"])[0]
+print(sample.thinking)
+sample.image.save("image.png")
+```
+
+"""
+
+
+def rewrite_quick_start(readme: Path, source: str) -> None:
+    """Replace the text-generation example of TRL's model card by one that paints."""
+    if not readme.is_file():
+        return
+    card = readme.read_text(encoding="utf-8")
+    example = QUICK_START.format(source=source)
+    readme.write_text(
+        re.sub(
+            r"## Quick start\n.*?(?=\n## )", lambda _: example, card, flags=re.DOTALL
+        ),
+        encoding="utf-8",
+    )

@@ -1,0 +1,39 @@
+"""Find the class of a unified model by its name, and check that a model is one."""
+
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file
+
+from .unified import UnifiedModelMixin
+
+
+def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
+    """
+    Load a unified model from a folder or a hub id.
+
+    BAGEL is known by its `llm_config.json`; other models are found through transformers' auto classes, where a third party
+    registers its own with `AutoModelForCausalLM.register`. Never runs code from a repository.
+    """
+    from .bagel import BagelForUnifiedGeneration
+
+    hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token") if kwargs.get(key)}
+    if cached_file(source, "llm_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
+        return BagelForUnifiedGeneration.from_pretrained(source, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **kwargs)
+
+
+def unified_model(model: Any) -> UnifiedModelMixin:
+    """
+    The unified model inside a possibly adapted one.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, UnifiedModelMixin):
+        raise TypeError(
+            f"{type(base).__name__} is not a unified model: it paints no images. Pass a model that implements "
+            "trl_unigrpo.models.unified.UnifiedModelMixin, such as BagelForUnifiedGeneration."
+        )
+    return base

@@ -1,0 +1,1 @@
+"""Checks, galleries and alarms around a run."""

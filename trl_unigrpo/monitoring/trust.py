@@ -1,0 +1,116 @@
+"""Start-up checks of what has ruined runs elsewhere: each looks at the first generation and says what to do."""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..flow import Transition
+from ..rollout import FlowRecord
+
+
+class TrustError(RuntimeError):
+    """A start-up check failed."""
+
+
+class TrustChecks:
+    """
+    The checks of one run; each runs once.
+
+    Args:
+        mode: "raise", "warn" or "off".
+    """
+
+    def __init__(self, mode: str):
+        self.mode = mode
+        self._done: set[str] = set()
+
+    def _first(self, name: str) -> bool:
+        first = self.mode != "off" and name not in self._done
+        self._done.add(name)
+        return first
+
+    def _report(self, problem: str | None) -> None:
+        if problem is None:
+            return
+        message = f"Start-up check failed: {problem} (trust_checks='warn' goes on regardless.)"
+        if self.mode == "raise":
+            raise TrustError(message)
+        warnings.warn(message, stacklevel=3)
+
+    def records(
+        self, records: Sequence[FlowRecord], group_size: int, one_window: bool
+    ) -> None:
+        """States in float32, other noise for each sample of a group, one window for the batch if there should be one."""
+        if self._first("records"):
+            self._report(_dtype_problem(records) or _noise_problem(records, group_size))
+            if one_window and any(
+                not torch.equal(r.timesteps, records[0].timesteps) for r in records
+            ):
+                self._report(
+                    "images of one generation have different SDE windows. Rewards would compare unequal noise."
+                )
+
+    def windows(self, starts: Tensor) -> None:
+        """`starts` (P, K): the window of each process, which must be one."""
+        if self._first("windows") and (starts != starts[0]).any():
+            self._report(
+                f"processes drew different SDE windows: {starts.tolist()}. Give all of them the same seed."
+            )
+
+    def velocities(
+        self,
+        trained: Tensor,
+        sampled: Tensor,
+        coefficients: Transition,
+        epsilon: float,
+        low_precision: bool,
+    ) -> None:
+        """
+        The training forward must see what the sampler saw.
+
+        Args:
+            trained, sampled: (B, K, *latent) velocities of both, at the same weights and states.
+            coefficients: of the (B, K) steps.
+            epsilon: the clip range that the difference, as a log-ratio, is held against.
+        """
+        if not self._first("velocities"):
+            return
+        numbers = math.prod(trained.shape[2:])
+        rms = (trained - sampled).flatten(2).double().pow(2).mean(2).sqrt()
+        share = (
+            float((coefficients.b.abs().to(rms) * rms / math.sqrt(numbers)).max())
+            / epsilon
+        )
+        limit = 0.15 if low_precision else 0.01
+        if share > limit:
+            self._report(
+                f"velocities of the rollout and of the training forward differ by {share:.1%} of the clip range (limit "
+                f"{limit:.0%}). The model must compute both in the same way: check dropout, padding and the positions of images."
+            )
+
+    def regularizer(self, loss: Tensor) -> None:
+        """A regulariser under no_grad would be a number in the logs and nothing else."""
+        if self._first("regularizer") and not loss.requires_grad:
+            self._report(
+                "the regulariser has no gradient. Is the image expert trainable?"
+            )
+
+
+def _dtype_problem(records: Sequence[FlowRecord]) -> str | None:
+    dtypes = {tensor.dtype for r in records for tensor in (r.latents, r.next_latents)}
+    if dtypes != {torch.float32}:
+        return f"states are stored in {sorted(map(str, dtypes))}, expected torch.float32: rounding would bias every ratio."
+    return None
+
+
+def _noise_problem(records: Sequence[FlowRecord], group_size: int) -> str | None:
+    for start in range(0, len(records), group_size):
+        group = torch.stack(
+            [r.next_latents.flatten() for r in records[start : start + group_size]]
+        )
+        if len(torch.unique(group, dim=0)) < len(group):
+            return "samples of one group share their noise, so that their rewards can't differ. Seed each sample on its own."
+    return None

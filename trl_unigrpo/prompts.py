@@ -1,0 +1,38 @@
+"""Prompts in the form that the model was trained with."""
+
+import copy
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+def as_messages(
+    prompt: str | list[dict[str, Any]], system_prompt: str | None
+) -> list[dict[str, Any]]:
+    """A prompt as a conversation that starts with a system prompt, unless it brings one or there is none."""
+    messages = (
+        [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str)
+        else list(prompt)
+    )
+    if system_prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None
+) -> PreTrainedTokenizerBase:
+    """
+    A copy of the tokenizer with the model's own chat template, if it names one.
+
+    Parsers of reasoning are taken off: they would move the thinking out of the completion, where rewards look for it.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "left"
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    for parser in ("response_template", "response_schema"):
+        if getattr(tokenizer, parser, None) is not None:
+            setattr(tokenizer, parser, None)
+    return tokenizer

@@ -1,0 +1,73 @@
+"""What this package assumes of TRL's private hooks, checked before anything else runs."""
+
+import inspect
+
+import trl
+from trl import GRPOTrainer
+
+# Hook -> parameters that the overrides rely on, in order; further ones may follow.
+HOOKS: dict[str, tuple[str, ...]] = {
+    "_generate": ("self", "prompts"),
+    "_tokenize_prompts": ("self", "prompts"),
+    "_generate_and_score_completions": ("self", "inputs"),
+    "_calculate_rewards": (
+        "self",
+        "inputs",
+        "prompts",
+        "completions",
+        "completion_ids_list",
+    ),
+    "_get_per_token_logps_and_entropies": (
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+    ),
+    "_compute_loss": ("self", "model", "inputs"),
+    "_prepare_inputs": ("self", "generation_batch"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    "_clip_grad_norm": ("self", "model"),
+    "_get_learning_rate": ("self",),
+    "create_optimizer": ("self", "model"),
+    "log": ("self", "logs", "start_time"),
+}
+
+
+class TRLChangedError(RuntimeError):
+    """TRL's internals are not those that this version of trl-unigrpo was written for."""
+
+    def __init__(self, what: str):
+        super().__init__(
+            f"TRL {trl.__version__} changed its internals: {what}. trl-unigrpo was written for trl>=1.16,<1.17. Install such a "
+            "version (pip install 'trl>=1.16,<1.17'), or a newer trl-unigrpo."
+        )
+
+
+def check_trl() -> None:
+    """Raise [`TRLChangedError`] if a hook is gone, takes other parameters, or the loss is scaled differently."""
+    for name, expected in HOOKS.items():
+        hook = getattr(GRPOTrainer, name, None)
+        if hook is None:
+            raise TRLChangedError(f"GRPOTrainer.{name} is gone")
+        found = tuple(inspect.signature(hook).parameters)
+        if found[: len(expected)] != expected:
+            raise TRLChangedError(
+                f"GRPOTrainer.{name} takes {found}, expected {expected}"
+            )
+    if GRPOTrainer.loss_is_scaled_for_ga is not True:
+        raise TRLChangedError("GRPOTrainer.loss_is_scaled_for_ga is not True")
+
+
+def generation_fields(outputs: tuple) -> tuple[list[list[int]], list[list[int]], dict]:
+    """Prompt ids, completion ids and the extra reward columns among what `GRPOTrainer._generate` returns."""
+    dicts = [value for value in outputs if isinstance(value, dict)]
+    ids = outputs[:2]
+    if len(dicts) != 1 or not all(
+        isinstance(rows, list) and len(rows) == len(ids[0]) for rows in ids
+    ):
+        raise TRLChangedError(
+            "GRPOTrainer._generate no longer returns prompt ids, completion ids and one dict of extra fields"
+        )
+    return ids[0], ids[1], dicts[0]

@@ -1,0 +1,455 @@
+"""Every knob of UniGRPO: its unit, the paper's value, and what is refused."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import GRPOConfig
+
+# TRL options that cannot work here, the value that is allowed, and why.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "use_vllm": (
+        False,
+        "vLLM can neither serve nor sync the image expert of a unified model",
+    ),
+    "use_transformers_continuous_batching": (
+        False,
+        "it casts the whole model, adapters included, to bfloat16",
+    ),
+    "use_transformers_paged": (
+        False,
+        "it casts the whole model, adapters included, to bfloat16",
+    ),
+    "use_liger_kernel": (
+        False,
+        "it patches layers by model type and knows no unified model",
+    ),
+    "sync_ref_model": (
+        False,
+        "the velocity reference would not follow the synced text reference",
+    ),
+    "off_policy_mask_threshold": (
+        None,
+        "it masks text only: the images of masked samples would still be trained on",
+    ),
+    "torch_compile": (
+        False,
+        "TRL's patched forward is not compiled with the image path",
+    ),
+    "neftune_noise_alpha": (
+        None,
+        "noise in the embeddings makes the first ratio differ from 1",
+    ),
+    "label_smoothing_factor": (0.0, "there are no labels"),
+    "deepspeed": (
+        None,
+        "the image rollout calls the model outside of DeepSpeed's wrapper",
+    ),
+}
+# Optimizers that bring parameter groups of their own, which two learning rates would break up.
+_OWN_GROUPS = ("galore", "apollo", "lomo", "layerwise")
+
+_CHOICES = {
+    "sde_type": ("sde", "cps"),
+    "sde_window_mode": ("contiguous", "scatter", "fixed"),
+    "sde_window_scope": ("generation", "rank", "group", "sample"),
+    "flow_regularizer": ("velocity_mse", "latent_kl", "latent_kl_flow_grpo", "none"),
+    "flow_old_source": ("recompute", "rollout"),
+    "flow_context_grad": ("detach", "full"),
+    "trust_checks": ("raise", "warn", "off"),
+}
+
+
+@dataclass
+class UniGRPOConfig(GRPOConfig):
+    r"""
+    Configuration of [`UniGRPOTrainer`], with the values of the paper (arXiv 2603.23500, Table 3) as defaults.
+
+    Only the parameters that UniGRPO adds, or gives another default, are listed; all of [`~trl.GRPOConfig`] is there too.
+    `epsilon`, `loss_type`, `beta`, `temperature` and the other options of TRL speak of the thinking tokens.
+
+    Parameters:
+        > Parameters that control the images
+
+        image_size (`int`, *optional*, defaults to `1024`):
+            Side of the square images, in pixels.
+        num_inference_steps (`int`, *optional*, defaults to `25`):
+            Denoising steps in training rollouts: evaluations of the model per image.
+        eval_num_inference_steps (`int`, *optional*, defaults to `50`):
+            Denoising steps in evaluation, which is a pure ODE.
+        timestep_shift (`float`, *optional*, defaults to `3.0`):
+            Shift s of the schedule t = s u / (1 + (s - 1) u), u evenly spaced from 1 to 0.
+        image_batch_size (`int`, *optional*):
+            Images denoised at once in a rollout, to save memory; all of them by default. Never changes the images' noise.
+        system_prompt (`str`, *optional*, defaults to `"auto"`):
+            System prompt of prompts that bring none. `"auto"` is the model's own, which asks it to think; `""` is none.
+
+        > Parameters that control the stochastic steps
+
+        sde_type (`str`, *optional*, defaults to `"sde"`):
+            `"sde"` (Flow-SDE, the paper's) or `"cps"` (coefficients-preserving sampling).
+        noise_level (`float`, *optional*, defaults to `0.8`):
+            Strength a of the noise, sigma_t = a sqrt(t / (1 - t)).
+        sde_window_range (`list[int]`, *optional*, defaults to `[0, 5]`):
+            Steps [low, high) among which stochastic ones are chosen, counted from 0 (pure noise).
+        sde_window_size (`int`, *optional*, defaults to `3`):
+            Number of stochastic, trained steps K. All others are ODE steps without gradient.
+        sde_window_mode (`str`, *optional*, defaults to `"contiguous"`):
+            `"contiguous"` with a random start, `"scatter"` (random steps of the range) or `"fixed"` (the first of the range).
+        sde_window_scope (`str`, *optional*, defaults to `"generation"`):
+            One draw per `"generation"` batch, the same on all ranks, or per `"rank"`, `"group"` or `"sample"`.
+
+        > Parameters that control the objective
+
+        text_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the thinking's GRPO objective. 0 freezes the text expert (FlowGRPO with thinking).
+        flow_weight (`float`, *optional*, defaults to `1.0`):
+            Weight lambda of the image's objective. 0 freezes the image expert and samples with the ODE alone (TextGRPO).
+        flow_epsilon (`float`, *optional*, defaults to `1e-6`):
+            Clip range of the image's ratio, at 262,144 numbers per image (1024 pixels in BAGEL).
+        ratio_norm (`bool`, *optional*, defaults to `True`):
+            Centre and rescale the image's log-ratio (RatioNorm).
+        flow_regularizer (`str`, *optional*, defaults to `"velocity_mse"`):
+            Tie to the reference model: `"velocity_mse"`, `"latent_kl"` (exact, per number), `"latent_kl_flow_grpo"` (that of
+            the public Flow-GRPO code) or `"none"`.
+        flow_regularizer_weight (`float`, *optional*, defaults to `1.5e-5`):
+            Its weight, at 262,144 numbers per image.
+        scale_with_latents (`bool`, *optional*, defaults to `True`):
+            Multiply `flow_epsilon` and `flow_regularizer_weight` by sqrt(262144 / numbers per image), which keeps their
+            meaning at other sizes. False takes both as they are.
+        flow_old_source (`str`, *optional*, defaults to `"recompute"`):
+            Old velocities from the training forward (`"recompute"`) or from the sampler (`"rollout"`).
+        flow_context_grad (`str`, *optional*, defaults to `"detach"`):
+            Whether the image's loss stops at (`"detach"`) or flows through (`"full"`) the text that the image saw.
+
+        > Parameters that control the training
+
+        learning_rate (`float`, *optional*, defaults to `1e-6`):
+            Learning rate of the text expert.
+        image_learning_rate (`float`, *optional*, defaults to `3e-5`):
+            Learning rate of the image expert.
+        max_grad_norm (`float`, *optional*, defaults to `1.0`):
+            Gradients are clipped to this norm, the text expert's and the image expert's apart.
+        adam_epsilon (`float`, *optional*, defaults to `1e-15`):
+            Adam's epsilon: the flow's gradients are of the order of 1e-9, which TRL's 1e-8 would drown.
+        gradient_accumulation_steps (`int`, *optional*):
+            Chosen so that a generation batch holds whole groups: one prompt, if one group fills it.
+
+        > Parameters that control trust and logging
+
+        trust_checks (`str`, *optional*, defaults to `"raise"`):
+            What to do if a start-up check fails (rollout and training velocities differ, noise repeats within a group, ...):
+            `"raise"`, `"warn"`, or `"off"`.
+        log_completions_images (`bool`, *optional*, defaults to `True`):
+            With `log_completions`, also write the images to parquet files beside TRL's.
+    """
+
+    # Other defaults for TRL's parameters
+    learning_rate: float = field(
+        default=1e-6,
+        metadata={"help": "Learning rate of the text expert. Paper: 1e-6."},
+    )
+    adam_epsilon: float = field(
+        default=1e-15,
+        metadata={
+            "help": "Adam's epsilon; the flow's gradients are far below TRL's default of 1e-8."
+        },
+    )
+    num_generations: int | None = field(
+        default=24, metadata={"help": "Trajectories per prompt, G. Paper: 24."}
+    )
+    num_iterations: int = field(
+        default=2, metadata={"help": "PPO epochs over each generation batch. Paper: 2."}
+    )
+    loss_type: str = field(
+        default="grpo",
+        metadata={
+            "help": "TRL's text loss; 'grpo' is the paper's eq. (2): mean per sequence, then mean."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={
+            "help": "Dropout would make the first ratio differ from 1; leave it off."
+        },
+    )
+    max_completion_length: int | None = field(
+        default=512, metadata={"help": "Most thinking tokens sampled per prompt."}
+    )
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "Trajectories per device and micro-step."}
+    )
+    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Micro-steps per optimizer step. None: the fewest that make whole groups of num_generations."
+        },
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={
+            "help": "Every trained weight gets a gradient in each pass, so DDP need not search."
+        },
+    )
+    log_multimodal: bool = field(
+        default=True,
+        metadata={"help": "Show the images in wandb's and trackio's tables."},
+    )
+
+    # Parameters that control the images
+    image_size: int = field(
+        default=1024,
+        metadata={"help": "Side of the square images, in pixels. Paper: 1024."},
+    )
+    num_inference_steps: int = field(
+        default=25,
+        metadata={"help": "Denoising steps in training rollouts. Paper: 25."},
+    )
+    eval_num_inference_steps: int = field(
+        default=50, metadata={"help": "Denoising steps in evaluation. Paper: 50."}
+    )
+    timestep_shift: float = field(
+        default=3.0, metadata={"help": "Shift of the timestep schedule. Paper: 3."}
+    )
+    image_batch_size: int | None = field(
+        default=None, metadata={"help": "Images denoised at once; None: all."}
+    )
+    system_prompt: str = field(
+        default="auto",
+        metadata={
+            "help": "System prompt of prompts without one; 'auto': the model's own; '': none."
+        },
+    )
+
+    # Parameters that control the stochastic steps
+    sde_type: str = field(
+        default="sde", metadata={"help": "'sde' (Flow-SDE, the paper's) or 'cps'."}
+    )
+    noise_level: float = field(
+        default=0.8, metadata={"help": "Strength of the SDE's noise. Paper: 0.8."}
+    )
+    sde_window_range: list[int] = field(
+        default_factory=lambda: [0, 5],
+        metadata={"help": "Steps [low, high) that may be stochastic. Paper: 0 5."},
+    )
+    sde_window_size: int = field(
+        default=3, metadata={"help": "Stochastic, trained steps per image. Paper: 3."}
+    )
+    sde_window_mode: str = field(
+        default="contiguous", metadata={"help": "'contiguous', 'scatter' or 'fixed'."}
+    )
+    sde_window_scope: str = field(
+        default="generation",
+        metadata={
+            "help": "One window per 'generation' batch, 'rank', 'group' or 'sample'."
+        },
+    )
+
+    # Parameters that control the objective
+    text_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the text objective; 0 freezes the text expert."},
+    )
+    flow_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight (lambda) of the image objective; 0 freezes the image expert. Paper: 1."
+        },
+    )
+    flow_epsilon: float = field(
+        default=1e-6,
+        metadata={
+            "help": "Clip range of the image's ratio, at 262144 numbers per image. Paper: 1e-6."
+        },
+    )
+    ratio_norm: bool = field(
+        default=True,
+        metadata={"help": "Centre and rescale the image's log-ratio (RatioNorm)."},
+    )
+    flow_regularizer: str = field(
+        default="velocity_mse",
+        metadata={
+            "help": "'velocity_mse', 'latent_kl', 'latent_kl_flow_grpo' or 'none'."
+        },
+    )
+    flow_regularizer_weight: float = field(
+        default=1.5e-5,
+        metadata={
+            "help": "Weight of the regulariser, at 262144 numbers per image. Paper: 1.5e-5."
+        },
+    )
+    scale_with_latents: bool = field(
+        default=True,
+        metadata={
+            "help": "Rescale flow_epsilon and flow_regularizer_weight to the size of the image."
+        },
+    )
+    flow_old_source: str = field(
+        default="recompute",
+        metadata={
+            "help": "Old velocities: 'recompute' (training forward) or 'rollout' (sampler)."
+        },
+    )
+    flow_context_grad: str = field(
+        default="detach",
+        metadata={
+            "help": "'detach' or 'full': whether the image's loss flows through the text it saw."
+        },
+    )
+
+    # Parameters that control the training
+    image_learning_rate: float = field(
+        default=3e-5,
+        metadata={"help": "Learning rate of the image expert. Paper: 3e-5."},
+    )
+
+    # Parameters that control trust and logging
+    trust_checks: str = field(
+        default="raise",
+        metadata={"help": "If a start-up check fails: 'raise', 'warn' or 'off'."},
+    )
+    log_completions_images: bool = field(
+        default=True,
+        metadata={
+            "help": "With log_completions, write the images to parquet files beside TRL's."
+        },
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = (
+                not self.fp16
+                and torch.cuda.is_available()
+                and torch.cuda.is_bf16_supported()
+            )
+        if self.gradient_accumulation_steps is None:
+            self.gradient_accumulation_steps = _whole_groups(
+                self.num_generations, self._micro_batch()
+            )
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = (
+                self.gradient_checkpointing
+            )  # the newer name of the same thing
+        self.dataloader_pin_memory = (
+            self.dataloader_pin_memory and torch.cuda.is_available()
+        )
+        self._check_choices()
+        super().__post_init__()
+        self._check_window()
+        self._check_epochs()
+
+    @classmethod
+    def paper(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
+        """The paper's run: 32 prompts of 24 trajectories per generation, 1024 pixels, full fine-tuning. A cluster's work."""
+        config = {"per_device_train_batch_size": 4, **kwargs}
+        trajectories = 32 * config.get("num_generations", 24)
+        micro_batch = config["per_device_train_batch_size"] * _world_size()
+        config.setdefault(
+            "gradient_accumulation_steps", math.ceil(trajectories / micro_batch)
+        )
+        return cls(output_dir=output_dir, **config)
+
+    @classmethod
+    def single_gpu(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
+        """One large GPU with LoRA: one prompt of 24 trajectories per generation, 512 pixels, learning rates for adapters."""
+        defaults = {
+            "image_size": 512,
+            "learning_rate": 1e-5,
+            "image_learning_rate": 3e-4,
+            "image_batch_size": 8,
+        }
+        return cls(output_dir=output_dir, **{**defaults, **kwargs})
+
+    def _micro_batch(self) -> int:
+        return self.per_device_train_batch_size * _world_size()
+
+    def _check_choices(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}."
+                )
+        for name, (allowed, reason) in _REFUSED.items():
+            value = getattr(self, name)
+            if value != allowed and value:
+                raise ValueError(
+                    f"{name}={value!r} does not work with UniGRPO: {reason}. Leave it at {allowed!r}."
+                )
+        if self.fsdp:
+            raise ValueError(
+                f"fsdp={self.fsdp!r} is not supported: the image rollout calls the model outside of its wrapper."
+            )
+        optim = getattr(self.optim, "value", str(self.optim))
+        if any(name in optim for name in _OWN_GROUPS):
+            raise ValueError(
+                f"optim={optim!r} brings its own parameter groups, which the two learning rates would break up. "
+                "Use an AdamW variant, adafactor or sgd."
+            )
+        for name in (
+            "image_size",
+            "num_inference_steps",
+            "eval_num_inference_steps",
+            "timestep_shift",
+            "flow_epsilon",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: expected a positive number."
+                )
+        for name in (
+            "text_weight",
+            "flow_weight",
+            "flow_regularizer_weight",
+            "noise_level",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        if self.text_weight == 0 and self.flow_weight == 0:
+            raise ValueError(
+                "text_weight and flow_weight are both 0: nothing would be trained. Raise one of them."
+            )
+
+    def _check_window(self) -> None:
+        if len(self.sde_window_range) != 2:
+            raise ValueError(
+                f"sde_window_range={self.sde_window_range}: expected two step indices, low and high."
+            )
+        low, high = self.sde_window_range
+        if self.flow_weight == 0:
+            return
+        if not 0 <= low < high < self.num_inference_steps:
+            raise ValueError(
+                f"sde_window_range={list(self.sde_window_range)} with num_inference_steps={self.num_inference_steps}: expected "
+                f"0 <= low < high <= {self.num_inference_steps - 1}, as the last step can't be stochastic: its noise would stay "
+                "in the image."
+            )
+        if not 1 <= self.sde_window_size <= high - low:
+            raise ValueError(
+                f"sde_window_size={self.sde_window_size} does not fit into sde_window_range={list(self.sde_window_range)}: "
+                f"expected 1 to {high - low}. Shrink the window or widen the range."
+            )
+        if self.noise_level == 0:
+            raise ValueError(
+                "noise_level=0 leaves no stochastic step to train on. Use flow_weight=0 for text alone."
+            )
+
+    def _check_epochs(self) -> None:
+        repeats = self.steps_per_generation * self.num_iterations
+        if self.num_iterations > 1 and self.gradient_accumulation_steps % repeats == 0:
+            raise ValueError(
+                f"num_iterations={self.num_iterations} does nothing here: with gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps} and steps_per_generation={self.steps_per_generation}, all passes over a "
+                "generation fall into one optimizer step. Leave steps_per_generation unset, or set "
+                f"gradient_accumulation_steps={self.steps_per_generation}."
+            )
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _whole_groups(num_generations: int | None, micro_batch: int) -> int:
+    """Fewest micro-steps whose trajectories make whole groups."""
+    return math.lcm(num_generations or 1, micro_batch) // micro_batch

@@ -1,0 +1,689 @@
+"""UniGRPO: one reward on the image trains the thinking and the denoising of a unified model together (arXiv 2603.23500).
+
+One step, as the paper's algorithm has it:
+
+    1. sample a group of thinkings per prompt                        TRL's `_generate`
+    2. paint one image per thinking, K of the steps stochastic       `_generate` -> `_paint`
+    3. reward the images, advantages within the group                TRL's `_generate_and_score_completions`
+    4. velocities of the reference model at the stochastic steps     `_generate_and_score_completions`
+    5. for each PPO epoch, one packed forward:                       `_compute_loss`
+       text objective + lambda * flow objective + w * velocity MSE
+    6. clip the gradients of each expert, one optimizer step         `_clip_grad_norm`, `create_optimizer`
+
+Shapes: B trajectories, K stochastic steps, `latent` the model's own latent dimensions, D numbers in one image's latents.
+"""
+
+import copy
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from peft import PeftConfig
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+from trl.extras.profiling import profiling_context
+from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.trainer.utils import get_config_model_id
+
+from .dataset_checks import check_dataset
+from .experts import (
+    add_reference_adapter,
+    freeze_experts,
+    parameters_by_expert,
+    split_groups,
+)
+from .flow import (
+    clipped_surrogate,
+    flow_timesteps,
+    latent_kl,
+    log_ratio,
+    scale_with_latents,
+    sde_window,
+    transition,
+    velocity_mse,
+)
+from .model_card import rewrite_quick_start
+from .models.auto import load_unified_model, unified_model
+from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin
+from .monitoring.images import pixel_spread, write_completion_images
+from .monitoring.trust import TrustChecks
+from .packing import pack, return_velocity
+from .prompts import as_messages, prepare_tokenizer
+from .resume import load_rollouts, save_rollouts
+from .rollout import FlowRecord, RolloutPlan
+from .scoring import mask_failed_rewards
+from .seeding import EVAL, TRAIN, WINDOW, row_generator
+from .trl_contract import TRLChangedError, check_trl, generation_fields
+from .unigrpo_config import UniGRPOConfig
+
+_UNSUPPORTED = {
+    "tools": "tool calls would put tokens between the thinking and the image",
+    "environment_factory": "environments would put tokens between the thinking and the image",
+    "rollout_func": "the rollout, thinking and image, is this trainer's own",
+}
+
+
+class UniGRPOTrainer(GRPOTrainer):
+    """
+    Trainer for UniGRPO (arXiv 2603.23500): GRPO on the thinking tokens and FlowGRPO-Fast on the denoising steps of a unified
+    model, from one reward on the finished image.
+
+    Example:
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
+
+    def redness(prompts, completions, images, **columns):
+        return [image.resize((1, 1)).getpixel((0, 0))[0] / 255 for image in images]
+
+    trainer = UniGRPOTrainer(
+        model="ByteDance-Seed/BAGEL-7B-MoT",
+        reward_funcs=redness,
+        args=UniGRPOConfig.single_gpu(output_dir="bagel-unigrpo"),
+        train_dataset=load_dataset("csv", data_files="prompts.csv", split="train"),
+        peft_config=LoraConfig(r=32),
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            A unified model ([`~trl_unigrpo.models.unified.UnifiedModelMixin`]), or the folder or hub id of one.
+        reward_funcs (`Callable`, or list of them):
+            TRL reward functions. Beside `prompts`, `completions` (the thinking) and the dataset's columns they get `images`, a
+            flat list of PIL images, one per completion. `None` for a sample that could not be scored.
+        args ([`UniGRPOConfig`], *optional*):
+            Configuration.
+        train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
+            Rows with a column `prompt`, a string or a conversation.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer; loaded from the model's folder if not given.
+        peft_config (`PeftConfig`, *optional*):
+            Adapters. Without `target_modules` they go to the linear layers of the experts that are trained.
+        quantization_config, reward_processing_classes, callbacks, optimizers:
+            As in [`~trl.GRPOTrainer`].
+    """
+
+    args: UniGRPOConfig
+    model: PreTrainedModel
+    num_generations: int
+
+    _tag_names = ("trl", "unigrpo")
+    _name = "UniGRPO"
+    _paper: ClassVar = {
+        "title": "UniGRPO",
+        "id": "2603.23500",
+        "citation": "@article{unigrpo2026,\n    title = {UniGRPO},\n    year = 2026,\n    eprint = {arXiv:2603.23500},\n}",
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Callable | list[Callable],
+        args: UniGRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase
+        | list[PreTrainedTokenizerBase]
+        | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
+        **unsupported: Any,
+    ):
+        check_trl()
+        for name, value in unsupported.items():
+            if name not in _UNSUPPORTED:
+                raise TypeError(f"UniGRPOTrainer got an unexpected argument {name!r}.")
+            if value:
+                raise ValueError(
+                    f"{name} does not work with UniGRPO: {_UNSUPPORTED[name]}. Leave it out."
+                )
+        if args is None:
+            name = (
+                model
+                if isinstance(model, str)
+                else get_config_model_id(model.config) or "model"
+            )
+            args = UniGRPOConfig(f"{name.split('/')[-1]}-UniGRPO")
+        elif not isinstance(args, UniGRPOConfig):
+            raise TypeError(
+                f"args is a {type(args).__name__}, expected a UniGRPOConfig."
+            )
+        if not reward_funcs:
+            raise ValueError(
+                "reward_funcs is empty: pass at least one function that scores images."
+            )
+        if train_dataset is not None:
+            check_dataset(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            check_dataset(eval_dataset, "eval_dataset")
+        if processing_class is not None and not isinstance(
+            processing_class, PreTrainedTokenizerBase
+        ):
+            raise TypeError(
+                f"processing_class is a {type(processing_class).__name__}, expected a tokenizer: the images are generated, "
+                "not read. Pass processor.tokenizer."
+            )
+
+        set_seed(args.seed)  # adapters start at random
+        if isinstance(model, str):
+            model_kwargs = {
+                "dtype": torch.bfloat16 if args.bf16 and peft_config else torch.float32,
+                **(args.model_init_kwargs or {}),
+            }
+            if quantization_config is not None:
+                model_kwargs["quantization_config"] = quantization_config
+            source, model, quantization_config = (
+                model,
+                load_unified_model(model, **model_kwargs),
+                None,
+            )
+            args = copy.copy(args)
+            args.model_init_kwargs = None
+            processing_class = processing_class or AutoTokenizer.from_pretrained(
+                source, padding_side="left"
+            )
+        base = unified_model(model)
+        shape = base.latent_shape((args.image_size, args.image_size))
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(
+                get_config_model_id(model.config), padding_side="left"
+            )
+        adapted = peft_config is not None or is_peft_model(model)
+        if args.beta != 0 and not adapted:
+            raise ValueError(
+                f"beta={args.beta}: the text KL needs adapters to switch off. Pass a peft_config, or beta=0."
+            )
+
+        self._trains = {"text": args.text_weight > 0, "image": args.flow_weight > 0}
+        self._regularized = (
+            args.flow_weight > 0
+            and args.flow_regularizer != "none"
+            and args.flow_regularizer_weight > 0
+        )
+        if (
+            peft_config is not None
+            and getattr(peft_config, "target_modules", ...) is None
+        ):
+            experts = (
+                "both"
+                if all(self._trains.values())
+                else next(name for name, on in self._trains.items() if on)
+            )
+            peft_config = copy.deepcopy(peft_config)
+            peft_config.target_modules = base.default_lora_targets(experts)
+        if self._regularized and not adapted:
+            base.keep_reference(copy.deepcopy(base))
+        elif self._regularized and is_peft_model(model) and args.beta == 0:
+            add_reference_adapter(model)  # with beta TRL adds it itself
+        if not adapted:
+            freeze_experts(base, model, self._trains)
+
+        numbers = math.prod(shape)
+        scale = (
+            partial(scale_with_latents, num_latent_dims=numbers)
+            if args.scale_with_latents
+            else (lambda value: value)
+        )
+        self._flow_epsilon = scale(args.flow_epsilon)
+        self._regularizer_weight = scale(args.flow_regularizer_weight)
+        self._trust = TrustChecks(args.trust_checks)
+        self._records: list[FlowRecord] = []
+        self._flow: FlowInputs | None = None
+        self._eval_rows = 0
+        self._learning_rates: dict[str, float] = {}
+        self._images: deque[Any] = deque(maxlen=args.generation_batch_size)
+
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=prepare_tokenizer(processing_class, base.chat_template),
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        if not base.packs_velocities and self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"{type(base).__name__} computes its velocities one by one, which several processes don't support yet."
+            )
+        freeze_experts(base, self.model, self._trains)
+        return_velocity(base)
+        if base._reference is not None:
+            base._reference.to(self.accelerator.device)
+        vocabulary = base.get_output_embeddings().weight.shape[0]
+        suppressed = {
+            *base.suppressed_token_ids,
+            *range(len(self._tokenizer), vocabulary),
+        } - set(self.eos_token_ids)
+        self.generation_config.suppress_tokens = sorted(suppressed) or None
+
+    @property
+    def unified(self) -> UnifiedModelMixin:
+        """The unified model, out of any wrapper."""
+        return unified_model(self.accelerator.unwrap_model(self.model))
+
+    # 1. Thinking
+
+    def _tokenize_prompts(self, prompts):
+        system = self.args.system_prompt
+        if system == "auto":
+            system = self.unified.default_system_prompt
+        if self.processing_class.chat_template is not None:
+            prompts = [as_messages(prompt, system) for prompt in prompts]
+        return super()._tokenize_prompts(prompts)
+
+    # 2. Images
+
+    def _generate(self, prompts):
+        outputs = super()._generate(prompts)
+        prompt_ids, completion_ids, extra_fields = generation_fields(outputs)
+        with profiling_context(self, "image_rollout"):
+            self._records, images = self._paint(
+                Conditioning(prompt_ids, completion_ids)
+            )
+        extra_fields["images"] = images  # becomes an argument of every reward function
+        return outputs
+
+    @torch.no_grad()
+    def _paint(self, conditioning: Conditioning) -> tuple[list[FlowRecord], list[Any]]:
+        """Sample one image per thinking: records of B rollouts and B PIL images."""
+        args, mode = self.args, "train" if self.model.training else "eval"
+        started = time.perf_counter()
+        stochastic = mode == "train" and self._trains["image"]
+        size = (args.image_size, args.image_size)
+        plan = RolloutPlan(
+            timesteps=self._timesteps(mode),
+            image_size=size,
+            windows=self._draw_windows(len(conditioning)) if stochastic else None,
+            sde_type=args.sde_type,
+            noise_level=args.noise_level,
+            batch_size=args.image_batch_size,
+        )
+        first = self.accelerator.process_index * len(conditioning)
+        purpose, count = (TRAIN, self._step) if mode == "train" else (EVAL, 0)
+        rows = range(
+            first + self._eval_rows, first + self._eval_rows + len(conditioning)
+        )
+        generators = [row_generator(args.seed, purpose, count, row) for row in rows]
+        if mode == "eval":
+            self._eval_rows += len(conditioning) * self.accelerator.num_processes
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+            ) as model,
+            self.accelerator.autocast(),
+        ):
+            base = unified_model(model)
+            records = base.rollout(conditioning, plan, generators)
+            chunk = args.image_batch_size or len(records)
+            images = []
+            for start in range(0, len(records), chunk):
+                latents = torch.stack(
+                    [record.final_latents for record in records[start : start + chunk]]
+                )
+                images += base.decode_latents(latents, size)
+        self._metrics[mode]["images/pixel_std"].append(pixel_spread(images))
+        self._metrics[mode]["time/images"].append(time.perf_counter() - started)
+        if stochastic:
+            self._trust.records(
+                records,
+                self.num_generations,
+                one_window=args.sde_window_scope == "generation",
+            )
+            if args.sde_window_scope == "generation":
+                window = records[0].timesteps[None].to(self.accelerator.device)
+                self._trust.windows(self.accelerator.gather(window))
+        return records, images
+
+    def _timesteps(self, mode: str) -> Tensor:
+        args = self.args
+        steps = (
+            args.num_inference_steps
+            if mode == "train"
+            else args.eval_num_inference_steps
+        )
+        return flow_timesteps(steps, args.timestep_shift)
+
+    def _draw_windows(self, batch_size: int) -> Tensor:
+        """Step indices (K,) of the batch's window or (B, K) of each sample's."""
+        args, process = self.args, self.accelerator.process_index
+        draw = partial(
+            sde_window,
+            tuple(args.sde_window_range),
+            args.sde_window_size,
+            args.sde_window_mode,
+        )
+        key = (args.seed, WINDOW, self._step)
+        if args.sde_window_scope == "generation":
+            return torch.tensor(draw(key))
+        if args.sde_window_scope == "rank":
+            return torch.tensor(draw((*key, process)))
+        span = self.num_generations if args.sde_window_scope == "group" else 1
+        rows = range(process * batch_size, (process + 1) * batch_size)
+        return torch.tensor([draw((*key, row // span)) for row in rows])
+
+    # 3. Rewards
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        started = time.perf_counter()
+        rewards = super()._calculate_rewards(
+            inputs, prompts, completions, completion_ids_list
+        )
+        mode = "train" if self.model.training else "eval"
+        group_size = (
+            self.num_generations if mode == "train" else self.num_generations_eval
+        )
+        rewards, failed = mask_failed_rewards(rewards, group_size)
+        self._metrics[mode]["reward/frac_none"].append(failed)
+        self._metrics[mode]["time/reward"].append(time.perf_counter() - started)
+        return rewards
+
+    # 4. Old and reference velocities
+
+    def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        outputs = super()._generate_and_score_completions(inputs)
+        records, self._records = self._records, []
+        if self.args.log_completions and (
+            self.log_multimodal or self.args.log_completions_images
+        ):
+            images = gather_object([row["images"] for row in inputs])
+            self._images.extend(images)
+            if self.log_multimodal:
+                self._logs["images"].extend([image] for image in images)
+        if mode == "eval" or not self._trains["image"]:
+            return outputs
+        freeze_experts(
+            self.unified, self.model, self._trains
+        )  # switching adapters off and on thaws them
+        started = time.perf_counter()
+        outputs["flow_records"] = records
+        if self._regularized:
+            with self.unified.reference() as reference:
+                outputs["flow_reference_velocities"] = self._velocities(
+                    reference, records
+                )
+        if self.args.flow_old_source == "rollout":
+            outputs["flow_old_velocities"] = torch.stack(
+                [record.velocities for record in records]
+            )
+        elif self.args.gradient_accumulation_steps % self.args.steps_per_generation:
+            # The first pass over this generation spans optimizer steps: it can't be its own old policy.
+            outputs["flow_old_velocities"] = self._velocities(self.unified, records)
+        self._metrics[mode]["time/old_and_reference"].append(
+            time.perf_counter() - started
+        )
+        return outputs
+
+    @torch.no_grad()
+    def _velocities(
+        self, model: UnifiedModelMixin, records: Sequence[FlowRecord]
+    ) -> Tensor:
+        """Velocities (B, K, *latent) of a model at the recorded steps, by the training forward, in micro-batches."""
+        size = self.args.per_device_train_batch_size
+        velocities = []
+        with (
+            disable_gradient_checkpointing(
+                self.model, self.args.gradient_checkpointing_kwargs
+            ),
+            self.accelerator.autocast(),
+        ):
+            for start in range(0, len(records), size):
+                chunk = records[start : start + size]
+                if model.packs_velocities:
+                    velocities.append(
+                        model.predict_velocities(model.flow_inputs(chunk))
+                    )
+                else:
+                    velocities.append(
+                        torch.stack(
+                            [velocity for _, velocity in model.velocities(chunk)], dim=1
+                        )
+                    )
+        return torch.cat(velocities)
+
+    # 5. Loss
+
+    def _compute_loss(self, model, inputs):
+        if "flow_records" not in inputs:
+            return self.args.text_weight * super()._compute_loss(model, inputs)
+        records, base = inputs["flow_records"], self.unified
+        context_grad = self.args.flow_context_grad == "full"
+        accumulation = self.current_gradient_accumulation_steps
+        first_pass = "flow_old_velocities" not in inputs
+        if first_pass:
+            sampled = torch.stack([record.velocities for record in records])
+            inputs["flow_old_velocities"] = torch.empty_like(
+                sampled, device=self.accelerator.device
+            )
+        if base.packs_velocities:
+            self._flow = base.flow_inputs(records, context_grad)
+            text_loss = super()._compute_loss(model, inputs)
+            velocity, self._flow = self._flow.velocity, None
+            if velocity is None:
+                raise TRLChangedError(
+                    "GRPOTrainer._compute_loss did not call _get_per_token_logps_and_entropies"
+                )
+            flow_loss = self._flow_loss(velocity, inputs, slice(None), first_pass)
+        else:
+            text_loss = super()._compute_loss(model, inputs)
+            flow_loss, steps = 0.0, len(records[0].timesteps)
+            for k, velocity in base.velocities(records, context_grad):
+                # Back-propagated at once, so that only one step's activations are alive.
+                loss = (
+                    self._flow_loss(
+                        velocity[:, None], inputs, slice(k, k + 1), first_pass
+                    )
+                    / steps
+                )
+                self.accelerator.backward(loss / accumulation)
+                flow_loss += loss.detach()
+        return self.args.text_weight * text_loss + flow_loss / accumulation
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self._flow is not None:
+            model = pack(model, self._flow)
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def _flow_loss(
+        self, velocity: Tensor, inputs: dict[str, Any], steps: slice, first_pass: bool
+    ) -> Tensor:
+        """
+        lambda * flow objective + w * regulariser, a scalar.
+
+        Args:
+            velocity: (B, K', *latent) of the current weights at the recorded steps `steps`.
+            first_pass: whether these weights are the old policy themselves.
+        """
+        args, records, device = self.args, inputs["flow_records"], velocity.device
+        velocity = velocity.float()
+        latents, next_latents, sampled, times, next_times = (
+            torch.stack([getattr(record, name)[steps] for record in records]).to(device)
+            for name in (
+                "latents",
+                "next_latents",
+                "velocities",
+                "timesteps",
+                "next_timesteps",
+            )
+        )
+        coefficients = transition(
+            args.sde_type,
+            times,
+            next_times,
+            args.noise_level,
+            self._timesteps("train")[1],
+        )
+        if first_pass:
+            inputs["flow_old_velocities"][:, steps] = velocity.detach()
+            self._trust.velocities(
+                velocity.detach(),
+                sampled,
+                coefficients,
+                self._flow_epsilon,
+                args.bf16 or args.fp16,
+            )
+        old = inputs["flow_old_velocities"][:, steps].to(device)
+        ratio = log_ratio(
+            latents,
+            next_latents,
+            velocity,
+            old,
+            coefficients,
+            ratio_norm=args.ratio_norm,
+        )  # (B, K')
+        advantages = inputs["advantages"].to(device)[:, None]
+        objective = clipped_surrogate(ratio, advantages, self._flow_epsilon).mean()
+        loss = args.flow_weight * objective
+        metrics = {
+            "flow/loss": objective,
+            "flow/ratio_mean": ratio.exp().mean(),
+            "flow/log_ratio_std": ratio.std(correction=0),
+            "flow/clip_frac": (torch.expm1(ratio).abs() > self._flow_epsilon)
+            .float()
+            .mean(),
+        }
+        if self._regularized:
+            reference = inputs["flow_reference_velocities"][:, steps].to(device)
+            regularizer = self._regularizer(
+                velocity, reference, coefficients, next_times - times
+            )
+            self._trust.regularizer(regularizer)
+            loss = loss + self._regularizer_weight * regularizer
+            metrics[f"flow/{args.flow_regularizer}"] = regularizer
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(
+                self.accelerator.gather(value.detach()).mean().item()
+            )
+        return loss
+
+    def _regularizer(
+        self, velocity: Tensor, reference: Tensor, coefficients: Any, dt: Tensor
+    ) -> Tensor:
+        """Mean over samples, steps and numbers of the distance to the reference model."""
+        kind = self.args.flow_regularizer
+        if kind == "velocity_mse":
+            return velocity_mse(velocity, reference, num_batch_dims=2).mean()
+        form = "exact" if kind == "latent_kl" else "flow_grpo"
+        return latent_kl(
+            velocity, reference, coefficients, num_batch_dims=2, form=form, dt=dt
+        ).mean()
+
+    # 6. Optimizer
+
+    def create_optimizer(self, model=None):
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            split_groups(
+                self.unified, self.model, optimizer, self.args.image_learning_rate
+            )
+        return optimizer
+
+    def _clip_grad_norm(self, model):
+        norms = {
+            name: self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+            for name, parameters in parameters_by_expert(
+                self.unified, self.model
+            ).items()
+        }
+        for name, norm in norms.items():
+            self._metrics["train"][f"grad_norm/{name}"].append(float(norm))
+        return torch.stack([torch.as_tensor(norm) for norm in norms.values()]).norm()
+
+    def _get_learning_rate(self):
+        # Called between the optimizer's step and the scheduler's: these are the rates that were used.
+        groups = self.optimizer.param_groups
+        self._learning_rates = {
+            f"learning_rate/{group['name']}": group["lr"]
+            for group in groups
+            if "name" in group
+        }
+        return super()._get_learning_rate()
+
+    # Evaluation, logs and checkpoints
+
+    def evaluate(self, *args, **kwargs):
+        self._eval_rows = 0  # the same noise in every evaluation
+        return super().evaluate(*args, **kwargs)
+
+    def log(self, logs, start_time=None):
+        if "learning_rate" in logs:
+            logs.update(self._learning_rates)
+        super().log(logs, start_time)
+        if (
+            self._images
+            and self.args.log_completions_images
+            and self.accelerator.is_main_process
+        ):
+            columns = {
+                "prompt": list(self._logs["prompt"]),
+                "completion": list(self._logs["completion"]),
+                **{
+                    name: list(values) for name, values in self._logs["rewards"].items()
+                },
+                "advantage": list(self._logs["advantages"]),
+            }
+            write_completion_images(
+                self.args.output_dir, self.state.global_step, columns, self._images
+            )
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = (
+            Path(self._get_output_dir(trial=trial))
+            / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        )
+        passes_left = self._step % (
+            self.args.steps_per_generation * self.num_iterations
+        )
+        save_rollouts(
+            folder,
+            self.accelerator.process_index,
+            self._step,
+            self._buffered_inputs if passes_left else None,
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        state = (
+            None
+            if checkpoint is None
+            else load_rollouts(checkpoint, self.accelerator.process_index)
+        )
+        if state is not None:
+            self._step, self._buffered_inputs = state
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            rewrite_quick_start(
+                Path(self.args.output_dir) / "README.md",
+                self.hub_model_id or self.args.output_dir,
+            )
