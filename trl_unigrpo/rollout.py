@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flow import ode_transition, step, transition
+from .flow import Transition, ode_transition, step, transition
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,7 @@ class RolloutPlan:
 
     def rows(self, chunk: slice) -> "RolloutPlan":
         """The plan of some of the samples."""
-        return (
-            self
-            if self.windows is None or self.windows.ndim == 1
-            else replace(self, windows=self.windows[chunk])
-        )
+        return self if self.windows is None or self.windows.ndim == 1 else replace(self, windows=self.windows[chunk])
 
 
 @dataclass
@@ -89,59 +85,63 @@ def sample_latents(
         device: where the states live.
     """
     batch_size, nodes = len(generators), plan.timesteps.double().cpu()
-    windows = torch.empty(0, dtype=torch.long) if plan.windows is None else plan.windows
-    stochastic = torch.zeros(batch_size, len(nodes) - 1, dtype=torch.bool)
-    stochastic.scatter_(1, windows.expand(batch_size, -1), True)
+    stochastic = stochastic_steps(plan.windows, batch_size, len(nodes) - 1)
 
-    def noise(rows: Tensor) -> Tensor:
+    def noise(rows: list[int]) -> Tensor:
         drawn = torch.zeros(batch_size, *shape)
-        for row in rows.nonzero().flatten().tolist():
+        for row in rows:
             drawn[row] = torch.randn(shape, generator=generators[row])
         return drawn.to(device)
 
-    latents = noise(torch.ones(batch_size, dtype=torch.bool))
-    recorded = []
-    for i, (t, t_next) in enumerate(zip(nodes[:-1], nodes[1:], strict=True)):
-        times = t.float().to(device).expand(batch_size)
-        predicted = velocity(latents, times).float()
-        now = stochastic[:, i]
-        if now.any():
+    latents = noise(list(range(batch_size)))
+    indices: list[list[int]] = [[] for _ in range(batch_size)]
+    recorded: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(batch_size)]
+    for i in range(len(nodes) - 1):
+        t, t_next = nodes[i], nodes[i + 1]
+        predicted = velocity(latents, t.float().to(device).expand(batch_size)).float()
+        coefficients, rows = ode_transition(t, t_next), stochastic[:, i].nonzero().flatten().tolist()
+        if rows:
             noisy = transition(plan.sde_type, t, t_next, plan.noise_level, nodes[1])
-            plain = ode_transition(t, t_next)
-            coefficients = type(noisy)(
-                *(
-                    torch.where(now, a, b).to(device)
-                    for a, b in zip(noisy, plain, strict=True)
-                )
-            )
-            following, _ = step(latents, predicted, coefficients, noise(now))
-            recorded.append((i, latents, following, predicted))
-        else:
-            following, _ = step(
-                latents, predicted, ode_transition(t.to(device), t_next.to(device))
-            )
+            mixed = (torch.where(stochastic[:, i], a, b) for a, b in zip(noisy, coefficients, strict=True))
+            coefficients = Transition(*mixed)
+        following, _ = step(latents, predicted, coefficients, noise(rows) if rows else None)
+        for row in rows:
+            indices[row].append(i)
+            recorded[row].append((latents[row], following[row], predicted[row]))
         latents = following
 
     records = []
     for row in range(batch_size):
-        steps = [entry for entry in recorded if stochastic[row, entry[0]]]
-        index = torch.tensor([entry[0] for entry in steps], dtype=torch.long)
-        before, after, predicted = (
-            torch.stack([entry[j][row] for entry in steps])
-            if steps
-            else torch.zeros(0, *shape, device=device)
-            for j in (1, 2, 3)
-        )
+        index = torch.tensor(indices[row], dtype=torch.long)
+        states = list(zip(*recorded[row], strict=True)) or [(), (), ()]
+        before, after, velocities = (torch.stack(x) if x else latents.new_zeros(0, *shape) for x in states)
         records.append(
             FlowRecord(
-                final_latents=latents[row],
+                final_latents=latents[row].clone(),  # a view would keep, and save, the whole batch
                 context=contexts[row],
                 image_size=plan.image_size,
                 latents=before,
                 next_latents=after,
                 timesteps=nodes[index].float(),
                 next_timesteps=nodes[index + 1].float(),
-                velocities=predicted,
+                velocities=velocities,
             )
         )
     return records
+
+
+def stochastic_steps(windows: Tensor | None, batch_size: int, num_steps: int) -> Tensor:
+    """(B, N) True where a step of a sample is stochastic."""
+    stochastic = torch.zeros(batch_size, num_steps, dtype=torch.bool)
+    if windows is None:
+        return stochastic
+    if windows.ndim == 2 and len(windows) != batch_size:
+        raise ValueError(
+            f"Got {len(windows)} windows for {batch_size} samples: pass one (K,) for all, or one row each."
+        )
+    if windows.numel() and not 0 <= int(windows.min()) <= int(windows.max()) < num_steps:
+        raise ValueError(
+            f"The SDE window {windows.tolist()} reaches beyond the {num_steps} denoising steps, which count from 0. Narrow "
+            "`sde_window_range` or raise `num_inference_steps`."
+        )
+    return stochastic.scatter_(1, windows.cpu().expand(batch_size, -1), True)

@@ -15,6 +15,7 @@ from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "bagel"
 logging.disable_progress_bar()
+torch.set_num_threads(1)  # tensors are too small to be worth a second one
 
 
 @pytest.fixture(scope="session")

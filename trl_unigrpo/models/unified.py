@@ -8,11 +8,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..rollout import FlowRecord, RolloutPlan, sample_latents
@@ -65,7 +68,11 @@ class FlowInputs:
     velocity: Tensor | None = None
 
 
-class UnifiedModelMixin:
+# What the mixin is mixed into; a base class in the eyes of the type checker alone.
+_Base: Any = PreTrainedModel if TYPE_CHECKING else object
+
+
+class UnifiedModelMixin(_Base):
     """
     Mixin of a transformers `PreTrainedModel` with `GenerationMixin` that also paints.
 
@@ -80,13 +87,17 @@ class UnifiedModelMixin:
     chat_template: str | None = None
     """Chat template that the model was trained with, where its tokenizer brings none or another; None to keep that."""
 
-    suppressed_token_ids: Sequence[int] = ()
-    """Tokens never sampled in a thinking."""
+    _reference: Any = None
 
-    default_system_prompt: str | None = None
-    """System prompt put before prompts that bring none, or None."""
+    @property
+    def suppressed_token_ids(self) -> Sequence[int]:
+        """Tokens never sampled in a thinking."""
+        return ()
 
-    _reference: nn.Module | None = None
+    @property
+    def default_system_prompt(self) -> str | None:
+        """System prompt put before prompts that bring none, or None."""
+        return None
 
     # What a model brings
 
@@ -146,7 +157,8 @@ class UnifiedModelMixin:
         return self._call_backbone
 
     def _call_backbone(self, *args: Any, flow: FlowInputs | None = None, **kwargs: Any) -> UnifiedOutput:
-        outputs = self.backbone(*args, flow=flow, **kwargs)
+        kwargs["flow"] = flow
+        outputs = self.backbone(*args, **kwargs)
         if flow is not None:
             flow.velocity = outputs.velocity
         return outputs
@@ -166,15 +178,16 @@ class UnifiedModelMixin:
         """
         shape = self.latent_shape(plan.image_size)
         rows = self.context_ids(conditioning)
-        records = []
-        for start in range(0, len(rows), plan.batch_size or len(rows)):
-            chunk = slice(start, start + (plan.batch_size or len(rows)))
+        if len(generators) != len(rows):
+            raise ValueError(f"Got {len(generators)} generators for {len(rows)} samples: pass one per sample.")
+        records: list[FlowRecord] = []
+        size = plan.batch_size or max(1, len(rows))
+        for start in range(0, len(rows), size):
+            chunk = slice(start, start + size)
             ids, lengths = pad_contexts(rows[chunk], self.device)
             context = self.encode_context(ids, lengths)
             records += sample_latents(
-                lambda latents, timesteps, context=context: self.predict_velocity(
-                    context, latents, timesteps, plan.image_size
-                ),
+                partial(self.predict_velocity, context, image_size=plan.image_size),
                 shape=shape,
                 plan=plan.rows(chunk),
                 generators=generators[chunk],
@@ -199,18 +212,19 @@ class UnifiedModelMixin:
         """
         Yield `(k, velocity)` of every recorded step k, velocity (B, *latent) with gradient, one forward each.
 
-        The plain route of models that can't pack; the context is encoded anew for each step, so that each velocity can be
-        back-propagated, and its memory freed, before the next is asked for.
+        The plain route of models that can't pack. A context with gradient is encoded anew for each step, so that each
+        velocity can be back-propagated, and its memory freed, before the next is asked for.
         """
-        flow = self.flow_inputs(records, context_grad)
+        flow, context = self.flow_inputs(records, context_grad), None
         for k in range(flow.latents.shape[1]):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and context_grad):
-                context = self.encode_context(flow.context_ids, flow.context_lengths)
+            if context is None or context_grad:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and context_grad):
+                    context = self.encode_context(flow.context_ids, flow.context_lengths)
             yield k, self.predict_velocity(context, flow.latents[:, k], flow.timesteps[:, k], flow.image_size)
 
     def keep_reference(self, reference: nn.Module) -> None:
         """Keep a frozen copy as the reference of a fully fine-tuned model. It is no submodule: never saved or trained."""
-        object.__setattr__(self, "_reference", reference.requires_grad_(False))
+        object.__setattr__(self, "_reference", reference.requires_grad_(False).eval())
 
     @contextmanager
     def reference(self) -> Iterator["UnifiedModelMixin"]:
@@ -221,24 +235,27 @@ class UnifiedModelMixin:
         if self._reference is not None:
             yield self._reference
             return
-        layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        # Adapters, and the trained copies of whole modules (`modules_to_save`).
+        layers = [
+            module for module in self.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        ]
         if not layers:
             raise RuntimeError(
                 "No reference model: the model has no adapters and no frozen copy. Call `keep_reference` first."
             )
         trainable = {parameter: parameter.requires_grad for parameter in self.parameters()}
-        active = {layer: list(layer.active_adapters) for layer in layers}
+        before = {layer: (list(layer.active_adapters), not layer.disable_adapters) for layer in layers}
         try:
             for layer in layers:
-                if "ref" in layer.r:
+                has_reference = "ref" in layer._get_available_adapters()
+                layer.enable_adapters(has_reference)
+                if has_reference:
                     layer.set_adapter("ref")
-                else:
-                    layer.enable_adapters(False)
             yield self
         finally:
-            for layer in layers:
-                layer.enable_adapters(True)
-                layer.set_adapter(active[layer])
+            for layer, (active, enabled) in before.items():
+                layer.set_adapter(active)
+                layer.enable_adapters(enabled)
             # PEFT marks every weight of an adapter as trainable when it is switched on again.
             for parameter, requires_grad in trainable.items():
                 parameter.requires_grad_(requires_grad)

@@ -90,7 +90,7 @@ def attend_streams(
         outputs.append(
             attend(und[0][:, :, :num_text], text_k, text_v, layout.text_mask, is_causal=plain and num_text > 1)
         )
-    if not images:
+    if gen is None:
         return outputs[0], None, text_k, text_v
 
     if layout.context is not None:

@@ -2,12 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 
 AUTOENCODER_WEIGHTS = "ae.safetensors"
@@ -28,8 +29,8 @@ _RENAMES = [
 
 class LatentCodec:
     """
-    Turns images into image tokens and back. Not a module: the VAE is frozen, and never part of what is trained or saved
-    with the model's weights.
+    Turns images into image tokens and back. Not a module: the VAE is frozen, never part of what is trained or saved with
+    the model's weights, and shared by all copies of a model.
 
     Args:
         vae: diffusers' `AutoencoderKL` or anything with its interface.
@@ -37,10 +38,13 @@ class LatentCodec:
         patch_size: side of the square of latents that makes one token.
     """
 
-    def __init__(self, vae: nn.Module, config: dict, patch_size: int = 1):
+    def __init__(self, vae: Any, config: dict, patch_size: int = 1):
         self.vae = vae.eval().requires_grad_(False)
         self.config = config
         self.patch_size = patch_size
+
+    def __deepcopy__(self, memo: dict) -> "LatentCodec":
+        return self
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -70,14 +74,13 @@ class LatentCodec:
 
     def save(self, folder: str | Path) -> None:
         """Write `ae.safetensors`, with the names of the released file."""
-        state = {name: tensor.contiguous().cpu() for name, tensor in self.vae.state_dict().items()}
+        state = self.vae.state_dict()
         if isinstance(self.vae, AutoencoderKL):
-            names = official_names(self.vae)
-            shapes = {
-                names[name]: (tensor[..., None, None] if _is_convolution(names[name], tensor) else tensor)
-                for name, tensor in state.items()
-            }
-            state = {name: tensor.contiguous() for name, tensor in shapes.items()}
+            state = {official: state[name] for name, official in official_names(self.vae).items()}
+            # The released attention is written with 1 x 1 convolutions, diffusers' with linear layers.
+            linear = re.compile(r"attn_1\.(q|k|v|proj_out)\.weight$")
+            state = {name: x[..., None, None] if linear.search(name) else x for name, x in state.items()}
+        state = {name: x.contiguous().cpu() for name, x in state.items()}
         save_file(state, Path(folder) / AUTOENCODER_WEIGHTS, metadata={"format": "pt"})
 
     @classmethod
@@ -90,21 +93,28 @@ class LatentCodec:
         """
         vae = build_vae(config)
         names = official_names(vae) if isinstance(vae, AutoencoderKL) else {name: name for name in vae.state_dict()}
-        stored = load_file(file)
-        missing, extra = sorted(set(names.values()) - set(stored)), sorted(set(stored) - set(names.values()))
-        if missing or extra:
+        stored, target = load_file(file), vae.state_dict()
+        problems = {
+            "missing": set(names.values()) - set(stored),
+            "left over": set(stored) - set(names.values()),
+            # Sizes, not shapes: see `save`.
+            "of another size": {
+                official
+                for name, official in names.items()
+                if official in stored and stored[official].numel() != target[name].numel()
+            },
+        }
+        if any(problems.values()):
+            found = "; ".join(f"{kind}: {', '.join(sorted(keys)[:6])}" for kind, keys in problems.items() if keys)
             raise ValueError(
-                f"{file} is not the VAE of its configuration. Missing: {missing[:8]}. Left over: {extra[:8]}."
+                f"{file} is not the VAE that `vae_config` describes: {found}. Check that the file is complete and that "
+                "`config.json` belongs to it."
             )
-        target = vae.state_dict()
-        wrong = [name for name, official in names.items() if stored[official].numel() != target[name].numel()]
-        if wrong:
-            raise ValueError(f"{file} has tensors of other sizes than its configuration says: {wrong[:8]}.")
         vae.load_state_dict({name: stored[official].reshape(target[name].shape) for name, official in names.items()})
         return cls(vae, config, patch_size)
 
 
-def build_vae(config: dict) -> nn.Module:
+def build_vae(config: dict) -> Any:
     """The VAE of a configuration, with random weights."""
     if config.get("_class_name") == "PatchAutoencoderKL":
         from ..patch_autoencoder import PatchAutoencoderKL
@@ -126,7 +136,7 @@ def build_vae(config: dict) -> nn.Module:
     )
 
 
-def official_names(vae: AutoencoderKL) -> dict[str, str]:
+def official_names(vae: Any) -> dict[str, str]:
     """The name in the released file of every tensor of diffusers' module."""
     blocks = len(vae.config.block_out_channels)
 
@@ -138,8 +148,3 @@ def official_names(vae: AutoencoderKL) -> dict[str, str]:
         return re.sub(r"(up\.\d+)\.resnets\.(\d+)\.", r"\1.block.\2.", name).replace(".upsamplers.0.", ".upsample.")
 
     return {name: rename(name) for name in vae.state_dict()}
-
-
-def _is_convolution(official: str, tensor: Tensor) -> bool:
-    """The released attention is written with 1 x 1 convolutions, diffusers' with linear layers."""
-    return bool(re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", official)) and tensor.ndim == 2

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig, Qwen2Config
 from transformers.utils import cached_file
@@ -21,13 +21,17 @@ RELEASED_VAE = {
     "shift_factor": 0.1159,
 }
 RELEASED_WEIGHTS = "ema.safetensors"
+# What `from_pretrained` passes to look for files, beside attributes of the configuration.
+_DOWNLOAD_ARGUMENTS = (
+    *("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder"),
+    *("trust_remote_code", "_from_auto", "_from_pipeline", "_commit_hash"),
+)
 SPECIAL_TOKENS = {
     "im_start_token_id": "<|im_start|>",
     "im_end_token_id": "<|im_end|>",
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
-
 
 THINK_SYSTEM_PROMPT = (
     "You should first think about the planning process in the mind and then generate the image. \nThe planning process is "
@@ -63,10 +67,10 @@ class BagelConfig(PreTrainedConfig):
     """
 
     model_type = "bagel"
-    sub_configs = {"llm_config": Qwen2Config}
+    sub_configs: ClassVar[dict[str, type]] = {"llm_config": Qwen2Config}
 
-    llm_config: dict[str, Any] | PreTrainedConfig | None = None
-    vae_config: dict[str, Any] | None = None
+    llm_config: Any = None
+    vae_config: Any = None
     vit_config: dict[str, Any] | None = None
     latent_patch_size: int = 2
     max_latent_size: int = 64
@@ -108,34 +112,56 @@ class BagelConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """Assemble the dictionary from `config.json` or, for a released folder, from its separate files."""
-        source = pretrained_model_name_or_path
-        hub = {
-            key: kwargs.get(key) for key in ("cache_dir", "revision", "token", "local_files_only") if kwargs.get(key)
-        }
-
-        def read(name: str) -> dict[str, Any] | None:
-            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
-            return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-
-        if read("config.json") is None:
-            config_dict, unused = {}, {key: value for key, value in kwargs.items() if key not in hub}
+        source, hub = pretrained_model_name_or_path, hub_arguments(kwargs)
+        config_dict: dict[str, Any] = {}
+        if _read_json(source, "config.json", hub) is not None:
+            config_dict, kwargs = super().get_config_dict(source, **kwargs)
         else:
-            config_dict, unused = super().get_config_dict(source, **kwargs)
+            kwargs = {key: value for key, value in kwargs.items() if key not in _DOWNLOAD_ARGUMENTS}
+        return cls._complete(config_dict, source, hub), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # transformers' auto classes read `config.json` only, and say where it lies in `name_or_path`.
+        if "llm_config" not in config_dict and kwargs.get("name_or_path"):
+            config_dict = cls._complete(config_dict, kwargs["name_or_path"], {})
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def _complete(cls, config_dict: dict[str, Any], source: str | Path, hub: dict[str, Any]) -> dict[str, Any]:
+        """Add what a released folder keeps in other files than `config.json`."""
         if "llm_config" in config_dict:
-            return config_dict, unused
-        llm_config = read("llm_config.json")
+            return config_dict
+        llm_config = _read_json(source, "llm_config.json", hub)
         if llm_config is None:
             raise FileNotFoundError(
-                f"{source!r} is not a BAGEL checkpoint: expected `llm_config.json`, or a `config.json` with an `llm_config` entry. "
-                "Pass the folder or the hub id of a released BAGEL, or a folder written by `save_pretrained`."
+                f"{str(source)!r} is not a BAGEL checkpoint: expected `llm_config.json`, or a `config.json` with an "
+                "`llm_config` entry. Pass the folder or the hub id of a released BAGEL, or a folder written by "
+                "`save_pretrained`."
             )
-        names = {
-            token["content"]: int(i)
-            for i, token in (read("tokenizer_config.json") or {}).get("added_tokens_decoder", {}).items()
+        tokenizer = _read_json(source, "tokenizer_config.json", hub) or {}
+        names = {token["content"]: int(i) for i, token in tokenizer.get("added_tokens_decoder", {}).items()}
+        # Left out: what describes the official classes, and the type that a file was once saved in.
+        ignored = ("architectures", "visual_gen", "visual_und", "dtype", "torch_dtype")
+        return {
+            **{key: value for key, value in config_dict.items() if key not in ignored},
+            **{key: names[token] for key, token in SPECIAL_TOKENS.items() if token in names},
+            "llm_config": llm_config,
+            "vit_config": _read_json(source, "vit_config.json", hub),
+            "transformers_weights": RELEASED_WEIGHTS,
         }
-        special = {key: names[token] for key, token in SPECIAL_TOKENS.items() if token in names}
-        for key in ("architectures", "visual_gen", "visual_und", "dtype", "torch_dtype"):
-            config_dict.pop(key, None)
-        vit_config = read("vit_config.json")
-        released = {"llm_config": llm_config, "vit_config": vit_config, "transformers_weights": RELEASED_WEIGHTS}
-        return {**config_dict, **special, **released}, unused
+
+
+def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where on the hub a file lies."""
+    return {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if kwargs.get(key)}
+
+
+def _read_json(source: str | Path, name: str, hub: dict[str, Any]) -> dict[str, Any] | None:
+    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        return None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Download or save the checkpoint again.") from error

@@ -14,6 +14,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import Layout, attend_streams
 
 
+def head_size(config: Qwen2Config) -> int:
+    """D, the size of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 class BagelRMSNorm(nn.Module):
     """Root-mean-square norm, computed in float32 and scaled in the input's dtype."""
 
@@ -38,16 +43,22 @@ class BagelMLP(nn.Module):
 
 
 class BagelAttention(nn.Module):
+    """Projections of the two experts around one shared attention."""
+
+    o_proj: nn.Linear
+    o_proj_moe_gen: nn.Linear
+
     def __init__(self, config: Qwen2Config, layer: int):
         super().__init__()
         self.layer = layer
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = head_size(config)
+        width, query_width = config.hidden_size, config.num_attention_heads * self.head_dim
+        key_width = (config.num_key_value_heads or config.num_attention_heads) * self.head_dim
         for suffix in ("", "_moe_gen"):
-            self.add_module(f"q_proj{suffix}", nn.Linear(width, heads * self.head_dim))
-            self.add_module(f"k_proj{suffix}", nn.Linear(width, kv_heads * self.head_dim))
-            self.add_module(f"v_proj{suffix}", nn.Linear(width, kv_heads * self.head_dim))
-            self.add_module(f"o_proj{suffix}", nn.Linear(heads * self.head_dim, width, bias=False))
+            self.add_module(f"q_proj{suffix}", nn.Linear(width, query_width))
+            self.add_module(f"k_proj{suffix}", nn.Linear(width, key_width))
+            self.add_module(f"v_proj{suffix}", nn.Linear(width, key_width))
+            self.add_module(f"o_proj{suffix}", nn.Linear(query_width, width, bias=False))
             self.add_module(f"q_norm{suffix}", BagelRMSNorm(self.head_dim, config.rms_norm_eps))
             self.add_module(f"k_norm{suffix}", BagelRMSNorm(self.head_dim, config.rms_norm_eps))
 
@@ -69,7 +80,18 @@ class BagelAttention(nn.Module):
 
 
 class BagelLayer(GradientCheckpointingLayer):
-    """One decoder layer over the two streams; returns the text's keys and values beside the streams."""
+    """
+    One decoder layer over the two streams; returns the text's keys and values beside the streams.
+
+    Under gradient checkpointing a cache passed by name would be dropped, silently wrong in `generate`: pass it by position.
+    """
+
+    mlp: BagelMLP
+    mlp_moe_gen: BagelMLP
+    input_layernorm: BagelRMSNorm
+    input_layernorm_moe_gen: BagelRMSNorm
+    post_attention_layernorm: BagelRMSNorm
+    post_attention_layernorm_moe_gen: BagelRMSNorm
 
     def __init__(self, config: Qwen2Config, layer: int):
         super().__init__()
@@ -106,7 +128,8 @@ class BagelTimeEmbedder(nn.Module):
         half = self.frequencies // 2
         scale = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
         angles = t.float()[..., None] * scale
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
 
 
 class BagelPositionTable(nn.Module):
@@ -144,7 +167,8 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
     """Cosines and sines (B, 1, S, D) of the rotary embedding at integer positions (B, S), computed in float32."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions[:, None, :, None].float() * frequencies
-    return tuple(torch.cat([table, table], dim=-1).to(dtype) for table in (angles.cos(), angles.sin()))
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -13,9 +13,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..unified import Conditioning, FlowInputs, UnifiedModelMixin, UnifiedOutput
 from .attention import Context, Layout
-from .autoencoder import LatentCodec
+from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
 from .configuration import BagelConfig
-from .layers import BagelLayer, BagelPositionTable, BagelRMSNorm, BagelTimeEmbedder, rotary_tables
+from .layers import BagelLayer, BagelPositionTable, BagelRMSNorm, BagelTimeEmbedder, head_size, rotary_tables
 from .loading import load_checkpoint
 
 
@@ -37,6 +37,7 @@ class BagelDecoder(nn.Module):
         self.norm = BagelRMSNorm(llm.hidden_size, llm.rms_norm_eps)
         self.norm_moe_gen = BagelRMSNorm(llm.hidden_size, llm.rms_norm_eps)
         self.theta = llm.rope_parameters["rope_theta"]
+        self.head_dim = head_size(llm)
 
     def forward(
         self,
@@ -52,12 +53,13 @@ class BagelDecoder(nn.Module):
 
         Returns the normalised streams and every layer's keys and values of the text.
         """
-        head_dim = self.layers[0].self_attn.head_dim
-        rotary_und = rotary_tables(positions_und, head_dim, self.theta, und.dtype)
-        rotary_gen = None if gen is None else rotary_tables(positions_gen, head_dim, self.theta, gen.dtype)
+        rotary_und = rotary_tables(positions_und, self.head_dim, self.theta, und.dtype)
+        rotary_gen = None
+        if gen is not None and positions_gen is not None:
+            rotary_gen = rotary_tables(positions_gen, self.head_dim, self.theta, gen.dtype)
         keys, values = [], []
         for layer in self.layers:
-            und, gen, k, v = layer(und, gen, rotary_und, rotary_gen, layout, past_key_values=past_key_values)
+            und, gen, k, v = layer(und, gen, rotary_und, rotary_gen, layout, past_key_values)
             keys.append(k)
             values.append(v)
         return self.norm(und), None if gen is None else self.norm_moe_gen(gen), keys, values
@@ -70,7 +72,7 @@ class BagelLanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.llm_config.hidden_size, config.llm_config.vocab_size, bias=False)
 
 
-class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMixin):
+class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """
     BAGEL with its text and its image-generation paths.
 
@@ -83,10 +85,10 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("BagelLayer",)
+    _no_split_modules = ["BagelLayer"]  # noqa: RUF012 - as transformers declares it
     _supports_sdpa = True
     # The understanding tower of a released checkpoint: not built here.
-    _keys_to_ignore_on_load_unexpected = (r"^vit_model\.", r"^connector\.", r"^vit_pos_embed\.")
+    _keys_to_ignore_on_load_unexpected = [r"^vit_model\.", r"^connector\.", r"^vit_pos_embed\."]  # noqa: RUF012
 
     packs_velocities = True
     chat_template = CHAT_TEMPLATE
@@ -139,12 +141,12 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         return self.language_model.model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.model.embed_tokens = value
+        self.language_model.model.add_module("embed_tokens", value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         self.language_model.lm_head = value
 
     def forward(
@@ -170,17 +172,34 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         batch, length = input_ids.shape
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.llm_config)
+        if past_key_values is not None and self._recomputes():
+            raise ValueError(
+                "A cache can't be written while gradient checkpointing recomputes layers: call under torch.no_grad(), with "
+                "use_cache=False, or after gradient_checkpointing_disable()."
+            )
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if attention_mask is None:
             attention_mask = input_ids.new_ones(batch, past + length)
         if position_ids is None:
             position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
+        copies = None
+        if past == 0 and isinstance(past_key_values, DynamicCache):
+            # The prompts of a group are equal: each is prefilled once.
+            rows = torch.cat([input_ids, attention_mask, position_ids.expand(batch, -1)], dim=1)
+            rows, copies = rows.unique(dim=0, return_inverse=True)
+            input_ids, attention_mask, position_ids = rows.chunk(3, dim=1)
         layout = Layout(num_text=length, text_mask=causal_mask(attention_mask.bool(), length))
         hidden, _, _, _ = self.language_model.model(
             self.get_input_embeddings()(input_ids), None, position_ids, None, layout, past_key_values
         )
         logits = self.language_model.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        if copies is not None and past_key_values is not None:
+            past_key_values.batch_select_indices(copies)
+            logits = logits[copies]
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+    def _recomputes(self) -> bool:
+        return self.training and torch.is_grad_enabled() and self.is_activation_checkpointing
 
     def backbone(
         self,
@@ -202,22 +221,19 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         # Rows are moved to the left, where neither positions nor the causal mask need to know of padding.
-        start, lengths = attention_mask.argmax(1), attention_mask.sum(1)
+        start, lengths = attention_mask.long().argmax(1), attention_mask.sum(1)
         if flow is not None:
             lengths = torch.maximum(lengths, flow.context_lengths)
         column = torch.arange(int(lengths.max()), device=input_ids.device)
         ids = input_ids.gather(1, (start[:, None] + column).clamp(max=input_ids.shape[1] - 1))
         if flow is not None:
             # The context is the row itself, and the token that closes a thinking that ran out of length.
-            context = nn.functional.pad(flow.context_ids, (0, max(0, len(column) - flow.context_ids.shape[1])))[
-                :, : len(column)
-            ]
+            context = flow.context_ids.gather(1, column.clamp(max=flow.context_ids.shape[1] - 1).expand_as(ids))
             ids = torch.where(column < flow.context_lengths[:, None], context, ids)
         hidden, velocity = self._packed(ids, flow)
         back = (torch.arange(input_ids.shape[1], device=ids.device) - start[:, None]).clamp(0, len(column) - 1)
-        return UnifiedOutput(
-            last_hidden_state=hidden.gather(1, back[..., None].expand(-1, -1, hidden.shape[-1])), velocity=velocity
-        )
+        hidden = hidden.gather(1, back[..., None].expand(-1, -1, hidden.shape[-1]))
+        return UnifiedOutput(last_hidden_state=hidden, velocity=velocity)
 
     # Images
 
@@ -242,7 +258,9 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         return self.llm2vae(gen).float()
 
     def predict_velocities(self, flow: FlowInputs) -> Tensor:
-        return self._packed(flow.context_ids, flow)[1]
+        _, velocity = self._packed(flow.context_ids, flow)
+        assert velocity is not None
+        return velocity
 
     def _packed(self, ids: Tensor, flow: FlowInputs | None) -> tuple[Tensor, Tensor | None]:
         """Hidden states of left-aligned text rows (B, T, H) and, beside them, the velocities of K images each."""
@@ -281,9 +299,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
 
     def _empty_context(self, lengths: Tensor) -> Context:
         llm, weight = self.config.llm_config, self.vae2llm.weight
-        empty = weight.new_zeros(
-            len(lengths), llm.num_key_value_heads, 0, self.language_model.model.layers[0].self_attn.head_dim
-        )
+        empty = weight.new_zeros(len(lengths), llm.num_key_value_heads, 0, self.language_model.model.head_dim)
         return Context([empty] * llm.num_hidden_layers, [empty] * llm.num_hidden_layers, lengths, None)
 
     def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -311,7 +327,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         return rows
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        self._grid(tuple(pixels.shape[-2:]))
+        self._grid((pixels.shape[-2], pixels.shape[-1]))
         return self._codec().encode(pixels)
 
     def decode_latents(
@@ -322,7 +338,8 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
     def _codec(self) -> LatentCodec:
         if self.codec is None:
             raise ValueError(
-                "This model has no VAE: load it with `from_pretrained`, or pass `codec=LatentCodec(...)`."
+                f"This model has no VAE: put `{AUTOENCODER_WEIGHTS}` into the folder that `from_pretrained` loads, or set "
+                "`model.codec = LatentCodec(...)`."
             )
         return self.codec
 
@@ -333,7 +350,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         return self.config.think_system_prompt
 
     @property
-    def suppressed_token_ids(self) -> list[int]:
+    def suppressed_token_ids(self) -> Sequence[int]:
         return [self.config.im_start_token_id, self.config.vision_start_token_id, self.config.vision_end_token_id]
 
     def is_image_parameter(self, name: str) -> bool:
