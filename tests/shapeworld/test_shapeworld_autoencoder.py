@@ -1,0 +1,98 @@
+"""The patch autoencoder, and its training on ShapeWorld."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+
+from trl_unigrpo.models import patch_autoencoder
+from trl_unigrpo.models.patch_autoencoder import PatchAutoencoderKL
+from trl_unigrpo.shapeworld.render import render_tensor
+from trl_unigrpo.shapeworld.train_autoencoder import evaluate_autoencoder, random_cells, train_autoencoder
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_autoencoder(steps=150, batch_size=24, seed=0)
+
+
+def test_shapes_and_interface():
+    vae = PatchAutoencoderKL()
+    assert vae.spatial_compression_ratio == 16
+    assert vae.config.latent_channels == 8
+    posterior = vae.encode(torch.zeros(2, 3, 48, 64)).latent_dist
+    assert posterior.mode().shape == posterior.sample().shape == (2, 8, 3, 4)
+    assert vae.decode(posterior.mode()).sample.shape == (2, 3, 48, 64)
+    assert vae.decode(posterior.mode(), return_dict=False)[0].shape == (2, 3, 48, 64)
+    assert vae.encode(torch.zeros(1, 3, 16, 16), return_dict=False)[0].mean.shape == (1, 8, 1, 1)
+    assert vae(torch.zeros(1, 3, 16, 32)).sample.shape == (1, 3, 16, 32)
+
+
+def test_other_sizes():
+    vae = PatchAutoencoderKL(1, 2, latent_channels=5, block_out_channels=(6, 7), strides=(3, 2))
+    assert vae.spatial_compression_ratio == 6
+    z = vae.encode(torch.zeros(1, 1, 12, 18)).latent_dist.mode()
+    assert z.shape == (1, 5, 2, 3)
+    assert vae.decode(z).sample.shape == (1, 2, 12, 18)
+    one = PatchAutoencoderKL(block_out_channels=(6,), strides=(8,))
+    assert one(torch.zeros(1, 3, 8, 16)).sample.shape == (1, 3, 8, 16)
+
+
+def test_encoder_sees_one_patch_only():
+    vae = PatchAutoencoderKL()
+    pictures = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    changed = pictures.clone()
+    changed[:, :, 16:32, 32:48] += 1
+    difference = (vae.encode(pictures).latent_dist.mode() - vae.encode(changed).latent_dist.mode()).abs().amax((0, 1))
+    assert (difference > 0).nonzero().tolist() == [[1, 2]]
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="40 x 48 pixels"):
+        PatchAutoencoderKL().encode(torch.zeros(1, 3, 40, 48))
+    with pytest.raises(ValueError, match="same length"):
+        PatchAutoencoderKL(strides=(4, 4))
+
+
+def test_saved_and_loaded(trained, tmp_path):
+    trained.save_pretrained(tmp_path)
+    loaded = PatchAutoencoderKL.from_pretrained(tmp_path)
+    assert loaded.config.scaling_factor == trained.config.scaling_factor != 1
+    pictures = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(loaded(pictures).sample, trained(pictures).sample)
+
+
+def test_training_beats_no_training(trained):
+    untrained, report = evaluate_autoencoder(PatchAutoencoderKL(), 64), evaluate_autoencoder(trained, 64)
+    assert report.pixel_error < 0.3 * untrained.pixel_error
+    assert report.cell_accuracy > 0.4 > untrained.cell_accuracy
+    assert report.noisy_cell_accuracy[0.5] <= report.cell_accuracy
+
+
+def test_scaled_latents_have_unit_variance(trained):
+    pictures = render_tensor(random_cells(np.random.default_rng(9), 512))
+    with torch.no_grad():
+        z = trained.encode(pictures).latent_dist.sample(torch.Generator().manual_seed(0))
+    scaled = trained.config.scaling_factor * (z - trained.config.shift_factor)
+    assert abs(scaled.mean().item()) < 0.05 and scaled.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_training_is_deterministic_and_leaves_the_global_state_alone():
+    before = torch.random.get_rng_state()
+    one, same, other = (train_autoencoder(steps=3, seed=seed) for seed in (7, 7, 8))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for a, b, c in zip(one.parameters(), same.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+    assert one.config.scaling_factor == same.config.scaling_factor
+
+
+def test_random_scenes_cover_everything():
+    cells = random_cells(np.random.default_rng(0), 4000)
+    assert np.unique(cells).tolist() == list(range(31))
+    np.testing.assert_allclose((cells > 0).mean(0), 0.5, atol=0.05)
+    assert set(np.unique((cells > 0).sum(1))) == set(range(10))
+
+
+def test_the_autoencoder_knows_no_world():
+    assert "shapeworld" not in inspect.getsource(patch_autoencoder).lower()

@@ -1,0 +1,1 @@
+"""ShapeWorld: a built-in world of coloured shapes, with prompts, a renderer, and a rule that scores pictures."""

@@ -1,0 +1,79 @@
+"""Plans: the thinking text of ShapeWorld, as "<think> red circle top-left blue square center </think>"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from trl_unigrpo.shapeworld.verifier import ScoreArray, score
+from trl_unigrpo.shapeworld.world import (
+    COLORS,
+    EMPTY,
+    MAX_OBJECTS,
+    NUM_CELLS,
+    PLACES,
+    SHAPES,
+    THINK_END,
+    THINK_START,
+    IntArray,
+    PromptSpec,
+    cell_code,
+)
+
+
+PlannedObject = tuple[str, str, str]
+"""(color, shape, place), all words of the vocabulary."""
+
+
+def format_plan(plan: Sequence[PlannedObject]) -> str:
+    """The thinking text of a plan."""
+    return " ".join([THINK_START, *(word for planned in plan for word in planned), THINK_END])
+
+
+def parse_plan(text: str) -> list[PlannedObject] | None:
+    """The inverse of `format_plan`; `None` if the text is no plan, or plans two objects for one place.
+
+    At most `MAX_OBJECTS` objects make a plan; none at all (an empty thought) are one too.
+    """
+    words = text.split()
+    if len(words) < 2 or words[0] != THINK_START or words[-1] != THINK_END or len(words) % 3 != 2:
+        return None
+    body = words[1:-1]
+    plan = list(zip(body[0::3], body[1::3], body[2::3], strict=True))
+    valid = all(color in COLORS and shape in SHAPES and place in PLACES for color, shape, place in plan)
+    distinct = len({place for _, _, place in plan}) == len(plan)
+    return plan if valid and distinct and len(plan) <= MAX_OBJECTS else None
+
+
+def plan_cells(plan: Sequence[PlannedObject]) -> IntArray:
+    """The cells (9,) of the picture that the plan describes."""
+    cells = np.full(NUM_CELLS, EMPTY, dtype=np.int64)
+    for color, shape, place in plan:
+        cells[PLACES.index(place)] = cell_code(color, shape)
+    return cells
+
+
+def score_plans(specs: Sequence[PromptSpec], completions: Sequence[str]) -> ScoreArray:
+    """(B,) in [0, 1]: the score that a picture painted exactly as planned would get; 0 for a text that is no plan."""
+    plans = [parse_plan(text) for text in completions]
+    cells = np.stack([plan_cells(plan or []) for plan in plans]) if plans else np.zeros((0, NUM_CELLS), dtype=np.int64)
+    readable = np.array([plan is not None for plan in plans], dtype=np.float64)
+    return score(specs, cells).score * readable
+
+
+def plan_faithfulness(completions: Sequence[str], cells: IntArray) -> tuple[ScoreArray, ScoreArray]:
+    """Compares B plans with the cells (B, 9) of their pictures.
+
+    Returns:
+        (B,) 1 where the picture is exactly the planned one, else 0; and (B,) the share of the planned objects that
+        were painted in their place, colour and shape. Both are NaN where there is no plan to compare with.
+    """
+    exact, objects = np.full(len(cells), np.nan), np.full(len(cells), np.nan)
+    for row, text in enumerate(completions):
+        plan = parse_plan(text)
+        if plan:
+            planned = plan_cells(plan)
+            exact[row] = float((planned == cells[row]).all())
+            objects[row] = float((planned == cells[row])[planned > 0].mean())
+    return exact, objects

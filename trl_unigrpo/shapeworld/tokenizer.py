@@ -1,0 +1,39 @@
+"""The tokenizer of ShapeWorld: one token per word, and BAGEL's special tokens."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from trl_unigrpo.shapeworld.world import WORDS
+
+
+PAD_TOKEN = "<|endoftext|>"
+UNKNOWN_TOKEN = "<|unknown|>"
+SPECIAL_TOKENS = (PAD_TOKEN, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", UNKNOWN_TOKEN)
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{'<|im_start|>'+m['content']+'<|im_end|>'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>'}}{% endif %}"
+)
+"""BAGEL's chunks: no roles, every message between its marks."""
+
+
+def shapeworld_tokenizer() -> PreTrainedTokenizerFast:
+    """Builds the tokenizer. `<think>` and `</think>` are ordinary words, so that decoding keeps them."""
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL_TOKENS, *WORDS])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token=PAD_TOKEN,
+        eos_token="<|im_end|>",
+        unk_token=UNKNOWN_TOKEN,
+        additional_special_tokens=["<|im_start|>", "<|vision_start|>", "<|vision_end|>"],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
