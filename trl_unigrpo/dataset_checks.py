@@ -2,6 +2,7 @@
 
 from typing import Any
 
+
 IMAGE_COLUMNS = ("image", "images", "generated_images")
 
 

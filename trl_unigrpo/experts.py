@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .models.unified import UnifiedModelMixin
 
+
 EXPERTS = ("text", "image")
 
 
@@ -15,9 +16,7 @@ def expert_of(base: UnifiedModelMixin, name: str) -> str:
     return EXPERTS[base.is_image_parameter(name)]
 
 
-def freeze_experts(
-    base: UnifiedModelMixin, model: nn.Module, trains: Mapping[str, bool]
-) -> None:
+def freeze_experts(base: UnifiedModelMixin, model: nn.Module, trains: Mapping[str, bool]) -> None:
     """Take the weights of the experts that are not trained out of training."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not trains[expert_of(base, name)]:
@@ -31,25 +30,17 @@ def split_groups(
     image_learning_rate: float,
 ) -> None:
     """Split each parameter group of a fresh optimizer by expert; the image expert's groups get their own learning rate."""
-    image = {
-        parameter
-        for name, parameter in model.named_parameters()
-        if base.is_image_parameter(name)
-    }
+    image = {parameter for name, parameter in model.named_parameters() if base.is_image_parameter(name)}
     groups = []
     for group in optimizer.param_groups:
         for name, rate in zip(EXPERTS, (group["lr"], image_learning_rate), strict=True):
-            parameters = [
-                p for p in group["params"] if (p in image) == (name == "image")
-            ]
+            parameters = [p for p in group["params"] if (p in image) == (name == "image")]
             if parameters:
                 groups.append({**group, "params": parameters, "lr": rate, "name": name})
     optimizer.param_groups[:] = groups
 
 
-def parameters_by_expert(
-    base: UnifiedModelMixin, model: nn.Module
-) -> dict[str, list[Tensor]]:
+def parameters_by_expert(base: UnifiedModelMixin, model: nn.Module) -> dict[str, list[Tensor]]:
     """The trained parameters of each expert that has any."""
     experts: dict[str, list[Tensor]] = {name: [] for name in EXPERTS}
     for name, parameter in model.named_parameters():
@@ -66,8 +57,6 @@ def add_reference_adapter(model: nn.Module) -> None:
     model.add_adapter("ref", model.peft_config[active])
     for name, parameter in model.named_parameters():
         if f".{active}." in name:
-            model.get_parameter(name.replace(f".{active}.", ".ref.")).data.copy_(
-                parameter.data
-            )
+            model.get_parameter(name.replace(f".{active}.", ".ref.")).data.copy_(parameter.data)
         elif ".ref." in name:
             parameter.requires_grad_(False)

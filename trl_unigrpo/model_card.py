@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+
 QUICK_START = """## Quick start
 
 ```python
@@ -25,8 +26,6 @@ def rewrite_quick_start(readme: Path, source: str) -> None:
     card = readme.read_text(encoding="utf-8")
     example = QUICK_START.format(source=source)
     readme.write_text(
-        re.sub(
-            r"## Quick start\n.*?(?=\n## )", lambda _: example, card, flags=re.DOTALL
-        ),
+        re.sub(r"## Quick start\n.*?(?=\n## )", lambda _: example, card, flags=re.DOTALL),
         encoding="utf-8",
     )

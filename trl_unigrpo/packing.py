@@ -28,9 +28,7 @@ def return_velocity(base: UnifiedModelMixin) -> None:
     """
     forward = base.forward
 
-    def packed_forward(
-        *args: Any, flow: FlowInputs | None = None, **kwargs: Any
-    ) -> Any:
+    def packed_forward(*args: Any, flow: FlowInputs | None = None, **kwargs: Any) -> Any:
         if flow is None:
             return forward(*args, **kwargs)
         outputs = forward(*args, flow=flow, **kwargs)
@@ -41,9 +39,7 @@ def return_velocity(base: UnifiedModelMixin) -> None:
             velocity=flow.velocity,
         )
 
-    packed_forward.__wrapped__ = (
-        forward.__func__ if hasattr(forward, "__func__") else forward
-    )  # type: ignore[attr-defined]
+    packed_forward.__wrapped__ = forward.__func__ if hasattr(forward, "__func__") else forward  # type: ignore[attr-defined]
     base.forward = packed_forward
 
 

@@ -6,23 +6,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 
-def as_messages(
-    prompt: str | list[dict[str, Any]], system_prompt: str | None
-) -> list[dict[str, Any]]:
+def as_messages(prompt: str | list[dict[str, Any]], system_prompt: str | None) -> list[dict[str, Any]]:
     """A prompt as a conversation that starts with a system prompt, unless it brings one or there is none."""
-    messages = (
-        [{"role": "user", "content": prompt}]
-        if isinstance(prompt, str)
-        else list(prompt)
-    )
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
     return messages
 
 
-def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, chat_template: str | None
-) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> PreTrainedTokenizerBase:
     """
     A copy of the tokenizer with the model's own chat template, if it names one.
 

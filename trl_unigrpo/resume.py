@@ -12,9 +12,7 @@ def _file(folder: str | Path, process: int) -> Path:
     return Path(folder) / f"rollouts_{process}.pt"
 
 
-def save_rollouts(
-    folder: str | Path, process: int, step: int, buffer: list[dict[str, Any]] | None
-) -> None:
+def save_rollouts(folder: str | Path, process: int, step: int, buffer: list[dict[str, Any]] | None) -> None:
     """
     Write the micro-step count of one process and its current generation batch, split as it is trained on.
 
@@ -25,9 +23,7 @@ def save_rollouts(
     torch.save({"step": step, "buffer": buffer}, _file(folder, process))
 
 
-def load_rollouts(
-    folder: str | Path, process: int
-) -> tuple[int, list[dict[str, Any]] | None] | None:
+def load_rollouts(folder: str | Path, process: int) -> tuple[int, list[dict[str, Any]] | None] | None:
     """Read what [`save_rollouts`] wrote, as data only; None if the checkpoint has no such file."""
     file = _file(folder, process)
     if not file.is_file():

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+
 TRAIN, EVAL, WINDOW = range(3)
 """What a stream is for; the first part of its key after the run's seed."""
 

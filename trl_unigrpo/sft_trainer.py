@@ -24,6 +24,7 @@ from .models.auto import load_unified_model, unified_model
 from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin, pad_contexts
 from .prompts import as_messages, prepare_tokenizer
 
+
 COLUMNS = ("prompt", "completion", "image")
 
 
@@ -49,50 +50,28 @@ class UnifiedSFTConfig(TrainingArguments):
             As in [`UniGRPOConfig`]. Rows without a completion get none.
     """
 
-    remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Columns are chosen by the collator."}
-    )
-    adam_epsilon: float = field(
-        default=1e-15, metadata={"help": "Adam's epsilon. BAGEL: 1e-15."}
-    )
-    text_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the cross-entropy."}
-    )
-    flow_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the flow matching loss."}
-    )
-    noise_draws: int = field(
-        default=1, metadata={"help": "Noisy copies of each image per step."}
-    )
-    timestep_sampling: str = field(
-        default="logit_normal", metadata={"help": "'logit_normal' or 'uniform'."}
-    )
-    timestep_shift: float = field(
-        default=1.0, metadata={"help": "Shift of the training times."}
-    )
-    flow_context_grad: str = field(
-        default="full", metadata={"help": "'detach' or 'full'."}
-    )
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Columns are chosen by the collator."})
+    adam_epsilon: float = field(default=1e-15, metadata={"help": "Adam's epsilon. BAGEL: 1e-15."})
+    text_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy."})
+    flow_weight: float = field(default=1.0, metadata={"help": "Weight of the flow matching loss."})
+    noise_draws: int = field(default=1, metadata={"help": "Noisy copies of each image per step."})
+    timestep_sampling: str = field(default="logit_normal", metadata={"help": "'logit_normal' or 'uniform'."})
+    timestep_shift: float = field(default=1.0, metadata={"help": "Shift of the training times."})
+    flow_context_grad: str = field(default="full", metadata={"help": "'detach' or 'full'."})
     context_dropout: float = field(
         default=0.0,
         metadata={"help": "Share of images that see no context. BAGEL: 0.1."},
     )
-    system_prompt: str = field(
-        default="auto", metadata={"help": "'auto': the model's own; '': none."}
-    )
+    system_prompt: str = field(default="auto", metadata={"help": "'auto': the model's own; '': none."})
 
     def __post_init__(self):
-        self.dataloader_pin_memory = (
-            self.dataloader_pin_memory and torch.cuda.is_available()
-        )
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         for name, choices in {
             "timestep_sampling": ("logit_normal", "uniform"),
             "flow_context_grad": ("detach", "full"),
         }.items():
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}."
-                )
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}.")
         if self.noise_draws < 1:
             raise ValueError(f"noise_draws={self.noise_draws}: expected at least 1.")
         super().__post_init__()
@@ -116,18 +95,12 @@ class UnifiedCollator:
             as_messages(row["prompt"], self.system_prompt if on else None)
             for row, on in zip(rows, thinks, strict=True)
         ]
-        prompts = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True
-        )["input_ids"]
-        texts = self.tokenizer(
-            [
-                row["completion"] if on else ""
-                for row, on in zip(rows, thinks, strict=True)
-            ]
-        )["input_ids"]
+        prompts = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
+        texts = self.tokenizer([row["completion"] if on else "" for row, on in zip(rows, thinks, strict=True)])[
+            "input_ids"
+        ]
         completions = [
-            ids + [self.tokenizer.eos_token_id] if on else []
-            for ids, on in zip(texts, thinks, strict=True)
+            ids + [self.tokenizer.eos_token_id] if on else [] for ids, on in zip(texts, thinks, strict=True)
         ]
         ids, lengths = pad_contexts(
             [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)],
@@ -136,9 +109,7 @@ class UnifiedCollator:
         column = torch.arange(ids.shape[1])
         starts = torch.tensor([len(prompt) for prompt in prompts])
         real = column < lengths[:, None]
-        pixels = np.stack(
-            [np.asarray(row["image"].convert("RGB"), dtype=np.float32) for row in rows]
-        )
+        pixels = np.stack([np.asarray(row["image"].convert("RGB"), dtype=np.float32) for row in rows])
         return {
             "input_ids": ids,
             "attention_mask": real.long(),
@@ -186,11 +157,7 @@ class UnifiedSFTTrainer(Trainer):
                 )
         tokenizer = processing_class or AutoTokenizer.from_pretrained(source)
         tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
-        system = (
-            base.default_system_prompt
-            if args.system_prompt == "auto"
-            else args.system_prompt
-        )
+        system = base.default_system_prompt if args.system_prompt == "auto" else args.system_prompt
         super().__init__(
             model=model,
             args=args,
@@ -202,9 +169,7 @@ class UnifiedSFTTrainer(Trainer):
         )
         self._sums: dict[str, list[float]] = {}
 
-    def compute_loss(
-        self, model, inputs, return_outputs=False, num_items_in_batch=None
-    ):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         base = unified_model(self.accelerator.unwrap_model(model))
         flow, target = self._noisy_copies(base, inputs)
         outputs = model(
@@ -215,35 +180,23 @@ class UnifiedSFTTrainer(Trainer):
         labels = inputs["labels"][:, 1:]
         scored = labels != -100
         logits = base.get_output_embeddings()(outputs.last_hidden_state[:, :-1][scored])
-        text_loss = (
-            F.cross_entropy(logits.float(), labels[scored])
-            if scored.any()
-            else logits.sum()
-        )
+        text_loss = F.cross_entropy(logits.float(), labels[scored]) if scored.any() else logits.sum()
         flow_loss = F.mse_loss(outputs.velocity.float(), target)
         for name, value in (("loss/text", text_loss), ("loss/flow", flow_loss)):
             self._sums.setdefault(name, []).append(value.item())
         loss = self.args.text_weight * text_loss + self.args.flow_weight * flow_loss
         return (loss, outputs) if return_outputs else loss
 
-    def _noisy_copies(
-        self, base: UnifiedModelMixin, inputs: dict[str, Any]
-    ) -> tuple[FlowInputs, Tensor]:
+    def _noisy_copies(self, base: UnifiedModelMixin, inputs: dict[str, Any]) -> tuple[FlowInputs, Tensor]:
         """K noisy copies of each image and their target velocities noise - image, (B, K, *latent)."""
         args, pixels = self.args, inputs["pixels"]
         clean = base.encode_images(pixels)[:, None]
         batch, draws = len(clean), args.noise_draws
-        u = (
-            torch.rand(batch, draws)
-            if args.timestep_sampling == "uniform"
-            else torch.randn(batch, draws).sigmoid()
-        )
+        u = torch.rand(batch, draws) if args.timestep_sampling == "uniform" else torch.randn(batch, draws).sigmoid()
         t = shift_timesteps(u, args.timestep_shift).to(clean)
         noise = torch.randn(batch, draws, *clean.shape[2:]).to(clean)
         weight = t.view(batch, draws, *[1] * (clean.ndim - 2))
-        rows = base.context_ids(
-            Conditioning(inputs["prompt_ids"], inputs["completion_ids"])
-        )
+        rows = base.context_ids(Conditioning(inputs["prompt_ids"], inputs["completion_ids"]))
         ids, lengths = pad_contexts(rows, clean.device)
         if args.context_dropout:
             lengths = lengths * (torch.rand(batch) >= args.context_dropout).to(lengths)
@@ -264,11 +217,6 @@ class UnifiedSFTTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
-        logs.update(
-            {
-                prefix + name: sum(values) / len(values)
-                for name, values in self._sums.items()
-            }
-        )
+        logs.update({prefix + name: sum(values) / len(values) for name, values in self._sums.items()})
         self._sums.clear()
         super().log(logs, start_time)

@@ -5,6 +5,7 @@ import inspect
 import trl
 from trl import GRPOTrainer
 
+
 # Hook -> parameters that the overrides rely on, in order; further ones may follow.
 HOOKS: dict[str, tuple[str, ...]] = {
     "_generate": ("self", "prompts"),
@@ -53,9 +54,7 @@ def check_trl() -> None:
             raise TRLChangedError(f"GRPOTrainer.{name} is gone")
         found = tuple(inspect.signature(hook).parameters)
         if found[: len(expected)] != expected:
-            raise TRLChangedError(
-                f"GRPOTrainer.{name} takes {found}, expected {expected}"
-            )
+            raise TRLChangedError(f"GRPOTrainer.{name} takes {found}, expected {expected}")
     if GRPOTrainer.loss_is_scaled_for_ga is not True:
         raise TRLChangedError("GRPOTrainer.loss_is_scaled_for_ga is not True")
 
@@ -64,9 +63,7 @@ def generation_fields(outputs: tuple) -> tuple[list[list[int]], list[list[int]],
     """Prompt ids, completion ids and the extra reward columns among what `GRPOTrainer._generate` returns."""
     dicts = [value for value in outputs if isinstance(value, dict)]
     ids = outputs[:2]
-    if len(dicts) != 1 or not all(
-        isinstance(rows, list) and len(rows) == len(ids[0]) for rows in ids
-    ):
+    if len(dicts) != 1 or not all(isinstance(rows, list) and len(rows) == len(ids[0]) for rows in ids):
         raise TRLChangedError(
             "GRPOTrainer._generate no longer returns prompt ids, completion ids and one dict of extra fields"
         )

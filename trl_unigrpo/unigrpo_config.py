@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
+
 # TRL options that cannot work here, the value that is allowed, and why.
 _REFUSED: dict[str, tuple[Any, str]] = {
     "use_vllm": (
@@ -153,34 +154,22 @@ class UniGRPOConfig(GRPOConfig):
     )
     adam_epsilon: float = field(
         default=1e-15,
-        metadata={
-            "help": "Adam's epsilon; the flow's gradients are far below TRL's default of 1e-8."
-        },
+        metadata={"help": "Adam's epsilon; the flow's gradients are far below TRL's default of 1e-8."},
     )
-    num_generations: int | None = field(
-        default=24, metadata={"help": "Trajectories per prompt, G. Paper: 24."}
-    )
-    num_iterations: int = field(
-        default=2, metadata={"help": "PPO epochs over each generation batch. Paper: 2."}
-    )
+    num_generations: int | None = field(default=24, metadata={"help": "Trajectories per prompt, G. Paper: 24."})
+    num_iterations: int = field(default=2, metadata={"help": "PPO epochs over each generation batch. Paper: 2."})
     loss_type: str = field(
         default="grpo",
-        metadata={
-            "help": "TRL's text loss; 'grpo' is the paper's eq. (2): mean per sequence, then mean."
-        },
+        metadata={"help": "TRL's text loss; 'grpo' is the paper's eq. (2): mean per sequence, then mean."},
     )
     disable_dropout: bool = field(
         default=True,
-        metadata={
-            "help": "Dropout would make the first ratio differ from 1; leave it off."
-        },
+        metadata={"help": "Dropout would make the first ratio differ from 1; leave it off."},
     )
     max_completion_length: int | None = field(
         default=512, metadata={"help": "Most thinking tokens sampled per prompt."}
     )
-    per_device_train_batch_size: int = field(
-        default=4, metadata={"help": "Trajectories per device and micro-step."}
-    )
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Trajectories per device and micro-step."})
     gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -189,9 +178,7 @@ class UniGRPOConfig(GRPOConfig):
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
-        metadata={
-            "help": "Every trained weight gets a gradient in each pass, so DDP need not search."
-        },
+        metadata={"help": "Every trained weight gets a gradient in each pass, so DDP need not search."},
     )
     log_multimodal: bool = field(
         default=True,
@@ -207,44 +194,26 @@ class UniGRPOConfig(GRPOConfig):
         default=25,
         metadata={"help": "Denoising steps in training rollouts. Paper: 25."},
     )
-    eval_num_inference_steps: int = field(
-        default=50, metadata={"help": "Denoising steps in evaluation. Paper: 50."}
-    )
-    timestep_shift: float = field(
-        default=3.0, metadata={"help": "Shift of the timestep schedule. Paper: 3."}
-    )
-    image_batch_size: int | None = field(
-        default=None, metadata={"help": "Images denoised at once; None: all."}
-    )
+    eval_num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps in evaluation. Paper: 50."})
+    timestep_shift: float = field(default=3.0, metadata={"help": "Shift of the timestep schedule. Paper: 3."})
+    image_batch_size: int | None = field(default=None, metadata={"help": "Images denoised at once; None: all."})
     system_prompt: str = field(
         default="auto",
-        metadata={
-            "help": "System prompt of prompts without one; 'auto': the model's own; '': none."
-        },
+        metadata={"help": "System prompt of prompts without one; 'auto': the model's own; '': none."},
     )
 
     # Parameters that control the stochastic steps
-    sde_type: str = field(
-        default="sde", metadata={"help": "'sde' (Flow-SDE, the paper's) or 'cps'."}
-    )
-    noise_level: float = field(
-        default=0.8, metadata={"help": "Strength of the SDE's noise. Paper: 0.8."}
-    )
+    sde_type: str = field(default="sde", metadata={"help": "'sde' (Flow-SDE, the paper's) or 'cps'."})
+    noise_level: float = field(default=0.8, metadata={"help": "Strength of the SDE's noise. Paper: 0.8."})
     sde_window_range: list[int] = field(
         default_factory=lambda: [0, 5],
         metadata={"help": "Steps [low, high) that may be stochastic. Paper: 0 5."},
     )
-    sde_window_size: int = field(
-        default=3, metadata={"help": "Stochastic, trained steps per image. Paper: 3."}
-    )
-    sde_window_mode: str = field(
-        default="contiguous", metadata={"help": "'contiguous', 'scatter' or 'fixed'."}
-    )
+    sde_window_size: int = field(default=3, metadata={"help": "Stochastic, trained steps per image. Paper: 3."})
+    sde_window_mode: str = field(default="contiguous", metadata={"help": "'contiguous', 'scatter' or 'fixed'."})
     sde_window_scope: str = field(
         default="generation",
-        metadata={
-            "help": "One window per 'generation' batch, 'rank', 'group' or 'sample'."
-        },
+        metadata={"help": "One window per 'generation' batch, 'rank', 'group' or 'sample'."},
     )
 
     # Parameters that control the objective
@@ -254,15 +223,11 @@ class UniGRPOConfig(GRPOConfig):
     )
     flow_weight: float = field(
         default=1.0,
-        metadata={
-            "help": "Weight (lambda) of the image objective; 0 freezes the image expert. Paper: 1."
-        },
+        metadata={"help": "Weight (lambda) of the image objective; 0 freezes the image expert. Paper: 1."},
     )
     flow_epsilon: float = field(
         default=1e-6,
-        metadata={
-            "help": "Clip range of the image's ratio, at 262144 numbers per image. Paper: 1e-6."
-        },
+        metadata={"help": "Clip range of the image's ratio, at 262144 numbers per image. Paper: 1e-6."},
     )
     ratio_norm: bool = field(
         default=True,
@@ -270,33 +235,23 @@ class UniGRPOConfig(GRPOConfig):
     )
     flow_regularizer: str = field(
         default="velocity_mse",
-        metadata={
-            "help": "'velocity_mse', 'latent_kl', 'latent_kl_flow_grpo' or 'none'."
-        },
+        metadata={"help": "'velocity_mse', 'latent_kl', 'latent_kl_flow_grpo' or 'none'."},
     )
     flow_regularizer_weight: float = field(
         default=1.5e-5,
-        metadata={
-            "help": "Weight of the regulariser, at 262144 numbers per image. Paper: 1.5e-5."
-        },
+        metadata={"help": "Weight of the regulariser, at 262144 numbers per image. Paper: 1.5e-5."},
     )
     scale_with_latents: bool = field(
         default=True,
-        metadata={
-            "help": "Rescale flow_epsilon and flow_regularizer_weight to the size of the image."
-        },
+        metadata={"help": "Rescale flow_epsilon and flow_regularizer_weight to the size of the image."},
     )
     flow_old_source: str = field(
         default="recompute",
-        metadata={
-            "help": "Old velocities: 'recompute' (training forward) or 'rollout' (sampler)."
-        },
+        metadata={"help": "Old velocities: 'recompute' (training forward) or 'rollout' (sampler)."},
     )
     flow_context_grad: str = field(
         default="detach",
-        metadata={
-            "help": "'detach' or 'full': whether the image's loss flows through the text it saw."
-        },
+        metadata={"help": "'detach' or 'full': whether the image's loss flows through the text it saw."},
     )
 
     # Parameters that control the training
@@ -312,29 +267,17 @@ class UniGRPOConfig(GRPOConfig):
     )
     log_completions_images: bool = field(
         default=True,
-        metadata={
-            "help": "With log_completions, write the images to parquet files beside TRL's."
-        },
+        metadata={"help": "With log_completions, write the images to parquet files beside TRL's."},
     )
 
     def __post_init__(self):
         if self.bf16 is None:
-            self.bf16 = (
-                not self.fp16
-                and torch.cuda.is_available()
-                and torch.cuda.is_bf16_supported()
-            )
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.gradient_accumulation_steps is None:
-            self.gradient_accumulation_steps = _whole_groups(
-                self.num_generations, self._micro_batch()
-            )
+            self.gradient_accumulation_steps = _whole_groups(self.num_generations, self._micro_batch())
         if getattr(self, "activation_checkpointing", False) is None:
-            self.activation_checkpointing = (
-                self.gradient_checkpointing
-            )  # the newer name of the same thing
-        self.dataloader_pin_memory = (
-            self.dataloader_pin_memory and torch.cuda.is_available()
-        )
+            self.activation_checkpointing = self.gradient_checkpointing  # the newer name of the same thing
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self._check_choices()
         super().__post_init__()
         self._check_window()
@@ -346,9 +289,7 @@ class UniGRPOConfig(GRPOConfig):
         config = {"per_device_train_batch_size": 4, **kwargs}
         trajectories = 32 * config.get("num_generations", 24)
         micro_batch = config["per_device_train_batch_size"] * _world_size()
-        config.setdefault(
-            "gradient_accumulation_steps", math.ceil(trajectories / micro_batch)
-        )
+        config.setdefault("gradient_accumulation_steps", math.ceil(trajectories / micro_batch))
         return cls(output_dir=output_dir, **config)
 
     @classmethod
@@ -368,15 +309,11 @@ class UniGRPOConfig(GRPOConfig):
     def _check_choices(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}."
-                )
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}.")
         for name, (allowed, reason) in _REFUSED.items():
             value = getattr(self, name)
             if value != allowed and value:
-                raise ValueError(
-                    f"{name}={value!r} does not work with UniGRPO: {reason}. Leave it at {allowed!r}."
-                )
+                raise ValueError(f"{name}={value!r} does not work with UniGRPO: {reason}. Leave it at {allowed!r}.")
         if self.fsdp:
             raise ValueError(
                 f"fsdp={self.fsdp!r} is not supported: the image rollout calls the model outside of its wrapper."
@@ -395,9 +332,7 @@ class UniGRPOConfig(GRPOConfig):
             "flow_epsilon",
         ):
             if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: expected a positive number."
-                )
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
         for name in (
             "text_weight",
             "flow_weight",
@@ -407,15 +342,11 @@ class UniGRPOConfig(GRPOConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
         if self.text_weight == 0 and self.flow_weight == 0:
-            raise ValueError(
-                "text_weight and flow_weight are both 0: nothing would be trained. Raise one of them."
-            )
+            raise ValueError("text_weight and flow_weight are both 0: nothing would be trained. Raise one of them.")
 
     def _check_window(self) -> None:
         if len(self.sde_window_range) != 2:
-            raise ValueError(
-                f"sde_window_range={self.sde_window_range}: expected two step indices, low and high."
-            )
+            raise ValueError(f"sde_window_range={self.sde_window_range}: expected two step indices, low and high.")
         low, high = self.sde_window_range
         if self.flow_weight == 0:
             return
@@ -431,9 +362,7 @@ class UniGRPOConfig(GRPOConfig):
                 f"expected 1 to {high - low}. Shrink the window or widen the range."
             )
         if self.noise_level == 0:
-            raise ValueError(
-                "noise_level=0 leaves no stochastic step to train on. Use flow_weight=0 for text alone."
-            )
+            raise ValueError("noise_level=0 leaves no stochastic step to train on. Use flow_weight=0 for text alone.")
 
     def _check_epochs(self) -> None:
         repeats = self.steps_per_generation * self.num_iterations

@@ -70,6 +70,7 @@ from .seeding import EVAL, TRAIN, WINDOW, row_generator
 from .trl_contract import TRLChangedError, check_trl, generation_fields
 from .unigrpo_config import UniGRPOConfig
 
+
 _UNSUPPORTED = {
     "tools": "tool calls would put tokens between the thinking and the image",
     "environment_factory": "environments would put tokens between the thinking and the image",
@@ -140,9 +141,7 @@ class UniGRPOTrainer(GRPOTrainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        reward_processing_classes: PreTrainedTokenizerBase
-        | list[PreTrainedTokenizerBase]
-        | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         quantization_config: Any = None,
@@ -154,31 +153,19 @@ class UniGRPOTrainer(GRPOTrainer):
             if name not in _UNSUPPORTED:
                 raise TypeError(f"UniGRPOTrainer got an unexpected argument {name!r}.")
             if value:
-                raise ValueError(
-                    f"{name} does not work with UniGRPO: {_UNSUPPORTED[name]}. Leave it out."
-                )
+                raise ValueError(f"{name} does not work with UniGRPO: {_UNSUPPORTED[name]}. Leave it out.")
         if args is None:
-            name = (
-                model
-                if isinstance(model, str)
-                else get_config_model_id(model.config) or "model"
-            )
+            name = model if isinstance(model, str) else get_config_model_id(model.config) or "model"
             args = UniGRPOConfig(f"{name.split('/')[-1]}-UniGRPO")
         elif not isinstance(args, UniGRPOConfig):
-            raise TypeError(
-                f"args is a {type(args).__name__}, expected a UniGRPOConfig."
-            )
+            raise TypeError(f"args is a {type(args).__name__}, expected a UniGRPOConfig.")
         if not reward_funcs:
-            raise ValueError(
-                "reward_funcs is empty: pass at least one function that scores images."
-            )
+            raise ValueError("reward_funcs is empty: pass at least one function that scores images.")
         if train_dataset is not None:
             check_dataset(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
-        if processing_class is not None and not isinstance(
-            processing_class, PreTrainedTokenizerBase
-        ):
+        if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
             raise TypeError(
                 f"processing_class is a {type(processing_class).__name__}, expected a tokenizer: the images are generated, "
                 "not read. Pass processor.tokenizer."
@@ -199,15 +186,11 @@ class UniGRPOTrainer(GRPOTrainer):
             )
             args = copy.copy(args)
             args.model_init_kwargs = None
-            processing_class = processing_class or AutoTokenizer.from_pretrained(
-                source, padding_side="left"
-            )
+            processing_class = processing_class or AutoTokenizer.from_pretrained(source, padding_side="left")
         base = unified_model(model)
         shape = base.latent_shape((args.image_size, args.image_size))
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                get_config_model_id(model.config), padding_side="left"
-            )
+            processing_class = AutoTokenizer.from_pretrained(get_config_model_id(model.config), padding_side="left")
         adapted = peft_config is not None or is_peft_model(model)
         if args.beta != 0 and not adapted:
             raise ValueError(
@@ -216,19 +199,10 @@ class UniGRPOTrainer(GRPOTrainer):
 
         self._trains = {"text": args.text_weight > 0, "image": args.flow_weight > 0}
         self._regularized = (
-            args.flow_weight > 0
-            and args.flow_regularizer != "none"
-            and args.flow_regularizer_weight > 0
+            args.flow_weight > 0 and args.flow_regularizer != "none" and args.flow_regularizer_weight > 0
         )
-        if (
-            peft_config is not None
-            and getattr(peft_config, "target_modules", ...) is None
-        ):
-            experts = (
-                "both"
-                if all(self._trains.values())
-                else next(name for name, on in self._trains.items() if on)
-            )
+        if peft_config is not None and getattr(peft_config, "target_modules", ...) is None:
+            experts = "both" if all(self._trains.values()) else next(name for name, on in self._trains.items() if on)
             peft_config = copy.deepcopy(peft_config)
             peft_config.target_modules = base.default_lora_targets(experts)
         if self._regularized and not adapted:
@@ -240,9 +214,7 @@ class UniGRPOTrainer(GRPOTrainer):
 
         numbers = math.prod(shape)
         scale = (
-            partial(scale_with_latents, num_latent_dims=numbers)
-            if args.scale_with_latents
-            else (lambda value: value)
+            partial(scale_with_latents, num_latent_dims=numbers) if args.scale_with_latents else (lambda value: value)
         )
         self._flow_epsilon = scale(args.flow_epsilon)
         self._regularizer_weight = scale(args.flow_regularizer_weight)
@@ -302,9 +274,7 @@ class UniGRPOTrainer(GRPOTrainer):
         outputs = super()._generate(prompts)
         prompt_ids, completion_ids, extra_fields = generation_fields(outputs)
         with profiling_context(self, "image_rollout"):
-            self._records, images = self._paint(
-                Conditioning(prompt_ids, completion_ids)
-            )
+            self._records, images = self._paint(Conditioning(prompt_ids, completion_ids))
         extra_fields["images"] = images  # becomes an argument of every reward function
         return outputs
 
@@ -325,9 +295,7 @@ class UniGRPOTrainer(GRPOTrainer):
         )
         first = self.accelerator.process_index * len(conditioning)
         purpose, count = (TRAIN, self._step) if mode == "train" else (EVAL, 0)
-        rows = range(
-            first + self._eval_rows, first + self._eval_rows + len(conditioning)
-        )
+        rows = range(first + self._eval_rows, first + self._eval_rows + len(conditioning))
         generators = [row_generator(args.seed, purpose, count, row) for row in rows]
         if mode == "eval":
             self._eval_rows += len(conditioning) * self.accelerator.num_processes
@@ -344,9 +312,7 @@ class UniGRPOTrainer(GRPOTrainer):
             chunk = args.image_batch_size or len(records)
             images = []
             for start in range(0, len(records), chunk):
-                latents = torch.stack(
-                    [record.final_latents for record in records[start : start + chunk]]
-                )
+                latents = torch.stack([record.final_latents for record in records[start : start + chunk]])
                 images += base.decode_latents(latents, size)
         self._metrics[mode]["images/pixel_std"].append(pixel_spread(images))
         self._metrics[mode]["time/images"].append(time.perf_counter() - started)
@@ -363,11 +329,7 @@ class UniGRPOTrainer(GRPOTrainer):
 
     def _timesteps(self, mode: str) -> Tensor:
         args = self.args
-        steps = (
-            args.num_inference_steps
-            if mode == "train"
-            else args.eval_num_inference_steps
-        )
+        steps = args.num_inference_steps if mode == "train" else args.eval_num_inference_steps
         return flow_timesteps(steps, args.timestep_shift)
 
     def _draw_windows(self, batch_size: int) -> Tensor:
@@ -392,13 +354,9 @@ class UniGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         started = time.perf_counter()
-        rewards = super()._calculate_rewards(
-            inputs, prompts, completions, completion_ids_list
-        )
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode = "train" if self.model.training else "eval"
-        group_size = (
-            self.num_generations if mode == "train" else self.num_generations_eval
-        )
+        group_size = self.num_generations if mode == "train" else self.num_generations_eval
         rewards, failed = mask_failed_rewards(rewards, group_size)
         self._metrics[mode]["reward/frac_none"].append(failed)
         self._metrics[mode]["time/reward"].append(time.perf_counter() - started)
@@ -410,62 +368,42 @@ class UniGRPOTrainer(GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         outputs = super()._generate_and_score_completions(inputs)
         records, self._records = self._records, []
-        if self.args.log_completions and (
-            self.log_multimodal or self.args.log_completions_images
-        ):
+        if self.args.log_completions and (self.log_multimodal or self.args.log_completions_images):
             images = gather_object([row["images"] for row in inputs])
             self._images.extend(images)
             if self.log_multimodal:
                 self._logs["images"].extend([image] for image in images)
         if mode == "eval" or not self._trains["image"]:
             return outputs
-        freeze_experts(
-            self.unified, self.model, self._trains
-        )  # switching adapters off and on thaws them
+        freeze_experts(self.unified, self.model, self._trains)  # switching adapters off and on thaws them
         started = time.perf_counter()
         outputs["flow_records"] = records
         if self._regularized:
             with self.unified.reference() as reference:
-                outputs["flow_reference_velocities"] = self._velocities(
-                    reference, records
-                )
+                outputs["flow_reference_velocities"] = self._velocities(reference, records)
         if self.args.flow_old_source == "rollout":
-            outputs["flow_old_velocities"] = torch.stack(
-                [record.velocities for record in records]
-            )
+            outputs["flow_old_velocities"] = torch.stack([record.velocities for record in records])
         elif self.args.gradient_accumulation_steps % self.args.steps_per_generation:
             # The first pass over this generation spans optimizer steps: it can't be its own old policy.
             outputs["flow_old_velocities"] = self._velocities(self.unified, records)
-        self._metrics[mode]["time/old_and_reference"].append(
-            time.perf_counter() - started
-        )
+        self._metrics[mode]["time/old_and_reference"].append(time.perf_counter() - started)
         return outputs
 
     @torch.no_grad()
-    def _velocities(
-        self, model: UnifiedModelMixin, records: Sequence[FlowRecord]
-    ) -> Tensor:
+    def _velocities(self, model: UnifiedModelMixin, records: Sequence[FlowRecord]) -> Tensor:
         """Velocities (B, K, *latent) of a model at the recorded steps, by the training forward, in micro-batches."""
         size = self.args.per_device_train_batch_size
         velocities = []
         with (
-            disable_gradient_checkpointing(
-                self.model, self.args.gradient_checkpointing_kwargs
-            ),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
             self.accelerator.autocast(),
         ):
             for start in range(0, len(records), size):
                 chunk = records[start : start + size]
                 if model.packs_velocities:
-                    velocities.append(
-                        model.predict_velocities(model.flow_inputs(chunk))
-                    )
+                    velocities.append(model.predict_velocities(model.flow_inputs(chunk)))
                 else:
-                    velocities.append(
-                        torch.stack(
-                            [velocity for _, velocity in model.velocities(chunk)], dim=1
-                        )
-                    )
+                    velocities.append(torch.stack([velocity for _, velocity in model.velocities(chunk)], dim=1))
         return torch.cat(velocities)
 
     # 5. Loss
@@ -479,29 +417,20 @@ class UniGRPOTrainer(GRPOTrainer):
         first_pass = "flow_old_velocities" not in inputs
         if first_pass:
             sampled = torch.stack([record.velocities for record in records])
-            inputs["flow_old_velocities"] = torch.empty_like(
-                sampled, device=self.accelerator.device
-            )
+            inputs["flow_old_velocities"] = torch.empty_like(sampled, device=self.accelerator.device)
         if base.packs_velocities:
             self._flow = base.flow_inputs(records, context_grad)
             text_loss = super()._compute_loss(model, inputs)
             velocity, self._flow = self._flow.velocity, None
             if velocity is None:
-                raise TRLChangedError(
-                    "GRPOTrainer._compute_loss did not call _get_per_token_logps_and_entropies"
-                )
+                raise TRLChangedError("GRPOTrainer._compute_loss did not call _get_per_token_logps_and_entropies")
             flow_loss = self._flow_loss(velocity, inputs, slice(None), first_pass)
         else:
             text_loss = super()._compute_loss(model, inputs)
             flow_loss, steps = 0.0, len(records[0].timesteps)
             for k, velocity in base.velocities(records, context_grad):
                 # Back-propagated at once, so that only one step's activations are alive.
-                loss = (
-                    self._flow_loss(
-                        velocity[:, None], inputs, slice(k, k + 1), first_pass
-                    )
-                    / steps
-                )
+                loss = self._flow_loss(velocity[:, None], inputs, slice(k, k + 1), first_pass) / steps
                 self.accelerator.backward(loss / accumulation)
                 flow_loss += loss.detach()
         return self.args.text_weight * text_loss + flow_loss / accumulation
@@ -511,9 +440,7 @@ class UniGRPOTrainer(GRPOTrainer):
             model = pack(model, self._flow)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
-    def _flow_loss(
-        self, velocity: Tensor, inputs: dict[str, Any], steps: slice, first_pass: bool
-    ) -> Tensor:
+    def _flow_loss(self, velocity: Tensor, inputs: dict[str, Any], steps: slice, first_pass: bool) -> Tensor:
         """
         lambda * flow objective + w * regulariser, a scalar.
 
@@ -565,35 +492,25 @@ class UniGRPOTrainer(GRPOTrainer):
             "flow/loss": objective,
             "flow/ratio_mean": ratio.exp().mean(),
             "flow/log_ratio_std": ratio.std(correction=0),
-            "flow/clip_frac": (torch.expm1(ratio).abs() > self._flow_epsilon)
-            .float()
-            .mean(),
+            "flow/clip_frac": (torch.expm1(ratio).abs() > self._flow_epsilon).float().mean(),
         }
         if self._regularized:
             reference = inputs["flow_reference_velocities"][:, steps].to(device)
-            regularizer = self._regularizer(
-                velocity, reference, coefficients, next_times - times
-            )
+            regularizer = self._regularizer(velocity, reference, coefficients, next_times - times)
             self._trust.regularizer(regularizer)
             loss = loss + self._regularizer_weight * regularizer
             metrics[f"flow/{args.flow_regularizer}"] = regularizer
         for name, value in metrics.items():
-            self._metrics["train"][name].append(
-                self.accelerator.gather(value.detach()).mean().item()
-            )
+            self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
         return loss
 
-    def _regularizer(
-        self, velocity: Tensor, reference: Tensor, coefficients: Any, dt: Tensor
-    ) -> Tensor:
+    def _regularizer(self, velocity: Tensor, reference: Tensor, coefficients: Any, dt: Tensor) -> Tensor:
         """Mean over samples, steps and numbers of the distance to the reference model."""
         kind = self.args.flow_regularizer
         if kind == "velocity_mse":
             return velocity_mse(velocity, reference, num_batch_dims=2).mean()
         form = "exact" if kind == "latent_kl" else "flow_grpo"
-        return latent_kl(
-            velocity, reference, coefficients, num_batch_dims=2, form=form, dt=dt
-        ).mean()
+        return latent_kl(velocity, reference, coefficients, num_batch_dims=2, form=form, dt=dt).mean()
 
     # 6. Optimizer
 
@@ -601,17 +518,13 @@ class UniGRPOTrainer(GRPOTrainer):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh:
-            split_groups(
-                self.unified, self.model, optimizer, self.args.image_learning_rate
-            )
+            split_groups(self.unified, self.model, optimizer, self.args.image_learning_rate)
         return optimizer
 
     def _clip_grad_norm(self, model):
         norms = {
             name: self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
-            for name, parameters in parameters_by_expert(
-                self.unified, self.model
-            ).items()
+            for name, parameters in parameters_by_expert(self.unified, self.model).items()
         }
         for name, norm in norms.items():
             self._metrics["train"][f"grad_norm/{name}"].append(float(norm))
@@ -620,11 +533,7 @@ class UniGRPOTrainer(GRPOTrainer):
     def _get_learning_rate(self):
         # Called between the optimizer's step and the scheduler's: these are the rates that were used.
         groups = self.optimizer.param_groups
-        self._learning_rates = {
-            f"learning_rate/{group['name']}": group["lr"]
-            for group in groups
-            if "name" in group
-        }
+        self._learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in groups if "name" in group}
         return super()._get_learning_rate()
 
     # Evaluation, logs and checkpoints
@@ -637,32 +546,19 @@ class UniGRPOTrainer(GRPOTrainer):
         if "learning_rate" in logs:
             logs.update(self._learning_rates)
         super().log(logs, start_time)
-        if (
-            self._images
-            and self.args.log_completions_images
-            and self.accelerator.is_main_process
-        ):
+        if self._images and self.args.log_completions_images and self.accelerator.is_main_process:
             columns = {
                 "prompt": list(self._logs["prompt"]),
                 "completion": list(self._logs["completion"]),
-                **{
-                    name: list(values) for name, values in self._logs["rewards"].items()
-                },
+                **{name: list(values) for name, values in self._logs["rewards"].items()},
                 "advantage": list(self._logs["advantages"]),
             }
-            write_completion_images(
-                self.args.output_dir, self.state.global_step, columns, self._images
-            )
+            write_completion_images(self.args.output_dir, self.state.global_step, columns, self._images)
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
-        folder = (
-            Path(self._get_output_dir(trial=trial))
-            / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        )
-        passes_left = self._step % (
-            self.args.steps_per_generation * self.num_iterations
-        )
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        passes_left = self._step % (self.args.steps_per_generation * self.num_iterations)
         save_rollouts(
             folder,
             self.accelerator.process_index,
@@ -672,11 +568,7 @@ class UniGRPOTrainer(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        state = (
-            None
-            if checkpoint is None
-            else load_rollouts(checkpoint, self.accelerator.process_index)
-        )
+        state = None if checkpoint is None else load_rollouts(checkpoint, self.accelerator.process_index)
         if state is not None:
             self._step, self._buffered_inputs = state
 

@@ -2,4 +2,5 @@
 
 from .generate import Sample, generate
 
+
 __all__ = ["Sample", "generate"]

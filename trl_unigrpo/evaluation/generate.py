@@ -59,9 +59,7 @@ def generate(
         seed: of the thinkings and of each image's noise. Image noise depends on the prompt's place in the list alone.
     """
     base = unified_model(model)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(
-        get_config_model_id(model.config)
-    )
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(get_config_model_id(model.config))
     tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
     system = base.default_system_prompt if system_prompt == "auto" else system_prompt
     size = (image_size, image_size)
@@ -71,9 +69,7 @@ def generate(
     samples = []
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
-        messages = [
-            as_messages(prompt, system if thinking else None) for prompt in chunk
-        ]
+        messages = [as_messages(prompt, system if thinking else None) for prompt in chunk]
         encoded = tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=True,
@@ -84,9 +80,7 @@ def generate(
         ).to(base.device)
         prompt_ids = [
             ids[mask.bool()].tolist()
-            for ids, mask in zip(
-                encoded["input_ids"], encoded["attention_mask"], strict=True
-            )
+            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
         ]
         completion_ids: list[list[int]] = [[] for _ in chunk]
         if thinking:
@@ -102,30 +96,18 @@ def generate(
                     max_new_tokens=max_completion_length,
                     eos_token_id=tokenizer.eos_token_id,
                     pad_token_id=tokenizer.pad_token_id,
-                    suppress_tokens=sorted(
-                        set(base.suppressed_token_ids) - {tokenizer.eos_token_id}
-                    )
-                    or None,
+                    suppress_tokens=sorted(set(base.suppressed_token_ids) - {tokenizer.eos_token_id}) or None,
                     use_cache=True,
                 )
             completion_ids = [
-                trim(ids, tokenizer.eos_token_id)
-                for ids in out[:, encoded["input_ids"].shape[1] :].tolist()
+                trim(ids, tokenizer.eos_token_id) for ids in out[:, encoded["input_ids"].shape[1] :].tolist()
             ]
-        generators = [
-            row_generator(seed, EVAL, 0, row)
-            for row in range(start, start + len(chunk))
-        ]
-        records = base.rollout(
-            Conditioning(prompt_ids, completion_ids), plan, generators
-        )
+        generators = [row_generator(seed, EVAL, 0, row) for row in range(start, start + len(chunk))]
+        records = base.rollout(Conditioning(prompt_ids, completion_ids), plan, generators)
         latents = torch.stack([record.final_latents for record in records])
         images = base.decode_latents(latents, size)
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
-        samples += [
-            Sample(*row)
-            for row in zip(chunk, texts, images, latents.cpu(), strict=True)
-        ]
+        samples += [Sample(*row) for row in zip(chunk, texts, images, latents.cpu(), strict=True)]
     model.train(was_training)
     return samples
 

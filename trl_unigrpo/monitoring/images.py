@@ -19,9 +19,7 @@ def write_completion_images(
     """Write `completions/images_STEP.parquet`: the given columns beside an `image` column that `datasets` reads back."""
     folder = Path(output_dir) / "completions"
     folder.mkdir(parents=True, exist_ok=True)
-    dataset = Dataset.from_dict({**columns, "image": list(images)}).cast_column(
-        "image", ImageFeature()
-    )
+    dataset = Dataset.from_dict({**columns, "image": list(images)}).cast_column("image", ImageFeature())
     disable_progress_bars()  # one per logging step would bury the training's own
     dataset.to_parquet(folder / f"images_{step:05d}.parquet")
     enable_progress_bars()
@@ -29,6 +27,4 @@ def write_completion_images(
 
 def pixel_spread(images: Sequence[Image.Image]) -> float:
     """Mean over images of the standard deviation of their pixels, in [0, 255]: near 0 where images turn blank."""
-    return float(
-        np.mean([np.asarray(image, dtype=np.float32).std() for image in images])
-    )
+    return float(np.mean([np.asarray(image, dtype=np.float32).std() for image in images]))

@@ -40,15 +40,11 @@ class TrustChecks:
             raise TrustError(message)
         warnings.warn(message, stacklevel=3)
 
-    def records(
-        self, records: Sequence[FlowRecord], group_size: int, one_window: bool
-    ) -> None:
+    def records(self, records: Sequence[FlowRecord], group_size: int, one_window: bool) -> None:
         """States in float32, other noise for each sample of a group, one window for the batch if there should be one."""
         if self._first("records"):
             self._report(_dtype_problem(records) or _noise_problem(records, group_size))
-            if one_window and any(
-                not torch.equal(r.timesteps, records[0].timesteps) for r in records
-            ):
+            if one_window and any(not torch.equal(r.timesteps, records[0].timesteps) for r in records):
                 self._report(
                     "images of one generation have different SDE windows. Rewards would compare unequal noise."
                 )
@@ -56,9 +52,7 @@ class TrustChecks:
     def windows(self, starts: Tensor) -> None:
         """`starts` (P, K): the window of each process, which must be one."""
         if self._first("windows") and (starts != starts[0]).any():
-            self._report(
-                f"processes drew different SDE windows: {starts.tolist()}. Give all of them the same seed."
-            )
+            self._report(f"processes drew different SDE windows: {starts.tolist()}. Give all of them the same seed.")
 
     def velocities(
         self,
@@ -80,10 +74,7 @@ class TrustChecks:
             return
         numbers = math.prod(trained.shape[2:])
         rms = (trained - sampled).flatten(2).double().pow(2).mean(2).sqrt()
-        share = (
-            float((coefficients.b.abs().to(rms) * rms / math.sqrt(numbers)).max())
-            / epsilon
-        )
+        share = float((coefficients.b.abs().to(rms) * rms / math.sqrt(numbers)).max()) / epsilon
         limit = 0.15 if low_precision else 0.01
         if share > limit:
             self._report(
@@ -94,9 +85,7 @@ class TrustChecks:
     def regularizer(self, loss: Tensor) -> None:
         """A regulariser under no_grad would be a number in the logs and nothing else."""
         if self._first("regularizer") and not loss.requires_grad:
-            self._report(
-                "the regulariser has no gradient. Is the image expert trainable?"
-            )
+            self._report("the regulariser has no gradient. Is the image expert trainable?")
 
 
 def _dtype_problem(records: Sequence[FlowRecord]) -> str | None:
@@ -108,9 +97,7 @@ def _dtype_problem(records: Sequence[FlowRecord]) -> str | None:
 
 def _noise_problem(records: Sequence[FlowRecord], group_size: int) -> str | None:
     for start in range(0, len(records), group_size):
-        group = torch.stack(
-            [r.next_latents.flatten() for r in records[start : start + group_size]]
-        )
+        group = torch.stack([r.next_latents.flatten() for r in records[start : start + group_size]])
         if len(torch.unique(group, dim=0)) < len(group):
             return "samples of one group share their noise, so that their rewards can't differ. Seed each sample on its own."
     return None
