@@ -97,7 +97,7 @@ def clipped_surrogate(
         >>> z = torch.tensor([-2e-6, 5e-7, 2e-6], requires_grad=True)
         >>> clipped_surrogate(z, torch.ones(3), 1e-6).sum().backward()
         >>> z.grad
-        tensor([-1., -1., -0.])
+        tensor([-1.0000, -1.0000,  0.0000])
     """
     epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
     if not (0.0 < epsilon_low <= 1.0 and 0.0 < epsilon_high < float("inf")):

@@ -64,6 +64,7 @@ def sde_transition(t: Tensor, t_next: Tensor, noise_level: float, t_first: Tenso
         Coefficients of the step, float64.
 
     Example:
+        >>> from trl_unigrpo.flow import flow_timesteps
         >>> grid = flow_timesteps(25)
         >>> sde_transition(grid[0], grid[1], noise_level=0.8, t_first=grid[1]).std
         tensor(0.8000, dtype=torch.float64)
