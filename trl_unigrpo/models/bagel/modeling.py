@@ -199,7 +199,8 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
     def _recomputes(self) -> bool:
-        return self.training and torch.is_grad_enabled() and self.is_activation_checkpointing
+        checkpointing = any(layer.gradient_checkpointing for layer in self.language_model.model.layers)
+        return checkpointing and self.training and torch.is_grad_enabled()
 
     def backbone(
         self,
