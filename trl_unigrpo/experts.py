@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .models.unified import UnifiedModelMixin
@@ -29,7 +31,7 @@ def split_groups(
     optimizer: torch.optim.Optimizer,
     image_learning_rate: float,
 ) -> None:
-    """Split each parameter group of a fresh optimizer by expert; the image expert's groups get their own learning rate."""
+    """Split each parameter group of a fresh optimizer by expert; the image expert's get their own learning rate."""
     image = {parameter for name, parameter in model.named_parameters() if base.is_image_parameter(name)}
     groups = []
     for group in optimizer.param_groups:
@@ -38,6 +40,17 @@ def split_groups(
             if parameters:
                 groups.append({**group, "params": parameters, "lr": rate, "name": name})
     optimizer.param_groups[:] = groups
+
+
+def check_trained(base: UnifiedModelMixin, model: nn.Module, trains: Mapping[str, bool]) -> None:
+    """Raise ValueError if an expert that is to be trained has no weights to train."""
+    trained = parameters_by_expert(base, model)
+    for name, weight in zip(EXPERTS, ("text_weight", "flow_weight"), strict=True):
+        if trains[name] and name not in trained:
+            raise ValueError(
+                f"{weight} is above 0, but the {name} expert has no trainable weights. Set {weight}=0, leave the "
+                "peft_config's target_modules unset, or load the adapter with is_trainable=True."
+            )
 
 
 def parameters_by_expert(base: UnifiedModelMixin, model: nn.Module) -> dict[str, list[Tensor]]:
@@ -49,8 +62,30 @@ def parameters_by_expert(base: UnifiedModelMixin, model: nn.Module) -> dict[str,
     return {name: parameters for name, parameters in experts.items() if parameters}
 
 
-def add_reference_adapter(model: nn.Module) -> None:
-    """Keep a frozen copy, named "ref", of the adapter that a model comes with: the policy that training starts from."""
+def clip_by_expert(base: UnifiedModelMixin, model: nn.Module, max_norm: float) -> dict[str, Tensor]:
+    """
+    Scale the gradients of each expert to a norm of at most `max_norm`; returns the norms before.
+
+    One norm for both would be the text's: the image's gradients are orders of magnitude smaller.
+    """
+    return {
+        name: nn.utils.clip_grad_norm_(parameters, max_norm)
+        for name, parameters in parameters_by_expert(base, model).items()
+    }
+
+
+def keep_adapters_in_float32(model: nn.Module) -> None:
+    """Hold adapters in float32, whatever the base has: in bfloat16 small updates would round to nothing."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for layers in (getattr(module, name) for name in module.adapter_layer_names):
+                for parameter in layers.parameters():
+                    if parameter.dtype in (torch.bfloat16, torch.float16):
+                        parameter.data = parameter.data.float()
+
+
+def add_reference_adapter(model: PeftModel) -> None:
+    """Keep a frozen copy, named "ref", of the adapter that a model comes with: the policy where training starts."""
     if "ref" in model.peft_config:
         return
     active = model.active_adapter
@@ -58,5 +93,6 @@ def add_reference_adapter(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if f".{active}." in name:
             model.get_parameter(name.replace(f".{active}.", ".ref.")).data.copy_(parameter.data)
-        elif ".ref." in name:
+    for name, parameter in model.named_parameters():
+        if ".ref." in name:
             parameter.requires_grad_(False)

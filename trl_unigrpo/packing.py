@@ -22,7 +22,7 @@ class PackedOutput(ModelOutput):
 
 def return_velocity(base: UnifiedModelMixin) -> None:
     """
-    Let the model, whose forward TRL has replaced by its fused head, return the velocities of a call that brings a flow.
+    Let the model, whose forward TRL has replaced by its fused head, return velocities when a call brings a flow.
 
     They travel in the output, not past it: a hook would break DDP, which looks for its parameters there.
     """

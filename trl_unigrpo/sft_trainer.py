@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a unified model: the thinking by cross-entropy, the image by flow matching, in one forward.
+"""Supervised fine-tuning of a unified model: cross-entropy on the thinking and flow matching on the image at once.
 
 Shapes: B samples, T text tokens, K noise draws per image, `latent` the model's own latent dimensions.
 """
@@ -51,6 +51,9 @@ class UnifiedSFTConfig(TrainingArguments):
     """
 
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Columns are chosen by the collator."})
+    dataloader_pin_memory: bool = field(
+        default=True, metadata={"help": "Pin the data loaders' memory, where there is a GPU."}
+    )
     adam_epsilon: float = field(default=1e-15, metadata={"help": "Adam's epsilon. BAGEL: 1e-15."})
     text_weight: float = field(default=1.0, metadata={"help": "Weight of the cross-entropy."})
     flow_weight: float = field(default=1.0, metadata={"help": "Weight of the flow matching loss."})
@@ -64,7 +67,7 @@ class UnifiedSFTConfig(TrainingArguments):
     )
     system_prompt: str = field(default="auto", metadata={"help": "'auto': the model's own; '': none."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         for name, choices in {
             "timestep_sampling": ("logit_normal", "uniform"),
@@ -82,8 +85,8 @@ class UnifiedCollator:
     """
     Makes batches of rows with `prompt`, `completion` (the thinking; empty or None for none) and `image` (PIL).
 
-    Returns `input_ids`, `attention_mask` and `labels` (B, T), right-padded, labels -100 off the thinking; `prompt_ids` and
-    `completion_ids`, lists; and `pixels` (B, 3, H, W) in [-1, 1].
+    Returns `input_ids`, `attention_mask` and `labels` (B, T), right-padded, labels -100 off the thinking; `prompt_ids`
+    and `completion_ids`, lists; and `pixels` (B, 3, H, W) in [-1, 1].
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -128,7 +131,7 @@ class UnifiedSFTTrainer(Trainer):
         model (`str` or `PreTrainedModel`): a unified model, or the folder or hub id of one.
         args ([`UnifiedSFTConfig`]): configuration.
         train_dataset, eval_dataset: rows with the columns `prompt`, `completion` and `image`.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; loaded from the model's folder if not given.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; from the model's folder by default.
     """
 
     args: UnifiedSFTConfig
@@ -150,8 +153,8 @@ class UnifiedSFTTrainer(Trainer):
             ("train_dataset", train_dataset),
             ("eval_dataset", eval_dataset),
         ):
-            columns = getattr(dataset, "column_names", None)
-            if columns is not None and not set(COLUMNS) <= set(columns):
+            columns = list(COLUMNS) if dataset is None else sorted(next(iter(dataset)))
+            if not set(COLUMNS) <= set(columns):
                 raise ValueError(
                     f"{name} has the columns {columns}, expected {list(COLUMNS)}. Rename or add the missing ones."
                 )
@@ -169,7 +172,9 @@ class UnifiedSFTTrainer(Trainer):
         )
         self._sums: dict[str, list[float]] = {}
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         base = unified_model(self.accelerator.unwrap_model(model))
         flow, target = self._noisy_copies(base, inputs)
         outputs = model(
@@ -210,12 +215,14 @@ class UnifiedSFTTrainer(Trainer):
         )
         return flow, noise - clean
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
         logs.update({prefix + name: sum(values) / len(values) for name, values in self._sums.items()})
         self._sums.clear()

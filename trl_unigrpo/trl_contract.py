@@ -41,8 +41,8 @@ class TRLChangedError(RuntimeError):
 
     def __init__(self, what: str):
         super().__init__(
-            f"TRL {trl.__version__} changed its internals: {what}. trl-unigrpo was written for trl>=1.16,<1.17. Install such a "
-            "version (pip install 'trl>=1.16,<1.17'), or a newer trl-unigrpo."
+            f"TRL {trl.__version__} changed its internals: {what}. trl-unigrpo was written for trl>=1.16,<1.17. "
+            "Install such a version (pip install 'trl>=1.16,<1.17'), or a newer trl-unigrpo."
         )
 
 

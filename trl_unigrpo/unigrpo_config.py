@@ -68,7 +68,8 @@ class UniGRPOConfig(GRPOConfig):
     r"""
     Configuration of [`UniGRPOTrainer`], with the values of the paper (arXiv 2603.23500, Table 3) as defaults.
 
-    Only the parameters that UniGRPO adds, or gives another default, are listed; all of [`~trl.GRPOConfig`] is there too.
+    Only the parameters that UniGRPO adds, or gives another default, are listed. Those of [`~trl.GRPOConfig`] are there
+    too.
     `epsilon`, `loss_type`, `beta`, `temperature` and the other options of TRL speak of the thinking tokens.
 
     Parameters:
@@ -83,9 +84,9 @@ class UniGRPOConfig(GRPOConfig):
         timestep_shift (`float`, *optional*, defaults to `3.0`):
             Shift s of the schedule t = s u / (1 + (s - 1) u), u evenly spaced from 1 to 0.
         image_batch_size (`int`, *optional*):
-            Images denoised at once in a rollout, to save memory; all of them by default. Never changes the images' noise.
+            Images denoised at once in a rollout, to save memory; all of them by default. Never changes their noise.
         system_prompt (`str`, *optional*, defaults to `"auto"`):
-            System prompt of prompts that bring none. `"auto"` is the model's own, which asks it to think; `""` is none.
+            System prompt of prompts that bring none: `"auto"` is the model's own, which asks it to think, `""` none.
 
         > Parameters that control the stochastic steps
 
@@ -98,7 +99,7 @@ class UniGRPOConfig(GRPOConfig):
         sde_window_size (`int`, *optional*, defaults to `3`):
             Number of stochastic, trained steps K. All others are ODE steps without gradient.
         sde_window_mode (`str`, *optional*, defaults to `"contiguous"`):
-            `"contiguous"` with a random start, `"scatter"` (random steps of the range) or `"fixed"` (the first of the range).
+            `"contiguous"` with a random start, `"scatter"` (random steps) or `"fixed"` (the first of the range).
         sde_window_scope (`str`, *optional*, defaults to `"generation"`):
             One draw per `"generation"` batch, the same on all ranks, or per `"rank"`, `"group"` or `"sample"`.
 
@@ -107,18 +108,18 @@ class UniGRPOConfig(GRPOConfig):
         text_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the thinking's GRPO objective. 0 freezes the text expert (FlowGRPO with thinking).
         flow_weight (`float`, *optional*, defaults to `1.0`):
-            Weight lambda of the image's objective. 0 freezes the image expert and samples with the ODE alone (TextGRPO).
+            Weight lambda of the image's objective. 0 freezes the image expert and samples by the ODE alone (TextGRPO).
         flow_epsilon (`float`, *optional*, defaults to `1e-6`):
             Clip range of the image's ratio, at 262,144 numbers per image (1024 pixels in BAGEL).
         ratio_norm (`bool`, *optional*, defaults to `True`):
             Centre and rescale the image's log-ratio (RatioNorm).
         flow_regularizer (`str`, *optional*, defaults to `"velocity_mse"`):
-            Tie to the reference model: `"velocity_mse"`, `"latent_kl"` (exact, per number), `"latent_kl_flow_grpo"` (that of
-            the public Flow-GRPO code) or `"none"`.
+            Tie to the reference model: `"velocity_mse"`, `"latent_kl"` (exact, per number), `"latent_kl_flow_grpo"`
+            (as in the public Flow-GRPO code) or `"none"`.
         flow_regularizer_weight (`float`, *optional*, defaults to `1.5e-5`):
             Its weight, at 262,144 numbers per image.
         scale_with_latents (`bool`, *optional*, defaults to `True`):
-            Multiply `flow_epsilon` and `flow_regularizer_weight` by sqrt(262144 / numbers per image), which keeps their
+            Multiply `flow_epsilon` and `flow_regularizer_weight` by sqrt(262144 / numbers per image), to keep their
             meaning at other sizes. False takes both as they are.
         flow_old_source (`str`, *optional*, defaults to `"recompute"`):
             Old velocities from the training forward (`"recompute"`) or from the sampler (`"rollout"`).
@@ -141,7 +142,7 @@ class UniGRPOConfig(GRPOConfig):
         > Parameters that control trust and logging
 
         trust_checks (`str`, *optional*, defaults to `"raise"`):
-            What to do if a start-up check fails (rollout and training velocities differ, noise repeats within a group, ...):
+            If a start-up check fails (rollout and training velocities differ, noise repeats in a group, ...):
             `"raise"`, `"warn"`, or `"off"`.
         log_completions_images (`bool`, *optional*, defaults to `True`):
             With `log_completions`, also write the images to parquet files beside TRL's.
@@ -166,11 +167,17 @@ class UniGRPOConfig(GRPOConfig):
         default=True,
         metadata={"help": "Dropout would make the first ratio differ from 1; leave it off."},
     )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Compute in bfloat16. None: if the hardware has it, unless fp16 is set."}
+    )
+    dataloader_pin_memory: bool = field(
+        default=True, metadata={"help": "Pin the data loaders' memory, where there is a GPU."}
+    )
     max_completion_length: int | None = field(
         default=512, metadata={"help": "Most thinking tokens sampled per prompt."}
     )
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Trajectories per device and micro-step."})
-    gradient_accumulation_steps: int | None = field(  # type: ignore[assignment]
+    gradient_accumulation_steps: int | None = field(
         default=None,
         metadata={
             "help": "Micro-steps per optimizer step. None: the fewest that make whole groups of num_generations."
@@ -270,7 +277,7 @@ class UniGRPOConfig(GRPOConfig):
         metadata={"help": "With log_completions, write the images to parquet files beside TRL's."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.gradient_accumulation_steps is None:
@@ -285,7 +292,7 @@ class UniGRPOConfig(GRPOConfig):
 
     @classmethod
     def paper(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
-        """The paper's run: 32 prompts of 24 trajectories per generation, 1024 pixels, full fine-tuning. A cluster's work."""
+        """The paper's run, a cluster's work: 32 prompts of 24 trajectories per generation, 1024 pixels."""
         config = {"per_device_train_batch_size": 4, **kwargs}
         trajectories = 32 * config.get("num_generations", 24)
         micro_batch = config["per_device_train_batch_size"] * _world_size()
@@ -294,7 +301,7 @@ class UniGRPOConfig(GRPOConfig):
 
     @classmethod
     def single_gpu(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
-        """One large GPU with LoRA: one prompt of 24 trajectories per generation, 512 pixels, learning rates for adapters."""
+        """One large GPU with LoRA: one prompt of 24 trajectories per generation, 512 pixels, rates for adapters."""
         defaults = {
             "image_size": 512,
             "learning_rate": 1e-5,
@@ -352,14 +359,14 @@ class UniGRPOConfig(GRPOConfig):
             return
         if not 0 <= low < high < self.num_inference_steps:
             raise ValueError(
-                f"sde_window_range={list(self.sde_window_range)} with num_inference_steps={self.num_inference_steps}: expected "
-                f"0 <= low < high <= {self.num_inference_steps - 1}, as the last step can't be stochastic: its noise would stay "
-                "in the image."
+                f"sde_window_range={list(self.sde_window_range)} with num_inference_steps={self.num_inference_steps}: "
+                f"expected 0 <= low < high <= {self.num_inference_steps - 1}, as the last step can't be stochastic: its "
+                "noise would stay in the image."
             )
         if not 1 <= self.sde_window_size <= high - low:
             raise ValueError(
-                f"sde_window_size={self.sde_window_size} does not fit into sde_window_range={list(self.sde_window_range)}: "
-                f"expected 1 to {high - low}. Shrink the window or widen the range."
+                f"sde_window_size={self.sde_window_size} does not fit into sde_window_range="
+                f"{list(self.sde_window_range)}: expected 1 to {high - low}. Shrink the window or widen the range."
             )
         if self.noise_level == 0:
             raise ValueError("noise_level=0 leaves no stochastic step to train on. Use flow_weight=0 for text alone.")
@@ -369,8 +376,8 @@ class UniGRPOConfig(GRPOConfig):
         if self.num_iterations > 1 and self.gradient_accumulation_steps % repeats == 0:
             raise ValueError(
                 f"num_iterations={self.num_iterations} does nothing here: with gradient_accumulation_steps="
-                f"{self.gradient_accumulation_steps} and steps_per_generation={self.steps_per_generation}, all passes over a "
-                "generation fall into one optimizer step. Leave steps_per_generation unset, or set "
+                f"{self.gradient_accumulation_steps} and steps_per_generation={self.steps_per_generation}, all "
+                "passes over a generation fall into one optimizer step. Leave steps_per_generation unset, or set "
                 f"gradient_accumulation_steps={self.steps_per_generation}."
             )
 

@@ -1,4 +1,4 @@
-"""UniGRPO: one reward on the image trains the thinking and the denoising of a unified model together (arXiv 2603.23500).
+"""UniGRPO (arXiv 2603.23500): one reward on the image trains the thinking and the denoising of a unified model.
 
 One step, as the paper's algorithm has it:
 
@@ -10,12 +10,13 @@ One step, as the paper's algorithm has it:
        text objective + lambda * flow objective + w * velocity MSE
     6. clip the gradients of each expert, one optimizer step         `_clip_grad_norm`, `create_optimizer`
 
-Shapes: B trajectories, K stochastic steps, `latent` the model's own latent dimensions, D numbers in one image's latents.
+Shapes: B trajectories, K stochastic steps, `latent` the model's own latent dimensions.
 """
 
 import copy
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +28,6 @@ from accelerate.utils import gather_object, is_peft_model
 from peft import PeftConfig
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -39,11 +39,13 @@ from trl.extras.profiling import profiling_context
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
-from .dataset_checks import check_dataset
+from .arguments import check_arguments, default_config, load_model, load_tokenizer, target_experts
 from .experts import (
     add_reference_adapter,
+    check_trained,
+    clip_by_expert,
     freeze_experts,
-    parameters_by_expert,
+    keep_adapters_in_float32,
     split_groups,
 )
 from .flow import (
@@ -57,7 +59,7 @@ from .flow import (
     velocity_mse,
 )
 from .model_card import rewrite_quick_start
-from .models.auto import load_unified_model, unified_model
+from .models.auto import unified_model
 from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin
 from .monitoring.images import pixel_spread, write_completion_images
 from .monitoring.trust import TrustChecks
@@ -65,23 +67,16 @@ from .packing import pack, return_velocity
 from .prompts import as_messages, prepare_tokenizer
 from .resume import load_rollouts, save_rollouts
 from .rollout import FlowRecord, RolloutPlan
-from .scoring import mask_failed_rewards
+from .scoring import mask_failed_rewards, with_name
 from .seeding import EVAL, TRAIN, WINDOW, row_generator
 from .trl_contract import TRLChangedError, check_trl, generation_fields
 from .unigrpo_config import UniGRPOConfig
 
 
-_UNSUPPORTED = {
-    "tools": "tool calls would put tokens between the thinking and the image",
-    "environment_factory": "environments would put tokens between the thinking and the image",
-    "rollout_func": "the rollout, thinking and image, is this trainer's own",
-}
-
-
 class UniGRPOTrainer(GRPOTrainer):
     """
-    Trainer for UniGRPO (arXiv 2603.23500): GRPO on the thinking tokens and FlowGRPO-Fast on the denoising steps of a unified
-    model, from one reward on the finished image.
+    Trainer for UniGRPO (arXiv 2603.23500): GRPO on the thinking tokens and FlowGRPO-Fast on the denoising steps of a
+    unified model, from one reward on the finished image.
 
     Example:
 
@@ -107,8 +102,8 @@ class UniGRPOTrainer(GRPOTrainer):
         model (`str`, `PreTrainedModel` or `PeftModel`):
             A unified model ([`~trl_unigrpo.models.unified.UnifiedModelMixin`]), or the folder or hub id of one.
         reward_funcs (`Callable`, or list of them):
-            TRL reward functions. Beside `prompts`, `completions` (the thinking) and the dataset's columns they get `images`, a
-            flat list of PIL images, one per completion. `None` for a sample that could not be scored.
+            TRL reward functions. Beside `prompts`, `completions` (the thinking) and the dataset's columns they get
+            `images`, a flat list of PIL images, one per completion. `None` for a sample that could not be scored.
         args ([`UniGRPOConfig`], *optional*):
             Configuration.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
@@ -130,7 +125,7 @@ class UniGRPOTrainer(GRPOTrainer):
     _paper: ClassVar = {
         "title": "UniGRPO",
         "id": "2603.23500",
-        "citation": "@article{unigrpo2026,\n    title = {UniGRPO},\n    year = 2026,\n    eprint = {arXiv:2603.23500},\n}",
+        "citation": "@article{unigrpo2026,\n    title = {UniGRPO},\n    year = 2026,\n    eprint = {2603.23500}\n}",
     }
 
     def __init__(
@@ -149,128 +144,95 @@ class UniGRPOTrainer(GRPOTrainer):
         **unsupported: Any,
     ):
         check_trl()
-        for name, value in unsupported.items():
-            if name not in _UNSUPPORTED:
-                raise TypeError(f"UniGRPOTrainer got an unexpected argument {name!r}.")
-            if value:
-                raise ValueError(f"{name} does not work with UniGRPO: {_UNSUPPORTED[name]}. Leave it out.")
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config) or "model"
-            args = UniGRPOConfig(f"{name.split('/')[-1]}-UniGRPO")
-        elif not isinstance(args, UniGRPOConfig):
-            raise TypeError(f"args is a {type(args).__name__}, expected a UniGRPOConfig.")
-        if not reward_funcs:
-            raise ValueError("reward_funcs is empty: pass at least one function that scores images.")
-        if train_dataset is not None:
-            check_dataset(train_dataset, "train_dataset")
-        if eval_dataset is not None:
-            check_dataset(eval_dataset, "eval_dataset")
-        if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
-            raise TypeError(
-                f"processing_class is a {type(processing_class).__name__}, expected a tokenizer: the images are generated, "
-                "not read. Pass processor.tokenizer."
-            )
+        if not isinstance(model, str):
+            unified_model(model)  # raises for a model that paints no images
+        args = args or default_config(model)
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
 
         set_seed(args.seed)  # adapters start at random
-        if isinstance(model, str):
-            model_kwargs = {
-                "dtype": torch.bfloat16 if args.bf16 and peft_config else torch.float32,
-                **(args.model_init_kwargs or {}),
-            }
-            if quantization_config is not None:
-                model_kwargs["quantization_config"] = quantization_config
-            source, model, quantization_config = (
-                model,
-                load_unified_model(model, **model_kwargs),
-                None,
-            )
-            args = copy.copy(args)
-            args.model_init_kwargs = None
-            processing_class = processing_class or AutoTokenizer.from_pretrained(source, padding_side="left")
-        base = unified_model(model)
-        shape = base.latent_shape((args.image_size, args.image_size))
-        if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(get_config_model_id(model.config), padding_side="left")
+        source = model if isinstance(model, str) else get_config_model_id(model.config)
         adapted = peft_config is not None or is_peft_model(model)
+        if isinstance(model, str):
+            model, args = load_model(source, args, quantization_config, adapted)
+            quantization_config = None
+        base = unified_model(model)
+        num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
         if args.beta != 0 and not adapted:
             raise ValueError(
                 f"beta={args.beta}: the text KL needs adapters to switch off. Pass a peft_config, or beta=0."
             )
 
         self._trains = {"text": args.text_weight > 0, "image": args.flow_weight > 0}
-        self._regularized = (
-            args.flow_weight > 0 and args.flow_regularizer != "none" and args.flow_regularizer_weight > 0
-        )
-        if peft_config is not None and getattr(peft_config, "target_modules", ...) is None:
-            experts = "both" if all(self._trains.values()) else next(name for name, on in self._trains.items() if on)
-            peft_config = copy.deepcopy(peft_config)
-            peft_config.target_modules = base.default_lora_targets(experts)
+        regularizer_weight = 0.0 if args.flow_regularizer == "none" else args.flow_regularizer_weight
+        self._regularized = self._trains["image"] and regularizer_weight > 0
+        if not adapted:
+            freeze_experts(base, model, self._trains)
         if self._regularized and not adapted:
             base.keep_reference(copy.deepcopy(base))
         elif self._regularized and is_peft_model(model) and args.beta == 0:
-            add_reference_adapter(model)  # with beta TRL adds it itself
-        if not adapted:
-            freeze_experts(base, model, self._trains)
+            add_reference_adapter(model)  # with beta, TRL adds it itself
 
-        numbers = math.prod(shape)
-        scale = (
-            partial(scale_with_latents, num_latent_dims=numbers) if args.scale_with_latents else (lambda value: value)
-        )
-        self._flow_epsilon = scale(args.flow_epsilon)
-        self._regularizer_weight = scale(args.flow_regularizer_weight)
+        scale = scale_with_latents if args.scale_with_latents else (lambda value, _: value)
+        self._flow_epsilon = scale(args.flow_epsilon, num_latent_dims)
+        self._regularizer_weight = scale(regularizer_weight, num_latent_dims)
         self._trust = TrustChecks(args.trust_checks)
-        self._records: list[FlowRecord] = []
-        self._flow: FlowInputs | None = None
+        self._records: list[FlowRecord] = []  # of the rollout in progress
+        self._flow: FlowInputs | None = None  # of the packed forward in progress
         self._eval_rows = 0
         self._learning_rates: dict[str, float] = {}
         self._images: deque[Any] = deque(maxlen=args.generation_batch_size)
 
         super().__init__(
             model=model,
-            reward_funcs=reward_funcs,
+            reward_funcs=[with_name(f) for f in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])],
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=prepare_tokenizer(processing_class, base.chat_template),
+            processing_class=prepare_tokenizer(processing_class or load_tokenizer(source), base.chat_template),
             reward_processing_classes=reward_processing_classes,
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
-            peft_config=peft_config,
+            peft_config=target_experts(peft_config, base, self._trains),
         )
         if not base.packs_velocities and self.accelerator.num_processes > 1:
             raise ValueError(
                 f"{type(base).__name__} computes its velocities one by one, which several processes don't support yet."
             )
         freeze_experts(base, self.model, self._trains)
+        check_trained(base, self.model, self._trains)
+        keep_adapters_in_float32(self.model)
+        self._trust.weights(self.model)
         return_velocity(base)
         if base._reference is not None:
             base._reference.to(self.accelerator.device)
         vocabulary = base.get_output_embeddings().weight.shape[0]
-        suppressed = {
-            *base.suppressed_token_ids,
-            *range(len(self._tokenizer), vocabulary),
-        } - set(self.eos_token_ids)
-        self.generation_config.suppress_tokens = sorted(suppressed) or None
+        never = {*base.suppressed_token_ids, *range(len(self._tokenizer), vocabulary)} - set(self.eos_token_ids)
+        self.generation_config.suppress_tokens = sorted(never) or None
 
     @property
     def unified(self) -> UnifiedModelMixin:
         """The unified model, out of any wrapper."""
         return unified_model(self.accelerator.unwrap_model(self.model))
 
+    @property
+    def _generation(self) -> int:
+        """Number of the generation batch that is trained on: the same however it is cut into micro-batches."""
+        return self._step // (self.args.steps_per_generation * self.num_iterations)
+
     # 1. Thinking
 
-    def _tokenize_prompts(self, prompts):
-        system = self.args.system_prompt
-        if system == "auto":
-            system = self.unified.default_system_prompt
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        own = self.args.system_prompt == "auto"
+        system = self.unified.default_system_prompt if own else self.args.system_prompt
         if self.processing_class.chat_template is not None:
             prompts = [as_messages(prompt, system) for prompt in prompts]
         return super()._tokenize_prompts(prompts)
 
     # 2. Images
 
-    def _generate(self, prompts):
+    def _generate(self, prompts: list[Any]) -> Any:
         outputs = super()._generate(prompts)
         prompt_ids, completion_ids, extra_fields = generation_fields(outputs)
         with profiling_context(self, "image_rollout"):
@@ -294,7 +256,7 @@ class UniGRPOTrainer(GRPOTrainer):
             batch_size=args.image_batch_size,
         )
         first = self.accelerator.process_index * len(conditioning)
-        purpose, count = (TRAIN, self._step) if mode == "train" else (EVAL, 0)
+        purpose, count = (TRAIN, self._generation) if mode == "train" else (EVAL, 0)
         rows = range(first + self._eval_rows, first + self._eval_rows + len(conditioning))
         generators = [row_generator(args.seed, purpose, count, row) for row in rows]
         if mode == "eval":
@@ -314,7 +276,8 @@ class UniGRPOTrainer(GRPOTrainer):
             for start in range(0, len(records), chunk):
                 latents = torch.stack([record.final_latents for record in records[start : start + chunk]])
                 images += base.decode_latents(latents, size)
-        self._metrics[mode]["images/pixel_std"].append(pixel_spread(images))
+        spread = torch.tensor(pixel_spread(images), device=self.accelerator.device)
+        self._metrics[mode]["images/pixel_std"].append(self.accelerator.gather(spread).mean().item())
         self._metrics[mode]["time/images"].append(time.perf_counter() - started)
         if stochastic:
             self._trust.records(
@@ -337,11 +300,11 @@ class UniGRPOTrainer(GRPOTrainer):
         args, process = self.args, self.accelerator.process_index
         draw = partial(
             sde_window,
-            tuple(args.sde_window_range),
+            (args.sde_window_range[0], args.sde_window_range[1]),
             args.sde_window_size,
             args.sde_window_mode,
         )
-        key = (args.seed, WINDOW, self._step)
+        key = (args.seed, WINDOW, self._generation)
         if args.sde_window_scope == "generation":
             return torch.tensor(draw(key))
         if args.sde_window_scope == "rank":
@@ -352,21 +315,27 @@ class UniGRPOTrainer(GRPOTrainer):
 
     # 3. Rewards
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         started = time.perf_counter()
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode = "train" if self.model.training else "eval"
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
         rewards, failed = mask_failed_rewards(rewards, group_size)
+        if failed:
+            warnings.warn(
+                "Some samples have no score (None, NaN or infinity, from at least one reward function): they don't "
+                "count. The metric `reward/frac_none` has their share."
+            )
         self._metrics[mode]["reward/frac_none"].append(failed)
         self._metrics[mode]["time/reward"].append(time.perf_counter() - started)
         return rewards
 
     # 4. Old and reference velocities
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
         outputs = super()._generate_and_score_completions(inputs)
+        freeze_experts(self.unified, self.model, self._trains)  # TRL's reference pass thaws adapters
         records, self._records = self._records, []
         if self.args.log_completions and (self.log_multimodal or self.args.log_completions_images):
             images = gather_object([row["images"] for row in inputs])
@@ -375,7 +344,6 @@ class UniGRPOTrainer(GRPOTrainer):
                 self._logs["images"].extend([image] for image in images)
         if mode == "eval" or not self._trains["image"]:
             return outputs
-        freeze_experts(self.unified, self.model, self._trains)  # switching adapters off and on thaws them
         started = time.perf_counter()
         outputs["flow_records"] = records
         if self._regularized:
@@ -408,7 +376,7 @@ class UniGRPOTrainer(GRPOTrainer):
 
     # 5. Loss
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         if "flow_records" not in inputs:
             return self.args.text_weight * super()._compute_loss(model, inputs)
         records, base = inputs["flow_records"], self.unified
@@ -427,7 +395,7 @@ class UniGRPOTrainer(GRPOTrainer):
             flow_loss = self._flow_loss(velocity, inputs, slice(None), first_pass)
         else:
             text_loss = super()._compute_loss(model, inputs)
-            flow_loss, steps = 0.0, len(records[0].timesteps)
+            flow_loss, steps = torch.zeros((), device=self.accelerator.device), len(records[0].timesteps)
             for k, velocity in base.velocities(records, context_grad):
                 # Back-propagated at once, so that only one step's activations are alive.
                 loss = self._flow_loss(velocity[:, None], inputs, slice(k, k + 1), first_pass) / steps
@@ -435,7 +403,7 @@ class UniGRPOTrainer(GRPOTrainer):
                 flow_loss += loss.detach()
         return self.args.text_weight * text_loss + flow_loss / accumulation
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self._flow is not None:
             model = pack(model, self._flow)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
@@ -514,23 +482,21 @@ class UniGRPOTrainer(GRPOTrainer):
 
     # 6. Optimizer
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh:
             split_groups(self.unified, self.model, optimizer, self.args.image_learning_rate)
         return optimizer
 
-    def _clip_grad_norm(self, model):
-        norms = {
-            name: self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
-            for name, parameters in parameters_by_expert(self.unified, self.model).items()
-        }
+    def _clip_grad_norm(self, model: Any) -> Tensor:
+        self.accelerator.unscale_gradients()
+        norms = clip_by_expert(self.unified, self.model, self.args.max_grad_norm)
         for name, norm in norms.items():
-            self._metrics["train"][f"grad_norm/{name}"].append(float(norm))
-        return torch.stack([torch.as_tensor(norm) for norm in norms.values()]).norm()
+            self._metrics["train"][f"grad_norm/{name}"].append(norm.item())
+        return torch.stack(list(norms.values())).norm()
 
-    def _get_learning_rate(self):
+    def _get_learning_rate(self) -> float:
         # Called between the optimizer's step and the scheduler's: these are the rates that were used.
         groups = self.optimizer.param_groups
         self._learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in groups if "name" in group}
@@ -538,11 +504,15 @@ class UniGRPOTrainer(GRPOTrainer):
 
     # Evaluation, logs and checkpoints
 
-    def evaluate(self, *args, **kwargs):
-        self._eval_rows = 0  # the same noise in every evaluation
-        return super().evaluate(*args, **kwargs)
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._eval_rows = 0
+        device = self.accelerator.device
+        # Every evaluation draws the same thinkings and the same noise, and training goes on as if there had been none.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed + self.accelerator.process_index)
+            return super().evaluate(*args, **kwargs)
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "learning_rate" in logs:
             logs.update(self._learning_rates)
         super().log(logs, start_time)
@@ -555,24 +525,39 @@ class UniGRPOTrainer(GRPOTrainer):
             }
             write_completion_images(self.args.output_dir, self.state.global_step, columns, self._images)
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         passes_left = self._step % (self.args.steps_per_generation * self.num_iterations)
-        save_rollouts(
-            folder,
-            self.accelerator.process_index,
-            self._step,
-            self._buffered_inputs if passes_left else None,
+        state = {
+            "step": self._step,
+            "geometry": self._geometry,
+            "buffer": self._buffered_inputs if passes_left else None,
+        }
+        save_rollouts(folder, self.accelerator.process_index, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = load_rollouts(checkpoint, self.accelerator.process_index, self.accelerator.device)
+        if state is not None and state["geometry"] == self._geometry:
+            self._step, self._buffered_inputs = state["step"], state["buffer"]
+            return
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        warnings.warn(
+            f"{checkpoint} has no rollouts of a run with these batch sizes and processes. Training goes on, but a "
+            "generation batch that was in use is sampled anew."
         )
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        state = None if checkpoint is None else load_rollouts(checkpoint, self.accelerator.process_index)
-        if state is not None:
-            self._step, self._buffered_inputs = state
+    @property
+    def _geometry(self) -> list[int]:
+        """How a generation batch is cut: rollouts are of use to a run that cuts them alike."""
+        args = self.args
+        sizes = [args.per_device_train_batch_size, args.steps_per_generation, self.num_iterations]
+        return [self.accelerator.num_processes, *sizes]
 
-    def create_model_card(self, *args, **kwargs):
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             rewrite_quick_start(

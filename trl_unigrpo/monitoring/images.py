@@ -16,7 +16,7 @@ def write_completion_images(
     columns: dict[str, list[Any]],
     images: Sequence[Image.Image],
 ) -> None:
-    """Write `completions/images_STEP.parquet`: the given columns beside an `image` column that `datasets` reads back."""
+    """Write `completions/images_STEP.parquet`: the columns, and beside them `image`, which `datasets` reads back."""
     folder = Path(output_dir) / "completions"
     folder.mkdir(parents=True, exist_ok=True)
     dataset = Dataset.from_dict({**columns, "image": list(images)}).cast_column("image", ImageFeature())

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..flow import Transition
 from ..rollout import FlowRecord
@@ -40,8 +40,18 @@ class TrustChecks:
             raise TrustError(message)
         warnings.warn(message, stacklevel=3)
 
+    def weights(self, model: nn.Module) -> None:
+        """Trained weights in float32."""
+        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+        if self._first("weights") and dtypes & {torch.bfloat16, torch.float16}:
+            self._report(
+                f"weights to train are stored in {', '.join(sorted(map(str, dtypes)))}, where small updates round to "
+                "nothing. Load the model in torch.float32 (bf16=True computes in bfloat16 all the same) or train "
+                "adapters."
+            )
+
     def records(self, records: Sequence[FlowRecord], group_size: int, one_window: bool) -> None:
-        """States in float32, other noise for each sample of a group, one window for the batch if there should be one."""
+        """States in float32, noise of its own for each sample of a group, and one window if there should be one."""
         if self._first("records"):
             self._report(_dtype_problem(records) or _noise_problem(records, group_size))
             if one_window and any(not torch.equal(r.timesteps, records[0].timesteps) for r in records):
@@ -78,8 +88,9 @@ class TrustChecks:
         limit = 0.15 if low_precision else 0.01
         if share > limit:
             self._report(
-                f"velocities of the rollout and of the training forward differ by {share:.1%} of the clip range (limit "
-                f"{limit:.0%}). The model must compute both in the same way: check dropout, padding and the positions of images."
+                f"velocities of the rollout and of the training forward differ by {share:.1%} of the clip range "
+                f"(limit {limit:.0%}). The model must compute both in the same way: check dropout, padding and the "
+                "positions of images."
             )
 
     def regularizer(self, loss: Tensor) -> None:
@@ -91,7 +102,8 @@ class TrustChecks:
 def _dtype_problem(records: Sequence[FlowRecord]) -> str | None:
     dtypes = {tensor.dtype for r in records for tensor in (r.latents, r.next_latents)}
     if dtypes != {torch.float32}:
-        return f"states are stored in {sorted(map(str, dtypes))}, expected torch.float32: rounding would bias every ratio."
+        stored = ", ".join(sorted(map(str, dtypes)))
+        return f"states are stored in {stored}, expected torch.float32: rounding would bias every ratio."
     return None
 
 
@@ -99,5 +111,5 @@ def _noise_problem(records: Sequence[FlowRecord], group_size: int) -> str | None
     for start in range(0, len(records), group_size):
         group = torch.stack([r.next_latents.flatten() for r in records[start : start + group_size]])
         if len(torch.unique(group, dim=0)) < len(group):
-            return "samples of one group share their noise, so that their rewards can't differ. Seed each sample on its own."
+            return "samples of one group share their noise: their rewards can't differ. Seed each sample on its own."
     return None

@@ -1,0 +1,99 @@
+"""What a user hands to the trainer, checked and made ready before anything expensive."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import get_config_model_id
+
+from .dataset_checks import check_dataset
+from .models.auto import load_unified_model, unified_model
+from .unigrpo_config import UniGRPOConfig
+
+
+UNSUPPORTED = {
+    "tools": "tool calls would put tokens between the thinking and the image",
+    "environment_factory": "environments would put tokens between the thinking and the image",
+    "rollout_func": "the rollout, thinking and image, is this trainer's own",
+}
+
+
+def check_arguments(
+    args: Any,
+    reward_funcs: Any,
+    datasets: Mapping[str, Any],
+    processing_class: Any,
+    unsupported: Mapping[str, Any],
+) -> None:
+    """
+    Raise ValueError or TypeError, with the remedy, for what the trainer can't work with.
+
+    Args:
+        args: the configuration.
+        reward_funcs: the user's reward functions.
+        datasets: by argument name; None where there is none.
+        processing_class: the tokenizer, or None.
+        unsupported: remaining keyword arguments.
+    """
+    for name, value in unsupported.items():
+        if name not in UNSUPPORTED:
+            raise TypeError(f"UniGRPOTrainer got an unexpected argument {name!r}.")
+        if value:
+            raise ValueError(f"{name} does not work with UniGRPO: {UNSUPPORTED[name]}. Leave it out.")
+    if not isinstance(args, UniGRPOConfig):
+        raise TypeError(f"args is a {type(args).__name__}, expected a UniGRPOConfig.")
+    if not reward_funcs:
+        raise ValueError("reward_funcs is empty: pass at least one function that scores images.")
+    for name, dataset in datasets.items():
+        if dataset is not None:
+            check_dataset(dataset, name)
+    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"processing_class is a {type(processing_class).__name__}, expected a tokenizer: images are generated "
+            "here, not read. Pass processor.tokenizer."
+        )
+
+
+def default_config(model: Any) -> UniGRPOConfig:
+    """The configuration of a user who gives none."""
+    source = model if isinstance(model, str) else get_config_model_id(model.config) or "model"
+    return UniGRPOConfig(f"{source.split('/')[-1]}-UniGRPO")
+
+
+def load_model(
+    source: str, args: UniGRPOConfig, quantization_config: Any, adapted: bool
+) -> tuple[PreTrainedModel, UniGRPOConfig]:
+    """
+    Load a model by name, in float32 if its weights are trained: in bfloat16 small updates would round to nothing.
+
+    Returns:
+        The model, and a copy of the configuration without the arguments that went into loading it.
+    """
+    kwargs = {"dtype": torch.bfloat16 if args.bf16 and adapted else torch.float32, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    args = copy.copy(args)
+    args.model_init_kwargs = None
+    return load_unified_model(source, **kwargs), args
+
+
+def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder or repository that a model came from."""
+    if not source:
+        raise ValueError(
+            "processing_class is missing, and the model does not say where it was loaded from. Pass a tokenizer."
+        )
+    return AutoTokenizer.from_pretrained(source, padding_side="left")
+
+
+def target_experts(peft_config: PeftConfig | None, model: Any, trains: Mapping[str, bool]) -> PeftConfig | None:
+    """The adapters' configuration; without `target_modules` they go to the experts that are trained."""
+    if peft_config is None or getattr(peft_config, "target_modules", ...) is not None:
+        return peft_config
+    experts = "both" if all(trains.values()) else next(name for name, on in trains.items() if on)
+    peft_config = copy.deepcopy(peft_config)
+    peft_config.target_modules = unified_model(model).default_lora_targets(experts)
+    return peft_config
