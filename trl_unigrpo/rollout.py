@@ -43,7 +43,8 @@ class RolloutPlan:
 @dataclass
 class FlowRecord:
     """
-    What one image's sampling leaves behind. All states are float32: in bfloat16 the update would see rounding, not noise.
+    What one image's sampling leaves behind. All states are float32: in bfloat16 the update would see rounding, not
+    noise.
 
     Attributes:
         final_latents: (*latent) the finished image.
@@ -74,7 +75,8 @@ def sample_latents(
     device: torch.device | str = "cpu",
 ) -> list[FlowRecord]:
     """
-    Integrate dx = v dt from noise at t = 1 to the image at t = 0: Euler steps outside the window, stochastic steps inside.
+    Integrate dx = v dt from noise at t = 1 to the image at t = 0: Euler steps outside the window, stochastic ones
+    inside.
 
     Args:
         velocity: predicts the velocity (B, *latent) at states (B, *latent) and times (B,).
@@ -141,7 +143,7 @@ def stochastic_steps(windows: Tensor | None, batch_size: int, num_steps: int) ->
         )
     if windows.numel() and not 0 <= int(windows.min()) <= int(windows.max()) < num_steps:
         raise ValueError(
-            f"The SDE window {windows.tolist()} reaches beyond the {num_steps} denoising steps, which count from 0. Narrow "
-            "`sde_window_range` or raise `num_inference_steps`."
+            f"The SDE window {windows.tolist()} reaches beyond the {num_steps} denoising steps, which count from 0. "
+            "Narrow `sde_window_range` or raise `num_inference_steps`."
         )
     return stochastic.scatter_(1, windows.cpu().expand(batch_size, -1), True)

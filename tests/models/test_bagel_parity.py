@@ -1,4 +1,6 @@
-"""The official implementation's recorded tensors, reproduced: see `tests/fixtures/bagel/README.md` for their meaning."""
+"""The official implementation's recorded tensors, reproduced; tests/fixtures/bagel/README.md says what they are."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -143,7 +145,7 @@ def test_second_sample_of_the_batch(model, recorded):
 def test_euler_rollout(model, recorded, context_ids, image_size):
     context, times = encode(model, context_ids), recorded["rollout/timesteps"]
     x = recorded["rollout/init_noise"]
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         assert_recorded(x, recorded["rollout/x"][i])
         velocity = model.predict_velocity(context, x[None], t[None], image_size)[0]
         assert_recorded(velocity, recorded["rollout/velocity"][i])

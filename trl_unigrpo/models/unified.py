@@ -23,7 +23,7 @@ from ..rollout import FlowRecord, RolloutPlan, sample_latents
 
 @dataclass
 class UnifiedOutput(ModelOutput):
-    """Output of the backbone: `last_hidden_state` (B, T, H) of the text rows, `velocity` (B, K, *latent) if asked for."""
+    """Output of the backbone: `last_hidden_state` (B, T, H) of the text rows, `velocity` (B, K, *latent) or None."""
 
     last_hidden_state: Tensor | None = None
     velocity: Tensor | None = None
@@ -56,7 +56,7 @@ class FlowInputs:
         context_lengths: (B,) true lengths of these rows.
         image_size: (height, width) in pixels, one for the batch.
         context_grad: whether the copies' loss reaches the text's weights through the context.
-        velocity: (B, K, *latent) filled in by `base_model`, for a caller that sees only what the language head returns.
+        velocity: (B, K, *latent) filled in by `base_model`, for a caller that sees only the language head's output.
     """
 
     latents: Tensor
@@ -76,9 +76,9 @@ class UnifiedModelMixin(_Base):
     """
     Mixin of a transformers `PreTrainedModel` with `GenerationMixin` that also paints.
 
-    A model brings text as any causal LM in TRL does (`generate`, `get_output_embeddings`), the primitives below that are
-    marked abstract, and gets from here what the trainer calls: `base_model`, `rollout`, `velocities` and `reference`. A
-    model whose context and denoiser do not separate overrides those instead.
+    A model brings text as any causal LM in TRL does (`generate`, `get_output_embeddings`), the primitives below that
+    are marked abstract, and gets from here what the trainer calls: `base_model`, `rollout`, `velocities` and
+    `reference`. A model whose context and denoiser do not separate overrides those instead.
     """
 
     packs_velocities: bool = True
@@ -109,7 +109,7 @@ class UnifiedModelMixin(_Base):
         use_cache: bool = False,
         flow: FlowInputs | None = None,
     ) -> UnifiedOutput:
-        """Hidden states (B, T, H) of text rows in the padded layout given and, of the same call, the velocities of `flow`."""
+        """Hidden states (B, T, H) of text rows in the padded layout given, and of the same call `flow`'s velocities."""
 
     @abstractmethod
     def encode_context(self, context_ids: Tensor, context_lengths: Tensor) -> Any:
@@ -119,11 +119,11 @@ class UnifiedModelMixin(_Base):
     def predict_velocity(
         self, context: Any, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]
     ) -> Tensor:
-        """Velocity (B, *latent), float32, at states `latents` (B, *latent) and times (B,). Never changes the context."""
+        """Velocity (B, *latent), float32, at states (B, *latent) and times (B,). Leaves the context as it is."""
 
     @abstractmethod
     def context_ids(self, conditioning: Conditioning) -> list[Tensor]:
-        """The tokens, one 1-d tensor per sample, that stand before each image: prompt, thinking and what closes them."""
+        """The tokens, one 1-d tensor per sample, that stand before each image: prompt, thinking, what closes them."""
 
     @abstractmethod
     def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, ...]:
@@ -135,7 +135,10 @@ class UnifiedModelMixin(_Base):
 
     @abstractmethod
     def decode_latents(self, latents: Tensor, image_size: tuple[int, int], output_type: str = "pil") -> Any:
-        """Images of latents (B, *latent): a list of PIL images, or ("pt") a differentiable tensor (B, 3, H, W) in [-1, 1]."""
+        """
+        Images of latents (B, *latent): a list of PIL images, or ("pt") a tensor (B, 3, H, W), differentiable and about
+        in [-1, 1].
+        """
 
     @abstractmethod
     def predict_velocities(self, flow: FlowInputs) -> Tensor:
@@ -223,14 +226,15 @@ class UnifiedModelMixin(_Base):
             yield k, self.predict_velocity(context, flow.latents[:, k], flow.timesteps[:, k], flow.image_size)
 
     def keep_reference(self, reference: nn.Module) -> None:
-        """Keep a frozen copy as the reference of a fully fine-tuned model. It is no submodule: never saved or trained."""
+        """Keep a frozen copy as the reference of a fully fine-tuned model: no submodule, so never saved or trained."""
         object.__setattr__(self, "_reference", reference.requires_grad_(False).eval())
 
     @contextmanager
     def reference(self) -> Iterator["UnifiedModelMixin"]:
         """
-        The reference model: the frozen copy if one is kept, else this model with its adapters switched off, or switched to
-        the adapter named "ref" if there is one. Which parameters are trained is the same before and after.
+        The reference model: the frozen copy if one is kept, else this model with its adapters switched off, or
+        switched to the adapter named "ref" if there is one. Which parameters are trained is the same before and
+        after.
         """
         if self._reference is not None:
             yield self._reference

@@ -6,7 +6,8 @@ A forward pass holds two contiguous streams instead of one interleaved sequence:
     gen stream: [latents of image 1, N tokens | ... | latents of image K]                     G = K N
 
 Attention is equivariant to the order of tokens once positions and visibility are explicit, so nothing is gathered or
-scattered: text attends causally to text; image k attends to the whole context and, fully, to itself; nobody sees image k.
+scattered: text attends causally to text; image k attends to the whole context and, fully, to itself; nobody else sees
+image k.
 
 Shapes: B samples, A query heads, V key heads, D head size, L context tokens.
 """

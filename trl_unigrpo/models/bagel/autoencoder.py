@@ -29,8 +29,8 @@ _RENAMES = [
 
 class LatentCodec:
     """
-    Turns images into image tokens and back. Not a module: the VAE is frozen, never part of what is trained or saved with
-    the model's weights, and shared by all copies of a model.
+    Turns images into image tokens and back. Not a module: the VAE is frozen, never part of what is trained or saved
+    with the model's weights, and shared by all copies of a model.
 
     Args:
         vae: diffusers' `AutoencoderKL` or anything with its interface.
@@ -107,8 +107,8 @@ class LatentCodec:
         if any(problems.values()):
             found = "; ".join(f"{kind}: {', '.join(sorted(keys)[:6])}" for kind, keys in problems.items() if keys)
             raise ValueError(
-                f"{file} is not the VAE that `vae_config` describes: {found}. Check that the file is complete and that "
-                "`config.json` belongs to it."
+                f"{file} is not the VAE that `vae_config` describes: {found}. Check that the file is complete and "
+                "that `config.json` belongs to it."
             )
         vae.load_state_dict({name: stored[official].reshape(target[name].shape) for name, official in names.items()})
         return cls(vae, config, patch_size)

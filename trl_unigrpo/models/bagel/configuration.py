@@ -34,8 +34,8 @@ SPECIAL_TOKENS = {
 }
 
 THINK_SYSTEM_PROMPT = (
-    "You should first think about the planning process in the mind and then generate the image. \nThe planning process is "
-    "enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here"
+    "You should first think about the planning process in the mind and then generate the image. \nThe planning "
+    "process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here"
 )
 """What the released checkpoint was trained to be told; the space before the line break belongs to it."""
 
@@ -81,14 +81,14 @@ class BagelConfig(PreTrainedConfig):
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.llm_config, PreTrainedConfig):
             self.llm_config = Qwen2Config(**(self.llm_config or {}))
         self.vae_config = dict(self.vae_config or RELEASED_VAE)
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.llm_config.tie_word_embeddings = False
 
-    def get_text_config(self, decoder=None, encoder=None):
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Qwen2Config:
         return self.llm_config
 
     @property
@@ -110,7 +110,9 @@ class BagelConfig(PreTrainedConfig):
         return self.latent_patch_size**2 * channels
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Assemble the dictionary from `config.json` or, for a released folder, from its separate files."""
         source, hub = pretrained_model_name_or_path, hub_arguments(kwargs)
         config_dict: dict[str, Any] = {}
@@ -121,7 +123,7 @@ class BagelConfig(PreTrainedConfig):
         return cls._complete(config_dict, source, hub), kwargs
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # transformers' auto classes read `config.json` only, and say where it lies in `name_or_path`.
         if "llm_config" not in config_dict and kwargs.get("name_or_path"):
             config_dict = cls._complete(config_dict, kwargs["name_or_path"], {})

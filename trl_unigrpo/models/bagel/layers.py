@@ -14,6 +14,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import Layout, attend_streams
 
 
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of the positions."""
+
+
 def head_size(config: Qwen2Config) -> int:
     """D, the size of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -62,7 +66,7 @@ class BagelAttention(nn.Module):
             self.add_module(f"q_norm{suffix}", BagelRMSNorm(self.head_dim, config.rms_norm_eps))
             self.add_module(f"k_norm{suffix}", BagelRMSNorm(self.head_dim, config.rms_norm_eps))
 
-    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor], suffix: str) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rotary: Rotary, suffix: str) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, heads, S, D) of one stream; q and k normalised per head, then rotated."""
         q, k, v = (
             getattr(self, f"{name}_proj{suffix}")(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -71,9 +75,19 @@ class BagelAttention(nn.Module):
         q, k = getattr(self, f"q_norm{suffix}")(q), getattr(self, f"k_norm{suffix}")(k)
         return rotate(q, rotary), rotate(k, rotary), v
 
-    def forward(self, und, gen, rotary_und, rotary_gen, layout: Layout, past_key_values: Cache | None):
-        streams = self.project(und, rotary_und, ""), None if gen is None else self.project(gen, rotary_gen, "_moe_gen")
-        und, gen, keys, values = attend_streams(*streams, layout, self.layer, past_key_values)
+    def forward(
+        self,
+        und: Tensor,
+        gen: Tensor | None,
+        rotary_und: Rotary,
+        rotary_gen: Rotary | None,
+        layout: Layout,
+        past_key_values: Cache | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        und_qkv, gen_qkv = self.project(und, rotary_und, ""), None
+        if gen is not None and rotary_gen is not None:
+            gen_qkv = self.project(gen, rotary_gen, "_moe_gen")
+        und, gen, keys, values = attend_streams(und_qkv, gen_qkv, layout, self.layer, past_key_values)
         und = self.o_proj(und.transpose(1, 2).flatten(2))
         gen = None if gen is None else self.o_proj_moe_gen(gen.transpose(1, 2).flatten(2))
         return und, gen, keys, values
@@ -83,7 +97,8 @@ class BagelLayer(GradientCheckpointingLayer):
     """
     One decoder layer over the two streams; returns the text's keys and values beside the streams.
 
-    Under gradient checkpointing a cache passed by name would be dropped, silently wrong in `generate`: pass it by position.
+    Under gradient checkpointing a cache passed by name would be dropped, and `generate` silently wrong: pass it by
+    position.
     """
 
     mlp: BagelMLP
@@ -101,7 +116,15 @@ class BagelLayer(GradientCheckpointingLayer):
             self.add_module(f"input_layernorm{suffix}", BagelRMSNorm(config.hidden_size, config.rms_norm_eps))
             self.add_module(f"post_attention_layernorm{suffix}", BagelRMSNorm(config.hidden_size, config.rms_norm_eps))
 
-    def forward(self, und, gen, rotary_und, rotary_gen, layout: Layout, past_key_values: Cache | None = None):
+    def forward(
+        self,
+        und: Tensor,
+        gen: Tensor | None,
+        rotary_und: Rotary,
+        rotary_gen: Rotary | None,
+        layout: Layout,
+        past_key_values: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         und_in = self.input_layernorm(und)
         gen_in = None if gen is None else self.input_layernorm_moe_gen(gen)
         und_out, gen_out, keys, values = self.self_attn(
@@ -163,7 +186,7 @@ class BagelPositionTable(nn.Module):
             self.pos_embed.copy_(torch.cat([columns, rows], dim=1))
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
     """Cosines and sines (B, 1, S, D) of the rotary embedding at integer positions (B, S), computed in float32."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions[:, None, :, None].float() * frequencies
@@ -171,7 +194,7 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, tables: Rotary) -> Tensor:
     """Apply the rotary embedding to (B, heads, S, D), halves paired."""
     cos, sin = tables
     first, second = x.chunk(2, dim=-1)

@@ -11,7 +11,7 @@ from .configuration import hub_arguments
 
 
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load the weights through transformers' `load` and the VAE beside them, and refuse a checkpoint that does not fit."""
+    """Load weights through transformers' `load`, and the VAE beside them; refuse a checkpoint that does not fit."""
     kwargs.pop("trust_remote_code", None)
     wants_info = kwargs.pop("output_loading_info", False)
     strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -25,8 +25,8 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
             model.codec = LatentCodec.load(file, model.config.vae_config, model.config.latent_patch_size)
     except SafetensorError as error:
         raise OSError(
-            f"A weights file of {str(source)!r} is damaged or incomplete ({error}). Download it again; a file of a few "
-            "hundred bytes is a pointer that git-lfs has not replaced."
+            f"A weights file of {str(source)!r} is damaged or incomplete ({error}). Download it again; a file of a "
+            "few hundred bytes is a pointer that git-lfs has not replaced."
         ) from error
     return (model, info) if wants_info else model
 
@@ -38,8 +38,8 @@ def report(source: Any, info: dict[str, Any]) -> None:
     problems = [f"{len(names)} {kind}: {listing(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise ValueError(
-            f"The weights in {str(source)!r} are not those of its configuration: {'; '.join(problems)}. Check that the "
-            "folder is complete and that its configuration files belong to these weights."
+            f"The weights in {str(source)!r} are not those of its configuration: {'; '.join(problems)}. Check that "
+            "the folder is complete and that its configuration files belong to these weights."
         )
 
 

@@ -1,9 +1,11 @@
 """BAGEL (arXiv 2505.14683), a unified model that reads, thinks and paints: own implementation, trainable end to end.
 
-Shapes: B samples, T text tokens, L context tokens, K images, N = h w tokens per image of C numbers each, H hidden size.
+Shapes: B samples, T text tokens, L context tokens, K images, N = h w tokens per image of C numbers each, H hidden
+size.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -72,13 +74,13 @@ class BagelLanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.llm_config.hidden_size, config.llm_config.vocab_size, bias=False)
 
 
-class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMixin):
     """
     BAGEL with its text and its image-generation paths.
 
     Args:
         config (`BagelConfig`): sizes.
-        codec (`LatentCodec`, *optional*): the VAE. `from_pretrained` brings it; without one the model works on latents only.
+        codec (`LatentCodec`, *optional*): the VAE, brought by `from_pretrained`; without it the model knows only latents.
     """
 
     config_class = BagelConfig
@@ -121,7 +123,9 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
                 nn.init.zeros_(module.bias)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "BagelForUnifiedGeneration":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> "BagelForUnifiedGeneration":
         """
         Load a released folder as it is, or one written by `save_pretrained`; hub ids work alike.
 
@@ -130,7 +134,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         """
         return load_checkpoint(super().from_pretrained, pretrained_model_name_or_path, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.codec is not None and kwargs.get("is_main_process", True):
             self.codec.save(save_directory)
@@ -158,7 +162,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         flow: FlowInputs | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast | UnifiedOutput:
         """
         Next-token logits (B, T or logits_to_keep, vocabulary) of text rows, with a cache for `generate`.
@@ -174,8 +178,8 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
             past_key_values = DynamicCache(config=self.config.llm_config)
         if past_key_values is not None and self._recomputes():
             raise ValueError(
-                "A cache can't be written while gradient checkpointing recomputes layers: call under torch.no_grad(), with "
-                "use_cache=False, or after gradient_checkpointing_disable()."
+                "A cache can't be written while gradient checkpointing recomputes layers: call under torch.no_grad(), "
+                "with use_cache=False, or after gradient_checkpointing_disable()."
             )
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if attention_mask is None:
@@ -210,7 +214,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         flow: FlowInputs | None = None,
     ) -> UnifiedOutput:
         """
-        Hidden states (B, T, H) of text rows in the padded layout given, and the velocities of `flow` from the same call.
+        Hidden states (B, T, H) of text rows in the padded layout given, and velocities of `flow` from the same call.
 
         Args:
             attention_mask: (B, T), 1 at the real tokens of each row, which stand side by side.
@@ -307,8 +311,8 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         unit, limit = self.config.pixels_per_token, self.config.max_latent_size
         if any(side % unit or not 0 < side <= unit * limit for side in image_size):
             raise ValueError(
-                f"This model can't paint an image of {image_size[0]} x {image_size[1]} pixels (height x width): each side "
-                f"must be a multiple of {unit}, at most {unit * limit}."
+                f"This model can't paint an image of {image_size[0]} x {image_size[1]} pixels (height x width): each "
+                f"side must be a multiple of {unit}, at most {unit * limit}."
             )
         return image_size[0] // unit, image_size[1] // unit
 
@@ -339,8 +343,8 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
     def _codec(self) -> LatentCodec:
         if self.codec is None:
             raise ValueError(
-                f"This model has no VAE: put `{AUTOENCODER_WEIGHTS}` into the folder that `from_pretrained` loads, or set "
-                "`model.codec = LatentCodec(...)`."
+                f"This model has no VAE: put `{AUTOENCODER_WEIGHTS}` into the folder that `from_pretrained` loads, or "
+                "set `model.codec = LatentCodec(...)`."
             )
         return self.codec
 

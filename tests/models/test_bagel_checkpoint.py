@@ -1,0 +1,184 @@
+"""Loading and saving BAGEL: what comes back is what was written, and a bad folder gives one clear error."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trl_unigrpo.models.bagel import BagelConfig, BagelForUnifiedGeneration
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path) -> Path:
+    """A copy of the checkpoint that a test may damage."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "bagel", copy_function=shutil.copyfile))
+
+
+def edit_weights(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def assert_same_model(actual: BagelForUnifiedGeneration, expected: BagelForUnifiedGeneration) -> None:
+    assert type(actual) is type(expected)
+    for own, other in ((actual, expected), (actual.codec.vae, expected.codec.vae)):
+        states = own.state_dict(), other.state_dict()
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert actual.config.llm_config.to_dict() == expected.config.llm_config.to_dict()
+    for name in (*BagelConfig.__annotations__, "pixels_per_token", "latent_channels"):
+        if name not in ("llm_config", "sub_configs"):
+            assert getattr(actual.config, name) == getattr(expected.config, name), name
+    assert actual.generation_config.eos_token_id == expected.generation_config.eos_token_id == 376
+
+
+def test_saved_model_comes_back(model, tmp_path):
+    with torch.no_grad():
+        model.llm2vae.weight.add_(1)
+    model.save_pretrained(tmp_path)
+    assert_same_model(BagelForUnifiedGeneration.from_pretrained(tmp_path), model)
+
+
+def test_saved_model_keeps_changed_settings(model, tmp_path):
+    model.config.think_system_prompt = None
+    model.config.timestep_shift = 3.0
+    model.save_pretrained(tmp_path)
+    loaded = BagelForUnifiedGeneration.from_pretrained(tmp_path)
+    assert loaded.default_system_prompt is None
+    assert loaded.config.timestep_shift == 3.0
+
+
+def test_saved_vae_is_the_released_file(model, checkpoint, tmp_path):
+    model.save_pretrained(tmp_path)
+    written, released = (load_file(folder / "ae.safetensors") for folder in (tmp_path, checkpoint))
+    assert written.keys() == released.keys()
+    assert all(torch.equal(written[name], released[name]) for name in released)
+
+
+def test_auto_classes_load_both_layouts(model, checkpoint, tmp_path):
+    assert_same_model(AutoModelForCausalLM.from_pretrained(checkpoint), model)
+    model.save_pretrained(tmp_path)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+    for source in (checkpoint, tmp_path):
+        config = AutoConfig.from_pretrained(source)
+        assert isinstance(config, BagelConfig)
+        assert config.llm_config.hidden_size == 64
+        assert config.im_start_token_id == 375
+
+
+def test_dtype_is_the_callers_choice(checkpoint, model, tmp_path):
+    half = BagelForUnifiedGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.codec.vae.dtype == torch.float32
+    half.save_pretrained(tmp_path)
+    assert BagelForUnifiedGeneration.from_pretrained(tmp_path).dtype == torch.bfloat16
+    back = BagelForUnifiedGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, parameter in back.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name).bfloat16().float())
+
+
+def test_released_folder_without_config_json(checkpoint, folder, model):
+    (folder / "config.json").unlink()
+    config = BagelConfig.from_pretrained(folder)
+    assert config.llm_config.num_hidden_layers == model.config.llm_config.num_hidden_layers
+    assert config.im_start_token_id == model.config.im_start_token_id
+    assert config.vae_config["ch"] == 128  # the released VAE, whose sizes are in no file
+    assert (config.pixels_per_token, config.latent_channels) == (16, 64)
+
+
+def test_understanding_tower_is_left_out_silently(folder, model):
+    names = load_file(folder / "ema.safetensors").keys()
+    assert any(name.startswith("vit_model.") for name in names)
+    loaded, info = BagelForUnifiedGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert_same_model(loaded, model)
+
+
+def test_model_from_configuration_alone(model):
+    """The flow head starts at zero, norms at one, positions at the sines and cosines they were trained with."""
+    fresh = BagelForUnifiedGeneration(model.config)
+    assert fresh.llm2vae.weight.count_nonzero() == 0
+    assert (fresh.language_model.model.norm_moe_gen.weight == 1).all()
+    # The recorded table is these values with noise of 0.05.
+    difference = fresh.latent_pos_embed.pos_embed - model.latent_pos_embed.pos_embed
+    assert difference.std().item() == pytest.approx(0.05, rel=0.02)
+
+
+DAMAGES = {
+    "missing key": (
+        lambda folder: edit_weights(folder / "ema.safetensors", lambda w: w.pop("llm2vae.weight")),
+        (ValueError, r"1 missing: llm2vae\.weight.*Check that the folder is complete"),
+    ),
+    "many missing keys": (
+        lambda folder: edit_weights(
+            folder / "ema.safetensors", lambda w: [w.pop(name) for name in list(w) if "moe_gen" in name]
+        ),
+        (ValueError, r"57 missing: language_model\S+_moe_gen.*and 51 more"),
+    ),
+    "extra key": (
+        lambda folder: edit_weights(folder / "ema.safetensors", lambda w: w.update(surplus=torch.ones(2))),
+        (ValueError, r"1 left over: surplus\. Check"),
+    ),
+    "wrong shape": (
+        lambda folder: edit_weights(folder / "ema.safetensors", lambda w: w.update({"llm2vae.bias": torch.ones(2)})),
+        (ValueError, r"1 of another shape: llm2vae\.bias \(2,\) instead of \(64,\)"),
+    ),
+    "no llm_config.json": (
+        lambda folder: (folder / "llm_config.json").unlink(),
+        (FileNotFoundError, r"not a BAGEL checkpoint: expected `llm_config\.json`.*Pass the folder"),
+    ),
+    "broken json": (
+        lambda folder: (folder / "llm_config.json").write_text("{"),
+        (ValueError, r"llm_config\.json is not valid JSON.*again"),
+    ),
+    "truncated weights": (
+        lambda folder: (folder / "ema.safetensors").write_bytes((folder / "ema.safetensors").read_bytes()[:100_000]),
+        (OSError, r"bagel' is damaged or incomplete.*Download it again"),
+    ),
+    "git-lfs pointer": (
+        lambda folder: (folder / "ema.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        (OSError, r"bagel' is damaged or incomplete.*git-lfs"),
+    ),
+    "no weights": (
+        lambda folder: (folder / "ema.safetensors").unlink(),
+        (FileNotFoundError, r"ema\.safetensors"),
+    ),
+    "truncated VAE": (
+        lambda folder: (folder / "ae.safetensors").write_bytes((folder / "ae.safetensors").read_bytes()[:100_000]),
+        (OSError, r"damaged or incomplete.*Download it again"),
+    ),
+    "VAE with other keys": (
+        lambda folder: edit_weights(
+            folder / "ae.safetensors", lambda w: w.update(surplus=w.pop("decoder.conv_in.bias"))
+        ),
+        (ValueError, r"missing: decoder\.conv_in\.bias; left over: surplus\. Check"),
+    ),
+    "VAE of another size": (
+        lambda folder: edit_weights(
+            folder / "ae.safetensors", lambda w: w.update({"decoder.conv_in.bias": torch.ones(2)})
+        ),
+        (ValueError, r"of another size: decoder\.conv_in\.bias\. Check"),
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_gives_one_clear_error(folder, damage):
+    break_it, (error, message) = DAMAGES[damage]
+    break_it(folder)
+    with pytest.raises(error, match=message):
+        BagelForUnifiedGeneration.from_pretrained(folder)
+
+
+def test_checkpoint_of_another_size_than_its_configuration(folder):
+    config = json.loads((folder / "llm_config.json").read_text())
+    (folder / "llm_config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"28 left over: language_model\.model\.layers\.3\."):
+        BagelForUnifiedGeneration.from_pretrained(folder)

@@ -1,0 +1,210 @@
+"""The contract's own parts, on the tiny BAGEL: adapters, reference model, third-party models."""
+
+import copy
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from trl_unigrpo.flow import flow_timesteps
+from trl_unigrpo.models.unified import Conditioning, UnifiedOutput
+from trl_unigrpo.rollout import RolloutPlan
+
+
+IDS = torch.tensor([[375, 10, 11, 12, 376]])
+SIZE = (32, 48)
+LAYER = r"language_model\.model\.layers\.[0-3]\."
+
+
+def lora(experts: str, model, **kwargs) -> LoraConfig:
+    # Not the default start, where an adapter changes nothing.
+    return LoraConfig(r=2, target_modules=model.default_lora_targets(experts), init_lora_weights=False, **kwargs)
+
+
+def outputs(model) -> list[torch.Tensor]:
+    """Logits and velocities: what text and image expert compute."""
+    with torch.no_grad():
+        context = model.encode_context(IDS, torch.tensor([5]))
+        latents = torch.linspace(-1, 1, 6 * 64).view(1, 6, 64)
+        return [model(IDS).logits, model.predict_velocity(context, latents, torch.tensor([0.5]), SIZE)]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# LoRA targets
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("experts", "pattern", "count"),
+    [
+        ("text", LAYER + r"(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)", 28),
+        ("image", LAYER + r"(self_attn\.[qkvo]_proj_moe_gen|mlp_moe_gen\.(gate|up|down)_proj)", 28),
+        ("both", LAYER + r"(self_attn\.[qkvo]_proj(_moe_gen)?|mlp(_moe_gen)?\.(gate|up|down)_proj)", 56),
+    ],
+)
+def test_lora_targets_hit_exactly_the_experts(model, experts, pattern, count, wrapped):
+    expected = {name for name, _ in model.named_modules() if re.fullmatch(pattern, name)}
+    assert len(expected) == count
+    if wrapped:  # found around the layers of another adapter too
+        adapted = get_peft_model(model, lora("both", model), adapter_name="first")
+        adapted.add_adapter("own", lora(experts, model))
+    else:
+        adapted = get_peft_model(model, lora(experts, model), adapter_name="own")
+    own = {name.removeprefix("base_model.model.") for name, _ in adapted.named_parameters() if ".own." in name}
+    assert {name.split(".lora_")[0] for name in own} == expected
+    assert len(own) == 2 * count
+    kinds = {"text": {False}, "image": {True}, "both": {False, True}}
+    assert {model.is_image_parameter(name) for name in own} == kinds[experts]
+
+
+def test_lora_targets_of_unknown_experts(model):
+    with pytest.raises(ValueError, match=r"experts='vision': expected one of \['both', 'image', 'text'\]"):
+        model.default_lora_targets("vision")
+
+
+def test_lora_of_one_expert_leaves_the_other_alone(model):
+    before = outputs(model)
+    get_peft_model(model, lora("image", model))
+    logits, velocity = outputs(model)
+    assert torch.equal(logits, before[0])
+    assert (velocity - before[1]).abs().max() > 1e-3
+
+
+def test_wrapped_model_generates_with_its_adapters(model):
+    adapted = get_peft_model(model, lora("both", model))
+    arguments = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": 374, "eos_token_id": 511}
+    tokens = adapted.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **arguments)
+    logits = model(tokens).logits[0]
+    assert torch.equal(logits[IDS.shape[1] - 1 : -1].argmax(-1), tokens[0, IDS.shape[1] :])
+    with model.reference() as reference:
+        assert not torch.equal(reference(tokens).logits[0], logits)
+
+
+# The reference model
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["llm2vae", "vae2llm"]])
+def test_reference_is_the_base_model(model, modules_to_save):
+    base = outputs(model)
+    adapted = get_peft_model(model, lora("both", model, modules_to_save=modules_to_save))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name:
+                parameter.add_(1)
+    own = outputs(model)
+    assert not torch.equal(own[0], base[0])
+    assert not torch.equal(own[1], base[1])
+    with model.reference() as reference:
+        assert equal(outputs(reference), base)
+        with model.reference() as nested:
+            assert equal(outputs(nested), base)
+        assert equal(outputs(reference), base)
+    assert equal(outputs(model), own)
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("with_ref_adapter", [False, True])
+def test_reference_restores_what_is_trained(model, raises, with_ref_adapter):
+    """PEFT's own `disable_adapter` would make parameters trainable that were frozen on purpose."""
+    adapted = get_peft_model(model, lora("both", model, modules_to_save=["llm2vae"]))
+    if with_ref_adapter:
+        adapted.add_adapter("ref", lora("both", model))
+    for name, parameter in adapted.named_parameters():
+        if "lora_A" in name and "layers.2" in name:
+            parameter.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in adapted.named_parameters()}
+    assert set(before.values()) == {True, False}
+    own = outputs(model)
+    try:
+        with model.reference():
+            if raises:
+                raise Boom
+    except Boom:
+        assert raises
+    assert {name: parameter.requires_grad for name, parameter in adapted.named_parameters()} == before
+    assert equal(outputs(model), own)
+
+
+def test_reference_is_the_adapter_named_ref(model):
+    adapted = get_peft_model(model, lora("both", model))
+    adapted.add_adapter("ref", lora("both", model))
+    own = outputs(model)
+    adapted.set_adapter("ref")
+    expected = outputs(model)
+    adapted.set_adapter("default")
+    with model.reference() as reference:
+        assert equal(outputs(reference), expected)
+    assert not equal(expected, own)
+    assert equal(outputs(model), own)
+
+
+def test_reference_is_the_frozen_copy(model):
+    model.train()
+    before = outputs(model)
+    model.keep_reference(copy.deepcopy(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    with model.reference() as reference:
+        assert equal(outputs(reference), before)
+        assert not any(parameter.requires_grad for parameter in reference.parameters())
+        assert not reference.training
+    assert not equal(outputs(model), before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any("_reference" in name for name in model.state_dict())
+    assert len(list(model.parameters())) == len(list(reference.parameters()))
+
+
+def test_no_reference_is_said_clearly(model):
+    with pytest.raises(RuntimeError, match="no adapters and no frozen copy. Call `keep_reference`"), model.reference():
+        pass
+
+
+# Rollouts of the contract
+
+
+def test_rollout_does_not_depend_on_its_batch_size(model):
+    conditioning = Conditioning([[375, i, 376, 375] for i in range(5)], [[40] * i for i in range(5)])
+    records = []
+    for batch_size in (None, 2, 1):
+        windows = torch.tensor([[0, 1], [1, 2], [2, 3], [0, 3], [0, 1]])
+        plan = RolloutPlan(flow_timesteps(5), SIZE, windows=windows, batch_size=batch_size)
+        records.append(model.rollout(conditioning, plan, [torch.Generator().manual_seed(i) for i in range(5)]))
+    for others in records[1:]:
+        for one, other in zip(records[0], others, strict=True):
+            assert torch.equal(one.context, other.context)
+            assert torch.equal(one.timesteps, other.timesteps)
+            for name in ("final_latents", "latents", "next_latents", "velocities"):
+                torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=1e-5)
+
+
+def test_rollout_of_nothing(model):
+    assert model.rollout(Conditioning([], []), RolloutPlan(flow_timesteps(3), SIZE), []) == []
+
+
+def test_velocities_carry_no_gradient_when_none_is_asked_for(model):
+    conditioning = Conditioning([[375, 10, 376]], [[]])
+    plan = RolloutPlan(flow_timesteps(5), SIZE, windows=torch.tensor([0, 1]))
+    records = model.rollout(conditioning, plan, [torch.Generator().manual_seed(0)])
+    with torch.no_grad():
+        assert [(k, v.requires_grad) for k, v in model.velocities(records, context_grad=True)] == [
+            (0, False),
+            (1, False),
+        ]
+
+
+def test_backbone_passes_its_velocity_on(model):
+    conditioning = Conditioning([[375, 10, 376]], [[]])
+    plan = RolloutPlan(flow_timesteps(5), SIZE, windows=torch.tensor([0, 1]))
+    records = model.rollout(conditioning, plan, [torch.Generator().manual_seed(0)])
+    output = model(torch.tensor([[375, 10, 376]]), flow=model.flow_inputs(records))
+    assert isinstance(output, UnifiedOutput)
+    assert output.velocity.shape == (1, 2, 6, 64)
