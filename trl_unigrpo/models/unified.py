@@ -109,7 +109,7 @@ class UnifiedModelMixin(_Base):
         use_cache: bool = False,
         flow: FlowInputs | None = None,
     ) -> UnifiedOutput:
-        """Hidden states (B, T, H) of text rows in the padded layout given, and of the same call `flow`'s velocities."""
+        """Hidden states (B, T, H) of text rows in the padded layout given, with the velocities of `flow`."""
 
     @abstractmethod
     def encode_context(self, context_ids: Tensor, context_lengths: Tensor) -> Any:

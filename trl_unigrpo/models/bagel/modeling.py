@@ -80,7 +80,8 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
 
     Args:
         config (`BagelConfig`): sizes.
-        codec (`LatentCodec`, *optional*): the VAE, brought by `from_pretrained`; without it the model knows only latents.
+        codec (`LatentCodec`, *optional*): the VAE, brought by `from_pretrained`; without it the model knows
+            only latents.
     """
 
     config_class = BagelConfig
