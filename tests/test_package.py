@@ -13,11 +13,12 @@ import trl_unigrpo
 
 PACKAGE = Path(trl_unigrpo.__file__).parent
 
-# Neither a heavy package nor one that only an extra installs may be loaded by `import trl_unigrpo` or by the command line.
+# Neither `import trl_unigrpo` nor the command line may load a heavy package or one that only an extra installs.
 HEAVY = (
-    "accelerate, bitsandbytes, datasets, diffusers, jinja2, matplotlib, numpy, onnxruntime, openai, pandas, peft, PIL, "
-    "pyarrow, rapidocr, safetensors, scipy, torch, torchvision, transformers, trl"
-).split(", ")
+    *("accelerate", "datasets", "diffusers", "jinja2", "matplotlib", "numpy", "pandas", "peft", "PIL", "pyarrow"),
+    *("safetensors", "torch", "transformers", "trl"),
+    *("bitsandbytes", "onnxruntime", "openai", "rapidocr", "scipy", "torchvision"),
+)
 
 OPTIONAL = ("bitsandbytes", "onnxruntime", "openai", "rapidfuzz", "rapidocr", "scipy", "torchvision")
 

@@ -84,7 +84,7 @@ def test_moments_of_the_two_ratios(k):
 
 
 def test_float32_precision_at_full_size():
-    """D = 262144, rms(dv) = 0.01: signal 3.4e-7, clip 1e-6. The direct form is off by 1e-10, log-probs by 1e-8 and more."""
+    """D = 262144, rms(dv) = 0.01: signal 3.4e-7, clip 1e-6. The direct form is off by 1e-10, log-probs by 1e-8."""
     x, x_next, new, old, tr = recorded_step(2, (16,), (4096, 64), 0.01, dtype=torch.float32)
     exact = log_ratio(*(value.double() for value in (x, x_next, new, old)), tr)
     assert exact.std().item() == pytest.approx(3.4e-7, rel=0.6)
@@ -202,7 +202,9 @@ def test_flow_grpo_kl_leaves_dt_out_of_the_variance():
     tr = sde_transition(GRID[k], GRID[k + 1], 0.8, GRID[1])
     expected = (1.32 * dt * 0.2) ** 2 / (2 * 0.64 * t / (1 - t))
     assert latent_kl(new, old, tr, 1, "flow_grpo", dt).tolist() == pytest.approx([expected] * 2, rel=1e-12)
-    assert latent_kl(new, old, tr, 1, "flow_grpo", torch.tensor(-dt)).tolist() == pytest.approx([expected] * 2, rel=1e-6)
+    assert latent_kl(new, old, tr, 1, "flow_grpo", torch.tensor(-dt)).tolist() == pytest.approx(
+        [expected] * 2, rel=1e-6
+    )
 
 
 def test_scaling_with_the_latent():

@@ -179,7 +179,9 @@ def test_any_shape_of_times(kind):
 
 
 def test_step_broadcasts_from_the_left_and_returns_float32():
-    tr = Transition(*(torch.tensor(c, dtype=torch.float64) for c in ([[1.0, 2.0]] * 2, [[3.0, 4.0]] * 2, [[5.0, 6.0]] * 2)))
+    tr = Transition(
+        *(torch.tensor(c, dtype=torch.float64) for c in ([[1.0, 2.0]] * 2, [[3.0, 4.0]] * 2, [[5.0, 6.0]] * 2))
+    )
     ones = torch.ones(2, 2, 2, dtype=torch.bfloat16)
     x_next, mean = step(ones, ones, tr, ones)
     assert x_next.dtype == mean.dtype == torch.float32
@@ -187,6 +189,15 @@ def test_step_broadcasts_from_the_left_and_returns_float32():
     assert x_next[1].tolist() == [[9.0, 9.0], [12.0, 12.0]]
     quiet, mean = step(ones, ones, tr)
     assert torch.equal(quiet, mean)
+
+
+def test_step_computes_in_float32_from_half_precision_inputs():
+    generator = torch.Generator().manual_seed(0)
+    x, velocity, noise = (torch.randn(2, 64, generator=generator).bfloat16() for _ in range(3))
+    tr = sde_transition(GRID[2].expand(2), GRID[3].expand(2), NOISE_LEVEL, GRID[1])
+    a, b, std = (c[:, None] for c in tr)
+    expected = a * x.double() + b * velocity.double() + std * noise.double()
+    torch.testing.assert_close(step(x, velocity, tr, noise)[0].double(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("noise_level", [-0.1, math.nan, math.inf])

@@ -32,9 +32,9 @@ def log_ratio(
         ratio_norm=False   log r  = mean(eps dmu) / std - mean(dmu^2) / (2 std^2)
         ratio_norm=True    log r^ = std (log r + mean(dmu^2) / (2 std^2)) = mean(eps dmu)
 
-    log r is the difference of the two Gaussian log-probs divided by the number of latent dims. It is shifted to the left
-    by the KL and its width depends on std; RatioNorm makes it centred (E log r^ = 0 under the old policy) and of the
-    width |b| rms(v - v_old) / sqrt(D), so that one clip range fits all steps.
+    log r is the difference of the two Gaussian log-probs divided by D, the number of latent dims. It is shifted to the
+    left by the KL and its width depends on std; RatioNorm makes it centred (E log r^ = 0 under the old policy) and of
+    the width |b| rms(v - v_old) / sqrt(D), so that one clip range fits all steps.
     Both are coded without the difference of two log-probs: in float32 that difference loses the signal.
     Source: RatioNorm is GRPO-Guard's; arXiv 2603.23500, eq. (5). "Mean drift" there is against the old policy.
 
@@ -49,7 +49,7 @@ def log_ratio(
     Returns:
         (*batch), float32 (float64 if an input is float64).
 
-    Example:
+    Examples:
         >>> from trl_unigrpo.flow import sde_transition, step
         >>> x, v, noise = (torch.full((1, 4), c) for c in (0.5, 0.25, 1.0))
         >>> tr = sde_transition(torch.tensor([0.5]), torch.tensor([0.4]), noise_level=0.8, t_first=0.9)
@@ -93,7 +93,7 @@ def clipped_surrogate(
         Loss, shape of the two inputs broadcast. Its gradient vanishes where r is past the clip on the side that A
         rewards.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([-2e-6, 5e-7, 2e-6], requires_grad=True)
         >>> clipped_surrogate(z, torch.ones(3), 1e-6).sum().backward()
         >>> z.grad
@@ -126,7 +126,7 @@ def velocity_mse(velocity: Tensor, reference_velocity: Tensor, num_batch_dims: i
     Returns:
         (*batch), float32 (float64 if an input is float64).
 
-    Example:
+    Examples:
         >>> velocity_mse(torch.zeros(2, 3), torch.ones(2, 3), num_batch_dims=1)
         tensor([1., 1.])
     """
@@ -147,8 +147,8 @@ def latent_kl(
         exact       mean(dmu^2) / (2 std^2),   dmu = b (v - v_ref)      (KL(N(mu, std^2) || N(mu_ref, std^2)) / D)
         flow_grpo   mean(dmu^2) / (2 sigma_t^2) = exact |dt|
 
-    The second is what Flow-GRPO's code computes: it leaves |dt| out of the variance std^2 = sigma_t^2 |dt|. It is here for
-    comparisons and belongs to kind "sde".
+    The second is what Flow-GRPO's code computes: it leaves |dt| out of the variance std^2 = sigma_t^2 |dt|. It is here
+    for comparisons and belongs to kind "sde".
 
     Args:
         velocity: (*batch, *latent); carries the gradient.
@@ -161,7 +161,7 @@ def latent_kl(
     Returns:
         (*batch), float32 (float64 if an input is float64).
 
-    Example:
+    Examples:
         >>> from trl_unigrpo.flow import Transition
         >>> tr = Transition(torch.tensor(1.0), torch.tensor(-0.5), torch.tensor(0.5))
         >>> latent_kl(torch.ones(2, 3), torch.zeros(2, 3), tr, num_batch_dims=1)
@@ -189,8 +189,8 @@ def scale_with_latents(value: float, num_latent_dims: int, reference_dims: int =
 
         value(D) = value(D_ref) sqrt(D_ref / D)
 
-    The width of the normed log-ratio is |b| rms(v - v_old) / sqrt(D) and the policy gradient falls against the MSE's by
-    the same sqrt(D), so under this rule clip and weight mean the same change of velocity at every picture size.
+    The width of the normed log-ratio is |b| rms(v - v_old) / sqrt(D) and the policy gradient falls against the MSE's
+    by the same sqrt(D), so under this rule clip and weight mean the same change of velocity at every picture size.
     The paper's 1e-6 and 1.5e-5 hold at D = 262144 (BAGEL, 1024 pixels).
 
     Args:
@@ -198,13 +198,14 @@ def scale_with_latents(value: float, num_latent_dims: int, reference_dims: int =
         num_latent_dims: D >= 1, numbers in one latent, for example tokens times channels.
         reference_dims: D_ref >= 1.
 
-    Example:
+    Examples:
         >>> scale_with_latents(1e-6, 65536)  # 512 pixels; GRPO-Guard's published value there
         2e-06
     """
     if num_latent_dims < 1 or reference_dims < 1:
         raise ValueError(
-            f"num_latent_dims is {num_latent_dims} and reference_dims {reference_dims}, but a latent has at least 1 number."
+            f"num_latent_dims is {num_latent_dims} and reference_dims is {reference_dims}, "
+            "but a latent has at least 1 number."
         )
     return value * math.sqrt(reference_dims / num_latent_dims)
 

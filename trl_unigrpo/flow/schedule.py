@@ -28,12 +28,14 @@ def shift_timesteps(u: Tensor, shift: float) -> Tensor:
     Returns:
         Shifted times, float64, same shape.
 
-    Example:
+    Examples:
         >>> shift_timesteps(torch.tensor([1.0, 0.5, 0.0]), shift=3.0)
         tensor([1.0000, 0.7500, 0.0000], dtype=torch.float64)
     """
     if not 0.0 < shift < float("inf"):
-        raise ValueError(f"shift is {shift}, but must be a finite number above 0. Use 1.0 for no shift, 3.0 as the paper.")
+        raise ValueError(
+            f"shift is {shift}, but must be a finite number above 0. Use 1.0 for no shift, 3.0 as the paper."
+        )
     u = u.to(torch.float64)
     return shift * u / (1.0 + (shift - 1.0) * u)
 
@@ -55,11 +57,15 @@ def flow_timesteps(num_inference_steps: int, shift: float = 3.0, device: torch.d
     Returns:
         (N + 1,) float64, strictly decreasing from 1 to 0.
 
-    Example:
+    Examples:
         >>> flow_timesteps(4, shift=3.0)
         tensor([1.0000, 0.9000, 0.7500, 0.5000, 0.0000], dtype=torch.float64)
     """
-    if isinstance(num_inference_steps, bool) or int(num_inference_steps) != num_inference_steps or num_inference_steps < 1:
+    if (
+        isinstance(num_inference_steps, bool)
+        or int(num_inference_steps) != num_inference_steps
+        or num_inference_steps < 1
+    ):
         raise ValueError(f"num_inference_steps is {num_inference_steps!r}, but must be a whole number of at least 1.")
     u = torch.linspace(1.0, 0.0, int(num_inference_steps) + 1, dtype=torch.float64, device=device)
     return shift_timesteps(u, shift)
@@ -92,7 +98,7 @@ def sde_window(
     Returns:
         Sorted step indices.
 
-    Example:
+    Examples:
         >>> sde_window((0, 5), 3, mode="fixed")
         (0, 1, 2)
         >>> sde_window((0, 5), 3, seed=(42, 7)) == sde_window((0, 5), 3, seed=(42, 7))

@@ -32,7 +32,7 @@ def ode_transition(t: Tensor, t_next: Tensor) -> Transition:
     Returns:
         `a = 1`, `b = t_next - t` (negative), `std = 0`.
 
-    Example:
+    Examples:
         >>> ode_transition(torch.tensor(1.0), torch.tensor(0.5)).b
         tensor(-0.5000, dtype=torch.float64)
     """
@@ -63,7 +63,7 @@ def sde_transition(t: Tensor, t_next: Tensor, noise_level: float, t_first: Tenso
     Returns:
         Coefficients of the step, float64.
 
-    Example:
+    Examples:
         >>> from trl_unigrpo.flow import flow_timesteps
         >>> grid = flow_timesteps(25)
         >>> sde_transition(grid[0], grid[1], noise_level=0.8, t_first=grid[1]).std
@@ -73,7 +73,9 @@ def sde_transition(t: Tensor, t_next: Tensor, noise_level: float, t_first: Tenso
     _check_noise_level(noise_level)
     first = float(t_first)
     if not 0.0 <= first < 1.0:
-        raise ValueError(f"t_first is {first}, but must lie in [0, 1). Pass flow_timesteps(...)[1], the node after t = 1.")
+        raise ValueError(
+            f"t_first is {first}, but must lie in [0, 1). Pass flow_timesteps(...)[1], the node after t = 1."
+        )
     if noise_level > 0 and bool((t_next <= 0).any()):
         raise ValueError(
             "An SDE step may not end at t = 0: its noise would stay in the finished picture. "
@@ -90,7 +92,8 @@ def sde_transition(t: Tensor, t_next: Tensor, noise_level: float, t_first: Tenso
 def cps_transition(t: Tensor, t_next: Tensor, noise_level: float) -> Transition:
     """Coefficients-preserving step: part of the predicted noise is replaced by fresh noise, its amount is kept.
 
-        x_0 = x - t v,   eps_hat = x + (1 - t) v,   std = t_next sin(noise_level pi / 2),   r = t_next cos(noise_level pi / 2)
+        x_0 = x - t v,   eps_hat = x + (1 - t) v
+        std = t_next sin(noise_level pi / 2),   r = t_next cos(noise_level pi / 2)
         x_next = (1 - t_next) x_0 + r eps_hat + std eps
 
         a = (1 - t_next) + r,   b = (1 - t) r - t (1 - t_next)
@@ -107,9 +110,10 @@ def cps_transition(t: Tensor, t_next: Tensor, noise_level: float) -> Transition:
     Returns:
         Coefficients of the step, float64.
 
-    Example:
-        >>> cps_transition(torch.tensor(0.8), torch.tensor(0.5), noise_level=1.0)
-        Transition(a=tensor(0.5000, dtype=torch.float64), b=tensor(-0.4000, dtype=torch.float64), std=tensor(0.5000, dtype=torch.float64))
+    Examples:
+        >>> tr = cps_transition(torch.tensor(0.8), torch.tensor(0.5), noise_level=1.0)
+        >>> [round(float(c), 4) for c in tr]  # all noise is fresh: x_next = (1 - 0.5) x_0 + 0.5 eps
+        [0.5, -0.4, 0.5]
     """
     t, t_next = _times(t, t_next)
     _check_noise_level(noise_level)
@@ -137,7 +141,7 @@ def transition(
         noise_level: Used by "sde" and "cps".
         t_first: Used and needed by "sde".
 
-    Example:
+    Examples:
         >>> transition("ode", torch.tensor(1.0), torch.tensor(0.5)).std
         tensor(0., dtype=torch.float64)
     """
@@ -155,8 +159,8 @@ def transition(
 def step(x: Tensor, velocity: Tensor, tr: Transition, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Take one step: `mean = a x + b v`, `x_next = mean + std noise`.
 
-    Done and returned in float32 whatever the inputs are: a bfloat16 `x_next` no longer fits the noise that made it, and
-    shifts every log-ratio by more than the clip range.
+    Done and returned in float32 whatever the inputs are: a bfloat16 `x_next` no longer fits the noise that made it,
+    and shifts every log-ratio by more than the clip range.
 
     Args:
         x: (*batch, *latent).
@@ -167,7 +171,7 @@ def step(x: Tensor, velocity: Tensor, tr: Transition, noise: Tensor | None = Non
     Returns:
         `(x_next, mean)`, both float32 in the shape of x; without noise they are the same tensor.
 
-    Example:
+    Examples:
         >>> tr = ode_transition(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.0]))
         >>> step(torch.ones(2, 3), torch.ones(2, 3), tr)[0][:, 0]
         tensor([0.5000, 0.0000])
@@ -187,8 +191,8 @@ def expand_left(coefficient: Tensor, x: Tensor) -> Tensor:
     """Append dims to `coefficient` so that it broadcasts over the trailing dims of x, in x's dtype and device."""
     if coefficient.dim() > x.dim() or coefficient.shape != x.shape[: coefficient.dim()]:
         raise ValueError(
-            f"The coefficients have shape {tuple(coefficient.shape)}, which must equal the leading dims of the latents "
-            f"{tuple(x.shape)}. Give one time per row."
+            f"The coefficients have shape {tuple(coefficient.shape)}, which must equal the leading dims of the "
+            f"latents {tuple(x.shape)}. Give one time per row."
         )
     # dtype first: some accelerators have no float64.
     scaled = coefficient.to(x.dtype).to(x.device)
@@ -209,4 +213,6 @@ def _times(t: Tensor | float, t_next: Tensor | float) -> tuple[Tensor, Tensor]:
 
 def _check_noise_level(noise_level: float) -> None:
     if not 0.0 <= noise_level < float("inf"):
-        raise ValueError(f"noise_level is {noise_level}, but must be a finite number of at least 0. The paper uses 0.8.")
+        raise ValueError(
+            f"noise_level is {noise_level}, but must be a finite number of at least 0. The paper uses 0.8."
+        )
