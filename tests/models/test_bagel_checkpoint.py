@@ -1,7 +1,10 @@
 """Loading and saving BAGEL: what comes back is what was written, and a bad folder gives one clear error."""
 
 import json
+import math
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_unigrpo.models.bagel import BagelConfig, BagelForUnifiedGeneration
+from trl_unigrpo.models.bagel.autoencoder import build_vae, official_names
 
 
 @pytest.fixture
@@ -182,3 +186,30 @@ def test_checkpoint_of_another_size_than_its_configuration(folder):
     (folder / "llm_config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"28 left over: language_model\.model\.layers\.3\."):
         BagelForUnifiedGeneration.from_pretrained(folder)
+
+
+def test_model_and_vae_have_the_released_keys_and_sizes(checkpoint):
+    released = {False: Counter(), True: Counter()}
+    for line in (checkpoint.parent / "released_keys.txt").read_text().splitlines():
+        name, shape, count = re.fullmatch(r"(\S+) \((.*)\) x(\d+)", line).groups()
+        if not name.startswith(("vit_model.", "connector.", "vit_pos_embed.")):
+            size = math.prod(int(side) for side in shape.split(",") if side.strip())
+            released[name.startswith(("encoder.", "decoder."))][name, size] = int(count)
+    llm_config = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
+    config = BagelConfig(llm_config=llm_config)
+    with torch.device("meta"):
+        model, vae = BagelForUnifiedGeneration(config), build_vae(config.vae_config)
+
+    def counted(tensors: dict[str, Tensor]) -> Counter:
+        return Counter((re.sub(r"\.\d+(?=\.)", ".{i}", name), tensor.numel()) for name, tensor in tensors.items())
+
+    assert counted(model.state_dict()) == released[False]
+    names = official_names(vae)
+    assert counted({names[name]: tensor for name, tensor in vae.state_dict().items()}) == released[True]

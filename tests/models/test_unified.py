@@ -208,3 +208,13 @@ def test_backbone_passes_its_velocity_on(model):
     output = model(torch.tensor([[375, 10, 376]]), flow=model.flow_inputs(records))
     assert isinstance(output, UnifiedOutput)
     assert output.velocity.shape == (1, 2, 6, 64)
+
+
+def test_images_of_a_batch_have_one_size(model):
+    """Both sizes have six tokens: only their places differ."""
+    records = []
+    for size in ((32, 48), (48, 32)):
+        plan = RolloutPlan(flow_timesteps(3), size, windows=torch.tensor([0]))
+        records += model.rollout(Conditioning([[375, 10, 376]], [[]]), plan, [torch.Generator().manual_seed(0)])
+    with pytest.raises(ValueError, match=r"got \[\(32, 48\), \(48, 32\)\]: make a batch per size"):
+        model.flow_inputs(records)

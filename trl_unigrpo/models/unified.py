@@ -201,6 +201,9 @@ class UnifiedModelMixin(_Base):
 
     def flow_inputs(self, records: Sequence[FlowRecord], context_grad: bool = False) -> FlowInputs:
         """Batch the recorded SDE steps of a micro-batch for a packed call."""
+        sizes = sorted({record.image_size for record in records})
+        if len(sizes) != 1:
+            raise ValueError(f"Images of one batch must have one size, got {sizes}: make a batch per size.")
         ids, lengths = pad_contexts([record.context for record in records], self.device)
         return FlowInputs(
             latents=torch.stack([record.latents for record in records]).to(self.device),
