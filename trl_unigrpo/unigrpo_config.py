@@ -63,6 +63,15 @@ _CHOICES = {
 }
 
 
+SINGLE_GPU: dict[str, Any] = {
+    "image_size": 512,
+    "learning_rate": 1e-5,
+    "image_learning_rate": 3e-4,
+    "image_batch_size": 8,
+}
+"""What [`UniGRPOConfig.single_gpu`] sets."""
+
+
 @dataclass
 class UniGRPOConfig(GRPOConfig):
     r"""
@@ -302,13 +311,7 @@ class UniGRPOConfig(GRPOConfig):
     @classmethod
     def single_gpu(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
         """One large GPU with LoRA: one prompt of 24 trajectories per generation, 512 pixels, rates for adapters."""
-        defaults = {
-            "image_size": 512,
-            "learning_rate": 1e-5,
-            "image_learning_rate": 3e-4,
-            "image_batch_size": 8,
-        }
-        return cls(output_dir=output_dir, **{**defaults, **kwargs})
+        return cls(output_dir=output_dir, **{**SINGLE_GPU, **kwargs})
 
     def _micro_batch(self) -> int:
         return self.per_device_train_batch_size * _world_size()

@@ -12,8 +12,8 @@ def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
     """
     Load a unified model from a folder or a hub id.
 
-    BAGEL is known by its `llm_config.json`; other models are found through transformers' auto classes, where a third party
-    registers its own with `AutoModelForCausalLM.register`. Never runs code from a repository.
+    BAGEL is known by its `llm_config.json`; other models are found through transformers' auto classes, where a third
+    party registers its own with `AutoModelForCausalLM.register`. Never runs code from a repository.
     """
     from .bagel import BagelForUnifiedGeneration
 

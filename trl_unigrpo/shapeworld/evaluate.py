@@ -1,0 +1,132 @@
+"""Score a model on prompts of ShapeWorld that it has never seen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from trl_unigrpo.evaluation import generate
+from trl_unigrpo.shapeworld.dataset import shapeworld_dataset
+from trl_unigrpo.shapeworld.diversity import Diversity, diversity
+from trl_unigrpo.shapeworld.grammar import parse_prompt
+from trl_unigrpo.shapeworld.plan import score_plans
+from trl_unigrpo.shapeworld.render import IMAGE_SIZE
+from trl_unigrpo.shapeworld.verifier import images_to_array, picture_error, read_cells, score
+from trl_unigrpo.shapeworld.world import NUM_CELLS
+
+
+NUM_INFERENCE_STEPS = 10
+MAX_COMPLETION_LENGTH = 24
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass
+class Evaluation:
+    """
+    One sample for each of N prompts, and what it scored.
+
+    Attributes:
+        reward, strict: (N,) share of the prompt's checks that hold, and whether all do.
+        plan: (N,) the score of a perfect drawing of the thinking.
+        error: (N,) picture errors.
+        latents: (N, tokens, channels) of the images.
+    """
+
+    prompts: list[str]
+    categories: list[str]
+    thinking: list[str]
+    images: list[Image.Image]
+    reward: FloatArray
+    strict: FloatArray
+    plan: FloatArray
+    error: FloatArray
+    latents: torch.Tensor
+
+    def save(self, file: Path) -> None:
+        """Write one line of JSON per prompt."""
+        with file.open("w", encoding="utf-8") as out:
+            for row in zip(self.prompts, self.categories, self.thinking, self.reward, self.error, strict=True):
+                names = ("prompt", "category", "thinking", "reward", "picture_error")
+                out.write(json.dumps(dict(zip(names, row, strict=True))) + "\n")
+
+
+def evaluate_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    num_prompts: int | None = 1050,
+    split: str = "test",
+    seed: int = 1234,
+    thinking: bool = True,
+    do_sample: bool = True,
+    batch_size: int = 210,
+) -> Evaluation:
+    """
+    Paint `num_prompts` prompts of a split, balanced over categories, and score the pictures.
+
+    The same arguments give the same prompts, the same random numbers and so a paired comparison of two models.
+    """
+    dataset = shapeworld_dataset(split, num_prompts, seed=seed)
+    prompts = list(dataset["prompt"])
+    samples = generate(
+        model,
+        prompts,
+        tokenizer,
+        thinking=thinking,
+        do_sample=do_sample,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        image_size=IMAGE_SIZE,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    images, texts = [sample.image for sample in samples], [sample.thinking for sample in samples]
+    specs = [parse_prompt(prompt) for prompt in prompts]
+    scores = score(specs, read_cells(images_to_array(images))[0])
+    return Evaluation(
+        prompts=prompts,
+        categories=list(dataset["category"]),
+        thinking=texts,
+        images=images,
+        reward=scores.score,
+        strict=scores.strict,
+        plan=score_plans(specs, texts),
+        error=picture_error(images),
+        latents=torch.stack([sample.latents for sample in samples]),
+    )
+
+
+def group_diversity(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    categories: tuple[str, ...] = ("two_object", "color_attr"),
+    seed: int = 5,
+) -> Diversity:
+    """How much 16 samples of one prompt differ: the mean over ten prompts of each category."""
+    dataset = shapeworld_dataset("test", seed=seed)
+    prompts = [
+        prompt
+        for category in categories
+        for prompt in [row["prompt"] for row in dataset if row["category"] == category][:10]
+        for _ in range(16)
+    ]
+    samples = generate(
+        model,
+        prompts,
+        tokenizer,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        image_size=IMAGE_SIZE,
+        batch_size=160,
+        seed=seed,
+    )
+    cells = read_cells(images_to_array([sample.image for sample in samples]))[0]
+    return diversity(cells.reshape(-1, 16, NUM_CELLS))
