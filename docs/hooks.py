@@ -31,7 +31,8 @@ def parameter_tables(file: Path, class_name: str) -> str:
         elif entry := ENTRY.match(line):
             default = DEFAULT.search(entry[2])
             kind = (entry[2][: default.start()] if default else entry[2]).replace("|", "\\|")
-            lines.append(f"| `{entry[1]}` | {kind} | {(default and default[1]) or ''} | ")
+            given = default[1] or "`None`" if default else ""
+            lines.append(f"| `{entry[1]}` | {kind} | {given} | ")
         elif line:
             lines[-1] = f"{lines[-1].removesuffix(' |')} {line} |".replace("|  ", "| ")
     return "\n".join(lines)
