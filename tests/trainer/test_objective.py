@@ -1,0 +1,140 @@
+"""The loss that UniGRPO's optimizer sees, against the paper's formulas written out by hand.
+
+The oracle knows nothing of the package's flow maths, packing or padding: one trajectory at a time, float64, from the
+recorded rollout and the weights before each step.
+"""
+
+import math
+
+import pytest
+import torch
+from tiny_unified import IMAGE_SIZE, tiny_bagel
+
+
+NOISE, SHIFT, STEPS = 0.8, 3.0, 6
+NUMBERS = 16  # in one image's latents
+
+
+def text_log_probs(model, prompt, completion):
+    ids = torch.tensor([[*prompt, *completion]])
+    logits = model.language_model.lm_head(
+        model.backbone(ids).last_hidden_state  # no padding, no flow
+    ).double()[0]
+    rows = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return rows[torch.arange(len(completion)), torch.tensor(completion)]
+
+
+def velocities(model, record, context_grad):
+    """(K, N, C) one forward per step, the context encoded on its own."""
+    with torch.set_grad_enabled(context_grad and torch.is_grad_enabled()):
+        context = model.encode_context(record.context[None], torch.tensor([len(record.context)]))
+    return torch.cat(
+        [
+            model.predict_velocity(context, x[None], t[None], (IMAGE_SIZE, IMAGE_SIZE))
+            for x, t in zip(record.latents, record.timesteps, strict=True)
+        ]
+    ).double()
+
+
+def flow_terms(record, v, v_old, v_ref, advantage, settings):
+    """Sums over the K steps of the surrogate and of the regulariser."""
+    first = SHIFT * (1 - 1 / STEPS) / (1 + (SHIFT - 1) * (1 - 1 / STEPS))
+    surrogate, regularizer = 0.0, 0.0
+    epsilon = 1e-6 * math.sqrt(262144 / NUMBERS)
+    for k in range(len(v)):
+        x, x_next = record.latents[k].double(), record.next_latents[k].double()
+        t, t_next = record.timesteps[k].double(), record.next_timesteps[k].double()
+        dt = t_next - t
+
+        def mean(velocity, x=x, t=t, t_next=t_next, dt=dt):
+            if settings.get("sde_type") == "cps":
+                kept = t_next * math.cos(NOISE * math.pi / 2)
+                return (1 - t_next) * (x - t * velocity) + kept * (x + (1 - t) * velocity)
+            sigma2 = NOISE**2 * t / (1 - (first if t == 1 else t))
+            return x + (velocity + sigma2 / (2 * t) * (x + (1 - t) * velocity)) * dt
+
+        sigma2 = NOISE**2 * t / (1 - (first if t == 1 else t))
+        std = t_next * math.sin(NOISE * math.pi / 2) if settings.get("sde_type") == "cps" else (-sigma2 * dt).sqrt()
+
+        def log_prob(mu, x_next=x_next, std=std):
+            return -((x_next - mu) ** 2).mean() / (2 * std**2)
+
+        mu, mu_old = mean(v[k]), mean(v_old[k])
+        log_ratio = log_prob(mu) - log_prob(mu_old)
+        if settings.get("ratio_norm", True):
+            log_ratio = std * (log_ratio + ((mu - mu_old) ** 2).mean() / (2 * std**2))
+        ratio = log_ratio.exp()
+        surrogate = surrogate + torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
+        kind = settings.get("flow_regularizer", "velocity_mse")
+        if kind == "velocity_mse":
+            regularizer = regularizer + ((v[k] - v_ref[k]) ** 2).mean()
+        else:
+            kl = ((mu - mean(v_ref[k])) ** 2).mean() / (2 * std**2)
+            regularizer = regularizer + (kl if kind == "latent_kl" else kl * dt.abs())
+    return surrogate, regularizer
+
+
+def oracle(batches, now, old, settings):
+    """Gradients by parameter name of the whole objective over one generation batch, and the share of clipped ratios."""
+    models = {}
+    for name, state in (("now", now), ("old", old), ("reference", None)):
+        models[name] = tiny_bagel()
+        if state is not None:
+            models[name].load_state_dict(state, strict=False)
+    text, surrogate, regularizer, samples = 0.0, 0.0, 0.0, 0
+    with torch.no_grad():
+        fixed = {}
+        for name in ("old", "reference"):
+            for batch in batches:
+                for record in batch["flow_records"]:
+                    fixed[name, id(record)] = velocities(models[name], record, False)
+    for batch in batches:
+        for row, record in enumerate(batch["flow_records"]):
+            prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
+            completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
+            advantage = batch["advantages"][row].double()
+            lp = text_log_probs(models["now"], prompt, completion)
+            with torch.no_grad():
+                lp_old = text_log_probs(models["old"], prompt, completion)
+            ratio = (lp - lp_old).exp()
+            text = text + torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
+            v = velocities(models["now"], record, settings.get("flow_context_grad") == "full")
+            s, r = flow_terms(record, v, fixed["old", id(record)], fixed["reference", id(record)], advantage, settings)
+            surrogate, regularizer = surrogate + s / len(v), regularizer + r / len(v)
+            samples += 1
+    weight = 1.5e-5 * math.sqrt(262144 / NUMBERS)
+    text_weight, flow_weight = settings.get("text_weight", 1.0), settings.get("flow_weight", 1.0)
+    loss = (-text_weight * text - flow_weight * surrogate + weight * regularizer) / samples
+    loss.backward()
+    return {name: p.grad for name, p in models["now"].named_parameters()}, loss.item()
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({}, 0.02),
+        ({"flow_context_grad": "full", "sde_window_scope": "sample"}, 0.02),
+        ({"ratio_norm": False, "flow_regularizer": "latent_kl"}, 0.02),
+        ({"sde_type": "cps", "flow_regularizer": "latent_kl_flow_grpo"}, 0.02),
+        ({"text_weight": 0.5, "flow_weight": 2.0}, 0.02),
+    ],
+    ids=["paper", "full-context-gradient", "plain-ratio-kl", "cps", "weights"],
+)
+def test_gradients_of_both_passes_are_those_of_the_formulas(make_trainer, train, settings, rate):
+    # Rates that move some of the ratios, but not all, past the clip ranges.
+    trainer = make_trainer(max_grad_norm=0.0, learning_rate=0.5, image_learning_rate=rate, optim="sgd", **settings)
+    seen = train(trainer)
+
+    rollout_weights = seen.weights[0]
+    for step in range(2):
+        batches = seen.batches[2 * step : 2 * step + 2]
+        expected, loss = oracle(batches, seen.weights[step], rollout_weights, settings)
+        assert trainer.state.log_history[step]["loss"] == pytest.approx(loss, abs=2e-6)
+        for name, gradient in seen.gradients[step].items():
+            torch.testing.assert_close(
+                gradient, expected[name], rtol=2e-3, atol=2e-6 * expected[name].abs().max().item() + 1e-9, msg=name
+            )
+    second = trainer.state.log_history[1]
+    assert second["flow/log_ratio_std"] > 0
+    assert 0 < second["flow/clip_frac"] < 1
+    assert second["clip_ratio/region_mean"] > 0

@@ -1,0 +1,110 @@
+"""A run that stops and goes on ends bit for bit where it would have ended."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_unified import moved, tiny_bagel, weights
+
+
+NOT_REPEATED = ("time/", "step_time", "train_", "total_flos")
+
+
+def run(make_trainer, folder, resume=None, **arguments):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear", **arguments}
+    trainer = make_trainer(output_dir=folder, **settings)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
+
+
+def assert_equal_runs(whole, resumed, since):
+    assert not moved(weights(whole.model), weights(resumed.model))
+    states = [trainer.optimizer.state_dict() for trainer in (whole, resumed)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    for key, state in states[0]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1]["state"][key][name]))
+    logs = [
+        {
+            entry["step"]: {k: v for k, v in entry.items() if not k.startswith(NOT_REPEATED)}
+            for entry in trainer.state.log_history
+            if "loss" in entry and entry["step"] > since
+        }
+        for trainer in (whole, resumed)
+    ]
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 6 - since
+
+
+@pytest.mark.parametrize("stop", [2, 3], ids=["between-generations", "between-passes"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
+def test_resume_is_exact(make_trainer, tmp_path, stop, adapted):
+    def arguments():
+        return {"peft_config": LoraConfig(r=2) if adapted else None}
+
+    whole = run(make_trainer, tmp_path / "whole", **arguments())
+    resumed = run(make_trainer, tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{stop}", **arguments())
+    assert_equal_runs(whole, resumed, stop)
+
+
+def test_resume_inside_a_generation_of_several_updates(make_trainer, tmp_path):
+    arguments = {"gradient_accumulation_steps": 1, "steps_per_generation": 2}
+    whole = run(make_trainer, tmp_path / "whole", **arguments)
+    resumed = run(make_trainer, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3", **arguments)
+    assert_equal_runs(whole, resumed, 3)
+
+
+def test_resume_with_weights_that_never_had_a_gradient(make_trainer, tmp_path):
+    def model():
+        spare = tiny_bagel()
+        spare.register_parameter("spare_text", torch.nn.Parameter(torch.ones(3)))
+        spare.register_parameter("spare_moe_gen", torch.nn.Parameter(torch.ones(3)))
+        return spare
+
+    whole = run(make_trainer, tmp_path / "whole", model=model())
+    resumed = run(make_trainer, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3", model=model())
+    assert_equal_runs(whole, resumed, 3)
+    trained = sum(len(group["params"]) for group in whole.optimizer.param_groups)
+    assert trained == len(whole.optimizer.state_dict()["state"]) + 2
+
+
+def test_both_learning_rates_survive(make_trainer, tmp_path):
+    run(make_trainer, tmp_path / "whole")
+    resumed = run(make_trainer, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3")
+    log = next(entry for entry in resumed.state.log_history if entry["step"] == 4)
+    assert log["learning_rate/text"] == pytest.approx(1e-3 * 0.5)
+    assert log["learning_rate/image"] == pytest.approx(3e-3 * 0.5)
+
+
+@pytest.mark.parametrize("how", ["file-missing", "other-batches"])
+def test_checkpoint_without_fitting_rollouts_goes_on_with_a_fresh_generation(make_trainer, tmp_path, how):
+    run(make_trainer, tmp_path / "whole", max_steps=3)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    arguments = {}
+    if how == "file-missing":
+        (checkpoint / "rollouts_0.pt").unlink()
+    else:
+        arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    with pytest.warns(UserWarning, match=r"checkpoint-3 has no rollouts of a run with these batch sizes"):
+        resumed = run(make_trainer, tmp_path / "resumed", checkpoint, **arguments)
+    assert resumed.state.global_step == 6
+    # The cycle of generations stays in step with the data: 0, 2 and 4 begin one each.
+    assert resumed._step == 6 * resumed.args.gradient_accumulation_steps
+    assert resumed._generation == 3
+    logs = {entry["step"]: entry for entry in resumed.state.log_history if "loss" in entry}
+    assert logs[4]["flow/log_ratio_std"] == 0  # sampled anew, so that it is its own old policy
+    assert logs[5]["flow/log_ratio_std"] == 0
+    assert logs[6]["flow/log_ratio_std"] > 0
+
+
+def test_rollouts_are_read_as_data_only(make_trainer, tmp_path):
+    run(make_trainer, tmp_path / "whole", max_steps=1)
+
+    class Payload:
+        def __reduce__(self):
+            return (print, ("executed",))
+
+    checkpoint = tmp_path / "whole" / "checkpoint-1"
+    torch.save({"step": 2, "geometry": [1], "buffer": Payload()}, checkpoint / "rollouts_0.pt")
+    with pytest.raises(Exception, match="[Ww]eights.only|Unsupported|WeightsUnpickler"):
+        run(make_trainer, tmp_path / "resumed", checkpoint)
