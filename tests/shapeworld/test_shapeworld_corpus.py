@@ -84,7 +84,8 @@ def test_plan_error(name):
     assert right[~struck].all()
     # A swap that changes nothing, or a wrong shape where any would do, is the only way to stay right.
     harmless = {"swapped_colors": 0.25, "wrong_shape": 0.25}.get(name, 0.0)
-    assert struck.sum() > 40 and right[struck].mean() <= harmless
+    assert struck.sum() > 40
+    assert right[struck].mean() <= harmless
     for spec, plan, good in zip(columns["spec"], columns["plan"], right, strict=True):
         if not good:
             assert looks(spec, plan), (name, spec, plan)
@@ -126,7 +127,8 @@ def test_sums_are_miscounted_more_often():
     columns = corpus(12_000, miscount_sum=1.0)
     right = score_plans(columns["spec"], columns["completion"]) == 1
     sums = np.array([is_sum(spec) for spec in columns["spec"]])
-    assert right[~sums].all() and not right[sums].any()
+    assert right[~sums].all()
+    assert not right[sums].any()
 
 
 PAINTER_ERRORS = {
@@ -194,10 +196,12 @@ def test_every_rate_has_a_test():
 
 def test_scaling():
     rates = ErrorRates().scaled(plan=2.0, painter=0.5)
-    assert rates.swapped_sides == pytest.approx(0.72) and rates.dropped == pytest.approx(0.018)
+    assert rates.swapped_sides == pytest.approx(0.72)
+    assert rates.dropped == pytest.approx(0.018)
     assert rates.miscount == pytest.approx((0.32, 0.56, 0.72, 0.8))
     assert ErrorRates().scaled(plan=100).swapped_sides == 1
-    assert NO_ERRORS.miscount == (0, 0, 0, 0) and NO_ERRORS.extra == 0
+    assert NO_ERRORS.miscount == (0, 0, 0, 0)
+    assert NO_ERRORS.extra == 0
 
 
 def test_default_corpus_is_wrong_as_often_as_it_should_be():
@@ -216,7 +220,8 @@ def test_places_are_drawn_evenly():
 
 def test_seed_fixes_everything():
     one, same, other = corpus_columns(200, seed=5), corpus_columns(200, seed=5), corpus_columns(200, seed=6)
-    assert one["prompt"] == same["prompt"] and one["completion"] == same["completion"]
+    assert one["prompt"] == same["prompt"]
+    assert one["completion"] == same["completion"]
     np.testing.assert_array_equal(one["cells"], same["cells"])
     assert one["prompt"] != other["prompt"]
 
@@ -226,7 +231,8 @@ def test_dataset_draws_pictures_when_read():
     columns = corpus_columns(400, seed=2, no_thinking_share=0.5)
     rows = data[:]
     assert set(rows) == {"prompt", "completion", "category", "image"}
-    assert rows["prompt"] == columns["prompt"] and rows["completion"] == columns["completion"]
+    assert rows["prompt"] == columns["prompt"]
+    assert rows["completion"] == columns["completion"]
     for image, expected in zip(rows["image"], render_images(columns["cells"]), strict=True):
         assert image.tobytes() == expected.tobytes()
     empty = np.mean([text == "" for text in rows["completion"]])

@@ -109,7 +109,8 @@ def test_every_plain_prompt_reads_back():
         plain = read_back(text)
         if plain is not None:
             assert plain == tuple(f"{g.count} {g.color} {g.shape}" for g in spec.groups), text
-            assert all(g.cells is None for g in spec.groups) and spec.relation is None, text
+            assert all(g.cells is None for g in spec.groups), text
+            assert spec.relation is None, text
             checked += 1
     assert checked > 12_000
 
@@ -122,8 +123,10 @@ def test_prompts_stay_within_the_limits():
     assert len(WORDS) <= 90
     for text, spec in prompts.items():
         assert len(text.split()) <= MAX_PROMPT_WORDS
-        assert 1 <= spec.num_objects <= MAX_OBJECTS and len(spec.groups) <= MAX_GROUPS
-        assert spec.category in FAMILIES and spec.family in FAMILIES[spec.category]
+        assert 1 <= spec.num_objects <= MAX_OBJECTS
+        assert len(spec.groups) <= MAX_GROUPS
+        assert spec.category in FAMILIES
+        assert spec.family in FAMILIES[spec.category]
         assert all(g.cells is None or g.count <= len(g.cells) for g in spec.groups)
     assert {(s.category, s.family) for s in prompts.values()} == {(c, f) for c, fs in FAMILIES.items() for f in fs}
     assert all(sum(families.values()) == pytest.approx(1) for families in FAMILIES.values())
@@ -153,7 +156,8 @@ def test_every_category_is_large_enough():
     for spec in test.values():
         meanings.setdefault(spec.category, set()).add(spec.content)
     for category in CATEGORIES:
-        assert texts[category] >= 140 and len(meanings[category]) >= 140, category
+        assert texts[category] >= 140, category
+        assert len(meanings[category]) >= 140, category
 
 
 @pytest.mark.parametrize(
@@ -196,8 +200,10 @@ def test_specs_become_arrays():
     spec = PromptSpec("x", "y", (G(2, "green", None, (0, 4)), G(1, None, "ring")), "above")
     arrays = encode_specs([spec])
     assert arrays.count.tolist() == [[2, 1, 0]]
-    assert arrays.color[0, :2].tolist() == [1, -1] and arrays.shape[0, :2].tolist() == [-1, 4]
-    assert np.flatnonzero(arrays.region[0, 0]).tolist() == [0, 4] and arrays.region[0, 1].all()
+    assert arrays.color[0, :2].tolist() == [1, -1]
+    assert arrays.shape[0, :2].tolist() == [-1, 4]
+    assert np.flatnonzero(arrays.region[0, 0]).tolist() == [0, 4]
+    assert arrays.region[0, 1].all()
     assert arrays.relation.tolist() == [2]
 
 
@@ -215,7 +221,8 @@ def test_sampling_weights_follow_the_shares():
     for category in CATEGORIES:
         assert weights[[s.category == category for s in specs]].sum() == pytest.approx(1 / 7)
     triple = weights[[s.family == "triple" for s in specs]]
-    assert triple.sum() == pytest.approx(0.3 / 7) and np.ptp(triple) == 0
+    assert triple.sum() == pytest.approx(0.3 / 7)
+    assert np.ptp(triple) == 0
 
 
 def test_dataset_is_balanced_seeded_and_distinct():
@@ -224,11 +231,12 @@ def test_dataset_is_balanced_seeded_and_distinct():
     assert all(parse_prompt(row["prompt"]).category == row["category"] for row in data)
     assert {split_of(parse_prompt(prompt)) for prompt in data["prompt"]} == {"test"}
     counts = Counter(data["category"])
-    assert set(counts) == set(CATEGORIES) and max(counts.values()) - min(counts.values()) == 1
+    assert set(counts) == set(CATEGORIES)
+    assert max(counts.values()) - min(counts.values()) == 1
     assert len(set(data["prompt"])) == 701
     assert shapeworld_dataset("test", 701, seed=3)["prompt"] == data["prompt"]
     assert set(shapeworld_dataset("test", 701, seed=4)["prompt"]) != set(data["prompt"])
-    assert data["category"][:7] != sorted(data["category"])[:7]
+    assert len(set(data["category"][:50])) > 4  # not category by category
 
 
 def test_dataset_repeats_only_when_a_category_is_exhausted():

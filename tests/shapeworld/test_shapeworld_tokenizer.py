@@ -59,4 +59,5 @@ def test_saved_and_loaded(tokenizer, tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     text = "<|im_start|>a red circle<|im_end|><|im_start|><think> red circle top </think><|im_end|>"
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
-    assert loaded.chat_template == tokenizer.chat_template and loaded.padding_side == "left"
+    assert loaded.chat_template == tokenizer.chat_template
+    assert loaded.padding_side == "left"

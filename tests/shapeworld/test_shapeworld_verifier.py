@@ -51,6 +51,7 @@ SCORED = [
     ("three red circles", scene(top=RED_CIRCLE, left=RED_CIRCLE, right=RED_CIRCLE), 3, 3),
     ("three red circles", scene(top=RED_CIRCLE, left=RED_CIRCLE), 1, 3),
     ("three red circles", scene(top=RED_CIRCLE, left=RED_CIRCLE, right=RED_SQUARE), 2, 3),
+    ("two red circles", scene(top=RED_CIRCLE, left=RED_CIRCLE, right=RED_CIRCLE), 1, 3),  # one too many
     ("two red circles in the top row", scene(top=RED_CIRCLE, top_left=RED_CIRCLE), 4, 4),
     ("two red circles in the top row", scene(top=RED_CIRCLE, left=RED_CIRCLE), 3, 4),
     ("a red circle and a blue square", scene(top=RED_CIRCLE, left=BLUE_SQUARE), 3, 3),
@@ -105,8 +106,10 @@ def test_checks_apart():
 def test_pictures_read_back_whatever_the_form():
     cells = np.random.default_rng(0).integers(0, 31, (50, 9))
     pictures = render_tensor(cells)
-    assert pictures.shape == (50, 3, 48, 48) and pictures.dtype == torch.float32
-    assert pictures.min() >= -1 and pictures.max() <= 1
+    assert pictures.shape == (50, 3, 48, 48)
+    assert pictures.dtype == torch.float32
+    assert pictures.min() >= -1
+    assert pictures.max() <= 1
     read, error = read_cells(pictures.numpy())
     np.testing.assert_array_equal(read, cells)
     assert error.max() < 1e-9
@@ -230,7 +233,8 @@ def test_plan_scores_and_faithfulness():
         ]
     )
     exact, objects = plan_faithfulness([two] * 3, cells)
-    assert exact.tolist() == [1, 0, 0] and objects.tolist() == [1, 0.5, 1]
+    assert exact.tolist() == [1, 0, 0]
+    assert objects.tolist() == [1, 0.5, 1]
     assert np.isnan(plan_faithfulness(["nothing"], cells[:1])).all()
 
 

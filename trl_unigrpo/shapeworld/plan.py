@@ -56,10 +56,9 @@ def plan_cells(plan: Sequence[PlannedObject]) -> IntArray:
 
 def score_plans(specs: Sequence[PromptSpec], completions: Sequence[str]) -> ScoreArray:
     """(B,) in [0, 1]: the score that a picture painted exactly as planned would get; 0 for a text that is no plan."""
-    plans = [parse_plan(text) for text in completions]
-    cells = np.stack([plan_cells(plan or []) for plan in plans]) if plans else np.zeros((0, NUM_CELLS), dtype=np.int64)
-    readable = np.array([plan is not None for plan in plans], dtype=np.float64)
-    return score(specs, cells).score * readable
+    # No plan is scored as an empty picture, which passes no check of any prompt.
+    plans = [plan_cells(parse_plan(text) or []) for text in completions]
+    return score(specs, np.array(plans, dtype=np.int64).reshape(-1, NUM_CELLS)).score
 
 
 def plan_faithfulness(completions: Sequence[str], cells: IntArray) -> tuple[ScoreArray, ScoreArray]:
