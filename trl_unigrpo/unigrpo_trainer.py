@@ -255,12 +255,8 @@ class UniGRPOTrainer(GRPOTrainer):
             noise_level=args.noise_level,
             batch_size=args.image_batch_size,
         )
-        first = self.accelerator.process_index * len(conditioning)
-        purpose, count = (TRAIN, self._generation) if mode == "train" else (EVAL, 0)
-        rows = range(first + self._eval_rows, first + self._eval_rows + len(conditioning))
-        generators = [row_generator(args.seed, purpose, count, row) for row in rows]
-        if mode == "eval":
-            self._eval_rows += len(conditioning) * self.accelerator.num_processes
+        key = (args.seed, TRAIN, self._generation) if mode == "train" else (args.seed, EVAL, 0)
+        generators = [row_generator(*key, row) for row in self._rows(mode, len(conditioning))]
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -289,6 +285,14 @@ class UniGRPOTrainer(GRPOTrainer):
                 window = records[0].timesteps[None].to(self.accelerator.device)
                 self._trust.windows(self.accelerator.gather(window))
         return records, images
+
+    def _rows(self, mode: str, count: int) -> range:
+        """Places of this process' samples in the generation batch, or in the whole evaluation."""
+        first = self.accelerator.process_index * count
+        if mode == "eval":
+            first += self._eval_rows
+            self._eval_rows += count * self.accelerator.num_processes
+        return range(first, first + count)
 
     def _timesteps(self, mode: str) -> Tensor:
         args = self.args

@@ -75,7 +75,7 @@ def flow_terms(record, v, v_old, v_ref, advantage, settings):
 
 
 def oracle(batches, now, old, settings):
-    """Gradients by parameter name of the whole objective over one generation batch, and the share of clipped ratios."""
+    """Gradients by parameter name of the objective over one generation batch, and its value."""
     models = {}
     for name, state in (("now", now), ("old", old), ("reference", None)):
         models[name] = tiny_bagel()

@@ -15,7 +15,8 @@ from trl_unigrpo.unigrpo_trainer import UniGRPOTrainer
 
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|unknown|>")
-WORDS = ["<think>", "</think>", "think", "first", "a", "red", "green", "blue", "cat", "dog", "sits", "runs", "on", "the", "mat", "and", "under", "big", "small", "tree"]
+WORDS = ("<think>", "</think>", "think", "first", "a", "red", "green", "blue", "cat", "dog", "sits", "runs")
+WORDS += ("on", "the", "mat", "and", "under", "big", "small", "tree")
 IMAGE_SIZE = 8  # 2 x 2 image tokens of 4 numbers
 PROMPTS = ["a red cat", "a big green dog runs", "the blue cat sits on the mat", "a small tree"]
 

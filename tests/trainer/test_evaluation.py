@@ -1,0 +1,157 @@
+"""Evaluation inside of training, and sampling outside of it."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_unified import IMAGE_SIZE, PROMPTS, prompts_dataset, tiny_bagel, tiny_tokenizer, weights
+
+from trl_unigrpo.evaluation import generate
+
+
+def keep_images(trainer):
+    kept, paint = [], trainer._paint
+
+    def painted(conditioning):
+        records, images = paint(conditioning)
+        kept.append(("train" if trainer.model.training else "eval", records, images))
+        return records, images
+
+    trainer._paint = painted
+    return kept
+
+
+def evaluating(make_trainer, **arguments):
+    settings = {
+        "eval_dataset": prompts_dataset(copies=1),
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "num_generations_eval": 1,
+        "per_device_eval_batch_size": 2,
+    }
+    return make_trainer(**{**settings, **arguments})
+
+
+def test_evaluation_has_its_own_steps_and_is_a_pure_ode(make_trainer):
+    trainer = evaluating(make_trainer, max_steps=1)
+    plans, rollout = {}, trainer.unified.rollout
+
+    def spied(conditioning, plan, generators):
+        plans["train" if trainer.model.training else "eval"] = plan
+        return rollout(conditioning, plan, generators)
+
+    trainer.unified.rollout = spied
+    trainer.train()
+    assert len(plans["train"].timesteps) == 7
+    assert plans["train"].windows is not None
+    assert len(plans["eval"].timesteps) == 5
+    assert plans["eval"].windows is None
+    log = next(entry for entry in trainer.state.log_history if "eval_reward" in entry)
+    assert 0 < log["eval_reward"] < 1
+    assert log["eval_reward/frac_none"] == 0
+    assert not any(key.startswith("eval_flow/") for key in log)
+
+
+def test_two_evaluations_of_the_same_weights_are_the_same(make_trainer):
+    trainer = evaluating(make_trainer)
+    kept = keep_images(trainer)
+    first, second = trainer.evaluate(), trainer.evaluate()
+    images = [[image.tobytes() for image in batch] for _, _, batch in kept]
+    assert images[:2] == images[2:]
+    assert images[0] != images[1]  # other noise for other rows
+    assert first["eval_reward"] == second["eval_reward"]
+
+
+def test_evaluation_leaves_training_as_it_is(make_trainer):
+    ends = []
+    for strategy in ("no", "steps"):
+        trainer = evaluating(make_trainer, eval_strategy=strategy, max_steps=4)
+        trainer.train()
+        ends.append(weights(trainer.model))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_evaluation_with_groups_and_a_text_kl_keeps_frozen_weights_frozen(make_trainer):
+    targets = tiny_bagel().default_lora_targets("both")
+    trainer = evaluating(
+        make_trainer,
+        peft_config=LoraConfig(r=2, target_modules=targets),
+        beta=0.1,
+        flow_weight=0.0,
+        num_generations_eval=2,
+        max_steps=1,
+    )
+    trainer.train()
+    trainer.evaluate()
+    assert not any(
+        trainer.unified.is_image_parameter(n) for n, p in trainer.model.named_parameters() if p.requires_grad
+    )
+
+
+def test_best_model_by_reward(make_trainer, tmp_path):
+    trainer = evaluating(
+        make_trainer,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        greater_is_better=True,
+    )
+    trainer.train()
+    evaluations = [entry["eval_reward"] for entry in trainer.state.log_history if "eval_reward" in entry]
+    assert trainer.state.best_metric == max(evaluations)
+
+
+# evaluation.generate
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_bagel()
+
+
+def sample(model, prompts=PROMPTS, **arguments):
+    settings = {"max_completion_length": 5, "num_inference_steps": 4, "image_size": IMAGE_SIZE}
+    return generate(model, prompts, tiny_tokenizer(), **{**settings, **arguments})
+
+
+def test_generate_is_repeatable_and_seeded(model):
+    first, again, other = sample(model), sample(model), sample(model, seed=1)
+    assert [s.thinking for s in first] == [s.thinking for s in again]
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(first, again, strict=True))
+    assert [s.thinking for s in first] != [s.thinking for s in other]
+    assert not any(torch.equal(a.latents, b.latents) for a, b in zip(first, other, strict=True))
+    assert all(s.image.size == (IMAGE_SIZE, IMAGE_SIZE) for s in first)
+
+
+def test_generate_leaves_the_random_state_and_the_mode_alone(model):
+    model.train()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    sample(model)
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training
+
+
+def test_greedy_thinking_does_not_depend_on_the_seed_or_the_batch(model):
+    runs = [sample(model, do_sample=False, **changes) for changes in ({}, {"batch_size": 3}, {"batch_size": 1})]
+    for run in runs[1:]:
+        assert [s.thinking for s in run] == [s.thinking for s in runs[0]]
+        for a, b in zip(run, runs[0], strict=True):
+            torch.testing.assert_close(a.latents, b.latents, rtol=1e-4, atol=1e-5)
+    assert [s.thinking for s in sample(model, do_sample=False, seed=3)] == [s.thinking for s in runs[0]]
+
+
+def test_without_thinking_the_image_follows_the_prompt_alone(model):
+    plain = sample(model, thinking=False)
+    assert {s.thinking for s in plain} == {""}
+    for changes in ({"batch_size": 1}, {"do_sample": False}):
+        for a, b in zip(sample(model, thinking=False, **changes), plain, strict=True):
+            torch.testing.assert_close(a.latents, b.latents, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(plain[0].latents, sample(model)[0].latents, atol=1e-3)
+
+
+def test_no_unknown_or_suppressed_token_in_a_thinking(model):
+    words = {word for s in sample(model, PROMPTS * 8, max_completion_length=12) for word in s.thinking.split()}
+    assert words
+    assert words <= set(tiny_tokenizer().get_vocab())
