@@ -35,6 +35,9 @@ def test_other_sizes():
     z = vae.encode(torch.zeros(1, 1, 12, 18)).latent_dist.mode()
     assert z.shape == (1, 5, 2, 3)
     assert vae.decode(z).sample.shape == (1, 2, 12, 18)
+    mixed = PatchAutoencoderKL(block_out_channels=(4, 5, 6), strides=(2, 3, 5))
+    convolutions = [layer for layer in mixed.decoder if isinstance(layer, torch.nn.ConvTranspose2d)]
+    assert [(layer.in_channels, layer.stride[0]) for layer in convolutions] == [(6, 5), (5, 3), (4, 2)]
     one = PatchAutoencoderKL(block_out_channels=(6,), strides=(8,))
     assert one(torch.zeros(1, 3, 8, 16)).sample.shape == (1, 3, 8, 16)
 
