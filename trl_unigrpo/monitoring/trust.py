@@ -100,10 +100,11 @@ class TrustChecks:
 
 
 def _dtype_problem(records: Sequence[FlowRecord]) -> str | None:
-    dtypes = {tensor.dtype for r in records for tensor in (r.latents, r.next_latents)}
-    if dtypes != {torch.float32}:
-        stored = ", ".join(sorted(map(str, dtypes)))
-        return f"states are stored in {stored}, expected torch.float32: rounding would bias every ratio."
+    states = torch.stack([torch.stack([r.latents.float(), r.next_latents.float()]) for r in records])
+    for low in (torch.bfloat16, torch.float16):
+        stored_low = any(x.dtype == low for r in records for x in (r.latents, r.next_latents))
+        if stored_low or torch.equal(states, states.to(low).float()):
+            return f"states have the precision of {low}, expected torch.float32: rounding would bias every ratio."
     return None
 
 
