@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl.trainer.utils import get_config_model_id
 
 from .dataset_checks import check_dataset
 from .models.auto import load_unified_model, unified_model
@@ -57,10 +56,9 @@ def check_arguments(
         )
 
 
-def default_config(model: Any) -> UniGRPOConfig:
-    """The configuration of a user who gives none."""
-    source = model if isinstance(model, str) else get_config_model_id(model.config) or "model"
-    return UniGRPOConfig(f"{source.split('/')[-1]}-UniGRPO")
+def default_config(source: str) -> UniGRPOConfig:
+    """The configuration of a user who gives none, for a model from this folder or repository."""
+    return UniGRPOConfig(f"{(source or 'model').split('/')[-1]}-UniGRPO")
 
 
 def load_model(

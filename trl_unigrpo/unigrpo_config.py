@@ -328,6 +328,8 @@ class UniGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"fsdp={self.fsdp!r} is not supported: the image rollout calls the model outside of its wrapper."
             )
+        if "inputs" in (self.include_for_metrics or []):
+            raise ValueError("include_for_metrics=['inputs'] does not work: batches are lists of rows here.")
         optim = getattr(self.optim, "value", str(self.optim))
         if any(name in optim for name in _OWN_GROUPS):
             raise ValueError(
@@ -336,13 +338,18 @@ class UniGRPOConfig(GRPOConfig):
             )
         for name in (
             "image_size",
+            "image_batch_size",
+            "max_completion_length",
             "num_inference_steps",
             "eval_num_inference_steps",
             "timestep_shift",
             "flow_epsilon",
+            "learning_rate",
+            "image_learning_rate",
         ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value}: expected a positive number.")
         for name in (
             "text_weight",
             "flow_weight",
@@ -363,7 +370,7 @@ class UniGRPOConfig(GRPOConfig):
         if not 0 <= low < high < self.num_inference_steps:
             raise ValueError(
                 f"sde_window_range={list(self.sde_window_range)} with num_inference_steps={self.num_inference_steps}: "
-                f"expected 0 <= low < high <= {self.num_inference_steps - 1}, as the last step can't be stochastic: its "
+                f"expected 0 <= low < high <= {self.num_inference_steps - 1}, as the last step can't be noisy: its "
                 "noise would stay in the image."
             )
         if not 1 <= self.sde_window_size <= high - low:
@@ -371,6 +378,8 @@ class UniGRPOConfig(GRPOConfig):
                 f"sde_window_size={self.sde_window_size} does not fit into sde_window_range="
                 f"{list(self.sde_window_range)}: expected 1 to {high - low}. Shrink the window or widen the range."
             )
+        if self.sde_type == "cps" and self.noise_level > 1:
+            raise ValueError(f"noise_level={self.noise_level} with sde_type='cps': expected at most 1.")
         if self.noise_level == 0:
             raise ValueError("noise_level=0 leaves no stochastic step to train on. Use flow_weight=0 for text alone.")
 

@@ -163,15 +163,16 @@ class UniGRPOTrainer(GRPOTrainer):
         **unsupported: Any,
     ):
         check_trl()
-        if not isinstance(model, str):
+        if isinstance(model, str):
+            source, adapted = model, peft_config is not None
+        else:
             unified_model(model)  # raises for a model that paints no images
-        args = args or default_config(model)
+            source, adapted = get_config_model_id(model.config), peft_config is not None or is_peft_model(model)
+        args = args or default_config(source)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
 
         set_seed(args.seed)  # adapters start at random
-        source = model if isinstance(model, str) else get_config_model_id(model.config)
-        adapted = peft_config is not None or is_peft_model(model)
         if isinstance(model, str):
             model, args = load_model(source, args, quantization_config, adapted)
             quantization_config = None
