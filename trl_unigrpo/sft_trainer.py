@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
 )
+from trl.trainer.utils import get_config_model_id
 
+from .arguments import load_tokenizer
+from .dataset_checks import check_columns
 from .flow import shift_timesteps
 from .models.auto import load_unified_model, unified_model
 from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin, pad_contexts
@@ -77,6 +79,15 @@ class UnifiedSFTConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}.")
         if self.noise_draws < 1:
             raise ValueError(f"noise_draws={self.noise_draws}: expected at least 1.")
+        if not 0 <= self.context_dropout <= 1:
+            raise ValueError(f"context_dropout={self.context_dropout}: expected a share from 0 to 1.")
+        if self.timestep_shift <= 0:
+            raise ValueError(f"timestep_shift={self.timestep_shift}: expected a positive number.")
+        for name in ("text_weight", "flow_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        if self.text_weight == 0 and self.flow_weight == 0:
+            raise ValueError("text_weight and flow_weight are both 0: nothing would be trained. Raise one of them.")
         super().__post_init__()
 
 
@@ -112,6 +123,11 @@ class UnifiedCollator:
         column = torch.arange(ids.shape[1])
         starts = torch.tensor([len(prompt) for prompt in prompts])
         real = column < lengths[:, None]
+        sizes = {row["image"].size for row in rows}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"images of one batch have the sizes {sorted(sizes)} (width x height). Resize them to one size."
+            )
         pixels = np.stack([np.asarray(row["image"].convert("RGB"), dtype=np.float32) for row in rows])
         return {
             "input_ids": ids,
@@ -145,20 +161,14 @@ class UnifiedSFTTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
-        source = model if isinstance(model, str) else model.config._name_or_path
+        source = model if isinstance(model, str) else None
         if isinstance(model, str):
-            model = load_unified_model(model)
+            model = load_unified_model(model, dtype=torch.float32)
         base = unified_model(model)
-        for name, dataset in (
-            ("train_dataset", train_dataset),
-            ("eval_dataset", eval_dataset),
-        ):
-            columns = list(COLUMNS) if dataset is None else sorted(next(iter(dataset)))
-            if not set(COLUMNS) <= set(columns):
-                raise ValueError(
-                    f"{name} has the columns {columns}, expected {list(COLUMNS)}. Rename or add the missing ones."
-                )
-        tokenizer = processing_class or AutoTokenizer.from_pretrained(source)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is not None:
+                check_columns(dataset, name, COLUMNS)
+        tokenizer = processing_class or load_tokenizer(source or get_config_model_id(model.config))
         tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
         system = base.default_system_prompt if args.system_prompt == "auto" else args.system_prompt
         super().__init__(
@@ -214,6 +224,13 @@ class UnifiedSFTTrainer(Trainer):
             context_grad=args.flow_context_grad == "full",
         )
         return flow, noise - clean
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        device = self.accelerator.device
+        # Every evaluation draws the same noise and times, and training goes on as if there had been none.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed + self.accelerator.process_index)
+            return super().evaluate(*args, **kwargs)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

@@ -36,6 +36,22 @@ HOOKS: dict[str, tuple[str, ...]] = {
 }
 
 
+# Attributes of a constructed trainer that are used, and keys of those that are dictionaries.
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "_step": (),
+    "_buffered_inputs": (),
+    "_tokenizer": (),
+    "eos_token_ids": (),
+    "generation_config": (),
+    "num_iterations": (),
+    "num_generations": (),
+    "num_generations_eval": (),
+    "log_multimodal": (),
+    "_metrics": ("train", "eval"),
+    "_logs": ("images", "prompt", "completion", "rewards", "advantages"),
+}
+
+
 class TRLChangedError(RuntimeError):
     """TRL's internals are not those that this version of trl-unigrpo was written for."""
 
@@ -59,11 +75,24 @@ def check_trl() -> None:
         raise TRLChangedError("GRPOTrainer.loss_is_scaled_for_ga is not True")
 
 
+def check_attributes(trainer: GRPOTrainer) -> None:
+    """Raise [`TRLChangedError`] if a constructed trainer lacks an attribute, or a key in it, that is used here."""
+    for name, keys in ATTRIBUTES.items():
+        if not hasattr(trainer, name):
+            raise TRLChangedError(f"GRPOTrainer has no attribute {name}")
+        missing = [key for key in keys if key not in getattr(trainer, name)]
+        if missing:
+            raise TRLChangedError(f"GRPOTrainer.{name} has no key {missing[0]!r}")
+
+
 def generation_fields(outputs: tuple) -> tuple[list[list[int]], list[list[int]], dict]:
     """Prompt ids, completion ids and the extra reward columns among what `GRPOTrainer._generate` returns."""
     dicts = [value for value in outputs if isinstance(value, dict)]
     ids = outputs[:2]
-    if len(dicts) != 1 or not all(isinstance(rows, list) and len(rows) == len(ids[0]) for rows in ids):
+    if len(dicts) != 1 or not all(
+        isinstance(rows, list) and len(rows) == len(ids[0]) and all(isinstance(row, list) for row in rows)
+        for rows in ids
+    ):
         raise TRLChangedError(
             "GRPOTrainer._generate no longer returns prompt ids, completion ids and one dict of extra fields"
         )

@@ -69,7 +69,7 @@ from .resume import load_rollouts, save_rollouts
 from .rollout import FlowRecord, RolloutPlan
 from .scoring import mask_failed_rewards, with_name
 from .seeding import EVAL, TRAIN, WINDOW, row_generator
-from .trl_contract import TRLChangedError, check_trl, generation_fields
+from .trl_contract import TRLChangedError, check_attributes, check_trl, generation_fields
 from .unigrpo_config import UniGRPOConfig
 
 
@@ -216,6 +216,7 @@ class UniGRPOTrainer(GRPOTrainer):
             quantization_config=quantization_config,
             peft_config=target_experts(peft_config, base, self._trains),
         )
+        check_attributes(self)
         if not base.packs_velocities and self.accelerator.num_processes > 1:
             raise ValueError(
                 f"{type(base).__name__} computes its velocities one by one, which several processes don't support yet."
@@ -340,6 +341,8 @@ class UniGRPOTrainer(GRPOTrainer):
     # 3. Rewards
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        if "images" not in inputs[0]:
+            raise TRLChangedError("extra fields that _generate returns do not reach the rewards")
         started = time.perf_counter()
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode = "train" if self.model.training else "eval"

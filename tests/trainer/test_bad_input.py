@@ -23,8 +23,11 @@ def streamed(rows):
             "train_dataset has a column 'image'.*Rename it.*reference_image",
         ),
         (Dataset.from_dict({"prompt": ["a"], "images": [None]}), "has a column 'images'"),
-        (Dataset.from_dict({"text": ["a"]}), r"train_dataset has no column 'prompt' \(it has \['text'\]\). Rename"),
-        (Dataset.from_dict({"prompt": []}), "train_dataset is empty. Pass a dataset with at least one prompt"),
+        (
+            Dataset.from_dict({"text": ["a"]}),
+            r"train_dataset has no column 'prompt' \(it has \['text'\]\). Add it, or rename",
+        ),
+        (Dataset.from_dict({"prompt": []}), "train_dataset is empty. Pass a dataset with at least one row"),
         (streamed([{"prompt": "a", "image": 1}]), "has a column 'image'"),
         (streamed([{"text": "a"}]), "has no column 'prompt'"),
         (streamed([]), "train_dataset is empty"),
