@@ -126,6 +126,18 @@ def build_trainer(
     )
 
 
+class FixedTexts(UniGRPOTrainer):
+    """Thinkings that depend on a sample's place in the generation batch alone, however that is cut and spread."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        texts = []
+        for row in self._rows("train", len(prompt_ids)):
+            random = np.random.default_rng((self._generation, row))
+            words = random.integers(len(SPECIAL), len(SPECIAL) + len(WORDS), random.integers(1, 6)).tolist()
+            texts.append([*words, 2] if len(words) < 5 else words)
+        return texts, None
+
+
 def weights(model) -> dict[str, torch.Tensor]:
     """A copy of a model's parameters by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
