@@ -131,9 +131,8 @@ def test_gradients_of_both_passes_are_those_of_the_formulas(make_trainer, train,
         expected, loss = oracle(batches, seen.weights[step], rollout_weights, settings)
         assert trainer.state.log_history[step]["loss"] == pytest.approx(loss, abs=2e-6)
         for name, gradient in seen.gradients[step].items():
-            torch.testing.assert_close(
-                gradient, expected[name], rtol=2e-3, atol=2e-6 * expected[name].abs().max().item() + 1e-9, msg=name
-            )
+            scale = expected[name].abs().max().item()
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=5e-5 * scale + 1e-9, msg=name)
     second = trainer.state.log_history[1]
     assert second["flow/log_ratio_std"] > 0
     assert 0 < second["flow/clip_frac"] < 1
