@@ -19,10 +19,10 @@ TOLERANCE = 1e-5
 
 # Prompts of several lengths, opened for a thinking; thinkings that end, that ran out of length, and none.
 PROMPTS = [[START, 10, 11, 12, 13, 14, END, START], [START, 20, END, START], [START, 30, 31, 32, END, START]]
-COMPLETIONS = [[40, 41, 42, END], [50, 51, 52, 53, 54, 55], []]
+COMPLETIONS = [[40, 41, 42, END], [50, 51, 52, 53, 54, 55, 56, 57, 58], []]
 CONTEXTS = [
     [START, 10, 11, 12, 13, 14, END, START, 40, 41, 42, END],
-    [START, 20, END, START, 50, 51, 52, 53, 54, 55, END],
+    [START, 20, END, START, 50, 51, 52, 53, 54, 55, 56, 57, 58, END],  # the longest is one that ran out of length
     [START, 30, 31, 32, END],
 ]
 
@@ -141,7 +141,7 @@ def test_images_stand_behind_the_true_length_of_their_context(model, records):
 def test_packed_call_is_a_text_call_and_separate_velocities(model, records, gradients, context_grad):
     ids, mask = padded_as_in_trl()
     weights = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(7)) for shape in [(3, 14, 64), (3, 3, 6, 64)]
+        torch.randn(shape, generator=torch.Generator().manual_seed(7)) for shape in [(3, 17, 64), (3, 3, 6, 64)]
     ]
     real = mask[..., None].bool()
 
@@ -293,6 +293,10 @@ def test_equal_prompts_are_prefilled_once(model):
     rows = [PROMPTS[i] for i in (1, 1, 0, 2, 2, 1)]
     ids, mask = padded(rows, left=True)
     expected = generate(model, ids, mask, use_cache=False)
+    with torch.no_grad():
+        prefilled = model(ids, attention_mask=mask, use_cache=True)
+        assert_equal(prefilled.logits[:, -1], model(ids, attention_mask=mask).logits[:, -1])
+    assert prefilled.past_key_values.get_seq_length() == ids.shape[1]
     batches = []
     model.language_model.model.register_forward_hook(lambda module, inputs, outputs: batches.append(len(inputs[0])))
     assert torch.equal(generate(model, ids, mask), expected)
