@@ -27,12 +27,7 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from peft import PeftConfig
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
@@ -297,12 +292,9 @@ class UniGRPOTrainer(GRPOTrainer):
         self._metrics[mode]["images/pixel_std"].append(self.accelerator.gather(spread).mean().item())
         self._metrics[mode]["time/images"].append(time.perf_counter() - started)
         if stochastic:
-            self._trust.records(
-                records,
-                self.num_generations,
-                one_window=args.sde_window_scope == "generation",
-            )
-            if args.sde_window_scope == "generation":
+            one_window = args.sde_window_scope == "generation"
+            self._trust.records(records, self.num_generations, one_window)
+            if one_window:
                 window = records[0].timesteps[None].to(self.accelerator.device)
                 self._trust.windows(self.accelerator.gather(window))
         return records, images
@@ -323,12 +315,8 @@ class UniGRPOTrainer(GRPOTrainer):
     def _draw_windows(self, batch_size: int) -> Tensor:
         """Step indices (K,) of the batch's window or (B, K) of each sample's."""
         args, process = self.args, self.accelerator.process_index
-        draw = partial(
-            sde_window,
-            (args.sde_window_range[0], args.sde_window_range[1]),
-            args.sde_window_size,
-            args.sde_window_mode,
-        )
+        low, high = args.sde_window_range
+        draw = partial(sde_window, (low, high), args.sde_window_size, args.sde_window_mode)
         key = (args.seed, WINDOW, self._generation)
         if args.sde_window_scope == "generation":
             return torch.tensor(draw(key))
@@ -445,41 +433,21 @@ class UniGRPOTrainer(GRPOTrainer):
         """
         args, records, device = self.args, inputs["flow_records"], velocity.device
         velocity = velocity.float()
-        latents, next_latents, sampled, times, next_times = (
-            torch.stack([getattr(record, name)[steps] for record in records]).to(device)
-            for name in (
-                "latents",
-                "next_latents",
-                "velocities",
-                "timesteps",
-                "next_timesteps",
-            )
-        )
-        coefficients = transition(
-            args.sde_type,
-            times,
-            next_times,
-            args.noise_level,
-            self._timesteps("train")[1],
-        )
+
+        def recorded(name: str) -> Tensor:
+            return torch.stack([getattr(record, name)[steps] for record in records])
+
+        latents, next_latents = recorded("latents").to(device), recorded("next_latents").to(device)
+        times, next_times = recorded("timesteps").cpu(), recorded("next_timesteps").cpu()
+        first_node = self._timesteps("train")[1]
+        coefficients = transition(args.sde_type, times, next_times, args.noise_level, first_node)
         if first_pass:
             inputs["flow_old_velocities"][:, steps] = velocity.detach()
-            self._trust.velocities(
-                velocity.detach(),
-                sampled,
-                coefficients,
-                self._flow_epsilon,
-                args.bf16 or args.fp16,
-            )
+            low_precision = args.bf16 or args.fp16
+            sampled = recorded("velocities").to(device)
+            self._trust.velocities(velocity.detach(), sampled, coefficients, self._flow_epsilon, low_precision)
         old = inputs["flow_old_velocities"][:, steps].to(device)
-        ratio = log_ratio(
-            latents,
-            next_latents,
-            velocity,
-            old,
-            coefficients,
-            ratio_norm=args.ratio_norm,
-        )  # (B, K')
+        ratio = log_ratio(latents, next_latents, velocity, old, coefficients, args.ratio_norm)  # (B, K')
         advantages = inputs["advantages"].to(device)[:, None]
         objective = clipped_surrogate(ratio, advantages, self._flow_epsilon).mean()
         loss = args.flow_weight * objective

@@ -165,7 +165,7 @@ def test_all_scores_missing_trains_on_nothing_but_the_regulariser(make_trainer, 
     with pytest.warns(UserWarning, match="no score"):
         seen = train(trainer)
     assert trainer.state.log_history[0]["reward/frac_none"] == 1.0
-    assert all(gradient is None or gradient.abs().max() == 0 for gradient in seen.gradients[0].values())
+    assert all(gradient is None or gradient.abs().max() < 1e-8 for gradient in seen.gradients[0].values())
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
