@@ -53,8 +53,8 @@ def untrained_model(codec: LatentCodec, seed: int = 0) -> BagelForUnifiedGenerat
 def build_base(
     output_dir: str | Path,
     seed: int = 0,
-    autoencoder_steps: int = 3600,
-    sft_steps: int = 3000,
+    autoencoder_steps: int = 2400,
+    sft_steps: int = 2700,
     **overrides: Any,
 ) -> BagelForUnifiedGeneration:
     """
@@ -66,7 +66,8 @@ def build_base(
         overrides: other values for [`UnifiedSFTConfig`].
     """
     vae = train_autoencoder(steps=autoencoder_steps, seed=seed)
-    codec = LatentCodec(vae, {"_class_name": type(vae).__name__, **vae.config})
+    sizes = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    codec = LatentCodec(vae, {"_class_name": type(vae).__name__, **sizes})
     model, tokenizer = untrained_model(codec, seed), shapeworld_tokenizer()
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),

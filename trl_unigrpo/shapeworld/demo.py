@@ -18,6 +18,7 @@ from rich.table import Table
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
+from trl_unigrpo.__about__ import __version__
 from trl_unigrpo.evaluation.statistics import Interval, mean_interval
 from trl_unigrpo.shapeworld.base import load_base
 from trl_unigrpo.shapeworld.dataset import shapeworld_dataset
@@ -36,7 +37,7 @@ from trl_unigrpo.unigrpo_config import UniGRPOConfig
 from trl_unigrpo.unigrpo_trainer import UniGRPOTrainer
 
 
-PACKAGES = ("trl-unigrpo", "torch", "trl", "transformers", "diffusers", "peft", "accelerate", "datasets")
+PACKAGES = ("torch", "trl", "transformers", "diffusers", "peft", "accelerate", "datasets")
 PROMPTS_PER_GENERATION = 12
 
 
@@ -74,7 +75,7 @@ class ProgressLine(TrainerCallback):
         self.task = progress.add_task("training", total=generations, reward="")
         self.rewards: list[float] = []
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "reward" in logs:
             self.rewards.append(logs["reward"])
             self.progress.update(self.task, advance=1, reward=f"reward {np.mean(self.rewards[-5:]):.3f}")
@@ -180,7 +181,7 @@ def run_demo(
         "steps": steps,
         "seed": seed,
         "threads": torch.get_num_threads(),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {"trl-unigrpo": __version__, **{package: version(package) for package in PACKAGES}},
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     history = [row for row in trainer.state.log_history if "reward" in row]
