@@ -2,8 +2,8 @@
 
     python benchmarks/flops.py
 
-A tiny BAGEL with random weights, 2 prompts x 8 trajectories, 10 denoising steps, K = 3, two passes, full fine-tuning,
-no activation checkpointing (a backward pass costs two forwards). The floor computes each prompt once, each decoded token
+A tiny BAGEL with random weights, 2 prompts x 8 trajectories, 10 denoising steps, K = 3, two passes, full
+fine-tuning, no activation checkpointing (a backward pass costs two forwards). The floor computes each prompt once, each decoded token
 once, each trajectory's context once, N velocities, one reference pass and two updates; attention only over visible
 pairs; and the VAE's decoder as counted. One multiply-add is two FLOPs.
 """
@@ -137,9 +137,8 @@ def main() -> None:
         with count() as counter:
             trainer.train()
     trajectories = GROUP * len(PROMPTS)
-    assert [n for _, n in lengths] == [COMPLETION] * trajectories, (
-        "thinkings of other lengths: the floor would not fit"
-    )
+    if lengths != [COMPLETION] * trajectories:
+        raise RuntimeError(f"thinkings have lengths {lengths}, the floor is for {COMPLETION}")
     messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
     with count() as vae:
