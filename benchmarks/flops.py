@@ -2,10 +2,10 @@
 
     python benchmarks/flops.py
 
-A tiny BAGEL with random weights, 2 prompts x 8 trajectories, 10 denoising steps, K = 3, two passes, full
-fine-tuning, no activation checkpointing (a backward pass costs two forwards). The floor computes each prompt once, each decoded token
-once, each trajectory's context once, N velocities, one reference pass and two updates; attention only over visible
-pairs; and the VAE's decoder as counted. One multiply-add is two FLOPs.
+A tiny BAGEL with random weights, 2 prompts x 8 trajectories, 10 denoising steps, K = 3, two passes, full fine-tuning,
+no activation checkpointing: a backward pass costs two forwards. The floor computes each prompt once, each decoded
+token once, each trajectory's context once, N velocities, one reference pass and two updates, attention over visible
+pairs alone, and the VAE's decoder as counted. One multiply-add is two FLOPs.
 """
 
 import argparse
