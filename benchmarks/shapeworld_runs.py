@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100, help="rollouts of 192 trajectories")
+    parser.add_argument("--steps", type=int, default=140, help="rollouts of 192 trajectories")
     parser.add_argument(
         "--split", choices=("validation", "test"), default="test", help="choose settings on validation only"
     )

@@ -56,7 +56,7 @@ def demo(
     output_dir: Annotated[
         str, typer.Option(help="Folder for the report, the numbers and the trained model.")
     ] = "shapeworld-demo",
-    steps: Annotated[int, typer.Option(min=1, help="Rollouts of 192 trajectories; each is trained on twice.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Rollouts of 192 trajectories; each is trained on twice.")] = 140,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the training; held-out prompts stay the same.")] = 0,
     num_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts scored before and after.")] = 1050,
 ) -> None:

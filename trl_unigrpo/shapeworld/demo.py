@@ -41,7 +41,7 @@ PACKAGES = ("torch", "trl", "transformers", "diffusers", "peft", "accelerate", "
 PROMPTS_PER_GENERATION = 12
 
 
-def demo_settings(generations: int = 100) -> dict[str, Any]:
+def demo_settings(generations: int = 140) -> dict[str, Any]:
     """
     The demo's settings: the paper's, but for sizes and learning rates, which were chosen on validation prompts.
 
@@ -57,7 +57,7 @@ def demo_settings(generations: int = 100) -> dict[str, Any]:
         "num_inference_steps": NUM_INFERENCE_STEPS,
         "eval_num_inference_steps": NUM_INFERENCE_STEPS,
         "learning_rate": 3e-4,
-        "image_learning_rate": 2e-4,
+        "image_learning_rate": 1.5e-4,
         "lr_scheduler_type": "constant",
         "adam_beta2": 0.99,
         "gradient_checkpointing": False,
@@ -101,7 +101,7 @@ def quiet() -> None:
 
 
 def run_demo(
-    output_dir: str | Path = "shapeworld-demo", steps: int = 100, seed: int = 0, num_prompts: int = 1050
+    output_dir: str | Path = "shapeworld-demo", steps: int = 140, seed: int = 0, num_prompts: int = 1050
 ) -> DemoResult:
     """
     Train the base model. Writes `summary.json`, `samples_before.jsonl`, `samples_after.jsonl`, `report.html` and the
