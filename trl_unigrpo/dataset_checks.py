@@ -42,10 +42,10 @@ def check_columns(dataset: Any, name: str, needed: Sequence[str]) -> dict[str, l
 
 
 def _columns(dataset: Any) -> list[str] | None:
-    """The columns of a dataset, if need be those of its first row; None if it has no rows."""
+    """The columns of a dataset as its rows have them, after any transform; None if it has no rows."""
     if hasattr(dataset, "__len__"):
         if len(dataset) == 0:
             return None
-        return list(getattr(dataset, "column_names", None) or dataset[0])
+        return list(dataset[0])
     first = next(iter(dataset), None)
     return None if first is None else list(first)

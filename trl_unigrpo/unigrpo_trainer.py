@@ -57,6 +57,7 @@ from .model_card import rewrite_quick_start
 from .models.auto import unified_model
 from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin
 from .monitoring.images import pixel_spread, write_completion_images
+from .monitoring.signals import SaveOnSignal
 from .monitoring.trust import TrustChecks
 from .packing import pack, return_velocity
 from .prompts import as_messages, prepare_tokenizer
@@ -206,7 +207,7 @@ class UniGRPOTrainer(GRPOTrainer):
             eval_dataset=eval_dataset,
             processing_class=prepare_tokenizer(processing_class or load_tokenizer(source), base.chat_template),
             reward_processing_classes=reward_processing_classes,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), SaveOnSignal()],
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=target_experts(peft_config, base, self._trains),
