@@ -19,8 +19,8 @@ class SaveOnSignal(TrainerCallback):
     """
     At the first SIGINT or SIGTERM, finish the optimizer step, save a checkpoint and stop; a second one acts as always.
 
-    Does nothing where checkpoints are switched off (`save_strategy="no"`) or off the main thread. All processes stop at
-    the same step, whichever of them got the signal.
+    Does nothing where checkpoints are switched off (`save_strategy="no"`) or off the main thread. All processes stop
+    at the same step, whichever of them got the signal.
     """
 
     def __init__(self) -> None:
