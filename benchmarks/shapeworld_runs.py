@@ -104,8 +104,8 @@ def run(
     took = train(model, tokenizer, method, seed, steps, seconds, overrides)
     sampled_after = evaluate_model(model, tokenizer, num_prompts, split)
     greedy_after = evaluate_model(model, tokenizer, num_prompts, split, do_sample=False)
-    gain = mean_interval(sampled_after.reward - sampled.reward)
-    greedy_gain = mean_interval(greedy_after.reward - greedy.reward)
+    gain = mean_interval(sampled_after.reward - sampled.reward, sampled.prompts)
+    greedy_gain = mean_interval(greedy_after.reward - greedy.reward, greedy.prompts)
     return {
         "method": method,
         "seed": seed,

@@ -1,9 +1,12 @@
 """Prompts in the form that the model was trained with."""
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from .models.unified import UnifiedModelMixin
 
 
 def as_messages(prompt: str | list[dict[str, Any]], system_prompt: str | None) -> list[dict[str, Any]]:
@@ -28,3 +31,18 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
         if getattr(tokenizer, parser, None) is not None:
             setattr(tokenizer, parser, None)
     return tokenizer
+
+
+def never_sampled(
+    model: UnifiedModelMixin, tokenizer: PreTrainedTokenizerBase, end: Collection[int]
+) -> list[int] | None:
+    """
+    Tokens that no thinking may hold, for `suppress_tokens`: the model's own markers, padding, and the rows of the
+    vocabulary that have no token.
+
+    Args:
+        end: tokens that end a thinking, which are allowed.
+    """
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    unused = range(len(tokenizer), vocabulary)
+    return sorted({*model.suppressed_token_ids, tokenizer.pad_token_id, *unused} - set(end)) or None

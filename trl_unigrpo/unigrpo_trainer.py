@@ -60,7 +60,7 @@ from .monitoring.images import pixel_spread, write_completion_images
 from .monitoring.signals import SaveOnSignal
 from .monitoring.trust import TrustChecks
 from .packing import pack, return_velocity
-from .prompts import as_messages, prepare_tokenizer
+from .prompts import as_messages, never_sampled, prepare_tokenizer
 from .resume import load_rollouts, save_rollouts
 from .rollout import FlowRecord, RolloutPlan
 from .scoring import mask_failed_rewards, with_name
@@ -184,6 +184,7 @@ class UniGRPOTrainer(GRPOTrainer):
         self._regularized = self._trains["image"] and regularizer_weight > 0
         if not adapted:
             freeze_experts(base, model, self._trains)
+        base.keep_reference(None)  # of an earlier run
         if self._regularized and not adapted:
             base.keep_reference(copy.deepcopy(base))
         elif self._regularized and is_peft_model(model) and args.beta == 0:
@@ -224,9 +225,7 @@ class UniGRPOTrainer(GRPOTrainer):
         return_velocity(base)
         if base._reference is not None:
             base._reference.to(self.accelerator.device)
-        vocabulary = base.get_output_embeddings().weight.shape[0]
-        never = {*base.suppressed_token_ids, *range(len(self._tokenizer), vocabulary)} - set(self.eos_token_ids)
-        self.generation_config.suppress_tokens = sorted(never) or None
+        self.generation_config.suppress_tokens = never_sampled(base, self._tokenizer, self.eos_token_ids)
 
     @property
     def unified(self) -> UnifiedModelMixin:

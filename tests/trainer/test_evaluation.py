@@ -6,6 +6,7 @@ from peft import LoraConfig
 from tiny_unified import IMAGE_SIZE, PROMPTS, prompts_dataset, tiny_bagel, tiny_tokenizer, weights
 
 from trl_unigrpo.evaluation import generate
+from trl_unigrpo.prompts import never_sampled
 
 
 def keep_images(trainer):
@@ -157,3 +158,14 @@ def test_no_unknown_or_suppressed_token_in_a_thinking(model):
     words = {word for s in sample(model, PROMPTS * 8, max_completion_length=12) for word in s.thinking.split()}
     assert words
     assert words <= set(tiny_tokenizer().get_vocab())
+
+
+def test_never_sampled_are_markers_padding_and_rows_without_a_token(model, make_trainer):
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    special = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_start|>", "<|vision_start|>", "<|vision_end|>"])
+    rows = model.get_output_embeddings().weight.shape[0]
+    assert never_sampled(model, tokenizer, [end]) == [*special, *range(len(tokenizer), rows)]
+    assert end not in special
+    assert special[0] not in never_sampled(model, tokenizer, [end, special[0]])
+    assert make_trainer().generation_config.suppress_tokens == never_sampled(model, tokenizer, [end])

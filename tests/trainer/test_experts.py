@@ -1,5 +1,7 @@
 """Which weights are trained, against which reference, at which rate, and in which precision."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -129,6 +131,17 @@ def test_reference_of_full_fine_tuning_is_a_copy_that_stays(make_trainer, train)
         expected = velocity_of(base, batch["flow_records"])
         torch.testing.assert_close(batch["flow_reference_velocities"], expected, rtol=1e-4, atol=1e-5)
     assert trainer.state.log_history[3]["flow/velocity_mse"] > 1e-4
+
+
+def test_reference_of_an_earlier_run_is_not_used_again(make_trainer, train):
+    first = make_trainer(max_steps=2, learning_rate=0.01, image_learning_rate=0.01)
+    train(first)
+    second = make_trainer(model=first.unified, peft_config=LoraConfig(r=2))
+    start = copy.deepcopy(second.unified)
+    assert start._reference is None
+    for batch in train(second).batches:
+        expected = velocity_of(start, batch["flow_records"])
+        torch.testing.assert_close(batch["flow_reference_velocities"], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])

@@ -12,7 +12,7 @@ from trl.trainer.utils import get_config_model_id
 from ..flow import flow_timesteps
 from ..models.auto import unified_model
 from ..models.unified import Conditioning
-from ..prompts import as_messages, prepare_tokenizer
+from ..prompts import as_messages, never_sampled, prepare_tokenizer
 from ..rollout import RolloutPlan
 from ..seeding import EVAL, row_generator
 
@@ -96,7 +96,7 @@ def generate(
                     max_new_tokens=max_completion_length,
                     eos_token_id=tokenizer.eos_token_id,
                     pad_token_id=tokenizer.pad_token_id,
-                    suppress_tokens=sorted(set(base.suppressed_token_ids) - {tokenizer.eos_token_id}) or None,
+                    suppress_tokens=never_sampled(base, tokenizer, [tokenizer.eos_token_id]),
                     use_cache=True,
                 )
             completion_ids = [

@@ -228,9 +228,13 @@ class UnifiedModelMixin(_Base):
                     context = self.encode_context(flow.context_ids, flow.context_lengths)
             yield k, self.predict_velocity(context, flow.latents[:, k], flow.timesteps[:, k], flow.image_size)
 
-    def keep_reference(self, reference: nn.Module) -> None:
-        """Keep a frozen copy as the reference of a fully fine-tuned model: no submodule, so never saved or trained."""
-        object.__setattr__(self, "_reference", reference.requires_grad_(False).eval())
+    def keep_reference(self, reference: nn.Module | None) -> None:
+        """
+        Keep a frozen copy as the reference of a fully fine-tuned model: no submodule, so never saved or trained.
+        `None` lets an earlier one go.
+        """
+        kept = None if reference is None else reference.requires_grad_(False).eval()
+        object.__setattr__(self, "_reference", kept)
 
     @contextmanager
     def reference(self) -> Iterator["UnifiedModelMixin"]:

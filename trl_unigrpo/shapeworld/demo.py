@@ -155,9 +155,12 @@ def run_demo(
     tokenizer.save_pretrained(output / "model")
     diversity_after = group_diversity(model, tokenizer)
 
-    reward = {"before": mean_interval(before.reward), "after": mean_interval(after.reward)}
-    gain = mean_interval(after.reward - before.reward)
-    greedy_gain = mean_interval(greedy_after.reward - greedy_before.reward)
+    reward = {
+        "before": mean_interval(before.reward, before.prompts),
+        "after": mean_interval(after.reward, after.prompts),
+    }
+    gain = mean_interval(after.reward - before.reward, before.prompts)
+    greedy_gain = mean_interval(greedy_after.reward - greedy_before.reward, before.prompts)
     summary = {
         "reward_before": reward["before"].mean,
         "reward_after": reward["after"].mean,
@@ -200,13 +203,13 @@ def latent_drift(before: Evaluation, after: Evaluation) -> float:
 
 def category_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, Interval, Interval, Interval]]:
     """Category, reward before, after, and the paired gain; the last row is all of them."""
-    categories = np.array(before.categories)
+    categories, prompts = np.array(before.categories), np.array(before.prompts)
     rows = []
     for name in (*CATEGORIES, "all"):
         chosen = np.ones(len(categories), dtype=bool) if name == "all" else categories == name
         if chosen.any():
             old, new = before.reward[chosen], after.reward[chosen]
-            rows.append((name, mean_interval(old), mean_interval(new), mean_interval(new - old)))
+            rows.append((name, *(mean_interval(values, prompts[chosen]) for values in (old, new, new - old))))
     return rows
 
 
