@@ -208,8 +208,8 @@ def category_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, Inte
     for name in (*CATEGORIES, "all"):
         chosen = np.ones(len(categories), dtype=bool) if name == "all" else categories == name
         if chosen.any():
-            old, new = before.reward[chosen], after.reward[chosen]
-            rows.append((name, *(mean_interval(values, prompts[chosen]) for values in (old, new, new - old))))
+            old, new, of = before.reward[chosen], after.reward[chosen], prompts[chosen]
+            rows.append((name, mean_interval(old, of), mean_interval(new, of), mean_interval(new - old, of)))
     return rows
 
 
