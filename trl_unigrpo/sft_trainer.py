@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,7 +24,7 @@ from .arguments import load_tokenizer
 from .dataset_checks import check_columns
 from .flow import shift_timesteps
 from .models.auto import load_unified_model, unified_model
-from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin, pad_contexts
+from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin
 from .prompts import as_messages, prepare_tokenizer
 
 
@@ -110,16 +111,13 @@ class UnifiedCollator:
             for row, on in zip(rows, thinks, strict=True)
         ]
         prompts = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
-        texts = self.tokenizer([row["completion"] if on else "" for row, on in zip(rows, thinks, strict=True)])[
-            "input_ids"
-        ]
+        thinkings = [row["completion"] if on else "" for row, on in zip(rows, thinks, strict=True)]
         completions = [
-            ids + [self.tokenizer.eos_token_id] if on else [] for ids, on in zip(texts, thinks, strict=True)
+            ids + [self.tokenizer.eos_token_id] if on else []
+            for ids, on in zip(self.tokenizer(thinkings)["input_ids"], thinks, strict=True)
         ]
-        ids, lengths = pad_contexts(
-            [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)],
-            "cpu",
-        )
+        texts = [torch.tensor(p + c) for p, c in zip(prompts, completions, strict=True)]
+        ids, lengths = pad_sequence(texts, batch_first=True), torch.tensor([len(text) for text in texts])
         column = torch.arange(ids.shape[1])
         starts = torch.tensor([len(prompt) for prompt in prompts])
         real = column < lengths[:, None]
@@ -211,17 +209,17 @@ class UnifiedSFTTrainer(Trainer):
         t = shift_timesteps(u, args.timestep_shift).to(clean)
         noise = torch.randn(batch, draws, *clean.shape[2:]).to(clean)
         weight = t.view(batch, draws, *[1] * (clean.ndim - 2))
-        rows = base.context_ids(Conditioning(inputs["prompt_ids"], inputs["completion_ids"]))
-        ids, lengths = pad_contexts(rows, clean.device)
+        contexts, visible = base.contexts(Conditioning(inputs["prompt_ids"], inputs["completion_ids"])), None
         if args.context_dropout:
-            lengths = lengths * (torch.rand(batch) >= args.context_dropout).to(lengths)
+            kept = (torch.rand(batch) >= args.context_dropout).tolist()
+            visible = [[len(row) if keep else 0] * draws for row, keep in zip(contexts, kept, strict=True)]
         flow = FlowInputs(
             latents=(1 - weight) * clean + weight * noise,
             timesteps=t,
-            context_ids=ids,
-            context_lengths=lengths,
+            contexts=contexts,
             image_size=tuple(pixels.shape[-2:]),
             context_grad=args.flow_context_grad == "full",
+            visible=visible,
         )
         return flow, noise - clean
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trl_unigrpo.flow import flow_timesteps
-from trl_unigrpo.models.unified import Conditioning, FlowInputs, pad_contexts
+from trl_unigrpo.models.unified import Conditioning, ContextRow, FlowInputs
 from trl_unigrpo.rollout import RolloutPlan
 
 
@@ -72,7 +72,7 @@ def single_velocities(model, records, context_grad: bool = True) -> Tensor:
     for record in records:
         steps = zip(record.latents.split(1), record.timesteps.split(1), strict=True)
         with torch.set_grad_enabled(torch.is_grad_enabled() and context_grad):
-            context = model.encode_context(record.context[None], torch.tensor([len(record.context)]))
+            context = model.encode_context([record.context])
         rows.append(torch.cat([model.predict_velocity(context, x, t, record.image_size) for x, t in steps]))
     return torch.stack(rows)
 
@@ -103,11 +103,11 @@ def test_contexts_and_velocities_do_not_depend_on_the_batch(model):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(4, *model.latent_shape(SIZE), generator=generator)
     times = torch.tensor([1.0, 0.7, 0.4, 0.1])
-    rows = [torch.tensor(row, dtype=torch.long) for row in [*CONTEXTS, []]]
-    context = model.encode_context(*pad_contexts(rows, "cpu"))
+    rows = [ContextRow(torch.tensor(row, dtype=torch.long)) for row in [*CONTEXTS, []]]
+    context = model.encode_context(rows)
     velocity = model.predict_velocity(context, latents, times, SIZE)
     for i, row in enumerate(rows):
-        alone = model.encode_context(row[None], torch.tensor([len(row)]))
+        alone = model.encode_context([row])
         for batched, single in zip(context.keys + context.values, alone.keys + alone.values, strict=True):
             assert_equal(batched[i, :, : len(row)], single[0])
         assert_equal(velocity[i], model.predict_velocity(alone, latents[i : i + 1], times[i : i + 1], SIZE)[0])
@@ -115,7 +115,7 @@ def test_contexts_and_velocities_do_not_depend_on_the_batch(model):
 
 @torch.no_grad()
 def test_predicting_leaves_the_context_alone(model):
-    context = model.encode_context(*pad_contexts([torch.tensor(row) for row in CONTEXTS], "cpu"))
+    context = model.encode_context([ContextRow(torch.tensor(row)) for row in CONTEXTS])
     before = [x.clone() for x in context.keys + context.values]
     latents = torch.ones(3, *model.latent_shape(SIZE))
     first = model.predict_velocity(context, latents, torch.full((3,), 0.5), SIZE)
@@ -203,10 +203,10 @@ def test_rollout_and_packed_call_agree(model, records):
 
 
 def test_context_closes_every_thinking(model, conditioning, records):
-    assert [row.tolist() for row in model.context_ids(conditioning)] == CONTEXTS
-    assert [record.context.tolist() for record in records] == CONTEXTS
+    assert [row.ids.tolist() for row in model.contexts(conditioning)] == CONTEXTS
+    assert [record.context.ids.tolist() for record in records] == CONTEXTS
     plain = Conditioning([[START, 7, END]], [[]])  # a prompt that opens no thinking
-    assert model.context_ids(plain)[0].tolist() == [START, 7, END]
+    assert model.contexts(plain)[0].ids.tolist() == [START, 7, END]
 
 
 @torch.no_grad()
@@ -328,12 +328,12 @@ def test_bfloat16_stays_within_its_own_noise(model, recorded, how):
     """The official bf16 arithmetic is 1.0e-2 (rms) from float32 on these inputs."""
     ids = torch.cat([recorded["prefill/input_ids"], recorded["think/context_ids"]])
     size = tuple(recorded["flow/image_hw"].tolist())
-    flow = FlowInputs(recorded["flow/x_t"][None], recorded["flow/t"][None], ids[None], torch.tensor([len(ids)]), size)
+    flow = FlowInputs(recorded["flow/x_t"][None], recorded["flow/t"][None], [ContextRow(ids)], size)
     if how == "weights":
         model.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         velocity = model.base_model(ids[None], flow=flow).velocity[0]
-        context = model.encode_context(ids[None], torch.tensor([len(ids)]))
+        context = model.encode_context([ContextRow(ids)])
         alone = torch.cat(
             [
                 model.predict_velocity(context, x, t, size)

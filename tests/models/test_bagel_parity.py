@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from trl_unigrpo.models.bagel.attention import Layout, attend_streams
-from trl_unigrpo.models.unified import FlowInputs
+from trl_unigrpo.models.bagel.segments import ContextImage, text_segments
+from trl_unigrpo.models.unified import ContextRow, FlowInputs
 
 
 TOLERANCE = 1e-4  # of max(1, largest recorded entry)
@@ -35,7 +36,7 @@ def image_size(recorded) -> tuple[int, int]:
 
 
 def encode(model, ids: Tensor):
-    return model.encode_context(ids[None], torch.tensor([len(ids)]))
+    return model.encode_context([ContextRow(ids)])
 
 
 def velocities(model, ids: Tensor, recorded, image_size) -> Tensor:
@@ -175,8 +176,7 @@ def training_call(model, recorded, context_ids, image_size):
     flow = FlowInputs(
         latents=recorded["train/x_t"][None],
         timesteps=recorded["train/t"][None],
-        context_ids=context_ids[None],
-        context_lengths=torch.tensor([len(context_ids)]),
+        contexts=[ContextRow(context_ids)],
         image_size=image_size,
         context_grad=True,
     )
@@ -232,7 +232,9 @@ def test_training_visibility(recorded):
     q, k, v = (torch.randn(1, heads, len(mask), 16, generator=generator) for heads in (4, 2, 2))
     split = num_text + 2 * images
     und, gen = (tuple(x[:, :, part] for x in (q, k, v)) for part in (slice(split), slice(split, None)))
-    out_und, out_gen, _, _ = attend_streams(und, gen, Layout(num_text=num_text, num_images=images), 0, None)
+    table = text_segments(torch.zeros(1, num_text, dtype=torch.long), [num_text])
+    layout = Layout(num_text, segments=table, num_images=images, visible=[[num_text] * images])
+    out_und, out_gen, _, _ = attend_streams(und, gen, layout, 0, None)
     q, k, v = (x[:, :, order] for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
     expected = (q @ k.mT / 4).masked_fill(~mask, -torch.inf).softmax(-1) @ v
     torch.testing.assert_close(torch.cat([out_und, out_gen], 2)[:, :, order], expected, rtol=0, atol=1e-5)
@@ -256,3 +258,37 @@ def test_gradients(model, training_call, recorded, recorded_gradients, gradients
         )
     # What is left was recorded without a gradient.
     assert all(gradient.count_nonzero() == 0 for gradient in actual.values())
+
+
+@pytest.fixture
+def placeholder(model) -> Tensor:
+    return torch.tensor([model.config.image_token_id])
+
+
+@torch.no_grad()
+def test_understanding(model, recorded, placeholder):
+    shown = ContextImage(features=recorded["und/image_embeds"])
+    ids = torch.cat([placeholder, recorded["und/question_ids"]])[None]
+    hidden = model.base_model(ids, images=[[shown]]).last_hidden_state[0, 1:]
+    assert_recorded(model.get_output_embeddings()(hidden), recorded["und/question_logits"])
+    prompt = torch.cat([ids, recorded["und/greedy_tokens"][None, :1]], dim=1)
+    unused = recorded["prefill/logits"].shape[-1] - 1
+    arguments = {"do_sample": False, "eos_token_id": unused, "max_new_tokens": len(recorded["und/greedy_tokens"]) - 1}
+    tokens = model.generate(prompt, images=[[shown]], **arguments)
+    assert_recorded(tokens[0, prompt.shape[1] - 1 :], recorded["und/greedy_tokens"])
+
+
+@torch.no_grad()
+def test_editing(model, recorded, image_size, placeholder):
+    source = ContextImage(
+        latents=model.encode_images(recorded["vae/pixel_values"])[0],
+        grid=(image_size[0] // 16, image_size[1] // 16),
+        features=recorded["und/image_embeds"],
+    )
+    row = ContextRow(torch.cat([placeholder, recorded["edit/text_ids"]]), [source])
+    hidden = model.base_model(row.ids[None], images=[row.images]).last_hidden_state[0, 1:]
+    assert_recorded(model.get_output_embeddings()(hidden), recorded["edit/text_logits"])
+    context = model.encode_context([row])
+    assert context.positions == recorded["edit/image_rope_position"].tolist()
+    velocity = model.predict_velocity(context, recorded["flow/x_t"][1:2], recorded["flow/t"][1:2], image_size)
+    assert_recorded(velocity[0], recorded["edit/velocity"])

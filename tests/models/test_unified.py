@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from trl_unigrpo.flow import flow_timesteps
-from trl_unigrpo.models.unified import Conditioning, UnifiedOutput
+from trl_unigrpo.models.unified import Conditioning, ContextRow, UnifiedOutput
 from trl_unigrpo.rollout import RolloutPlan
 
 
@@ -25,7 +25,7 @@ def lora(experts: str, model, **kwargs) -> LoraConfig:
 def outputs(model) -> list[torch.Tensor]:
     """Logits and velocities: what text and image expert compute."""
     with torch.no_grad():
-        context = model.encode_context(IDS, torch.tensor([5]))
+        context = model.encode_context([ContextRow(IDS[0])])
         latents = torch.linspace(-1, 1, 6 * 64).view(1, 6, 64)
         return [model(IDS).logits, model.predict_velocity(context, latents, torch.tensor([0.5]), SIZE)]
 
@@ -180,7 +180,7 @@ def test_rollout_does_not_depend_on_its_batch_size(model):
         records.append(model.rollout(conditioning, plan, [torch.Generator().manual_seed(i) for i in range(5)]))
     for others in records[1:]:
         for one, other in zip(records[0], others, strict=True):
-            assert torch.equal(one.context, other.context)
+            assert torch.equal(one.context.ids, other.context.ids)
             assert torch.equal(one.timesteps, other.timesteps)
             for name in ("final_latents", "latents", "next_latents", "velocities"):
                 torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=1e-5)

@@ -281,10 +281,10 @@ def test_thinking_is_painted_from_the_weights_that_were_sampled_with(make_traine
     trainer = make_trainer(peft_config=LoraConfig(r=2, init_lora_weights=False))
     conditioning = Conditioning([[1, 8, 2, 1]], [[6, 2]])
     base = trainer.unified
-    ids = base.context_ids(conditioning)[0][None]
-    before = base.encode_context(ids, torch.tensor([ids.shape[1]])).keys[1]
+    contexts = base.contexts(conditioning)
+    before = base.encode_context(contexts).keys[1]
     with base.reference() as reference:
-        off = reference.encode_context(ids, torch.tensor([ids.shape[1]])).keys[1]
-    after = base.encode_context(ids, torch.tensor([ids.shape[1]])).keys[1]
+        off = reference.encode_context(contexts).keys[1]
+    after = base.encode_context(contexts).keys[1]
     assert torch.equal(before, after)
     assert not torch.allclose(before, off, atol=1e-3)

@@ -27,7 +27,7 @@ def text_log_probs(model, prompt, completion):
 def velocities(model, record, context_grad):
     """(K, N, C) one forward per step, the context encoded on its own."""
     with torch.set_grad_enabled(context_grad and torch.is_grad_enabled()):
-        context = model.encode_context(record.context[None], torch.tensor([len(record.context)]))
+        context = model.encode_context([record.context])
     return torch.cat(
         [
             model.predict_velocity(context, x[None], t[None], (IMAGE_SIZE, IMAGE_SIZE))

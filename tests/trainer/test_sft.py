@@ -9,6 +9,7 @@ from PIL import Image
 from tiny_unified import IMAGE_SIZE, moved, tiny_bagel, tiny_tokenizer, weights
 from transformers import TrainerCallback
 
+from trl_unigrpo.models.unified import ContextRow
 from trl_unigrpo.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
 
 
@@ -89,7 +90,7 @@ def by_hand(model, row, x, t, target, ids=None):
         predicted = logits[-len(thinking) - 1 : -1].log_softmax(-1)
         losses = -predicted[torch.arange(len(thinking)), torch.tensor(thinking)]
     context = context if ids is None else ids
-    encoded = model.encode_context(torch.tensor([context], dtype=torch.long), torch.tensor([len(context)]))
+    encoded = model.encode_context([ContextRow(torch.tensor(context, dtype=torch.long))])
     errors = torch.cat(
         [model.predict_velocity(encoded, x[k][None], t[k][None], SIZE) - target[k] for k in range(len(x))]
     ).square()
@@ -149,7 +150,7 @@ def test_context_dropout_hides_the_context_of_that_share(tmp_path):
     flows = captured(trainer)
     trainer.train()
     ((noisy, target, _),) = flows
-    assert noisy.context_lengths.tolist() == [0] * 4
+    assert noisy.visible == [[0] * 2] * 4
     model = tiny_bagel()
     errors = [by_hand(model, ROWS[0], noisy.latents[i], noisy.timesteps[i], target[i], ids=[])[1] for i in range(4)]
     assert trainer.state.log_history[0]["loss/flow"] == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
@@ -163,7 +164,7 @@ def test_context_dropout_hides_the_context_of_that_share(tmp_path):
     some = make_sft(tmp_path, context_dropout=0.5, max_steps=30)
     flows = captured(some)
     some.train()
-    hidden = torch.cat([flow.context_lengths == 0 for flow, _, _ in flows]).float().mean()
+    hidden = torch.tensor([row[0] == 0 for flow, _, _ in flows for row in flow.visible]).float().mean()
     assert 0.3 < hidden < 0.7
 
 

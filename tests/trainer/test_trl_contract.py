@@ -124,6 +124,6 @@ def test_rows_of_a_batch_are_kept_together_by_trls_shuffle(make_trainer, train):
         for row, record in enumerate(batch["flow_records"]):
             prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
             thinking = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
-            context = record.context.tolist()
+            context = record.context.ids.tolist()
             assert context[: len(prompt) + len(thinking)] == prompt + thinking
             assert context[-1] == 2

@@ -35,37 +35,65 @@ class Conditioning:
     What the images of a batch are painted from: the tokens of one prompt and one thinking per sample, as sampled.
 
     An empty thinking means none: the image then follows the prompt itself.
+
+    Attributes:
+        images: for each sample the finished images that its prompt and thinking show by a placeholder each, in the
+            model's own form; None where no sample has any.
     """
 
     prompt_ids: Sequence[Sequence[int]]
     completion_ids: Sequence[Sequence[int]]
+    images: Sequence[Sequence[Any]] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
 
 @dataclass
+class ContextRow:
+    """
+    All that stands before an image.
+
+    Attributes:
+        ids: (L,) tokens, on the CPU; a placeholder for each finished image.
+        images: these images, in the model's own form.
+    """
+
+    ids: Tensor
+    images: Sequence[Any] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
 class FlowInputs:
     """
-    The noisy copies of a packed call, and the context that they see.
+    The noisy copies of a packed call, and the contexts that they see.
 
     Attributes:
         latents: (B, K, *latent) float32 states x_t.
         timesteps: (B, K) times in [0, 1].
-        context_ids: (B, L) right-padded tokens of each sample's whole context.
-        context_lengths: (B,) true lengths of these rows.
+        contexts: each sample's context.
         image_size: (height, width) in pixels, one for the batch.
         context_grad: whether the copies' loss reaches the text's weights through the context.
+        visible: for each of the B samples the K numbers of ids, from the context's start, that its copies see; None if
+            they see all of it.
         velocity: (B, K, *latent) filled in by `base_model`, for a caller that sees only the language head's output.
     """
 
     latents: Tensor
     timesteps: Tensor
-    context_ids: Tensor
-    context_lengths: Tensor
+    contexts: Sequence[ContextRow]
     image_size: tuple[int, int]
     context_grad: bool = False
+    visible: Sequence[Sequence[int]] | None = None
     velocity: Tensor | None = None
+
+    @property
+    def visible_ids(self) -> Sequence[Sequence[int]]:
+        """(B, K) `visible`, written out."""
+        return self.visible or [[len(row)] * self.timesteps.shape[1] for row in self.contexts]
 
 
 # What the mixin is mixed into; a base class in the eyes of the type checker alone.
@@ -112,8 +140,8 @@ class UnifiedModelMixin(_Base):
         """Hidden states (B, T, H) of text rows in the padded layout given, with the velocities of `flow`."""
 
     @abstractmethod
-    def encode_context(self, context_ids: Tensor, context_lengths: Tensor) -> Any:
-        """Encode right-padded contexts (B, L) of true lengths (B,) once, for any number of velocities."""
+    def encode_context(self, contexts: Sequence[ContextRow]) -> Any:
+        """Encode B contexts once, for any number of velocities."""
 
     @abstractmethod
     def predict_velocity(
@@ -122,8 +150,8 @@ class UnifiedModelMixin(_Base):
         """Velocity (B, *latent), float32, at states (B, *latent) and times (B,). Leaves the context as it is."""
 
     @abstractmethod
-    def context_ids(self, conditioning: Conditioning) -> list[Tensor]:
-        """The tokens, one 1-d tensor per sample, that stand before each image: prompt, thinking, what closes them."""
+    def contexts(self, conditioning: Conditioning) -> list[ContextRow]:
+        """What stands before each sample's image: prompt, thinking, what closes them."""
 
     @abstractmethod
     def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, ...]:
@@ -180,15 +208,14 @@ class UnifiedModelMixin(_Base):
                 depend on how samples are batched.
         """
         shape = self.latent_shape(plan.image_size)
-        rows = self.context_ids(conditioning)
+        rows = self.contexts(conditioning)
         if len(generators) != len(rows):
             raise ValueError(f"Got {len(generators)} generators for {len(rows)} samples: pass one per sample.")
         records: list[FlowRecord] = []
         size = plan.batch_size or max(1, len(rows))
         for start in range(0, len(rows), size):
             chunk = slice(start, start + size)
-            ids, lengths = pad_contexts(rows[chunk], self.device)
-            context = self.encode_context(ids, lengths)
+            context = self.encode_context(rows[chunk])
             records += sample_latents(
                 partial(self.predict_velocity, context, image_size=plan.image_size),
                 shape=shape,
@@ -204,12 +231,10 @@ class UnifiedModelMixin(_Base):
         sizes = sorted({record.image_size for record in records})
         if len(sizes) != 1:
             raise ValueError(f"Images of one batch must have one size, got {sizes}: make a batch per size.")
-        ids, lengths = pad_contexts([record.context for record in records], self.device)
         return FlowInputs(
             latents=torch.stack([record.latents for record in records]).to(self.device),
             timesteps=torch.stack([record.timesteps for record in records]).to(self.device),
-            context_ids=ids,
-            context_lengths=lengths,
+            contexts=[record.context for record in records],
             image_size=records[0].image_size,
             context_grad=context_grad,
         )
@@ -225,7 +250,7 @@ class UnifiedModelMixin(_Base):
         for k in range(flow.latents.shape[1]):
             if context is None or context_grad:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and context_grad):
-                    context = self.encode_context(flow.context_ids, flow.context_lengths)
+                    context = self.encode_context(flow.contexts)
             yield k, self.predict_velocity(context, flow.latents[:, k], flow.timesteps[:, k], flow.image_size)
 
     def keep_reference(self, reference: nn.Module | None) -> None:
@@ -270,9 +295,3 @@ class UnifiedModelMixin(_Base):
             # PEFT marks every weight of an adapter as trainable when it is switched on again.
             for parameter, requires_grad in trainable.items():
                 parameter.requires_grad_(requires_grad)
-
-
-def pad_contexts(rows: Sequence[Tensor], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Right-pad 1-d id tensors to (B, L) with zeros; returns them with their true lengths (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(device), lengths.to(device)

@@ -2,22 +2,29 @@
 
 A forward pass holds two contiguous streams instead of one interleaved sequence:
 
-    und stream: [text, T tokens | two markers of image 1 | ... | two markers of image K]      U = T + 2 K
-    gen stream: [latents of image 1, N tokens | ... | latents of image K]                     G = K N
+    und stream: [the contexts' text stream, U tokens | two markers of noisy copy 1 | ... | two markers of copy K]
+    gen stream: [the contexts' image stream, G tokens | latents of copy 1, N tokens | ... | latents of copy K]
 
-Attention is equivariant to the order of tokens once positions and visibility are explicit, so nothing is gathered or
-scattered: text attends causally to text; image k attends to the whole context and, fully, to itself; nobody else sees
-image k.
+Attention is equivariant to the order of tokens once positions and visibility are explicit: contexts attend as their
+table of segments says (plain causal where they are text alone, and then nothing is gathered); a noisy copy attends to
+a prefix of its context and, fully, to itself; nobody else sees it.
 
-Shapes: B samples, A query heads, V key heads, D head size, L context tokens.
+Shapes: B samples, A query heads, V key heads, D head size, S = U + G context tokens, K copies.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache
+
+from .segments import Segments
+
+
+ROWWISE_QUERIES = 512
+"""Copies of at least so many tokens attend row by row where contexts are ragged: no mask, no padding."""
 
 
 @dataclass
@@ -26,15 +33,15 @@ class Context:
     Keys and values of encoded contexts, for any number of later velocities.
 
     Attributes:
-        keys, values: one (B, V, L, D) tensor per layer, right-padded.
-        lengths: (B,) true lengths.
-        mask: (B, L) True at real tokens, or None if no row is padded.
+        keys, values: one (B, V, S, D) tensor per layer, in the order of the segments, right-padded.
+        lengths: true lengths of the B rows.
+        positions: the B rotary positions of an image that follows.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
-    lengths: Tensor
-    mask: Tensor | None
+    lengths: list[int]
+    positions: list[int]
 
 
 @dataclass
@@ -43,20 +50,28 @@ class Layout:
     Who sees whom in one forward pass.
 
     Attributes:
-        num_text: T, text tokens at the head of the und stream.
-        num_images: K, images in the two streams.
-        text_mask: (B, 1, T, S) True where text may look, or None for plain causal attention over S = T keys.
-        context_mask: (B, L) True at the context tokens that the images see, or None for all of them.
-        context: encoded context of the images; None if it is the text of this very pass.
-        context_grad: whether the images' gradient flows into the text's keys and values.
+        num_text: U, context tokens at the head of the und stream.
+        segments: the contexts' table; None where `context` has them, or where text goes on from a cache.
+        text_mask: (B, 1, U, past + U) True where text may look when there is no table; None for all of the past and
+            causally itself.
+        num_images: K, noisy copies in the two streams.
+        visible: (B, K) tokens of its context that each copy sees.
+        context: encoded contexts of the copies; None if they are those of this very pass.
+        context_grad: whether the copies' gradient flows into the contexts' keys and values.
     """
 
     num_text: int
-    num_images: int = 0
+    segments: Segments | None = None
     text_mask: Tensor | None = None
-    context_mask: Tensor | None = None
+    num_images: int = 0
+    visible: Sequence[Sequence[int]] = ()
     context: Context | None = None
     context_grad: bool = False
+
+    @property
+    def num_latents(self) -> int:
+        """G, context tokens at the head of the gen stream."""
+        return 0 if self.segments is None else self.segments.image_positions.shape[1]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -68,49 +83,100 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causa
     )
 
 
+Streams = tuple[Tensor, Tensor, Tensor]
+"""Queries (B, A, S, D), keys and values (B, V, S, D)."""
+
+
 def attend_streams(
-    und: tuple[Tensor, Tensor, Tensor],
-    gen: tuple[Tensor, Tensor, Tensor] | None,
-    layout: Layout,
-    layer: int,
-    past_key_values: Cache | None,
+    und: Streams, gen: Streams | None, layout: Layout, layer: int, past_key_values: Cache | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Attention outputs of both streams, (B, A, ., D) as they came; the contexts' keys and values, (B, V, S, D)."""
+    text, latents = layout.num_text, layout.num_latents
+    order = None if layout.segments is None else layout.segments.order
+    q, k, v = (x[:, :, :text] for x in und)
+    if order is not None and gen is not None:
+        q, k, v = (_ordered(torch.cat([x, y[:, :, :latents]], 2), order) for x, y in zip((q, k, v), gen, strict=True))
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, layer)
+    und_parts, gen_parts = [], []
+    if text:
+        out = _attend_contexts(q, k, v, layout)
+        if order is not None:
+            out = _ordered(out, order.argsort(1))
+            gen_parts.append(out[:, :, text:])
+        und_parts.append(out[:, :, :text])
+    if layout.num_images and gen is not None:
+        copies = [
+            _per_copy(u[:, :, text:], g[:, :, latents:], layout.num_images) for u, g in zip(und, gen, strict=True)
+        ]
+        if layout.context is not None:
+            seen = layout.context.keys[layer], layout.context.values[layer]
+        else:
+            seen = (k, v) if layout.context_grad else (k.detach(), v.detach())
+        out = _attend_copies(copies, seen, layout.visible).unflatten(0, (-1, layout.num_images)).transpose(1, 2)
+        und_parts.append(out[:, :, :, :2].flatten(2, 3))  # (B, A, K, 2 + N, D)
+        gen_parts.append(out[:, :, :, 2:].flatten(2, 3))
+    return _joined(und_parts), _joined(gen_parts) if gen_parts else None, k, v
+
+
+def _attend_contexts(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    """Contexts over themselves: outputs (B, A, S, D)."""
+    table, length = layout.segments, q.shape[2]
+    if table is None or table.sees is None:
+        return attend(q, k, v, layout.text_mask, is_causal=layout.text_mask is None and length > 1)
+    place = torch.arange(length, device=q.device)
+    if table.blocks is None:
+        return attend(q, k, v, (place <= table.sees[..., None])[:, None])
+    # Images at the same places in all rows: they see a whole prefix, and the text between them is causal.
+    parts, done = [], 0
+    for start, stop in [*table.blocks, (length, length)]:
+        if start > done:
+            mask = place[:start] <= place[done:start, None] if done else None
+            parts.append(attend(q[:, :, done:start], k[:, :, :start], v[:, :, :start], mask, is_causal=not done))
+        if stop > start:
+            parts.append(attend(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]))
+        done = stop
+    return torch.cat(parts, 2)
+
+
+def _attend_copies(copies: Sequence[Tensor], seen: tuple[Tensor, Tensor], visible: Sequence[Sequence[int]]) -> Tensor:
     """
-    Attention outputs of both streams, (B, A, U, D) and (B, A, G, D), and the text's keys and values.
+    Each noisy copy over a prefix of its context and itself: outputs (B K, A, 2 + N, D).
 
     Args:
-        und, gen: queries (B, A, U or G, D), keys and values (B, V, U or G, D) of each stream.
+        copies: queries, keys and values of (B K, ., 2 + N, D).
+        seen: keys and values (B, V, S, D) of the contexts.
+        visible: (B, K) lengths of the prefixes.
     """
-    num_text, images = layout.num_text, layout.num_images
-    text_k, text_v = (x[:, :, :num_text] for x in und[1:])
-    if past_key_values is not None:
-        text_k, text_v = past_key_values.update(text_k, text_v, layer)
-    outputs = []
-    if num_text:
-        plain = layout.text_mask is None
-        outputs.append(
-            attend(und[0][:, :, :num_text], text_k, text_v, layout.text_mask, is_causal=plain and num_text > 1)
+    q, k, v = copies
+    lengths, images = [length for row in visible for length in row], len(visible[0])
+
+    def before(own: Tensor, context: Tensor, length: int) -> Tensor:
+        return torch.cat([_repeat(context[:, :, :length], len(own) // len(context)), own], 2)
+
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return attend(q, before(k, seen[0], longest), before(v, seen[1], longest))
+    if q.shape[2] >= ROWWISE_QUERIES:
+        rows = [(slice(i, i + 1), slice(i // images, i // images + 1), length) for i, length in enumerate(lengths)]
+        return torch.cat(
+            [attend(q[i], before(k[i], seen[0][b], length), before(v[i], seen[1][b], length)) for i, b, length in rows]
         )
-    if gen is None:
-        return outputs[0], None, text_k, text_v
-
-    if layout.context is not None:
-        context_k, context_v = layout.context.keys[layer], layout.context.values[layer]
-    else:
-        context_k, context_v = (text_k, text_v) if layout.context_grad else (text_k.detach(), text_v.detach())
-    # One row of a bigger batch per image: its markers and its latents, over its context and itself.
-    q, k, v = (_per_image(u[:, :, num_text:], g, images) for u, g in zip(und, gen, strict=True))
-    k, v = (torch.cat([_repeat(c, images), x], dim=2) for c, x in ((context_k, k), (context_v, v)))
-    mask = None
-    if layout.context_mask is not None:
-        own = layout.context_mask.new_ones(len(q), q.shape[2])
-        mask = torch.cat([_repeat(layout.context_mask, images), own], dim=1)[:, None, None]
-    out = attend(q, k, v, mask).unflatten(0, (-1, images)).transpose(1, 2)  # (B, A, K, 2 + N, D)
-    outputs.append(out[:, :, :, :2].flatten(2, 3))
-    return torch.cat(outputs, dim=2), out[:, :, :, 2:].flatten(2, 3), text_k, text_v
+    mask = torch.arange(longest, device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
+    mask = torch.cat([mask, mask.new_ones(len(q), q.shape[2])], 1)[:, None, None]
+    return attend(q, before(k, seen[0], longest), before(v, seen[1], longest), mask)
 
 
-def _per_image(markers: Tensor, latents: Tensor, images: int) -> Tensor:
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _ordered(x: Tensor, order: Tensor) -> Tensor:
+    """(B, A, S, D) with the tokens of each row in the order (B, S)."""
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _per_copy(markers: Tensor, latents: Tensor, images: int) -> Tensor:
     """(B, A, 2 K, D) and (B, A, K N, D) -> (B K, A, 2 + N, D)."""
     parts = [x.unflatten(2, (images, -1)) for x in (markers, latents)]
     return torch.cat(parts, dim=3).transpose(1, 2).flatten(0, 1)

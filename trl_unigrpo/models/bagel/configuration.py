@@ -31,6 +31,7 @@ SPECIAL_TOKENS = {
     "im_end_token_id": "<|im_end|>",
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>",
 }
 
 THINK_SYSTEM_PROMPT = (
@@ -62,6 +63,8 @@ class BagelConfig(PreTrainedConfig):
             The tokens that open and close a chunk of text.
         vision_start_token_id, vision_end_token_id (`int`):
             The two marker tokens around an image.
+        image_token_id (`int`):
+            The token that stands for a finished image in a context. It has no embedding of its own.
         vit_config (`dict`, *optional*):
             Sizes of the understanding tower. Kept as read; the tower is not built here.
     """
@@ -80,6 +83,7 @@ class BagelConfig(PreTrainedConfig):
     im_end_token_id: int = 151645
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
+    image_token_id: int = 151655
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.llm_config, PreTrainedConfig):

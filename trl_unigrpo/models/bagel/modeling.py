@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..unified import Conditioning, FlowInputs, UnifiedModelMixin, UnifiedOutput
+from ..unified import Conditioning, ContextRow, FlowInputs, UnifiedModelMixin, UnifiedOutput
 from .attention import Context, Layout
 from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
 from .configuration import BagelConfig
 from .layers import BagelLayer, BagelPositionTable, BagelRMSNorm, BagelTimeEmbedder, head_size, rotary_tables
 from .loading import load_checkpoint
+from .segments import ContextImage, Segments, segments, text_segments
 
 
 CHAT_TEMPLATE = (
@@ -51,9 +52,9 @@ class BagelDecoder(nn.Module):
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
         """
-        Run both streams, (B, U, H) and (B, G, H) at rotary positions (B, U) and (B, G).
+        Run both streams, (B, ., H) at rotary positions (B, .).
 
-        Returns the normalised streams and every layer's keys and values of the text.
+        Returns the normalised streams and every layer's keys and values of the contexts.
         """
         rotary_und = rotary_tables(positions_und, self.head_dim, self.theta, und.dtype)
         rotary_gen = None
@@ -203,6 +204,50 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
             logits = logits[copies]
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        images: Sequence[Sequence[ContextImage]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        transformers' `generate`, for prompts that may show images.
+
+        Args:
+            inputs: (B, T) prompts, padded on the left, with a placeholder for each image.
+            images: for each prompt its images.
+
+        Returns:
+            What transformers returns; with images, (B, T + new) tokens.
+        """
+        if images is None or not any(images):
+            return super().generate(inputs, *args, **kwargs)
+        ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        assert ids is not None
+        mask = kwargs.pop("attention_mask", None)
+        mask = torch.ones_like(ids) if mask is None else mask
+        rows = zip(ids.cpu(), mask.bool().cpu(), images, strict=True)
+        with torch.no_grad():
+            # All but the last token, from which transformers goes on.
+            context = self.encode_context([ContextRow(row[real][:-1], shown) for row, real, shown in rows])
+        cache, known = DynamicCache(config=self.config.llm_config), left_padded(context)
+        for layer, (keys, values) in enumerate(zip(known.keys, known.values, strict=True)):
+            cache.update(keys, values, layer)
+        size = context.keys[0].shape[2]
+        missing = size - torch.tensor(context.lengths, device=ids.device)[:, None]
+        column = torch.arange(size + 1, device=ids.device)
+        last = torch.tensor(context.positions, device=ids.device)[:, None]
+        out = super().generate(
+            torch.cat([ids[:, :1].expand(-1, size), ids[:, -1:]], dim=1),
+            *args,
+            attention_mask=(column >= missing).long(),
+            position_ids=last.expand(-1, size + 1).contiguous(),
+            past_key_values=cache,
+            **{**kwargs, "return_dict_in_generate": False, "use_cache": True},
+        )
+        return torch.cat([ids, out[:, size + 1 :]], dim=1)
+
     def _recomputes(self) -> bool:
         checkpointing = any(layer.gradient_checkpointing for layer in self.language_model.model.layers)
         return checkpointing and self.training and torch.is_grad_enabled()
@@ -213,12 +258,14 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         attention_mask: Tensor | None = None,
         use_cache: bool = False,
         flow: FlowInputs | None = None,
+        images: Sequence[Sequence[ContextImage]] | None = None,
     ) -> UnifiedOutput:
         """
         Hidden states (B, T, H) of text rows in the padded layout given, and velocities of `flow` from the same call.
 
         Args:
             attention_mask: (B, T), 1 at the real tokens of each row, which stand side by side.
+            images: for each row the images that its placeholders stand for; those of `flow` by default.
         """
         if use_cache:
             raise ValueError(
@@ -227,86 +274,123 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         # Rows are moved to the left, where neither positions nor the causal mask need to know of padding.
-        start, lengths = attention_mask.long().argmax(1), attention_mask.sum(1)
+        start, lengths = attention_mask.long().argmax(1), attention_mask.sum(1).tolist()
         if flow is not None:
-            lengths = torch.maximum(lengths, flow.context_lengths)
-        column = torch.arange(int(lengths.max()), device=input_ids.device)
+            lengths = [max(pair) for pair in zip(lengths, map(len, flow.contexts), strict=True)]
+            images = images or [row.images for row in flow.contexts]
+        column = torch.arange(max(lengths), device=input_ids.device)
         ids = input_ids.gather(1, (start[:, None] + column).clamp(max=input_ids.shape[1] - 1))
         if flow is not None:
             # The context is the row itself, and the token that closes a thinking that ran out of length.
-            context = flow.context_ids.gather(1, column.clamp(max=flow.context_ids.shape[1] - 1).expand_as(ids))
-            ids = torch.where(column < flow.context_lengths[:, None], context, ids)
-        hidden, velocity = self._packed(ids, flow)
-        back = (torch.arange(input_ids.shape[1], device=ids.device) - start[:, None]).clamp(0, len(column) - 1)
+            context, known = padded([row.ids for row in flow.contexts], len(column), ids.device)
+            ids = torch.where(known, context, ids)
+        if images is not None and any(images):
+            rows = zip(ids.cpu(), lengths, images, strict=True)
+            table = self._segments([ContextRow(row[:length], shown) for row, length, shown in rows])
+        else:
+            table = text_segments(ids, lengths)
+        hidden, velocity = self._packed(table, flow)
+        if table.text_index is not None:
+            hidden = hidden.gather(1, table.text_index[..., None].expand(-1, -1, hidden.shape[-1]))
+        back = (torch.arange(input_ids.shape[1], device=ids.device) - start[:, None]).clamp(0, hidden.shape[1] - 1)
         hidden = hidden.gather(1, back[..., None].expand(-1, -1, hidden.shape[-1]))
         return UnifiedOutput(last_hidden_state=hidden, velocity=velocity)
 
     # Images
 
-    def encode_context(self, context_ids: Tensor, context_lengths: Tensor) -> Context:
-        positions = torch.arange(context_ids.shape[1], device=context_ids.device).expand_as(context_ids)
-        layout = Layout(num_text=context_ids.shape[1])
-        if context_ids.shape[1] == 0:
-            return self._empty_context(context_lengths)
-        embedded = self.get_input_embeddings()(context_ids)
-        _, _, keys, values = self.language_model.model(embedded, None, positions, None, layout)
-        return Context(keys, values, context_lengths, padding_mask(context_lengths, context_ids.shape[1]))
+    def encode_context(self, contexts: Sequence[ContextRow]) -> Context:
+        table = self._segments(contexts)
+        keys, values = self._empty_context(len(contexts))
+        if table.ids.shape[1]:
+            und, gen = self._context_streams(table)
+            layout = Layout(table.ids.shape[1], segments=table)
+            _, _, keys, values = self.language_model.model(und, gen, table.positions, table.image_positions, layout)
+        return Context(keys, values, table.lengths, [positions[-1] for positions in table.prefix_positions])
 
     def predict_velocity(
         self, context: Context, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]
     ) -> Tensor:
-        markers, gen = self._image_streams(latents[:, None], timesteps[:, None], image_size)
-        layout = Layout(num_text=0, num_images=1, context=context, context_mask=context.mask)
-        positions = context.lengths[:, None]
+        markers, gen = self._copy_streams(latents[:, None], timesteps[:, None], image_size)
+        visible = [[length] for length in context.lengths]
+        layout = Layout(num_text=0, num_images=1, visible=visible, context=context)
+        positions = torch.tensor(context.positions, device=gen.device)[:, None]
         _, gen, _, _ = self.language_model.model(
             markers, gen, positions.expand(-1, 2), positions.expand(-1, gen.shape[1]), layout
         )
         return self.llm2vae(gen).float()
 
     def predict_velocities(self, flow: FlowInputs) -> Tensor:
-        _, velocity = self._packed(flow.context_ids, flow)
+        _, velocity = self._packed(self._segments(flow.contexts), flow)
         assert velocity is not None
         return velocity
 
-    def _packed(self, ids: Tensor, flow: FlowInputs | None) -> tuple[Tensor, Tensor | None]:
-        """Hidden states of left-aligned text rows (B, T, H) and, beside them, the velocities of K images each."""
-        batch, num_text = ids.shape
-        text = self.get_input_embeddings()(ids)
-        positions = torch.arange(num_text, device=ids.device).expand(batch, -1)
+    def _packed(self, table: Segments, flow: FlowInputs | None) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (B, U, H) of the contexts' text stream and, beside them, the velocities of K copies each."""
+        und, gen = self._context_streams(table)
+        num_text = table.ids.shape[1]
+        layout = Layout(num_text, segments=table)
         if flow is None:
-            hidden, _, _, _ = self.language_model.model(text, None, positions, None, Layout(num_text))
+            hidden, _, _, _ = self.language_model.model(und, gen, table.positions, table.image_positions, layout)
             return hidden, None
-        images, tokens = flow.latents.shape[1:3]
-        markers, gen = self._image_streams(flow.latents, flow.timesteps, flow.image_size)
-        at = flow.context_lengths[:, None]  # all tokens of an image share the position behind its context
-        layout = Layout(
-            num_text=num_text,
-            num_images=images,
-            context_mask=padding_mask(flow.context_lengths, num_text),
-            context_grad=flow.context_grad,
-        )
+        copies, tokens = flow.latents.shape[1:3]
+        prefixes = list(enumerate(flow.visible_ids))
+        layout.num_images, layout.context_grad = copies, flow.context_grad
+        layout.visible = [[table.prefix_lengths[i][n] for n in row] for i, row in prefixes]
+        # All tokens of a copy share the position behind what it sees.
+        at = torch.tensor([[table.prefix_positions[i][n] for n in row] for i, row in prefixes], device=und.device)
+        markers, latents = self._copy_streams(flow.latents, flow.timesteps, flow.image_size)
         und, gen, _, _ = self.language_model.model(
-            torch.cat([text, markers], dim=1),
-            gen,
-            torch.cat([positions, at.expand(-1, 2 * images)], dim=1),
-            at.expand(-1, images * tokens),
+            torch.cat([und, markers], dim=1),
+            latents if gen is None else torch.cat([gen, latents], dim=1),
+            torch.cat([table.positions, at.repeat_interleave(2, dim=1)], dim=1),
+            torch.cat([table.image_positions, at.repeat_interleave(tokens, dim=1)], dim=1),
             layout,
         )
-        return und[:, :num_text], self.llm2vae(gen).float().unflatten(1, (images, tokens))
+        velocity = self.llm2vae(gen[:, layout.num_latents :]).float()
+        return und[:, :num_text], velocity.unflatten(1, (copies, tokens))
 
-    def _image_streams(self, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Embedded markers (B, 2 K, H) and latents (B, K N, H) of latents (B, K, N, C) at times (B, K)."""
-        batch, images = timesteps.shape
+    def _segments(self, contexts: Sequence[ContextRow]) -> Segments:
+        config = self.config
+        markers = config.vision_start_token_id, config.vision_end_token_id
+        return segments(contexts, config.image_token_id, markers, self.device)
+
+    def _context_streams(self, table: Segments) -> tuple[Tensor, Tensor | None]:
+        """Embedded text stream (B, U, H) of contexts and their image stream (B, G, H), None if there is none."""
+        und = self.get_input_embeddings()(table.ids)
+        if table.features:
+            und = und.clone()
+            for row, start, features in table.features:
+                und[row, start : start + len(features)] = features.to(und)
+        if not table.latents:
+            return und, None
+        gen = und.new_zeros(*table.image_positions.shape, und.shape[-1])
+        clean = self.time_embedder(torch.zeros(1, device=und.device))
+        for row, start, latents, grid in table.latents:
+            self._check_grid(grid)
+            embedded = self.vae2llm(latents.to(und)) + clean + self.latent_pos_embed(grid).to(und.dtype)
+            gen[row, start : start + len(latents)] = embedded
+        return und, gen
+
+    def _copy_streams(self, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Embedded markers (B, 2 K, H) and latents (B, K N, H) of noisy copies (B, K, N, C) at times (B, K)."""
+        batch, copies = timesteps.shape
         config, dtype = self.config, self.vae2llm.weight.dtype
         ids = torch.tensor([config.vision_start_token_id, config.vision_end_token_id], device=latents.device)
-        markers = self.get_input_embeddings()(ids).repeat(batch, images, 1)
+        markers = self.get_input_embeddings()(ids).repeat(batch, copies, 1)
         gen = self.vae2llm(latents.to(dtype)) + self.time_embedder(timesteps)[:, :, None]
         return markers, (gen + self.latent_pos_embed(self._grid(image_size)).to(gen.dtype)).flatten(1, 2)
 
-    def _empty_context(self, lengths: Tensor) -> Context:
+    def _empty_context(self, batch: int) -> tuple[list[Tensor], list[Tensor]]:
         llm, weight = self.config.llm_config, self.vae2llm.weight
-        empty = weight.new_zeros(len(lengths), llm.num_key_value_heads, 0, self.language_model.model.head_dim)
-        return Context([empty] * llm.num_hidden_layers, [empty] * llm.num_hidden_layers, lengths, None)
+        empty = weight.new_zeros(batch, llm.num_key_value_heads, 0, self.language_model.model.head_dim)
+        return [empty] * llm.num_hidden_layers, [empty] * llm.num_hidden_layers
+
+    def _check_grid(self, grid: tuple[int, int]) -> None:
+        if max(grid) > self.config.max_latent_size:
+            raise ValueError(
+                f"An image of {grid[0]} x {grid[1]} tokens does not fit the position table, which has "
+                f"{self.config.max_latent_size} to a side. Make the image smaller."
+            )
 
     def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         unit, limit = self.config.pixels_per_token, self.config.max_latent_size
@@ -321,15 +405,18 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         height, width = self._grid(image_size)
         return height * width, self.config.latent_channels
 
-    def context_ids(self, conditioning: Conditioning) -> list[Tensor]:
+    def contexts(self, conditioning: Conditioning) -> list[ContextRow]:
         config, rows = self.config, []
-        for prompt, completion in zip(conditioning.prompt_ids, conditioning.completion_ids, strict=True):
+        images = conditioning.images or [()] * len(conditioning)
+        for prompt, completion, shown in zip(
+            conditioning.prompt_ids, conditioning.completion_ids, images, strict=True
+        ):
             row = [*prompt, *completion]
             if not completion and row and row[-1] == config.im_start_token_id:
                 row.pop()  # the opened chunk of a thinking that does not come
             elif row and row[-1] != config.im_end_token_id:
                 row.append(config.im_end_token_id)
-            rows.append(torch.tensor(row, dtype=torch.long))
+            rows.append(ContextRow(torch.tensor(row, dtype=torch.long), shown))
         return rows
 
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -386,7 +473,23 @@ def causal_mask(attention_mask: Tensor, length: int) -> Tensor | None:
     return (mask | torch.eye(total, dtype=torch.bool, device=mask.device)[-length:])[:, None]
 
 
-def padding_mask(lengths: Tensor, size: int) -> Tensor | None:
-    """(B, size) True before each row's length, or None if every row is full."""
-    mask = torch.arange(size, device=lengths.device) < lengths[:, None]
-    return None if bool(mask.all()) else mask
+def padded(rows: Sequence[Tensor], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of ids as (B, width), zeros behind them, and where they are real."""
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    return ids.to(device), (torch.arange(width) < lengths).to(device)
+
+
+def left_padded(context: Context) -> Context:
+    """The context with its padding on the left."""
+    size = context.keys[0].shape[2]
+    missing = size - torch.tensor(context.lengths, device=context.keys[0].device)
+    place = (torch.arange(size, device=missing.device) - missing[:, None]).clamp(min=0)
+
+    def shifted(x: Tensor) -> Tensor:
+        return x.gather(2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+    keys, values = ([shifted(x) for x in states] for states in (context.keys, context.values))
+    return Context(keys, values, context.lengths, context.positions)
