@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trl_unigrpo.flow import flow_timesteps
+from trl_unigrpo.models.memory import fitting
 from trl_unigrpo.models.unified import Conditioning, ContextRow, FlowInputs
 from trl_unigrpo.rollout import RolloutPlan
 
@@ -413,3 +414,41 @@ def test_no_vae_is_said_clearly(model):
 def test_generators_must_match_samples(model, conditioning):
     with pytest.raises(ValueError, match="1 generators for 3 samples"):
         model.rollout(conditioning, RolloutPlan(flow_timesteps(2), SIZE), [torch.Generator()])
+
+
+# Memory
+
+
+@torch.no_grad()
+def test_slices_of_the_vae_change_nothing(model):
+    latents = torch.randn(3, *model.latent_shape((32, 48)), generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(3, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    whole = model.decode_latents(latents, (32, 48), "pt"), model.encode_images(pixels)
+    sizes, decode = [], model.codec.vae.decode
+    model.codec.vae.decode = lambda x: (sizes.append(len(x)), decode(x))[1]
+    model.codec.slice_size = 2
+    assert_equal(model.decode_latents(latents, (32, 48), "pt"), whole[0])
+    assert_equal(model.encode_images(pixels), whole[1])
+    assert sizes == [2, 1]
+
+
+@torch.no_grad()
+def test_tiles_of_the_vae_change_little(model):
+    size = (512, 1024)
+    # Every tile has the mean and the spread of the whole, on which the VAE's norms depend.
+    row = torch.linspace(0, 16 * torch.pi, 64).sin().expand(32, 64).reshape(1, -1, 1)
+    latents = row * torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0))
+    whole = model.decode_latents(latents, size, "pt")
+    model.codec.slice_size = 0  # not even one image fits
+    tiled = model.decode_latents(latents, size, "pt")
+    assert model.codec.vae.use_tiling
+    assert tiled.shape == whole.shape
+    difference = (tiled - whole).abs().mean() / whole.std()
+    assert 0 < difference < 0.2
+
+
+def test_what_fits_into_free_memory(model):
+    assert fitting(None, 10) is None
+    assert fitting(1000, 100) == 8
+    assert fitting(100, 101) == 0
+    assert model.images_at_once(SIZE) is None  # nothing is counted on a CPU

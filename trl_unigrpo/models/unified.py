@@ -180,6 +180,10 @@ class UnifiedModelMixin(_Base):
     def default_lora_targets(self, experts: str = "both") -> str:
         """Regular expression of the modules to adapt; `experts` is "text", "image" or "both"."""
 
+    def images_at_once(self, image_size: tuple[int, int]) -> int | None:
+        """How many images of a size can be denoised together in the memory that is free; None for any number."""
+        return None
+
     # What the trainer calls
 
     @property
@@ -212,7 +216,7 @@ class UnifiedModelMixin(_Base):
         if len(generators) != len(rows):
             raise ValueError(f"Got {len(generators)} generators for {len(rows)} samples: pass one per sample.")
         records: list[FlowRecord] = []
-        size = plan.batch_size or max(1, len(rows))
+        size = plan.batch_size or max(1, self.images_at_once(plan.image_size) or len(rows))
         for start in range(0, len(rows), size):
             chunk = slice(start, start + size)
             context = self.encode_context(rows[chunk])

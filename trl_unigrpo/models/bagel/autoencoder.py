@@ -10,8 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..memory import fitting, free_memory
+
 
 AUTOENCODER_WEIGHTS = "ae.safetensors"
+TILE = 512  # pixels
+ALL = 2**31
 
 # diffusers' names on the left, those of the released file on the right.
 _RENAMES = [
@@ -36,12 +40,15 @@ class LatentCodec:
         vae: diffusers' `AutoencoderKL` or anything with its interface.
         config: the VAE's entry of the model's configuration.
         patch_size: side of the square of latents that makes one token.
+        slice_size: images encoded or decoded at once; None for as many as fit into the memory that is free. Where not
+            even one does, it is decoded in overlapping tiles of 512 pixels, which changes pixels a little.
     """
 
-    def __init__(self, vae: Any, config: dict, patch_size: int = 1):
+    def __init__(self, vae: Any, config: dict, patch_size: int = 1, slice_size: int | None = None):
         self.vae = vae.eval().requires_grad_(False)
         self.config = config
         self.patch_size = patch_size
+        self.slice_size = slice_size
 
     def __deepcopy__(self, memo: dict) -> "LatentCodec":
         return self
@@ -50,7 +57,8 @@ class LatentCodec:
     def encode(self, pixels: Tensor) -> Tensor:
         """Tokens (B, N, p p C) of images (B, 3, H, W) in [-1, 1]: the mean of the posterior, scaled."""
         vae = self.vae.to(pixels.device)
-        mean = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
+        slices = pixels.to(vae.dtype).split(self._slice(pixels.shape[-2] * pixels.shape[-1], pixels.device) or 1)
+        mean = torch.cat([vae.encode(x).latent_dist.mode() for x in slices])
         latents = vae.config.scaling_factor * (mean - vae.config.shift_factor)
         p = self.patch_size
         batch, channels, height, width = latents.shape
@@ -65,12 +73,25 @@ class LatentCodec:
         (height, width), channels = grid, tokens.shape[-1] // p**2
         patches = tokens.view(len(tokens), height, width, p, p, channels).permute(0, 5, 1, 3, 2, 4)
         latents = patches.reshape(len(tokens), channels, height * p, width * p)
+        latents = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
+        size = self._slice(height * width * (p * 2 ** (len(vae.config.block_out_channels) - 1)) ** 2, latents.device)
+        if size == 0:
+            decode_in_tiles(vae)
         with torch.set_grad_enabled(torch.is_grad_enabled() and output_type == "pt"):
-            pixels = vae.decode((latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample
+            pixels = torch.cat([vae.decode(x).sample for x in latents.split(size or 1)])
         if output_type == "pt":
             return pixels.float()
         arrays = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(array) for array in arrays]
+
+    def _slice(self, pixels: int, device: torch.device) -> int:
+        """Images of so many pixels that fit at once, possibly 0."""
+        if self.slice_size is not None:
+            return self.slice_size
+        # At full resolution the decoder holds about a dozen tensors of its smallest width.
+        each = 12 * self.vae.config.block_out_channels[0] * pixels * self.vae.dtype.itemsize
+        fits = fitting(free_memory(device), each)
+        return ALL if fits is None else fits
 
     def save(self, folder: str | Path) -> None:
         """Write `ae.safetensors`, with the names of the released file."""
@@ -112,6 +133,14 @@ class LatentCodec:
             )
         vae.load_state_dict({name: stored[official].reshape(target[name].shape) for name, official in names.items()})
         return cls(vae, config, patch_size)
+
+
+def decode_in_tiles(vae: Any) -> None:
+    """Let diffusers decode images larger than a tile in overlapping tiles, blended at their seams."""
+    if isinstance(vae, AutoencoderKL) and not vae.use_tiling:
+        vae.tile_sample_min_size = TILE
+        vae.tile_latent_min_size = TILE // 2 ** (len(vae.config.block_out_channels) - 1)
+        vae.enable_tiling()
 
 
 def build_vae(config: dict) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..memory import fitting, free_memory
 from ..unified import Conditioning, ContextRow, FlowInputs, UnifiedModelMixin, UnifiedOutput
 from .attention import Context, Layout
 from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
@@ -404,6 +405,15 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
     def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, int]:
         height, width = self._grid(image_size)
         return height * width, self.config.latent_channels
+
+    def images_at_once(self, image_size: tuple[int, int]) -> int | None:
+        llm, weight = self.config.llm_config, self.vae2llm.weight
+        # A layer's largest moment: four tensors of the MLP's width, eight of the stream's, two of them in float32.
+        numbers = 4 * llm.intermediate_size + 8 * llm.hidden_size
+        token = numbers * weight.element_size() + 8 * llm.hidden_size
+        tokens = self.latent_shape(image_size)[0] + 2
+        fits = fitting(free_memory(weight.device), tokens * token)
+        return None if fits is None else max(1, fits)
 
     def contexts(self, conditioning: Conditioning) -> list[ContextRow]:
         config, rows = self.config, []
