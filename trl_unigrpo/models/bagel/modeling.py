@@ -5,6 +5,7 @@ size.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -331,6 +332,18 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
                 row.append(config.im_end_token_id)
             rows.append(torch.tensor(row, dtype=torch.long))
         return rows
+
+    def guidance_conditioning(self, conditioning: Conditioning, branch: str) -> Conditioning:
+        """Without the prompt, the system message alone or, if there is none, nothing; else the prompt to its end."""
+        nothing: list[list[int]] = [[] for _ in range(len(conditioning))]
+        if branch == "image":
+            return replace(conditioning, completion_ids=nothing)
+        if conditioning.system_ids is None:
+            raise ValueError(
+                "Guidance needs to know which part of a prompt is its system message: set `Conditioning.system_ids`, "
+                "to empty rows for prompts without one."
+            )
+        return replace(conditioning, prompt_ids=conditioning.system_ids, completion_ids=nothing)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         self._grid((pixels.shape[-2], pixels.shape[-1]))
