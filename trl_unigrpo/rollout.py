@@ -3,7 +3,7 @@
 Shapes: B samples, N denoising steps, K of them stochastic, `latent` the model's own latent dimensions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 from .flow import Transition, ode_transition, step, transition
+from .guidance import Guidance, guide
+
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""Predicts the velocity (B, *latent) at states (B, *latent) and times (B,)."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,10 @@ class RolloutPlan:
         sde_type: "sde" (Flow-SDE) or "cps".
         noise_level: a, the strength of the noise.
         batch_size: images denoised at once; None for all.
+        guidance: classifier-free guidance of a pure ODE; None for none.
+
+    Raises:
+        ValueError: for guidance together with stochastic steps.
     """
 
     timesteps: Tensor
@@ -34,6 +43,14 @@ class RolloutPlan:
     sde_type: str = "sde"
     noise_level: float = 0.8
     batch_size: int | None = None
+    guidance: Guidance | None = None
+
+    def __post_init__(self) -> None:
+        if self.guidance is not None and self.guidance.branches and self.windows is not None and self.windows.numel():
+            raise ValueError(
+                f"Guidance with stochastic steps (windows={self.windows.tolist()}) is not supported: the update would "
+                "replay these steps without guidance. Sample with windows=None, or with guidance=None."
+            )
 
     def rows(self, chunk: slice) -> "RolloutPlan":
         """The plan of some of the samples."""
@@ -67,24 +84,26 @@ class FlowRecord:
 
 @torch.no_grad()
 def sample_latents(
-    velocity: Callable[[Tensor, Tensor], Tensor],
+    velocity: Velocity,
     shape: tuple[int, ...],
     plan: RolloutPlan,
     generators: Sequence[torch.Generator],
     contexts: Sequence[Any],
     device: torch.device | str = "cpu",
+    branches: Mapping[str, Velocity] | None = None,
 ) -> list[FlowRecord]:
     """
     Integrate dx = v dt from noise at t = 1 to the image at t = 0: Euler steps outside the window, stochastic ones
     inside.
 
     Args:
-        velocity: predicts the velocity (B, *latent) at states (B, *latent) and times (B,).
+        velocity: of the whole context.
         shape: latent shape of one image.
-        plan: steps, windows and noise.
+        plan: steps, windows, noise and guidance.
         generators: one per sample, on the CPU; draws the first noise, then one noise per stochastic step.
         contexts: one per sample, handed through to the records.
         device: where the states live.
+        branches: velocities of the contexts that `plan.guidance.branches` names.
     """
     batch_size, nodes = len(generators), plan.timesteps.double().cpu()
     stochastic = stochastic_steps(plan.windows, batch_size, len(nodes) - 1)
@@ -100,7 +119,11 @@ def sample_latents(
     recorded: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(batch_size)]
     for i in range(len(nodes) - 1):
         t, t_next = nodes[i], nodes[i + 1]
-        predicted = velocity(latents, t.float().to(device).expand(batch_size)).float()
+        times = t.float().to(device).expand(batch_size)
+        predicted = velocity(latents, times).float()
+        if plan.guidance is not None and plan.guidance.covers(t):
+            unguided = {name: branch(latents, times).float() for name, branch in (branches or {}).items()}
+            predicted = guide(predicted, unguided, plan.guidance)
         coefficients, rows = ode_transition(t, t_next), stochastic[:, i].nonzero().flatten().tolist()
         if rows:
             noisy = transition(plan.sde_type, t, t_next, plan.noise_level, nodes[1])

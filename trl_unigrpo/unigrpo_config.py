@@ -90,6 +90,9 @@ class UniGRPOConfig(GRPOConfig):
             Denoising steps in training rollouts: evaluations of the model per image.
         eval_num_inference_steps (`int`, *optional*, defaults to `50`):
             Denoising steps in evaluation, which is a pure ODE.
+        eval_guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Classifier-free guidance in evaluation, away from the image without the prompt; 1, the paper's value, is
+            none, BAGEL's own evaluation has 4. Training always samples without.
         timestep_shift (`float`, *optional*, defaults to `3.0`):
             Shift s of the schedule t = s u / (1 + (s - 1) u), u evenly spaced from 1 to 0.
         image_batch_size (`int`, *optional*):
@@ -211,6 +214,9 @@ class UniGRPOConfig(GRPOConfig):
         metadata={"help": "Denoising steps in training rollouts. Paper: 25."},
     )
     eval_num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps in evaluation. Paper: 50."})
+    eval_guidance_scale: float = field(
+        default=1.0, metadata={"help": "Guidance scale in evaluation; 1: none. Paper: 1, BAGEL's own evaluation: 4."}
+    )
     timestep_shift: float = field(default=3.0, metadata={"help": "Shift of the timestep schedule. Paper: 3."})
     image_batch_size: int | None = field(default=None, metadata={"help": "Images denoised at once; None: all."})
     system_prompt: str = field(
@@ -358,6 +364,8 @@ class UniGRPOConfig(GRPOConfig):
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        if not self.eval_guidance_scale >= 1:
+            raise ValueError(f"eval_guidance_scale={self.eval_guidance_scale}: expected 1 (off) or more.")
         if self.text_weight == 0 and self.flow_weight == 0:
             raise ValueError("text_weight and flow_weight are both 0: nothing would be trained. Raise one of them.")
 

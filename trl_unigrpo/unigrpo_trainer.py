@@ -53,6 +53,7 @@ from .flow import (
     transition,
     velocity_mse,
 )
+from .guidance import Guidance
 from .model_card import rewrite_quick_start
 from .models.auto import unified_model
 from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin
@@ -60,7 +61,7 @@ from .monitoring.images import pixel_spread, write_completion_images
 from .monitoring.signals import SaveOnSignal
 from .monitoring.trust import TrustChecks
 from .packing import pack, return_velocity
-from .prompts import as_messages, never_sampled, prepare_tokenizer
+from .prompts import as_messages, never_sampled, prepare_tokenizer, system_ids
 from .resume import load_rollouts, save_rollouts
 from .rollout import FlowRecord, RolloutPlan
 from .scoring import mask_failed_rewards, with_name
@@ -240,19 +241,26 @@ class UniGRPOTrainer(GRPOTrainer):
     # 1. Thinking
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        return super()._tokenize_prompts(self._with_system_prompt(prompts))
+
+    def _with_system_prompt(self, prompts: list[Any]) -> list[Any]:
+        if self.processing_class.chat_template is None:
+            return prompts
         own = self.args.system_prompt == "auto"
         system = self.unified.default_system_prompt if own else self.args.system_prompt
-        if self.processing_class.chat_template is not None:
-            prompts = [as_messages(prompt, system) for prompt in prompts]
-        return super()._tokenize_prompts(prompts)
+        return [as_messages(prompt, system) for prompt in prompts]
 
     # 2. Images
 
     def _generate(self, prompts: list[Any]) -> Any:
         outputs = super()._generate(prompts)
         prompt_ids, completion_ids, extra_fields = generation_fields(outputs)
+        conditioning = Conditioning(prompt_ids, completion_ids)
+        if self._guidance() is not None:
+            prompts = self._with_system_prompt(prompts)
+            conditioning.system_ids = system_ids(self._tokenizer, prompts, **self.chat_template_kwargs)
         with profiling_context(self, "image_rollout"):
-            self._records, images = self._paint(Conditioning(prompt_ids, completion_ids))
+            self._records, images = self._paint(conditioning)
         extra_fields["images"] = images  # becomes an argument of every reward function
         return outputs
 
@@ -270,6 +278,7 @@ class UniGRPOTrainer(GRPOTrainer):
             sde_type=args.sde_type,
             noise_level=args.noise_level,
             batch_size=args.image_batch_size,
+            guidance=self._guidance(),
         )
         key = (args.seed, TRAIN, self._generation) if mode == "train" else (args.seed, EVAL, 0)
         generators = [row_generator(*key, row) for row in self._rows(mode, len(conditioning))]
@@ -311,6 +320,10 @@ class UniGRPOTrainer(GRPOTrainer):
         args = self.args
         steps = args.num_inference_steps if mode == "train" else args.eval_num_inference_steps
         return flow_timesteps(steps, args.timestep_shift)
+
+    def _guidance(self) -> Guidance | None:
+        scale = self.args.eval_guidance_scale
+        return Guidance(scale) if scale > 1 and not self.model.training else None
 
     def _draw_windows(self, batch_size: int) -> Tensor:
         """Step indices (K,) of the batch's window or (B, K) of each sample's."""

@@ -15,6 +15,7 @@ from trl_unigrpo.unigrpo_config import UniGRPOConfig
 DEFAULTS = {
     "num_inference_steps": 25,
     "eval_num_inference_steps": 50,
+    "eval_guidance_scale": 1.0,
     "timestep_shift": 3.0,
     "image_size": 1024,
     "sde_type": "sde",
@@ -170,6 +171,7 @@ REFUSED = [
     ({"image_batch_size": 0}, "image_batch_size=0: expected a positive number"),
     ({"max_completion_length": 0}, "max_completion_length=0: expected a positive number"),
     ({"num_inference_steps": 0}, "num_inference_steps=0: expected a positive number"),
+    ({"eval_guidance_scale": 0.0}, r"eval_guidance_scale=0.0: expected 1 \(off\) or more"),
     ({"text_weight": 0.0, "flow_weight": 0.0}, "both 0: nothing would be trained"),
     ({"flow_weight": -1.0}, "flow_weight=-1.0: expected 0 or more"),
 ]

@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig
 from tiny_unified import IMAGE_SIZE, PROMPTS, prompts_dataset, tiny_bagel, tiny_tokenizer, weights
 
-from trl_unigrpo.evaluation import generate
-from trl_unigrpo.prompts import never_sampled
+from trl_unigrpo.evaluation import Guidance, generate
+from trl_unigrpo.prompts import never_sampled, system_ids
 
 
 def keep_images(trainer):
@@ -50,6 +50,47 @@ def test_evaluation_has_its_own_steps_and_is_a_pure_ode(make_trainer):
     assert 0 < log["eval_reward"] < 1
     assert log["eval_reward/frac_none"] == 0
     assert not any(key.startswith("eval_flow/") for key in log)
+
+
+def test_evaluation_is_guided_and_training_is_not(make_trainer):
+    trainer = evaluating(make_trainer, max_steps=1, eval_guidance_scale=4.0)
+    calls, rollout = {}, trainer.unified.rollout
+
+    def spied(conditioning, plan, generators):
+        records = rollout(conditioning, plan, generators)
+        calls["train" if trainer.model.training else "eval"] = (conditioning, plan, records)
+        return records
+
+    trainer.unified.rollout = spied
+    trainer.train()
+    conditioning, plan, _ = calls["train"]
+    assert (plan.guidance, conditioning.system_ids) == (None, None)
+    conditioning, plan, guided = calls["eval"]
+    assert plan.guidance == Guidance(guidance_scale=4.0)
+    system = [1, *tiny_tokenizer().encode("think first"), 2]
+    assert conditioning.system_ids == [system, system]
+    assert all(prompt[: len(system)] == system for prompt in conditioning.prompt_ids)
+    # The next evaluation's thinkings and noise are the same, so that guidance is all that differs.
+    trainer.args.eval_guidance_scale = 1.0
+    trainer.evaluate()
+    unguided = calls["eval"][2]
+    assert calls["eval"][1].guidance is None
+    assert all(torch.equal(a.context, b.context) for a, b in zip(guided, unguided, strict=True))
+    assert not any(torch.allclose(a.final_latents, b.final_latents) for a, b in zip(guided, unguided, strict=True))
+
+
+def test_guided_evaluation_of_prompts_that_bring_their_own_system_message(make_trainer):
+    prompts = [
+        [{"role": "system", "content": "first"}, {"role": "user", "content": "a red cat"}],
+        [{"role": "user", "content": "a small tree"}],
+    ]
+    dataset = prompts_dataset(prompts, copies=2)
+    trainer = evaluating(make_trainer, train_dataset=dataset, eval_dataset=dataset, eval_guidance_scale=4.0)
+    kept, paint = [], trainer._paint
+    trainer._paint = lambda conditioning: kept.append(conditioning.system_ids) or paint(conditioning)
+    trainer.evaluate()
+    own, models = ([1, *tiny_tokenizer().encode(text), 2] for text in ("first", "think first"))
+    assert kept == [[own, models]] * 2
 
 
 def test_two_evaluations_of_the_same_weights_are_the_same(make_trainer):
@@ -169,3 +210,34 @@ def test_never_sampled_are_markers_padding_and_rows_without_a_token(model, make_
     assert end not in special
     assert special[0] not in never_sampled(model, tokenizer, [end, special[0]])
     assert make_trainer().generation_config.suppress_tokens == never_sampled(model, tokenizer, [end])
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_guidance_paints_other_images_after_the_same_thinking(model, thinking):
+    plain = sample(model, thinking=thinking)
+    guided = sample(model, thinking=thinking, guidance=Guidance(4.0))
+    assert [s.thinking for s in guided] == [s.thinking for s in plain]
+    assert not any(torch.allclose(a.latents, b.latents, atol=1e-3) for a, b in zip(guided, plain, strict=True))
+    off = sample(model, thinking=thinking, guidance=Guidance())
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(off, plain, strict=True))
+
+
+def test_guided_images_do_not_depend_on_the_batch(model):
+    arguments = {"do_sample": False, "guidance": Guidance(4.0, 1.5)}
+    for a, b in zip(sample(model, **arguments), sample(model, batch_size=1, **arguments), strict=True):
+        torch.testing.assert_close(a.latents, b.latents, rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_by_a_thinking_that_there_is_not(model):
+    with pytest.raises(ValueError, match=r"image_guidance_scale=1.5 pushes.*thinking=False leaves none"):
+        sample(model, thinking=False, guidance=Guidance(4.0, 1.5))
+
+
+def test_system_ids_are_the_system_message_alone(model):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = model.chat_template
+    system, user = {"role": "system", "content": "think first"}, {"role": "user", "content": "a red cat"}
+    ids = tokenizer.apply_chat_template([system, user], return_dict=False)
+    [head, *none] = system_ids(tokenizer, [[system, user], [user], "a red cat"])
+    assert ids[: len(head)] == head == [1, *tokenizer.encode("think first"), 2]
+    assert none == [[], []]

@@ -10,9 +10,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from ..flow import flow_timesteps
+from ..guidance import Guidance
 from ..models.auto import unified_model
 from ..models.unified import Conditioning
-from ..prompts import as_messages, never_sampled, prepare_tokenizer
+from ..prompts import as_messages, never_sampled, prepare_tokenizer, system_ids
 from ..rollout import RolloutPlan
 from ..seeding import EVAL, row_generator
 
@@ -40,12 +41,13 @@ def generate(
     num_inference_steps: int = 50,
     timestep_shift: float = 3.0,
     image_size: int = 1024,
+    guidance: Guidance | None = None,
     system_prompt: str = "auto",
     batch_size: int = 8,
     seed: int = 0,
 ) -> list[Sample]:
     """
-    Sample one thinking and one image per prompt; the images by the ODE, without guidance.
+    Sample one thinking and one image per prompt; the images by the ODE.
 
     Args:
         model: a unified model, adapted or not.
@@ -54,16 +56,25 @@ def generate(
         thinking: False paints from the prompt alone.
         do_sample, temperature, max_completion_length: how the thinking is sampled; do_sample=False is greedy.
         num_inference_steps, timestep_shift, image_size: how the image is sampled; image_size in pixels.
+        guidance: classifier-free guidance, as in `Guidance(guidance_scale=4.0)`; None for none, as in training.
         system_prompt: "auto" for the model's own, "" for none.
         batch_size: prompts at once.
         seed: of the thinkings and of each image's noise. Image noise depends on the prompt's place in the list alone.
+
+    Raises:
+        ValueError: for guidance by a thinking that there is not.
     """
+    if guidance is not None and "image" in guidance.branches and not thinking:
+        raise ValueError(
+            f"image_guidance_scale={guidance.image_guidance_scale} pushes the image towards its thinking, but "
+            "thinking=False leaves none. Set it to 1 and raise guidance_scale, or think."
+        )
     base = unified_model(model)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(get_config_model_id(model.config))
     tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
     system = base.default_system_prompt if system_prompt == "auto" else system_prompt
     size = (image_size, image_size)
-    plan = RolloutPlan(flow_timesteps(num_inference_steps, timestep_shift), size)
+    plan = RolloutPlan(flow_timesteps(num_inference_steps, timestep_shift), size, guidance=guidance)
     was_training = model.training
     model.eval()
     samples = []
@@ -103,7 +114,9 @@ def generate(
                 trim(ids, tokenizer.eos_token_id) for ids in out[:, encoded["input_ids"].shape[1] :].tolist()
             ]
         generators = [row_generator(seed, EVAL, 0, row) for row in range(start, start + len(chunk))]
-        records = base.rollout(Conditioning(prompt_ids, completion_ids), plan, generators)
+        system_rows = system_ids(tokenizer, messages) if guidance is not None else None
+        conditioning = Conditioning(prompt_ids, completion_ids, system_rows)
+        records = base.rollout(conditioning, plan, generators)
         latents = torch.stack([record.final_latents for record in records])
         images = base.decode_latents(latents, size)
         texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..rollout import FlowRecord, RolloutPlan, sample_latents
+from ..rollout import FlowRecord, RolloutPlan, Velocity, sample_latents
 
 
 @dataclass
@@ -37,12 +37,14 @@ class Conditioning:
     An empty thinking means none: the image then follows the prompt itself.
 
     Attributes:
-        images: for each sample the finished images that its prompt and thinking show by a placeholder each, in the
-            model's own form; None where no sample has any.
+        system_ids: tokens of each prompt's system message, empty where it has none; needed for guidance alone.
+        images: for each sample the finished images that its prompt shows by a placeholder each, in the model's own
+            form; None where no sample has any.
     """
 
     prompt_ids: Sequence[Sequence[int]]
     completion_ids: Sequence[Sequence[int]]
+    system_ids: Sequence[Sequence[int]] | None = None
     images: Sequence[Sequence[Any]] | None = None
 
     def __len__(self) -> int:
@@ -184,6 +186,17 @@ class UnifiedModelMixin(_Base):
         """How many images of a size can be denoised together in the memory that is free; None for any number."""
         return None
 
+    def guidance_conditioning(self, conditioning: Conditioning, branch: str) -> Conditioning:
+        """
+        What a branch of guidance sees instead: "text", without the prompt, or "image", without the thinking.
+
+        Only the model knows what it was trained to see there; one that does not say can't be guided.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say what the branch {branch!r} of guidance sees. Sample without guidance "
+            "(a scale of 1), or override `guidance_conditioning`."
+        )
+
     # What the trainer calls
 
     @property
@@ -203,11 +216,12 @@ class UnifiedModelMixin(_Base):
         self, conditioning: Conditioning, plan: RolloutPlan, generators: Sequence[torch.Generator]
     ) -> list[FlowRecord]:
         """
-        Paint one image per sample (the hybrid ODE/SDE sampler of the plan) and record the SDE steps.
+        Paint one image per sample (the hybrid ODE/SDE sampler of the plan) and record the SDE steps. The branches of
+        guidance are further contexts, whose velocities are computed one after the other.
 
         Args:
             conditioning: prompts and thinkings, B samples.
-            plan: steps, windows, noise and size of the images.
+            plan: steps, windows, noise, guidance and size of the images.
             generators: B random generators; each draws all the noise of its own sample, so that the result does not
                 depend on how samples are batched.
         """
@@ -215,20 +229,29 @@ class UnifiedModelMixin(_Base):
         rows = self.contexts(conditioning)
         if len(generators) != len(rows):
             raise ValueError(f"Got {len(generators)} generators for {len(rows)} samples: pass one per sample.")
+        names = plan.guidance.branches if plan.guidance is not None else ()
+        branches = {name: self.contexts(self.guidance_conditioning(conditioning, name)) for name in names}
         records: list[FlowRecord] = []
         size = plan.batch_size or max(1, self.images_at_once(plan.image_size) or len(rows))
         for start in range(0, len(rows), size):
             chunk = slice(start, start + size)
-            context = self.encode_context(rows[chunk])
             records += sample_latents(
-                partial(self.predict_velocity, context, image_size=plan.image_size),
+                self._velocity_after(rows[chunk], plan.image_size),
                 shape=shape,
                 plan=plan.rows(chunk),
                 generators=generators[chunk],
                 contexts=rows[chunk],
                 device=self.device,
+                branches={
+                    name: self._velocity_after(branch[chunk], plan.image_size) for name, branch in branches.items()
+                },
             )
         return records
+
+    def _velocity_after(self, rows: Sequence[ContextRow], image_size: tuple[int, int]) -> Velocity:
+        """The velocity of images behind these contexts, which are encoded once."""
+        context = self.encode_context(rows)
+        return partial(self.predict_velocity, context, image_size=image_size)
 
     def flow_inputs(self, records: Sequence[FlowRecord], context_grad: bool = False) -> FlowInputs:
         """Batch the recorded SDE steps of a micro-batch for a packed call."""

@@ -5,6 +5,7 @@ size.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -428,6 +429,24 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
                 row.append(config.im_end_token_id)
             rows.append(ContextRow(torch.tensor(row, dtype=torch.long), shown))
         return rows
+
+    def guidance_conditioning(self, conditioning: Conditioning, branch: str) -> Conditioning:
+        """
+        "text" sees the system message and the finished images, which may be nothing; "image" the prompt to its end,
+        without finished images.
+        """
+        nothing: list[list[int]] = [[] for _ in range(len(conditioning))]
+        placeholder, images = self.config.image_token_id, conditioning.images or nothing
+        if branch == "image":
+            prompts = [[token for token in row if token != placeholder] for row in conditioning.prompt_ids]
+            return Conditioning(prompts, nothing, conditioning.system_ids)
+        if conditioning.system_ids is None:
+            raise ValueError(
+                "Guidance needs to know which part of a prompt is its system message: set `Conditioning.system_ids`, "
+                "to empty rows for prompts without one."
+            )
+        shown = [[*row, *[placeholder] * len(x)] for row, x in zip(conditioning.system_ids, images, strict=True)]
+        return replace(conditioning, prompt_ids=shown, completion_ids=nothing)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         self._grid((pixels.shape[-2], pixels.shape[-1]))
