@@ -194,7 +194,9 @@ def test_generation_goes_on_from_the_images(model):
 
 
 def test_rollout_paints_from_images(model):
-    conditioning = Conditioning([[IMAGE, START, 20, END, START]] * 2, [[50, END], [51]], [[image(0)], [image(1)]])
+    conditioning = Conditioning(
+        [[IMAGE, START, 20, END, START]] * 2, [[50, END], [51]], images=[[image(0)], [image(1)]]
+    )
     plan = RolloutPlan(torch.tensor([1.0, 0.5, 0.0]), SIZE, windows=torch.tensor([0]))
     records = model.rollout(conditioning, plan, [torch.Generator().manual_seed(3) for _ in range(2)])
     assert [record.context.ids.tolist()[-2:] for record in records] == [[50, END], [51, END]]

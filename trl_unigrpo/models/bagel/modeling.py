@@ -425,7 +425,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
             row = [*prompt, *completion]
             if not completion and row and row[-1] == config.im_start_token_id:
                 row.pop()  # the opened chunk of a thinking that does not come
-            elif row and row[-1] != config.im_end_token_id:
+            elif row and row[-1] not in (config.im_end_token_id, config.image_token_id):
                 row.append(config.im_end_token_id)
             rows.append(ContextRow(torch.tensor(row, dtype=torch.long), shown))
         return rows
