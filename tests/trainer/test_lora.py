@@ -105,7 +105,10 @@ REFUSED = {
     ),
     "every linear layer": ({"target_modules": "all-linear"}, r"match 8 modules of vit_model and connector"),
     "a pattern that reaches the tower": ({"target_modules": r".*q_proj.*"}, r"match 1 modules of vit_model"),
-    "a misspelt list": ({"target_modules": ["query_proj"]}, r"'query_proj' match no module.*Leave target_modules unset"),
+    "a misspelt list": (
+        {"target_modules": ["query_proj"]},
+        r"'query_proj' match no module.*Leave target_modules unset",
+    ),
     "a list that is misspelt in part": ({"target_modules": ["o_proj", "gateproj"]}, r"'gateproj' match no module"),
     "a pattern of part of a name": ({"target_modules": "q_proj_moe_gen"}, r"'q_proj_moe_gen' match no module"),
     "a rank for nothing": (
@@ -189,7 +192,7 @@ def test_adapter_comes_back_bit_for_bit(make_trainer, folder, tmp_path, dtype):
     assert_same_outputs(outputs(PeftModel.from_pretrained(base, tmp_path / "adapter")), expected)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.03)])
 def test_merged_model_computes_the_same_and_loads_as_a_plain_one(tmp_path, dtype, tolerance):
     torch.manual_seed(0)
     config = LoraConfig(r=2, lora_alpha=1, init_lora_weights=False, target_modules=BOTH)

@@ -163,8 +163,9 @@ class UnifiedModelMixin(_Base):
         return self._call_backbone
 
     def _call_backbone(self, *args: Any, flow: FlowInputs | None = None, **kwargs: Any) -> UnifiedOutput:
-        kwargs["flow"] = flow
-        outputs = self.backbone(*args, **kwargs)
+        # PEFT's wrapper for language models passes on all that one could take, as None.
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        outputs = self.backbone(*args, **kwargs, flow=flow)
         if flow is not None:
             flow.velocity = outputs.velocity
         return outputs
