@@ -165,7 +165,7 @@ class UnifiedModelMixin(_Base):
     def _call_backbone(self, *args: Any, flow: FlowInputs | None = None, **kwargs: Any) -> UnifiedOutput:
         # PEFT's wrapper for language models passes on all that one could take, as None.
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        outputs = self.backbone(*args, **kwargs, flow=flow)
+        outputs = self.backbone(*args, **{**kwargs, "flow": flow})
         if flow is not None:
             flow.velocity = outputs.velocity
         return outputs
