@@ -1,20 +1,27 @@
-"""Fine-tune BAGEL-7B with LoRA on one large GPU, with a reward of your own on the images.
+"""Fine-tune BAGEL-7B with adapters on one GPU, with a reward of your own on the images.
 
     python examples/unigrpo_bagel.py --prompts prompts.csv --output_dir bagel-unigrpo
 
+On a GPU with 24 GB, hold the base in 4 bits and Adam's state in 8:
+
+    python examples/unigrpo_bagel.py --prompts prompts.csv --output_dir bagel-unigrpo \\
+        --load_in_4bit --use_bnb_nested_quant --optim adamw_8bit --image_batch_size 2 --per_device_train_batch_size 1
+
 `prompts.csv` has a column `prompt`; its other columns reach the reward as lists.
-Any field of UniGRPOConfig is an option.
+Any field of UniGRPOConfig, and of TRL's ModelConfig (`--lora_r`), is an option.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import load_dataset
-from peft import LoraConfig
-from trl import TrlParser
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
 from trl_unigrpo.unigrpo_config import SINGLE_GPU
+
+
+ADAPTERS = {"use_peft": True, "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0}
 
 
 def colorfulness(prompts, completions, images, **columns):
@@ -25,22 +32,19 @@ def colorfulness(prompts, completions, images, **columns):
 @dataclass
 class ScriptArguments:
     prompts: str = field(metadata={"help": "A csv file with a column 'prompt'."})
-    model: str = field(
-        default="ByteDance-Seed/BAGEL-7B-MoT", metadata={"help": "Folder or hub id of a unified model."}
-    )
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters of both experts."})
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, UniGRPOConfig))
-    parser.set_defaults(**SINGLE_GPU)
-    script, args = parser.parse_args_and_config()
+    parser = TrlParser((ScriptArguments, UniGRPOConfig, ModelConfig))
+    parser.set_defaults(model_name_or_path="ByteDance-Seed/BAGEL-7B-MoT", **SINGLE_GPU, **ADAPTERS)
+    script, args, model = parser.parse_args_and_config()
     trainer = UniGRPOTrainer(
-        model=script.model,
+        model=model.model_name_or_path,
         reward_funcs=colorfulness,
         args=args,
         train_dataset=load_dataset("csv", data_files=script.prompts, split="train"),
-        peft_config=LoraConfig(r=script.lora_rank, lora_alpha=2 * script.lora_rank),
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(args.output_dir)

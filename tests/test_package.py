@@ -47,8 +47,8 @@ def test_public_names_resolve(name):
 
 def test_public_names_need_no_extra():
     names = ", ".join(name for name in trl_unigrpo.__all__ if name != "__version__")
-    code = f"from trl_unigrpo import {names}; import sys; print([m for m in {OPTIONAL!r} if m in sys.modules])"
-    assert run_python(code).strip().splitlines()[-1] == "[]"
+    # Other libraries import some of these packages where they find them: here they find none.
+    run_python(f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r})); from trl_unigrpo import {names}")
 
 
 def test_unknown_name_is_an_attribute_error():

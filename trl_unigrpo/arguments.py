@@ -8,8 +8,9 @@ import torch
 from peft import PeftConfig
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters import check_targets
 from .dataset_checks import check_dataset
-from .models.auto import load_unified_model, unified_model
+from .models.auto import load_unified_model, model_skeleton, unified_model
 from .unigrpo_config import UniGRPOConfig
 
 
@@ -62,17 +63,30 @@ def default_config(source: str) -> UniGRPOConfig:
 
 
 def load_model(
-    source: str, args: UniGRPOConfig, quantization_config: Any, adapted: bool
+    source: str, args: UniGRPOConfig, quantization_config: Any, peft_config: PeftConfig | None
 ) -> tuple[PreTrainedModel, UniGRPOConfig]:
     """
     Load a model by name, in float32 if its weights are trained: in bfloat16 small updates would round to nothing.
 
     Returns:
         The model, and a copy of the configuration without the arguments that went into loading it.
+
+    Raises:
+        ValueError: before weights are read, if adapters would go to the wrong place or quantised weights be trained.
     """
+    adapted = peft_config is not None
     kwargs = {"dtype": torch.bfloat16 if args.bf16 and adapted else torch.float32, **(args.model_init_kwargs or {})}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
+    if kwargs.get("quantization_config") is not None:
+        if not adapted:
+            raise ValueError(
+                "quantization_config without peft_config: quantised weights can't be trained, only adapters on them. "
+                "Pass peft_config=LoraConfig(r=32) (--use_peft on the command line), or leave the quantisation out."
+            )
+        kwargs.setdefault("device_map", {"": args.device})
+    if getattr(peft_config, "target_modules", None) is not None:
+        check_targets(peft_config, unified_model(model_skeleton(source, **kwargs)))
     args = copy.copy(args)
     args.model_init_kwargs = None
     return load_unified_model(source, **kwargs), args
@@ -85,13 +99,3 @@ def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
             "processing_class is missing, and the model does not say where it was loaded from. Pass a tokenizer."
         )
     return AutoTokenizer.from_pretrained(source, padding_side="left")
-
-
-def target_experts(peft_config: PeftConfig | None, model: Any, trains: Mapping[str, bool]) -> PeftConfig | None:
-    """The adapters' configuration; without `target_modules` they go to the experts that are trained."""
-    if peft_config is None or getattr(peft_config, "target_modules", ...) is not None:
-        return peft_config
-    experts = "both" if all(trains.values()) else next(name for name, on in trains.items() if on)
-    peft_config = copy.deepcopy(peft_config)
-    peft_config.target_modules = unified_model(model).default_lora_targets(experts)
-    return peft_config

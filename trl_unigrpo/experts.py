@@ -1,10 +1,8 @@
-"""Which weights belong to which expert: freezing, adapters, learning rates, clipping."""
+"""Which weights belong to which expert: freezing, learning rates, clipping."""
 
 from collections.abc import Mapping
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .models.unified import UnifiedModelMixin
@@ -72,27 +70,3 @@ def clip_by_expert(base: UnifiedModelMixin, model: nn.Module, max_norm: float) -
         name: nn.utils.clip_grad_norm_(parameters, max_norm)
         for name, parameters in parameters_by_expert(base, model).items()
     }
-
-
-def keep_adapters_in_float32(model: nn.Module) -> None:
-    """Hold adapters in float32, whatever the base has: in bfloat16 small updates would round to nothing."""
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            for layers in (getattr(module, name) for name in module.adapter_layer_names):
-                for parameter in layers.parameters():
-                    if parameter.dtype in (torch.bfloat16, torch.float16):
-                        parameter.data = parameter.data.float()
-
-
-def add_reference_adapter(model: PeftModel) -> None:
-    """Keep a frozen copy, named "ref", of the adapter that a model comes with: the policy where training starts."""
-    if "ref" in model.peft_config:
-        return
-    active = model.active_adapter
-    model.add_adapter("ref", model.peft_config[active])
-    for name, parameter in model.named_parameters():
-        if f".{active}." in name:
-            model.get_parameter(name.replace(f".{active}.", ".ref.")).data.copy_(parameter.data)
-    for name, parameter in model.named_parameters():
-        if ".ref." in name:
-            parameter.requires_grad_(False)

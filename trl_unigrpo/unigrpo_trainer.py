@@ -34,15 +34,9 @@ from trl.extras.profiling import profiling_context
 from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
 
-from .arguments import check_arguments, default_config, load_model, load_tokenizer, target_experts
-from .experts import (
-    add_reference_adapter,
-    check_trained,
-    clip_by_expert,
-    freeze_experts,
-    keep_adapters_in_float32,
-    split_groups,
-)
+from .adapters import add_reference_adapter, keep_adapters_in_float32, target_experts, trained_weights
+from .arguments import check_arguments, default_config, load_model, load_tokenizer
+from .experts import check_trained, clip_by_expert, freeze_experts, split_groups
 from .flow import (
     clipped_surrogate,
     flow_timesteps,
@@ -56,6 +50,7 @@ from .flow import (
 from .guidance import Guidance
 from .model_card import rewrite_quick_start
 from .models.auto import unified_model
+from .models.quantization import keep_trainable_layout
 from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin
 from .monitoring.images import pixel_spread, write_completion_images
 from .monitoring.signals import SaveOnSignal
@@ -171,7 +166,7 @@ class UniGRPOTrainer(GRPOTrainer):
 
         set_seed(args.seed)  # adapters start at random
         if isinstance(model, str):
-            model, args = load_model(source, args, quantization_config, adapted)
+            model, args = load_model(source, args, quantization_config, peft_config)
             quantization_config = None
         base = unified_model(model)
         num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
@@ -191,6 +186,7 @@ class UniGRPOTrainer(GRPOTrainer):
         elif self._regularized and is_peft_model(model) and args.beta == 0:
             add_reference_adapter(model)  # with beta, TRL adds it itself
 
+        masters = trained_weights(model) if is_peft_model(model) else {}
         scale = scale_with_latents if args.scale_with_latents else (lambda value, _: value)
         self._flow_epsilon = scale(args.flow_epsilon, num_latent_dims)
         self._regularizer_weight = scale(regularizer_weight, num_latent_dims)
@@ -221,7 +217,8 @@ class UniGRPOTrainer(GRPOTrainer):
             )
         freeze_experts(base, self.model, self._trains)
         check_trained(base, self.model, self._trains)
-        keep_adapters_in_float32(self.model)
+        keep_adapters_in_float32(self.model, masters)
+        keep_trainable_layout(self.model)
         self._trust.weights(self.model)
         return_velocity(base)
         if base._reference is not None:

@@ -35,8 +35,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_bagel(seed: int = 0) -> BagelForUnifiedGeneration:
-    """Weights large enough for every output to depend on every input."""
+def tiny_bagel(seed: int = 0, **llm_config) -> BagelForUnifiedGeneration:
+    """Weights large enough for every output to depend on every input; `llm_config` changes sizes of the decoder."""
     vae = {
         "_class_name": "PatchAutoencoderKL",
         "latent_channels": 4,
@@ -52,6 +52,7 @@ def tiny_bagel(seed: int = 0) -> BagelForUnifiedGeneration:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 128,
+            **llm_config,
         },
         vae_config=vae,
         latent_patch_size=1,

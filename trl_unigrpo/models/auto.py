@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from .unified import UnifiedModelMixin
@@ -17,10 +18,29 @@ def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
     """
     from .bagel import BagelForUnifiedGeneration
 
-    hub = {key: kwargs[key] for key in ("cache_dir", "revision", "token") if kwargs.get(key)}
-    if cached_file(source, "llm_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
+    if _is_released_bagel(source, _hub_arguments(kwargs)):
         return BagelForUnifiedGeneration.from_pretrained(source, **kwargs)
     return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **kwargs)
+
+
+def model_skeleton(source: str, **kwargs: Any) -> PreTrainedModel:
+    """The modules of what [`load_unified_model`] would load, on the meta device: no weights are read."""
+    from .bagel import BagelConfig, BagelForUnifiedGeneration
+
+    hub = _hub_arguments(kwargs)
+    with torch.device("meta"):
+        if _is_released_bagel(source, hub):
+            return BagelForUnifiedGeneration(BagelConfig.from_pretrained(source, **hub))
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def _is_released_bagel(source: str, hub: dict[str, Any]) -> bool:
+    return cached_file(source, "llm_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in ("cache_dir", "revision", "token") if kwargs.get(key)}
 
 
 def unified_model(model: Any) -> UnifiedModelMixin:

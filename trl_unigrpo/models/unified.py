@@ -117,6 +117,9 @@ class UnifiedModelMixin(_Base):
     chat_template: str | None = None
     """Chat template that the model was trained with, where its tokenizer brings none or another; None to keep that."""
 
+    frozen_modules: Sequence[str] = ()
+    """Names of the parts that belong to neither expert and are not trained: adapters may not go there."""
+
     _reference: Any = None
 
     @property
@@ -205,8 +208,9 @@ class UnifiedModelMixin(_Base):
         return self._call_backbone
 
     def _call_backbone(self, *args: Any, flow: FlowInputs | None = None, **kwargs: Any) -> UnifiedOutput:
-        kwargs["flow"] = flow
-        outputs = self.backbone(*args, **kwargs)
+        # PEFT's wrapper for language models passes on all that one could take, as None.
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        outputs = self.backbone(*args, **{**kwargs, "flow": flow})
         if flow is not None:
             flow.velocity = outputs.velocity
         return outputs

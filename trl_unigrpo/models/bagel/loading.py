@@ -6,18 +6,27 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
+from ..quantization import keep_trainable_layout, ready_to_quantize
 from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
 from .configuration import hub_arguments
+
+
+# Heads, embedders and the understanding tower: a hundredth of the weights, and the most sensitive ones.
+UNQUANTIZED = ("lm_head", "vit_model", "connector", "time_embedder", "vae2llm", "llm2vae")
 
 
 def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs: Any) -> Any:
     """Load weights through transformers' `load`, and the VAE beside them; refuse a checkpoint that does not fit."""
     kwargs.pop("trust_remote_code", None)
     wants_info = kwargs.pop("output_loading_info", False)
+    if kwargs.get("quantization_config") is not None:
+        quantization, dtype = kwargs["quantization_config"], kwargs.get("dtype")
+        kwargs["quantization_config"] = ready_to_quantize(quantization, UNQUANTIZED, dtype)
     strict = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = load(source, *args, **{**kwargs, **strict})
         report(source, info)
+        keep_trainable_layout(model)
         file = cached_file(
             source, AUTOENCODER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs)
         )

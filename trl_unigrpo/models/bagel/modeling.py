@@ -98,6 +98,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
 
     packs_velocities = True
     chat_template = CHAT_TEMPLATE
+    frozen_modules = ("vit_model", "connector")
 
     def __init__(self, config: BagelConfig, codec: LatentCodec | None = None):
         super().__init__(config)
