@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .unified import UnifiedModelMixin
@@ -21,6 +21,17 @@ def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
     if cached_file(source, "llm_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None:
         return BagelForUnifiedGeneration.from_pretrained(source, **kwargs)
     return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **kwargs)
+
+
+def read_tokenizer(source: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or a hub id; raises OSError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"No tokenizer can be read from {str(source)!r}. Put the checkpoint's `tokenizer.json` and "
+            "`tokenizer_config.json` there, or pass a tokenizer."
+        ) from error
 
 
 def unified_model(model: Any) -> UnifiedModelMixin:
