@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import check_targets
 from .dataset_checks import check_dataset
-from .models.auto import load_unified_model, model_skeleton, unified_model
+from .models.auto import load_unified_model, model_skeleton, read_tokenizer, unified_model
 from .unigrpo_config import UniGRPOConfig
 
 
@@ -98,4 +98,4 @@ def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
         raise ValueError(
             "processing_class is missing, and the model does not say where it was loaded from. Pass a tokenizer."
         )
-    return AutoTokenizer.from_pretrained(source, padding_side="left")
+    return read_tokenizer(source, padding_side="left")

@@ -168,6 +168,7 @@ class UnifiedSFTTrainer(Trainer):
                 check_columns(dataset, name, COLUMNS)
         tokenizer = processing_class or load_tokenizer(source or get_config_model_id(model.config))
         tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
+        base.check_tokenizer(tokenizer)
         system = base.default_system_prompt if args.system_prompt == "auto" else args.system_prompt
         super().__init__(
             model=model,

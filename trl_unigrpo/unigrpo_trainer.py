@@ -175,6 +175,8 @@ class UniGRPOTrainer(GRPOTrainer):
                 f"beta={args.beta}: the text KL needs adapters to switch off. Pass a peft_config, or beta=0."
             )
 
+        tokenizer = prepare_tokenizer(processing_class or load_tokenizer(source), base.chat_template)
+        base.check_tokenizer(tokenizer)
         self._trains = {"text": args.text_weight > 0, "image": args.flow_weight > 0}
         regularizer_weight = 0.0 if args.flow_regularizer == "none" else args.flow_regularizer_weight
         self._regularized = self._trains["image"] and regularizer_weight > 0
@@ -203,7 +205,7 @@ class UniGRPOTrainer(GRPOTrainer):
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=prepare_tokenizer(processing_class or load_tokenizer(source), base.chat_template),
+            processing_class=tokenizer,
             reward_processing_classes=reward_processing_classes,
             callbacks=[*(callbacks or []), SaveOnSignal()],
             optimizers=optimizers,

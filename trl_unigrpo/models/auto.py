@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .unified import UnifiedModelMixin
@@ -41,6 +41,17 @@ def _is_released_bagel(source: str, hub: dict[str, Any]) -> bool:
 
 def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in ("cache_dir", "revision", "token") if kwargs.get(key)}
+
+
+def read_tokenizer(source: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or a hub id; raises OSError if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"No tokenizer can be read from {str(source)!r}. Put the checkpoint's `tokenizer.json` and "
+            "`tokenizer_config.json` there, or pass a tokenizer."
+        ) from error
 
 
 def unified_model(model: Any) -> UnifiedModelMixin:

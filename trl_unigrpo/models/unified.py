@@ -15,7 +15,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from ..rollout import FlowRecord, RolloutPlan, Velocity, sample_latents
@@ -131,6 +131,10 @@ class UnifiedModelMixin(_Base):
     def default_system_prompt(self) -> str | None:
         """System prompt put before prompts that bring none, or None."""
         return None
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raise ValueError, saying what to do, if a tokenizer is not this model's. By default any will do."""
+        return
 
     # What a model brings
 

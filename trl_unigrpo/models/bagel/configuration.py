@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig, Qwen2Config
+from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 from transformers.utils import cached_file
 
 
@@ -21,6 +21,7 @@ RELEASED_VAE = {
     "shift_factor": 0.1159,
 }
 RELEASED_WEIGHTS = "ema.safetensors"
+RELEASED_CLASS = "BagelForConditionalGeneration"  # what a released `config.json` names as its architecture
 # What `from_pretrained` passes to look for files, beside attributes of the configuration.
 _DOWNLOAD_ARGUMENTS = (
     *("cache_dir", "force_download", "proxies", "token", "local_files_only", "revision", "subfolder"),
@@ -39,6 +40,13 @@ THINK_SYSTEM_PROMPT = (
     "process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here"
 )
 """What the released checkpoint was trained to be told; the space before the line break belongs to it."""
+
+THINK_ANSWER_SYSTEM_PROMPT = (
+    "You should first think about the reasoning process in the mind and then provide the user with the answer. \nThe "
+    "reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> answer "
+    "here"
+)
+"""The same for an answer in words, about an image or not."""
 
 
 class BagelConfig(PreTrainedConfig):
@@ -65,16 +73,23 @@ class BagelConfig(PreTrainedConfig):
             The two marker tokens around an image.
         image_token_id (`int`):
             The token that stands for a finished image in a context. It has no embedding of its own.
-        vit_config (`dict`, *optional*):
-            Sizes of the understanding tower. Kept as read; the tower is not built here.
+        vit_config (`dict` or `SiglipVisionConfig`, *optional*):
+            Sizes of the understanding tower; None for a model that reads no images. As in the released
+            `vit_config.json`, `num_hidden_layers` counts one layer more than are built and stored.
+        vit_max_num_patch_per_side (`int`):
+            Patches along one side that the understanding tower has room for.
+        connector_act (`str`):
+            Activation between the two layers of the connector from the tower to the decoder.
     """
 
     model_type = "bagel"
-    sub_configs: ClassVar[dict[str, type]] = {"llm_config": Qwen2Config}
+    sub_configs: ClassVar[dict[str, type]] = {"llm_config": Qwen2Config, "vit_config": SiglipVisionConfig}
 
     llm_config: Any = None
     vae_config: Any = None
-    vit_config: dict[str, Any] | None = None
+    vit_config: Any = None
+    vit_max_num_patch_per_side: int = 70
+    connector_act: str = "gelu_pytorch_tanh"
     latent_patch_size: int = 2
     max_latent_size: int = 64
     timestep_shift: float = 1.0
@@ -88,9 +103,25 @@ class BagelConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.llm_config, PreTrainedConfig):
             self.llm_config = Qwen2Config(**(self.llm_config or {}))
-        self.vae_config = dict(self.vae_config or RELEASED_VAE)
+        if self.vit_config is not None and not isinstance(self.vit_config, PreTrainedConfig):
+            self.vit_config = SiglipVisionConfig(**self.vit_config)
+        vae = dict(self.vae_config or {})
+        # A released `config.json` may name a few of FLUX's sizes only.
+        self.vae_config = vae if "_class_name" in vae else {**RELEASED_VAE, **vae}
+        self._check_vision()
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.llm_config.tie_word_embeddings = False
+
+    def _check_vision(self) -> None:
+        vit, side = self.vit_config, self.vit_max_num_patch_per_side
+        if vit is None:
+            return
+        places = vit.image_size // vit.patch_size
+        if side > places:
+            raise ValueError(
+                f"vit_max_num_patch_per_side={side}, but vit_config has places for {places} patches along one side "
+                f"(image_size={vit.image_size}, patch_size={vit.patch_size}). Take both from the same checkpoint."
+            )
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Qwen2Config:
         return self.llm_config
@@ -129,23 +160,28 @@ class BagelConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         # transformers' auto classes read `config.json` only, and say where it lies in `name_or_path`.
-        if "llm_config" not in config_dict and kwargs.get("name_or_path"):
+        if _is_released(config_dict) and kwargs.get("name_or_path"):
             config_dict = cls._complete(config_dict, kwargs["name_or_path"], {})
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def _complete(cls, config_dict: dict[str, Any], source: str | Path, hub: dict[str, Any]) -> dict[str, Any]:
         """Add what a released folder keeps in other files than `config.json`."""
-        if "llm_config" in config_dict:
+        if not _is_released(config_dict):
             return config_dict
-        llm_config = _read_json(source, "llm_config.json", hub)
+        llm_config = _read_json(source, "llm_config.json", hub) or config_dict.get("llm_config")
         if llm_config is None:
             raise FileNotFoundError(
                 f"{str(source)!r} is not a BAGEL checkpoint: expected `llm_config.json`, or a `config.json` with an "
                 "`llm_config` entry. Pass the folder or the hub id of a released BAGEL, or a folder written by "
                 "`save_pretrained`."
             )
-        tokenizer = _read_json(source, "tokenizer_config.json", hub) or {}
+        tokenizer = _read_json(source, "tokenizer_config.json", hub)
+        if tokenizer is None:
+            raise FileNotFoundError(
+                f"{str(source)!r} has no `tokenizer_config.json`, which says where BAGEL's special tokens are. "
+                "Download the checkpoint again, with its tokenizer."
+            )
         names = {token["content"]: int(i) for i, token in tokenizer.get("added_tokens_decoder", {}).items()}
         # Left out: what describes the official classes, and the type that a file was once saved in.
         ignored = ("architectures", "visual_gen", "visual_und", "dtype", "torch_dtype")
@@ -153,9 +189,13 @@ class BagelConfig(PreTrainedConfig):
             **{key: value for key, value in config_dict.items() if key not in ignored},
             **{key: names[token] for key, token in SPECIAL_TOKENS.items() if token in names},
             "llm_config": llm_config,
-            "vit_config": _read_json(source, "vit_config.json", hub),
+            "vit_config": _read_json(source, "vit_config.json", hub) or config_dict.get("vit_config"),
             "transformers_weights": RELEASED_WEIGHTS,
         }
+
+
+def _is_released(config_dict: dict[str, Any]) -> bool:
+    return "llm_config" not in config_dict or RELEASED_CLASS in (config_dict.get("architectures") or ())
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..memory import fitting, free_memory
@@ -21,7 +21,9 @@ from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
 from .configuration import BagelConfig
 from .layers import BagelLayer, BagelPositionTable, BagelRMSNorm, BagelTimeEmbedder, head_size, rotary_tables
 from .loading import load_checkpoint
+from .processing import check_tokenizer
 from .segments import ContextImage, Segments, segments, text_segments
+from .vision import UNDERSTANDING_MODULES, BagelPerceptron, BagelVisionTower
 
 
 CHAT_TEMPLATE = (
@@ -79,7 +81,10 @@ class BagelLanguageModel(nn.Module):
 
 class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMixin):
     """
-    BAGEL with its text and its image-generation paths.
+    BAGEL: its text, image-generation and image-understanding paths.
+
+    The understanding tower and its connector are there if the configuration has a `vit_config`. They are frozen until
+    `freeze_understanding(False)`, and then belong to the text expert.
 
     Args:
         config (`BagelConfig`): sizes.
@@ -91,10 +96,8 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["BagelLayer"]  # noqa: RUF012 - as transformers declares it
+    _no_split_modules = ["BagelLayer", "BagelVisionLayer"]  # noqa: RUF012 - as transformers declares it
     _supports_sdpa = True
-    # The understanding tower of a released checkpoint: not built here.
-    _keys_to_ignore_on_load_unexpected = [r"^vit_model\.", r"^connector\.", r"^vit_pos_embed\."]  # noqa: RUF012
 
     packs_velocities = True
     chat_template = CHAT_TEMPLATE
@@ -108,15 +111,26 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         self.vae2llm = nn.Linear(config.latent_channels, width)
         self.llm2vae = nn.Linear(width, config.latent_channels)
         self.latent_pos_embed = BagelPositionTable(config.max_latent_size, width)
+        self.vit_model: BagelVisionTower | None = None
+        self.connector: BagelPerceptron | None = None
+        self.vit_pos_embed: BagelPositionTable | None = None
+        if config.vit_config is not None:
+            vit, side = config.vit_config, config.vit_max_num_patch_per_side
+            self.vit_model = BagelVisionTower(vit, side)
+            self.connector = BagelPerceptron(vit.hidden_size, width, width, config.connector_act)
+            self.vit_pos_embed = BagelPositionTable(side, width)
         self.codec = codec
         self.post_init()
+        self.freeze_understanding()
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.llm_config.initializer_range
         if isinstance(module, BagelPositionTable):
             module.reset()
-        elif isinstance(module, BagelRMSNorm):
+        elif isinstance(module, (BagelRMSNorm, nn.LayerNorm)):
             nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, nn.Linear):
@@ -449,6 +463,31 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         shown = [[*row, *[placeholder] * len(x)] for row, x in zip(conditioning.system_ids, images, strict=True)]
         return replace(conditioning, prompt_ids=shown, completion_ids=nothing)
 
+    def embed_vit_image(self, pixels: Tensor) -> Tensor:
+        """
+        What the text expert reads of an image: embeddings (N, H) of its patches, row by row.
+
+        Args:
+            pixels: (3, height, width) in [-1, 1], as `BagelProcessor.vit_pixels` gives them; or a batch of one size,
+                (B, 3, height, width), for embeddings (B, N, H).
+
+        Raises:
+            ValueError: if the model has no understanding tower, or can't read an image of this size.
+        """
+        if self.vit_model is None or self.connector is None or self.vit_pos_embed is None:
+            raise ValueError(
+                "This model can't read images: it has no understanding tower. Load a checkpoint that holds "
+                "`vit_model`, `connector` and `vit_pos_embed`, with a `vit_config` that describes them."
+            )
+        tokens = self.connector(self.vit_model(pixels))
+        return tokens + self.vit_pos_embed(self.vit_model.grid(pixels)).to(tokens.dtype)
+
+    def freeze_understanding(self, frozen: bool = True) -> None:
+        """Keep the understanding tower and its connector out of training, or (False) let them in."""
+        for name in UNDERSTANDING_MODULES:
+            if (module := getattr(self, name)) is not None:
+                module.requires_grad_(not frozen)
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         self._grid((pixels.shape[-2], pixels.shape[-1]))
         return self._codec().encode(pixels)
@@ -475,6 +514,9 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
     @property
     def suppressed_token_ids(self) -> Sequence[int]:
         return [self.config.im_start_token_id, self.config.vision_start_token_id, self.config.vision_end_token_id]
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_tokenizer(tokenizer, self.config)
 
     def is_image_parameter(self, name: str) -> bool:
         return "moe_gen" in name or any(part in name for part in ("vae2llm", "llm2vae", "time_embedder"))
