@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from trl_unigrpo.models.bagel.attention import Layout, attend_streams
-from trl_unigrpo.models.bagel.segments import ContextImage, text_segments
+from trl_unigrpo.models.bagel.segments import text_segments
 from trl_unigrpo.models.unified import ContextRow, FlowInputs
 
 
@@ -267,7 +267,7 @@ def placeholder(model) -> Tensor:
 
 @torch.no_grad()
 def test_understanding(model, recorded, placeholder):
-    shown = ContextImage(features=recorded["und/image_embeds"])
+    shown = model.context_image(vit_pixels=recorded["und/pixel_values"])
     ids = torch.cat([placeholder, recorded["und/question_ids"]])[None]
     hidden = model.base_model(ids, images=[[shown]]).last_hidden_state[0, 1:]
     assert_recorded(model.get_output_embeddings()(hidden), recorded["und/question_logits"])
@@ -280,11 +280,7 @@ def test_understanding(model, recorded, placeholder):
 
 @torch.no_grad()
 def test_editing(model, recorded, image_size, placeholder):
-    source = ContextImage(
-        latents=model.encode_images(recorded["vae/pixel_values"])[0],
-        grid=(image_size[0] // 16, image_size[1] // 16),
-        features=recorded["und/image_embeds"],
-    )
+    source = model.context_image(recorded["vae/pixel_values"][0], recorded["und/pixel_values"])
     row = ContextRow(torch.cat([placeholder, recorded["edit/text_ids"]]), [source])
     hidden = model.base_model(row.ids[None], images=[row.images]).last_hidden_state[0, 1:]
     assert_recorded(model.get_output_embeddings()(hidden), recorded["edit/text_logits"])

@@ -482,6 +482,22 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         tokens = self.connector(self.vit_model(pixels))
         return tokens + self.vit_pos_embed(self.vit_model.grid(pixels)).to(tokens.dtype)
 
+    @torch.no_grad()
+    def context_image(self, pixels: Tensor | None = None, vit_pixels: Tensor | None = None) -> ContextImage:
+        """
+        A finished image for a context, to be kept and shown again as it is.
+
+        Args:
+            pixels: (3, height, width) in [-1, 1] for the image expert, as `BagelProcessor.vae_pixels` gives them;
+                editing needs them.
+            vit_pixels: (3, height, width) in [-1, 1] for the text expert, as `BagelProcessor.vit_pixels` gives them.
+        """
+        latents, grid = None, (0, 0)
+        if pixels is not None:
+            latents, grid = self.encode_images(pixels[None])[0], self._grid((pixels.shape[-2], pixels.shape[-1]))
+        features = None if vit_pixels is None else self.embed_vit_image(vit_pixels)
+        return ContextImage(latents, grid, features)
+
     def freeze_understanding(self, frozen: bool = True) -> None:
         """Keep the understanding tower and its connector out of training, or (False) let them in."""
         for name in UNDERSTANDING_MODULES:
