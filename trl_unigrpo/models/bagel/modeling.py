@@ -363,7 +363,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
                 "`vit_model`, `connector` and `vit_pos_embed`, with a `vit_config` that describes them."
             )
         tokens = self.connector(self.vit_model(pixels))
-        return tokens + self.vit_pos_embed(self.vit_model.grid(pixels)).to(tokens.dtype)
+        return tokens + self.vit_pos_embed(self.vit_model.grid(pixels)).to(tokens)
 
     def freeze_understanding(self, frozen: bool = True) -> None:
         """Keep the understanding tower and its connector out of training, or (False) let them in."""
