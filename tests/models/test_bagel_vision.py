@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -132,8 +133,6 @@ def test_frozen_unless_asked(model, loaded):
 
 
 def test_belongs_to_the_text_expert_and_gets_no_adapters(model):
-    import re
-
     names = [name for name, _ in model.named_modules() if name.startswith(UNDERSTANDING_MODULES)]
     assert len(names) > 20
     for experts in ("text", "image", "both"):

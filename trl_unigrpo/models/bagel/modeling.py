@@ -480,7 +480,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
                 "`vit_model`, `connector` and `vit_pos_embed`, with a `vit_config` that describes them."
             )
         tokens = self.connector(self.vit_model(pixels))
-        return tokens + self.vit_pos_embed(self.vit_model.grid(pixels)).to(tokens.dtype)
+        return tokens + self.vit_pos_embed(self.vit_model.grid(pixels)).to(tokens)
 
     @torch.no_grad()
     def context_image(self, pixels: Tensor | None = None, vit_pixels: Tensor | None = None) -> ContextImage:
