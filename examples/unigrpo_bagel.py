@@ -5,7 +5,7 @@
 On a GPU with 24 GB, hold the base in 4 bits and Adam's state in 8:
 
     python examples/unigrpo_bagel.py --prompts prompts.csv --output_dir bagel-unigrpo \\
-        --load_in_4bit --use_bnb_nested_quant --optim adamw_8bit --image_batch_size 2 --per_device_train_batch_size 1
+        --load_in_4bit --use_bnb_nested_quant --optim adamw_8bit --per_device_train_batch_size 1
 
 `prompts.csv` has a column `prompt`; its other columns reach the reward as lists.
 Any field of UniGRPOConfig, and of TRL's ModelConfig (`--lora_r`), is an option.

@@ -57,6 +57,16 @@ def check_arguments(
         )
 
 
+def check_lengths(args: UniGRPOConfig, base: Any) -> None:
+    """Raise ValueError if a thinking may be longer than the model has positions for."""
+    limit = base.config.get_text_config().max_position_embeddings
+    if args.max_completion_length is not None and args.max_completion_length >= limit:
+        raise ValueError(
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt: the model has {limit} "
+            "positions. Lower it."
+        )
+
+
 def default_config(source: str) -> UniGRPOConfig:
     """The configuration of a user who gives none, for a model from this folder or repository."""
     return UniGRPOConfig(f"{(source or 'model').split('/')[-1]}-UniGRPO")

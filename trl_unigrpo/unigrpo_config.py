@@ -67,7 +67,6 @@ SINGLE_GPU: dict[str, Any] = {
     "image_size": 512,
     "learning_rate": 1e-5,
     "image_learning_rate": 3e-4,
-    "image_batch_size": 8,
 }
 """What [`UniGRPOConfig.single_gpu`] sets."""
 
@@ -96,7 +95,8 @@ class UniGRPOConfig(GRPOConfig):
         timestep_shift (`float`, *optional*, defaults to `3.0`):
             Shift s of the schedule t = s u / (1 + (s - 1) u), u evenly spaced from 1 to 0.
         image_batch_size (`int`, *optional*):
-            Images denoised at once in a rollout, to save memory; all of them by default. Never changes their noise.
+            Images denoised at once in a rollout; by default as many as fit into the GPU's free memory, on a CPU all.
+            Never changes their noise; a fixed number makes a run in bfloat16 repeatable to the bit.
         system_prompt (`str`, *optional*, defaults to `"auto"`):
             System prompt of prompts that bring none: `"auto"` is the model's own, which asks it to think, `""` none.
 
@@ -218,7 +218,9 @@ class UniGRPOConfig(GRPOConfig):
         default=1.0, metadata={"help": "Guidance scale in evaluation; 1: none. Paper: 1, BAGEL's own evaluation: 4."}
     )
     timestep_shift: float = field(default=3.0, metadata={"help": "Shift of the timestep schedule. Paper: 3."})
-    image_batch_size: int | None = field(default=None, metadata={"help": "Images denoised at once; None: all."})
+    image_batch_size: int | None = field(
+        default=None, metadata={"help": "Images denoised at once; None: as many as fit."}
+    )
     system_prompt: str = field(
         default="auto",
         metadata={"help": "System prompt of prompts without one; 'auto': the model's own; '': none."},

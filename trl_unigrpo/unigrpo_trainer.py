@@ -35,7 +35,7 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from trl.trainer.utils import get_config_model_id
 
 from .adapters import add_reference_adapter, keep_adapters_in_float32, target_experts, trained_weights
-from .arguments import check_arguments, default_config, load_model, load_tokenizer
+from .arguments import check_arguments, check_lengths, default_config, load_model, load_tokenizer
 from .experts import check_trained, clip_by_expert, freeze_experts, split_groups
 from .flow import (
     clipped_surrogate,
@@ -169,6 +169,7 @@ class UniGRPOTrainer(GRPOTrainer):
             model, args = load_model(source, args, quantization_config, peft_config)
             quantization_config = None
         base = unified_model(model)
+        check_lengths(args, base)
         num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
         if args.beta != 0 and not adapted:
             raise ValueError(

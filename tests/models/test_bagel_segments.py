@@ -211,3 +211,10 @@ def test_rollout_paints_from_images(model):
 def test_image_that_does_not_fit_the_position_table(model):
     with pytest.raises(ValueError, match="65 x 1 tokens does not fit the position table, which has 64"):
         model.encode_context([row([IMAGE], image(0, (65, 1), None))])
+
+
+def test_context_longer_than_the_model_has_positions(model):
+    model.config.llm_config.max_position_embeddings = 5
+    model.encode_context([row([7] * 4)])
+    with pytest.raises(ValueError, match="takes 5 positions, and its image one more, but the model has 5. Shorten"):
+        model.encode_context([row([7] * 4), row([7] * 5)])

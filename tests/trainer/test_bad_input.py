@@ -52,6 +52,11 @@ def test_streamed_prompts_train(make_trainer):
     assert trainer.state.global_step == 1
 
 
+def test_thinking_longer_than_the_model_has_positions(make_trainer):
+    with pytest.raises(ValueError, match="max_completion_length=1024 leaves no room for a prompt: the model has 1024"):
+        make_trainer(max_completion_length=1024)
+
+
 @pytest.mark.parametrize("size", [10, 64])
 def test_image_size(make_trainer, size):
     with pytest.raises(

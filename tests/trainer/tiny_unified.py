@@ -51,7 +51,7 @@ def tiny_bagel(seed: int = 0, **llm_config) -> BagelForUnifiedGeneration:
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
+            "max_position_embeddings": 1024,
             **llm_config,
         },
         vae_config=vae,

@@ -27,7 +27,7 @@ def untrained_model(codec: LatentCodec, seed: int = 0) -> BagelForUnifiedGenerat
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
-            "max_position_embeddings": 128,
+            "max_position_embeddings": 1024,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
             "initializer_range": 0.08,
             "bos_token_id": token("<|im_start|>"),

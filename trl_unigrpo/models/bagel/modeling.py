@@ -369,7 +369,14 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
     def _segments(self, contexts: Sequence[ContextRow]) -> Segments:
         config = self.config
         markers = config.vision_start_token_id, config.vision_end_token_id
-        return segments(contexts, config.image_token_id, markers, self.device)
+        table = segments(contexts, config.image_token_id, markers, self.device)
+        longest, limit = max(row[-1] for row in table.prefix_positions), config.llm_config.max_position_embeddings
+        if longest >= limit:
+            raise ValueError(
+                f"A context takes {longest} positions, and its image one more, but the model has {limit}. Shorten the "
+                "prompt, or lower `max_completion_length`."
+            )
+        return table
 
     def _context_streams(self, table: Segments) -> tuple[Tensor, Tensor | None]:
         """Embedded text stream (B, U, H) of contexts and their image stream (B, G, H), None if there is none."""
