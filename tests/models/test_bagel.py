@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_unigrpo.flow import flow_timesteps
+from trl_unigrpo.flow import flow_timesteps, log_ratio, scale_with_latents, sde_transition
 from trl_unigrpo.models.bagel.vision import UNDERSTANDING_MODULES
 from trl_unigrpo.models.memory import fitting
 from trl_unigrpo.models.unified import Conditioning, ContextRow, FlowInputs
@@ -454,3 +454,31 @@ def test_what_fits_into_free_memory(model):
     assert fitting(1000, 100) == 8
     assert fitting(100, 101) == 0
     assert model.images_at_once(SIZE) is None  # nothing is counted on a CPU
+
+
+# Full-size latents
+
+
+@pytest.mark.parametrize(("pixels", "numbers"), [(512, 65_536), (1024, 262_144)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_rollout_and_training_agree_within_the_clip_range(model, conditioning, pixels, numbers, dtype):
+    """As a RatioNorm log-ratio, whose clip range at this size is that of the paper scaled."""
+    model.to(dtype)
+    size, nodes, window = (pixels, pixels), flow_timesteps(25), torch.tensor([0, 1, 2])
+    plan = RolloutPlan(nodes[:4], size, window)  # all that is recorded
+    records = model.rollout(conditioning, plan, [torch.Generator().manual_seed(i) for i in range(3)])
+    assert records[0].latents[0].numel() == numbers
+    velocity = model.base_model(*padded_as_in_trl(), flow=model.flow_inputs(records)).velocity
+
+    def recorded(name: str) -> Tensor:
+        return torch.stack([getattr(record, name) for record in records])
+
+    step = sde_transition(recorded("timesteps"), recorded("next_timesteps"), 0.8, nodes[1])
+    ratio = log_ratio(recorded("latents"), recorded("next_latents"), velocity, recorded("velocities"), step)
+    clip = scale_with_latents(1e-6, numbers)
+    if dtype == torch.float32:
+        assert ratio.square().mean().sqrt() < 1e-7
+        assert ratio.abs().max() < 0.01 * clip
+    else:
+        assert ratio.square().mean().sqrt() < 0.15 * clip
