@@ -194,16 +194,19 @@ def test_models_without_an_estimate_are_skipped(tmp_path, monkeypatch):
     assert expected_cost(trainer.model, trainer.args, 1, 1, 1) is None
 
 
-def test_silent_on_a_cpu_and_never_in_the_way(tmp_path, capsys):
+def test_said_once_on_a_gpu_and_never_in_the_way(tmp_path, capsys, monkeypatch):
     trainer = random_trainer(tiny_load(), torch.device("cpu"), str(tmp_path))
-    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ExpectedCost))
-    main = SimpleNamespace(is_world_process_zero=True)
-    callback.on_train_begin(trainer.args, main, None, model=trainer.model)
-    # A GPU that does not answer, or a model whose estimate fails: nothing is said, nothing raised.
-    broken = SimpleNamespace(device=torch.device("cuda", 77))
-    callback.on_train_begin(broken, main, None, model=trainer.model)
-    callback.on_train_begin(broken, SimpleNamespace(is_world_process_zero=False), None, model=None)
+    (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, ExpectedCost))
+    gpu = SimpleNamespace(device=torch.device("cuda", 77))
+    main, other = (SimpleNamespace(is_world_process_zero=main) for main in (True, False))
+    callback.on_train_begin(gpu, main, None, model=trainer.model)  # a GPU that does not answer
     assert capsys.readouterr().out == ""
+    monkeypatch.setattr(ExpectedCost, "_line", lambda *_: "Expected: much")
+    callback.on_train_begin(trainer.args, main, None, model=trainer.model)
+    callback.on_train_begin(gpu, other, None, model=trainer.model)
+    assert capsys.readouterr().out == ""
+    callback.on_train_begin(gpu, main, None, model=trainer.model)
+    assert capsys.readouterr().out == "Expected: much\n"
 
 
 def test_tables_of_a_tiny_model_are_printed_whole():

@@ -81,14 +81,22 @@ def saved_by_layer(load: Workload) -> int:
 
 
 def workspace(load: Workload, tokens: int) -> int:
-    """Bytes that one layer works in, at its widest point (the MLP), for so many tokens."""
+    """
+    Bytes that one layer works in, at its widest point (the MLP), for so many tokens: the activated gate, the other
+    half, their product, with adapters one more, and the states that the layer still holds.
+    """
     llm, a = load.config.llm_config, load.activation_bytes
-    inner = 3 * a
-    if load.lora_ranks is not None and load.half:
-        inner = a + 4 + a  # an adapter's input is cast to its own float32 and back
-    layer = tokens * (inner * llm.intermediate_size + 4 * a * llm.hidden_size)
+    inner = 3 if load.lora_ranks is None else 4
+    layer = a * tokens * (inner * llm.intermediate_size + 7 * llm.hidden_size)
     dequantised = a * llm.intermediate_size * llm.hidden_size if load.quantization else 0
     return layer + dequantised
+
+
+def backward_workspace(load: Workload, tokens: int) -> int:
+    """Bytes beside what was saved: the gradients of the MLP's widest states and of the layer's own."""
+    llm, a = load.config.llm_config, load.activation_bytes
+    dequantised = a * llm.intermediate_size * llm.hidden_size if load.quantization else 0
+    return a * tokens * (3 * llm.intermediate_size + 4 * llm.hidden_size) + dequantised
 
 
 def estimate_memory(load: Workload) -> Memory:
@@ -104,6 +112,7 @@ def estimate_memory(load: Workload) -> Memory:
     layer = saved_by_layer(load)
     inputs = load.scored_at_once * packed * width * a * layers
     full = load.lora_ranks is None
+    cast = "trained weights in bfloat16"  # autocast keeps them until its context ends
     parts = {
         "weights": weights,
         "VAE": 4 * vae_parameters(load.config),
@@ -111,13 +120,14 @@ def estimate_memory(load: Workload) -> Memory:
         "adapters": 0 if full else 4 * trained,
         "optimizer state": 8 * trained,
         "gradients": 4 * trained,
-        "trained weights in bfloat16": 2 * trained if load.half else 0,
+        cast: 2 * trained if load.half else 0,
         "saved activations": inputs + layer if load.gradient_checkpointing else layers * layer,
-        "update's workspace": workspace(load, load.scored_at_once * packed),
+        "update's workspace": backward_workspace(load, load.scored_at_once * packed),
         "logits' tile": tile + 4 * load.scored_at_once * load.completion_length * width,
         "sampling's logits": count * 4 * 4 * llm.vocab_size,
         "thinking's cache": count * load.context * cached,
         "contexts' cache": load.denoised_at_once * load.context * cached,
+        "reference's workspace": workspace(load, load.scored_at_once * packed),
         "denoising's workspace": workspace(load, load.denoised_at_once * (load.latents + 2)),
         "rollout records": count * states * numbers,
         "VAE decode": 3 * 4 * load.denoised_at_once * vae_decode(load.config, load.image_size)[1],
@@ -125,11 +135,11 @@ def estimate_memory(load: Workload) -> Memory:
     resident = sum(parts[name] for name in RESIDENT)
     phases = {
         "thinking": ("thinking's cache", "sampling's logits"),
-        "denoising": ("contexts' cache", "denoising's workspace", "rollout records"),
+        "denoising": (cast, "contexts' cache", "denoising's workspace", "rollout records"),
         "VAE decode": ("VAE decode", "rollout records"),
-        "reference pass": ("update's workspace", "rollout records"),
+        "reference pass": (cast, "reference's workspace", "rollout records"),
         "update": (
-            *("gradients", "trained weights in bfloat16", "saved activations", "update's workspace", "logits' tile"),
+            *(cast, "gradients", "saved activations", "update's workspace", "logits' tile"),
             "rollout records",
         ),
     }
