@@ -83,7 +83,7 @@ def python_files(place):
 MAY_IMPORT = {
     "flow": {"flow"},
     "guidance.py": set(),
-    "models": {"flow", "guidance", "models", "rollout"},
+    "models": {"estimate", "flow", "guidance", "models", "rollout"},
     "rollout.py": {"flow", "guidance", "models"},
     "unigrpo_config.py": {"flow"},
 }

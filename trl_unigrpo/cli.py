@@ -74,6 +74,58 @@ def train(context: typer.Context) -> None:
     run(context.args)
 
 
+@app.command()
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a BAGEL; without it, the released 7B's sizes.")
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = 512,
+    num_generations: Annotated[int, typer.Option(help="Trajectories per prompt.")] = 24,
+    num_prompts: Annotated[int, typer.Option(help="Prompts per generation batch.")] = 1,
+    prompt_length: Annotated[int, typer.Option(help="Tokens of a prompt, system prompt included.")] = 128,
+    completion_length: Annotated[int, typer.Option(help="Thinking tokens.")] = 512,
+    num_inference_steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    sde_window_size: Annotated[int, typer.Option(help="Stochastic, trained steps per image.")] = 3,
+    num_iterations: Annotated[int, typer.Option(help="Passes over each generation batch.")] = 2,
+    micro_batch_size: Annotated[int, typer.Option(help="Trajectories per forward of the update.")] = 4,
+    image_batch_size: Annotated[int, typer.Option(help="Images denoised at once.")] = 8,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the adapters; 0: full fine-tuning.")] = 32,
+    quantization: Annotated[str, typer.Option(help="Of the frozen experts: none, nf4 or nf4-double.")] = "none",
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again in the update.")] = True,
+    memory: Annotated[float | None, typer.Option(help="GiB to fit into; without it, the GPU's.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s; without it, measured on the GPU.")] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="TB/s of memory; without it, measured on the GPU.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Also run one step with random weights.")] = False,
+) -> None:
+    """Estimate memory and time of a run, and say whether it fits on this machine."""
+    from .estimate.doctor import run_doctor
+
+    try:
+        run_doctor(
+            model,
+            memory,
+            tflops,
+            bandwidth,
+            dry_run,
+            image_size=image_size,
+            num_generations=num_generations,
+            num_prompts=num_prompts,
+            prompt_length=prompt_length,
+            completion_length=completion_length,
+            num_inference_steps=num_inference_steps,
+            sde_window_size=sde_window_size,
+            num_iterations=num_iterations,
+            micro_batch_size=micro_batch_size,
+            image_batch_size=image_batch_size,
+            lora_ranks=(lora_rank, lora_rank) if lora_rank else None,
+            quantization=None if quantization == "none" else quantization,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+    except (ValueError, OSError) as error:
+        typer.echo(f"trl-unigrpo doctor: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
 @app.command("build-shapeworld")
 def build_shapeworld(
     output_dir: Annotated[str, typer.Option(help="Folder for the model.")] = "shapeworld-base",

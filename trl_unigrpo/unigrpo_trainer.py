@@ -52,6 +52,7 @@ from .model_card import rewrite_quick_start
 from .models.auto import unified_model
 from .models.quantization import keep_trainable_layout
 from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin
+from .monitoring.expected import ExpectedCost
 from .monitoring.images import pixel_spread, write_completion_images
 from .monitoring.signals import SaveOnSignal
 from .monitoring.trust import TrustChecks
@@ -208,7 +209,7 @@ class UniGRPOTrainer(GRPOTrainer):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             reward_processing_classes=reward_processing_classes,
-            callbacks=[*(callbacks or []), SaveOnSignal()],
+            callbacks=[*(callbacks or []), SaveOnSignal(), ExpectedCost()],
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=target_experts(peft_config, base, self._trains),

@@ -530,6 +530,12 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
 
     # For the trainer
 
+    def estimate(self, args: Any) -> Any:
+        """Memory, FLOPs and the floor in seconds of a run of this model, as it is loaded, with a `UniGRPOConfig`."""
+        from ...estimate.report import estimate_run
+
+        return estimate_run(self, args)
+
     @property
     def default_system_prompt(self) -> str | None:
         return self.config.think_system_prompt

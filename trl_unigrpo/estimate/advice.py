@@ -1,0 +1,51 @@
+"""What to change, in which order, where a run does not fit into memory."""
+
+from dataclasses import dataclass, replace
+
+from .memory import estimate_memory
+from .workload import Workload
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One change: what to set, and the workload with it and all changes before it."""
+
+    setting: str
+    workload: Workload
+    peak: int
+
+
+def advise(load: Workload, limit: int) -> list[Advice]:
+    """
+    Changes, each on top of those before, until the peak is at most `limit` bytes or none of those left lowers it. The
+    next one is always the first of the list that does.
+    """
+    found: list[Advice] = []
+    peak = estimate_memory(load).peak
+    while peak > limit:
+        changed = ((setting, replace(load, **change)) for setting, change in _changes(load))
+        lower = ((setting, after, estimate_memory(after).peak) for setting, after in changed)
+        best = next((Advice(*item) for item in lower if item[2] < peak), None)
+        if best is None:
+            break
+        found.append(best)
+        load, peak = best.workload, best.peak
+    return found
+
+
+def _changes(load: Workload) -> list[tuple[str, dict]]:
+    """In order of what they cost: first time, then precision, then what is learned."""
+    unit = load.config.pixels_per_token
+    changes: list[tuple[str, dict]] = []
+    if load.lora_ranks is None:
+        changes.append(("adapters instead of full fine-tuning: LoraConfig(r=32)", {"lora_ranks": (32, 32)}))
+    changes += [
+        ("gradient_checkpointing=True", {"gradient_checkpointing": True}),
+        ("image_batch_size=1", {"image_batch_size": 1}),
+        ("per_device_train_batch_size=1", {"micro_batch_size": 1}),
+        ("nf4 weights: --load_in_4bit", {"quantization": "nf4"}),
+    ]
+    for size in (512, 256):
+        if size < load.image_size and size % unit == 0:
+            changes.append((f"image_size={size}", {"image_size": size}))
+    return [*changes, ("sde_window_size=1", {"sde_window_size": 1})]

@@ -1,0 +1,148 @@
+"""FLOPs of one generation and its passes in closed form; a multiply-add is two.
+
+Attention is counted over visible pairs alone. The floor computes each prompt once, each decoded token once, each
+trajectory's context once, N velocities, one reference pass and the updates. Beside it stands what a run computes too:
+adapters, the text's old log-probs, logits again in the backward pass.
+"""
+
+from typing import Any, NamedTuple
+
+from ..models.bagel.layers import BagelTimeEmbedder, head_size
+from .sizes import linear_bytes, linear_parameters, lora_parameters
+from .vae import vae_decode
+from .workload import Workload
+
+
+class Forward(NamedTuple):
+    """
+    FLOPs of forward passes.
+
+    Attributes:
+        linear: the experts' linear layers.
+        attention: scores and weighted sums.
+        entry, exit: projections before the first layer and after the last.
+        adapters: the low-rank products beside the linear layers.
+    """
+
+    linear: int = 0
+    attention: int = 0
+    entry: int = 0
+    exit: int = 0
+    adapters: int = 0
+
+    def plus(self, other: "Forward", times: int = 1) -> "Forward":
+        return Forward(*(own + times * more for own, more in zip(self, other, strict=True)))
+
+    @property
+    def total(self) -> int:
+        """Without adapters."""
+        return self.linear + self.attention + self.entry + self.exit
+
+
+def text_forward(load: Workload, length: int, start: int = 0) -> Forward:
+    """Tokens start .. start + length - 1 of a row, each over all before it and itself; without logits."""
+    llm = load.config.llm_config
+    pairs = length * start + length * (length + 1) // 2
+    rank = load.lora_ranks[0] if load.lora_ranks else 0
+    return Forward(
+        linear=2 * linear_parameters(llm) * length,
+        attention=_pair(llm) * pairs,
+        adapters=2 * lora_parameters(llm, rank) * length,
+    )
+
+
+def image_forward(load: Workload) -> Forward:
+    """One velocity of one image: its two markers and N latents over the context and themselves."""
+    llm, width, latents = load.config.llm_config, load.config.llm_config.hidden_size, load.latents
+    tokens, (text, image) = latents + 2, load.lora_ranks or (0, 0)
+    projection = 2 * latents * load.config.latent_channels * width
+    return Forward(
+        linear=2 * linear_parameters(llm) * tokens,
+        attention=_pair(llm) * tokens * (load.context + tokens),
+        entry=projection + 2 * (BagelTimeEmbedder.frequencies * width + width * width),
+        exit=projection,
+        adapters=2 * (2 * lora_parameters(llm, text) + latents * lora_parameters(llm, image)),
+    )
+
+
+def logits_forward(load: Workload) -> int:
+    """Logits of one token."""
+    return 2 * load.config.llm_config.hidden_size * load.config.llm_config.vocab_size
+
+
+def _pair(llm: Any) -> int:
+    """One query and one key, in every head of every layer: a score and a weighted sum."""
+    return 4 * llm.num_attention_heads * head_size(llm) * llm.num_hidden_layers
+
+
+def packed_forward(load: Workload) -> Forward:
+    """A trajectory's text and its K noisy images in one pass, without logits."""
+    return text_forward(load, load.context).plus(image_forward(load), load.sde_window_size)
+
+
+def update_flops(load: Workload) -> tuple[int, int]:
+    """
+    FLOPs of one trajectory's forward and backward pass, and of the adapters in it.
+
+    A matrix product costs itself again for the gradient of its input, and again for that of its weight if it is
+    trained; attention's backward pass costs 2.5 of its forward. Checkpointing computes the layers' forward again.
+    """
+    once, trained, again = packed_forward(load), load.lora_ranks is None, int(load.gradient_checkpointing)
+    base = (
+        once.linear * (2 + trained + again)
+        + once.attention * 7 // 2
+        + once.attention * again
+        + once.entry * (1 + trained)
+        + once.exit * (2 + trained)
+        + load.completion_length * logits_forward(load) * (2 + trained)
+    )
+    return base, once.adapters * (3 + again)
+
+
+def floor_flops(load: Workload) -> dict[str, int]:
+    """FLOPs of each part of a generation that no implementation with these settings avoids."""
+    count, steps = load.trajectories, load.completion_length - 1
+    return {
+        "prefill": load.num_prompts * (text_forward(load, load.prompt_length).total + logits_forward(load)),
+        "decode": count * (text_forward(load, steps, load.prompt_length).total + steps * logits_forward(load)),
+        "contexts": count * text_forward(load, load.context).total,
+        "denoising": count * load.num_inference_steps * image_forward(load).total,
+        "VAE decode": count * vae_decode(load.config, load.image_size)[0],
+        "reference pass": count * packed_forward(load).total if load.reference else 0,
+        "update": load.num_iterations * count * update_flops(load)[0],
+    }
+
+
+def overhead_flops(load: Workload) -> dict[str, int]:
+    """FLOPs beyond the floor that a run of these settings computes."""
+    count = load.trajectories
+    text, image = text_forward(load, load.context), image_forward(load)
+    thinking = load.num_prompts * text_forward(load, load.prompt_length).adapters
+    thinking += count * text_forward(load, load.completion_length - 1, load.prompt_length).adapters
+    again = load.num_iterations > 1  # the first pass spans all micro-batches of a step
+    return {
+        "adapters": thinking
+        + count * (text.adapters * (1 + again) + load.num_inference_steps * image.adapters)
+        + load.num_iterations * count * update_flops(load)[1],
+        "old log-probs": again * count * (text.total + load.completion_length * logits_forward(load)),
+        "logits again": load.num_iterations * count * load.completion_length * logits_forward(load),
+    }
+
+
+def decode_read_bytes(load: Workload) -> int:
+    """Bytes of weights that sampling the thinkings reads at least: the text expert and the head, once per token."""
+    head = load.weight_bytes * load.config.llm_config.hidden_size * load.config.llm_config.vocab_size
+    return (load.completion_length - 1) * (linear_bytes(load.config, load.quantization, load.weight_bytes) + head)
+
+
+def floor_seconds(load: Workload, flops_per_second: float, bytes_per_second: float) -> dict[str, float]:
+    """
+    Least seconds of each part of the floor.
+
+    Args:
+        flops_per_second: matrix products at the activations' precision.
+        bytes_per_second: memory bandwidth, which bounds the decoding.
+    """
+    seconds = {name: flops / flops_per_second for name, flops in floor_flops(load).items()}
+    seconds["decode"] = max(seconds["decode"], decode_read_bytes(load) / bytes_per_second)
+    return seconds

@@ -1,0 +1,146 @@
+"""Bytes that a generation and its passes hold on one device: by part, and at the peak of each phase.
+
+What a forward pass saves for its backward pass follows the layers as they are written; kernels are those of a GPU
+(flash attention, grouped heads not repeated). Left out: the CUDA context and what the allocator can't reuse.
+"""
+
+from dataclasses import dataclass
+
+from ..models.bagel.layers import head_size
+from .sizes import key_value_heads, linear_bytes, linear_parameters, lora_parameters, parameter_counts
+from .vae import vae_decode, vae_parameters
+from .workload import Workload
+
+
+# TRL's language head works on tiles of at most so many tokens and words.
+TILE_TOKENS, TILE_WORDS = 4096, 32768
+RESIDENT = ("weights", "VAE", "reference copy", "adapters", "optimizer state")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """
+    Attributes:
+        parts: bytes by part.
+        peaks: bytes at the peak of each phase.
+    """
+
+    parts: dict[str, int]
+    peaks: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+
+def weight_memory(load: Workload) -> int:
+    """Bytes of the model without adapters and VAE."""
+    counts = parameter_counts(load.config)
+    linear = linear_parameters(load.config.llm_config)
+    experts = 2 * linear_bytes(load.config, load.quantization, load.weight_bytes)
+    biases = 2 * (linear_bytes(load.config, None, 1) - linear)
+    plain = sum(counts.values()) - 2 * linear - biases
+    if not load.with_tower:
+        plain -= counts["understanding tower"]
+    return experts + plain * load.weight_bytes
+
+
+def trained_parameters(load: Workload) -> int:
+    if load.lora_ranks is not None:
+        return sum(lora_parameters(load.config.llm_config, rank) for rank in load.lora_ranks)
+    counts = parameter_counts(load.config)
+    table = load.config.max_latent_size**2 * load.config.llm_config.hidden_size
+    return sum(counts.values()) - counts["understanding tower"] - table
+
+
+def saved_per_token(load: Workload, rank: int) -> int:
+    """Bytes that one layer saves per token: for its norms, q/k norms, MLP, linear layers and attention."""
+    llm, a = load.config.llm_config, load.activation_bytes
+    width, inner, heads, groups = llm.hidden_size, llm.intermediate_size, llm.num_attention_heads, key_value_heads(llm)
+    query, key = heads * head_size(llm), groups * head_size(llm)
+    norms = 4 * (2 * width + query + key) + 4 * (2 + heads + groups)  # in float32, with their scales
+    gates = 3 * inner * a
+    attention = 2 * (query + key) * a + 4 * heads
+    full = load.lora_ranks is None
+    if not full and rank == 0:
+        return norms + gates + attention
+    # Under autocast each linear layer casts its input for itself; else q, k and v share one, as gate and up do.
+    copies = (5 if load.half else 2) * width + query + inner
+    learned = 2 * width + query + key if full else 7 * rank
+    return norms + gates + attention + (copies + learned) * a
+
+
+def saved_by_layer(load: Workload) -> int:
+    """Bytes that one layer saves in the packed forward of one micro-batch."""
+    llm, images = load.config.llm_config, load.sde_window_size
+    text_rank, image_rank = load.lora_ranks or (0, 0)
+    # Each image keeps the context's keys and values beside its own.
+    contexts = 2 * images * load.context * key_value_heads(llm) * head_size(llm) * load.activation_bytes
+    text = (load.context + 2 * images) * saved_per_token(load, text_rank)
+    return load.scored_at_once * (text + images * load.latents * saved_per_token(load, image_rank) + contexts)
+
+
+def workspace(load: Workload, tokens: int) -> int:
+    """
+    Bytes that one layer works in, at its widest point (the MLP), for so many tokens: the activated gate, the other
+    half, their product, with adapters one more, and the states that the layer still holds.
+    """
+    llm, a = load.config.llm_config, load.activation_bytes
+    inner = 3 if load.lora_ranks is None else 4
+    layer = a * tokens * (inner * llm.intermediate_size + 7 * llm.hidden_size)
+    dequantised = a * llm.intermediate_size * llm.hidden_size if load.quantization else 0
+    return layer + dequantised
+
+
+def backward_workspace(load: Workload, tokens: int) -> int:
+    """Bytes beside what was saved: the gradients of the MLP's widest states and of the layer's own."""
+    llm, a = load.config.llm_config, load.activation_bytes
+    dequantised = a * llm.intermediate_size * llm.hidden_size if load.quantization else 0
+    return a * tokens * (3 * llm.intermediate_size + 4 * llm.hidden_size) + dequantised
+
+
+def estimate_memory(load: Workload) -> Memory:
+    """Memory by part and the peak of each phase."""
+    llm, a, count = load.config.llm_config, load.activation_bytes, load.trajectories
+    width, layers = llm.hidden_size, llm.num_hidden_layers
+    trained, weights = trained_parameters(load), weight_memory(load)
+    cached = 2 * layers * key_value_heads(llm) * head_size(llm) * a  # per token
+    packed = load.context + load.sde_window_size * (load.latents + 2)
+    numbers = 4 * load.latents * load.config.latent_channels  # one latent state in float32
+    states = 1 + 3 * load.sde_window_size + load.sde_window_size * (1 + load.reference)
+    tile = min(load.scored_at_once * load.completion_length, TILE_TOKENS) * min(llm.vocab_size, TILE_WORDS) * a
+    layer = saved_by_layer(load)
+    inputs = load.scored_at_once * packed * width * a * layers
+    full = load.lora_ranks is None
+    cast = "trained weights in bfloat16"  # autocast keeps them until its context ends
+    parts = {
+        "weights": weights,
+        "VAE": 4 * vae_parameters(load.config),
+        "reference copy": weights if full and load.reference else 0,
+        "adapters": 0 if full else 4 * trained,
+        "optimizer state": 8 * trained,
+        "gradients": 4 * trained,
+        cast: 2 * trained if load.half else 0,
+        "saved activations": inputs + layer if load.gradient_checkpointing else layers * layer,
+        "update's workspace": backward_workspace(load, load.scored_at_once * packed),
+        "logits' tile": tile + 4 * load.scored_at_once * load.completion_length * width,
+        "sampling's logits": count * 4 * 4 * llm.vocab_size,
+        "thinking's cache": count * load.context * cached,
+        "contexts' cache": load.denoised_at_once * load.context * cached,
+        "reference's workspace": workspace(load, load.scored_at_once * packed),
+        "denoising's workspace": workspace(load, load.denoised_at_once * (load.latents + 2)),
+        "rollout records": count * states * numbers,
+        "VAE decode": 3 * 4 * load.denoised_at_once * vae_decode(load.config, load.image_size)[1],
+    }
+    resident = sum(parts[name] for name in RESIDENT)
+    phases = {
+        "thinking": ("thinking's cache", "sampling's logits"),
+        "denoising": (cast, "contexts' cache", "denoising's workspace", "rollout records"),
+        "VAE decode": ("VAE decode", "rollout records"),
+        "reference pass": (cast, "reference's workspace", "rollout records"),
+        "update": (
+            *(cast, "gradients", "saved activations", "update's workspace", "logits' tile"),
+            "rollout records",
+        ),
+    }
+    return Memory(parts, {name: resident + sum(parts[part] for part in held) for name, held in phases.items()})

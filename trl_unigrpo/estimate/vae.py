@@ -1,0 +1,34 @@
+"""What the VAE costs, counted on tensors without data: any VAE that a configuration can name."""
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..models.bagel.autoencoder import build_vae
+from ..models.bagel.configuration import BagelConfig
+
+
+def vae_parameters(config: BagelConfig) -> int:
+    """Parameters of the whole VAE."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_vae(config.vae_config).parameters())
+
+
+def vae_decode(config: BagelConfig, image_size: int) -> tuple[int, int]:
+    """FLOPs of decoding one square image, and the numbers in the largest input of one of its layers."""
+    with torch.device("meta"):
+        vae = build_vae(config.vae_config)
+        side = image_size // config.vae_downsample
+        latents = torch.empty(1, config.latent_channels // config.latent_patch_size**2, side, side)
+    largest = 0
+
+    def measure(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal largest
+        largest = max(largest, inputs[0].numel())
+
+    for module in vae.modules():
+        if not list(module.children()):
+            module.register_forward_pre_hook(measure)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vae.decode(latents)
+    return counter.get_total_flops(), largest

@@ -1,0 +1,155 @@
+"""What is to be run: a model's sizes and the settings that its cost depends on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..models.bagel.configuration import BagelConfig
+
+
+QUANTIZATIONS = (None, "nf4", "nf4-double")
+_AT_LEAST_ONE = (
+    *("image_size", "prompt_length", "completion_length", "num_generations", "num_prompts", "num_inference_steps"),
+    *("sde_window_size", "num_iterations", "micro_batch_size", "image_batch_size"),
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """
+    One generation of UniGRPO and the passes over it, on one device.
+
+    Args:
+        config: sizes of the model.
+        image_size: side of the square images, in pixels.
+        prompt_length, completion_length: tokens of a prompt (system prompt included) and of its thinking.
+        num_generations, num_prompts: G trajectories for each of this many prompts.
+        num_inference_steps, sde_window_size: denoising steps N, of which K are stochastic.
+        num_iterations: passes over the generation.
+        micro_batch_size: trajectories in one forward of the update.
+        image_batch_size: images denoised and decoded at once; None for all.
+        lora_ranks: of the text and the image expert's adapters, 0 for none; None for full fine-tuning, whose weights
+            are stored in float32.
+        quantization: of the experts' linear layers, None, "nf4" or "nf4-double" (its constants quantised again).
+        half: whether products are computed in bfloat16, in which frozen weights are then stored, too; else all is
+            float32.
+        gradient_checkpointing: whether the update keeps only the inputs of layers and computes the rest again.
+        reference: whether the regulariser keeps reference velocities, and full fine-tuning a frozen copy.
+        with_tower: whether the understanding tower is loaded.
+
+    Raises:
+        ValueError: for a size that no run can have.
+    """
+
+    config: BagelConfig
+    image_size: int = 1024
+    prompt_length: int = 128
+    completion_length: int = 512
+    num_generations: int = 24
+    num_prompts: int = 1
+    num_inference_steps: int = 25
+    sde_window_size: int = 3
+    num_iterations: int = 2
+    micro_batch_size: int = 4
+    image_batch_size: int | None = None
+    lora_ranks: tuple[int, int] | None = (32, 32)
+    quantization: str | None = None
+    half: bool = True
+    gradient_checkpointing: bool = True
+    reference: bool = True
+    with_tower: bool = True
+
+    def __post_init__(self) -> None:
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1.")
+        unit, limit = self.config.pixels_per_token, self.config.pixels_per_token * self.config.max_latent_size
+        if self.image_size % unit or self.image_size > limit:
+            raise ValueError(
+                f"image_size={self.image_size}: this model paints squares whose side is a multiple of {unit}, at most "
+                f"{limit}."
+            )
+        if self.sde_window_size >= self.num_inference_steps:
+            raise ValueError(
+                f"sde_window_size={self.sde_window_size} with num_inference_steps={self.num_inference_steps}: "
+                "expected fewer stochastic steps than there are steps."
+            )
+        if self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"quantization={self.quantization!r}: expected None, 'nf4' or 'nf4-double'.")
+        if self.quantization and self.lora_ranks is None:
+            raise ValueError(f"quantization={self.quantization!r} trains adapters only: give lora_ranks, such as 32.")
+        if self.lora_ranks is not None and (min(self.lora_ranks) < 0 or max(self.lora_ranks) == 0):
+            raise ValueError(f"lora_ranks={self.lora_ranks}: expected two ranks, at least one of them above 0.")
+        longest = self.config.llm_config.max_position_embeddings
+        if self.context > longest:
+            raise ValueError(
+                f"prompt and thinking make {self.context} tokens (prompt_length={self.prompt_length}, "
+                f"completion_length={self.completion_length}): the model has positions for {longest}."
+            )
+
+    @property
+    def activation_bytes(self) -> int:
+        return 2 if self.half else 4
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a weight that is not quantised."""
+        return 4 if self.lora_ranks is None else self.activation_bytes
+
+    @property
+    def trajectories(self) -> int:
+        return self.num_generations * self.num_prompts
+
+    @property
+    def context(self) -> int:
+        """L, tokens that an image sees before it."""
+        return self.prompt_length + self.completion_length
+
+    @property
+    def latents(self) -> int:
+        """N, tokens of an image without its two markers."""
+        return (self.image_size // self.config.pixels_per_token) ** 2
+
+    @property
+    def denoised_at_once(self) -> int:
+        return min(self.image_batch_size or self.trajectories, self.trajectories)
+
+    @property
+    def scored_at_once(self) -> int:
+        """Trajectories in one forward of the update."""
+        return min(self.micro_batch_size, self.trajectories)
+
+    @classmethod
+    def of_run(cls, model: Any, args: Any, prompt_length: int = 128) -> "Workload":
+        """
+        The workload of a loaded BAGEL, adapters included, and a `UniGRPOConfig`.
+
+        Args:
+            prompt_length: tokens of a prompt, which the arguments don't say.
+        """
+        ranks, quantization = [0, 0], None
+        for name, module in model.named_modules():
+            for adapter in getattr(module, "lora_A", {}).values():
+                ranks["_moe_gen" in name] = max(ranks["_moe_gen" in name], adapter.out_features)
+            state = getattr(getattr(module, "weight", None), "quant_state", None)
+            if state is not None:
+                quantization = "nf4-double" if state.nested else "nf4"
+        return cls(
+            config=model.config,
+            image_size=args.image_size,
+            prompt_length=prompt_length,
+            completion_length=args.max_completion_length,
+            num_generations=args.num_generations,
+            num_prompts=max(1, args.per_device_train_batch_size * args.steps_per_generation // args.num_generations),
+            num_inference_steps=args.num_inference_steps,
+            sde_window_size=args.sde_window_size,
+            num_iterations=args.num_iterations,
+            micro_batch_size=args.per_device_train_batch_size,
+            image_batch_size=args.image_batch_size or 1,  # where it is free, the rollout takes what memory is left
+            lora_ranks=(ranks[0], ranks[1]) if any(ranks) else None,
+            quantization=quantization,
+            half=bool(args.bf16 or args.fp16),
+            gradient_checkpointing=args.gradient_checkpointing,
+            reference=args.flow_regularizer != "none" and args.flow_regularizer_weight > 0,
+            with_tower=model.vit_model is not None,
+        )
