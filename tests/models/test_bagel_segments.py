@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from PIL import Image
 from test_bagel import END, PAD, SIZE, START, assert_equal, assert_same_gradients
 from torch import Tensor
 
+from trl_unigrpo.flow import flow_timesteps
+from trl_unigrpo.models.bagel import BagelProcessor
 from trl_unigrpo.models.bagel.attention import ROWWISE_QUERIES, Layout, attend_streams
 from trl_unigrpo.models.bagel.segments import ContextImage, segments
 from trl_unigrpo.models.unified import Conditioning, ContextRow, FlowInputs
@@ -218,3 +221,22 @@ def test_context_longer_than_the_model_has_positions(model):
     model.encode_context([row([7] * 4)])
     with pytest.raises(ValueError, match="takes 5 positions, and its image one more, but the model has 5. Shorten"):
         model.encode_context([row([7] * 4), row([7] * 5)])
+
+
+@torch.no_grad()
+def test_picture_to_answer_and_to_edit(model, checkpoint):
+    """The way of docs/images.md, from a PIL image on."""
+    processor = BagelProcessor.from_pretrained(checkpoint)
+    picture = Image.new("RGB", (300, 200), "red")
+    shown = model.context_image(processor.vae_pixels(picture), processor.vit_pixels(picture))
+    assert (shown.grid, len(shown.latents), len(shown.features)) == ((32, 48), 32 * 48, 37 * 55)
+    ids = [model.config.image_token_id, *processor.prompt_ids("What is in the picture?"), START]
+    answer = model.generate(torch.tensor([ids]), images=[[shown]], max_new_tokens=3, do_sample=False, eos_token_id=511)
+    assert answer[0, : len(ids)].tolist() == ids
+    rows = Conditioning(prompt_ids=[ids], completion_ids=[[]], images=[[shown]])
+    (record,) = model.rollout(rows, RolloutPlan(flow_timesteps(2), SIZE), [torch.Generator().manual_seed(0)])
+    context = model.encode_context([ContextRow(torch.tensor(ids[:-1]), [shown])])
+    noise = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0))
+    halfway = noise - 0.25 * model.predict_velocity(context, noise, torch.ones(1), SIZE)
+    end = halfway - 0.75 * model.predict_velocity(context, halfway, torch.tensor([0.75]), SIZE)
+    assert_equal(record.final_latents, end[0])
