@@ -46,24 +46,24 @@ class ErrorRates:
     (`extra`: per picture); a painter never drops the only object.
     """
 
-    miscount: tuple[float, float, float, float] = (0.20, 0.35, 0.45, 0.50)
-    miscount_sum: float = 0.15
+    miscount: tuple[float, float, float, float] = (0.16, 0.28, 0.36, 0.40)
+    miscount_sum: float = 0.12
     """Added to `miscount` where the number is a sum or a difference."""
-    swapped_sides: float = 0.45
-    swapped_colors: float = 0.35
-    forgotten_second: float = 0.30
-    misplaced: float = 0.30
-    wrong_shape: float = 0.15
-    wrong_thing_color: float = 0.50
-    wrong_feature_shape: float = 0.50
-    not_opposite: float = 0.50
+    swapped_sides: float = 0.36
+    swapped_colors: float = 0.28
+    forgotten_second: float = 0.24
+    misplaced: float = 0.24
+    wrong_shape: float = 0.12
+    wrong_thing_color: float = 0.40
+    wrong_feature_shape: float = 0.40
+    not_opposite: float = 0.40
 
-    triangle_as_square: float = 0.225
-    ring_as_circle: float = 0.225
-    yellow_as_green: float = 0.1875
-    random_color: float = 0.045
-    dropped: float = 0.045
-    extra: float = 0.09
+    triangle_as_square: float = 0.288
+    ring_as_circle: float = 0.288
+    yellow_as_green: float = 0.24
+    random_color: float = 0.0576
+    dropped: float = 0.0576
+    extra: float = 0.1152
 
     def scaled(self, plan: float = 1.0, painter: float = 1.0) -> ErrorRates:
         """The same mistakes more or less often; chances stay at most 1."""

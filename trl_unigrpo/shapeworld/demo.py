@@ -58,7 +58,7 @@ def demo_settings(generations: int = 140) -> dict[str, Any]:
         "num_inference_steps": NUM_INFERENCE_STEPS,
         "eval_num_inference_steps": NUM_INFERENCE_STEPS,
         "learning_rate": 3e-4,
-        "image_learning_rate": 1.5e-4,
+        "image_learning_rate": 1e-4,
         "lr_scheduler_type": "constant",
         "adam_beta2": 0.99,
         "gradient_checkpointing": False,
