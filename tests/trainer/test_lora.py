@@ -12,7 +12,7 @@ from tiny_unified import IMAGE_SIZE, moved, prompts_dataset, redness, tiny_bagel
 from torch import nn
 
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
-from trl_unigrpo.models.unified import FlowInputs
+from trl_unigrpo.models.unified import ContextRow, FlowInputs
 from trl_unigrpo.unigrpo_trainer import UniGRPOTrainer
 
 
@@ -28,8 +28,7 @@ def outputs(model):
     flow = FlowInputs(
         latents=torch.randn(1, 2, *base.latent_shape((IMAGE_SIZE, IMAGE_SIZE)), generator=generator),
         timesteps=torch.tensor([[0.9, 0.4]]),
-        context_ids=ids,
-        context_lengths=torch.tensor([8]),
+        contexts=[ContextRow(ids[0])],
         image_size=(IMAGE_SIZE, IMAGE_SIZE),
     )
     base.eval()
