@@ -1,5 +1,6 @@
 """The command line, thin: each command imports what it needs when it runs, so that `--help` answers at once."""
 
+import logging
 from typing import Annotated
 
 import typer
@@ -61,6 +62,8 @@ def demo(
     num_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts scored before and after.")] = 1050,
 ) -> None:
     """Train a tiny BAGEL on coloured shapes, on a CPU in minutes, and write report.html."""
+    # PEFT imports bitsandbytes where it is installed, which warns of slow 4-bit weights on a CPU: the demo has none.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from .shapeworld import run_demo
 
     run_demo(output_dir, steps, seed, num_prompts)

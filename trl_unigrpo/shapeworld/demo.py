@@ -7,7 +7,6 @@ import time
 import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +98,6 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|torch|accelerate")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    getLogger("bitsandbytes").setLevel(ERROR)
 
 
 def run_demo(
