@@ -1,0 +1,1 @@
+"""Rewards: plain TRL reward functions on images, usable without a trainer."""

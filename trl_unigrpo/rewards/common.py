@@ -1,0 +1,140 @@
+"""What all rewards share: the form of the call, names, and what happens to failures.
+
+A reward is a TRL reward function: it is called with `prompts`, `completions`, `images` (flat list of PIL images) and
+the dataset's columns, and returns one number per image, or `None` where it has none. None needs the trainer.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from PIL import Image
+
+
+Scores = list[float | None]
+
+
+class DeadRewardError(RuntimeError):
+    """A reward gave no score at all for several batches in a row."""
+
+
+class Asker(Protocol):
+    """Answers yes-no questions about images: a judge behind an endpoint, or one in this process."""
+
+    async def ask(self, pairs: Sequence[tuple[Image.Image, str]]) -> Scores:
+        """P(yes) in [0, 1] for each (image, question), `None` for those that could not be answered."""
+        ...
+
+
+class Breaker:
+    """
+    Stops a run whose reward is dead: GPU hours without a reward teach nothing.
+
+    Args:
+        name: of the reward.
+        max_dead_batches: batches in a row without any score before [`DeadRewardError`] is raised.
+    """
+
+    def __init__(self, name: str, max_dead_batches: int = 3):
+        if max_dead_batches < 1:
+            raise ValueError(f"max_dead_batches={max_dead_batches}: expected at least 1.")
+        self.name, self.max_dead_batches = name, max_dead_batches
+        self._dead = 0
+
+    def observe(self, scores: Scores, last_error: str = "", log_metric: Callable[[str, float], None] | None = None):
+        """Count the batch's failures, log their share as `<name>/failed`, and raise when too many were total."""
+        failed = sum(score is None for score in scores)
+        if log_metric is not None and scores:
+            log_metric(f"{self.name}/failed", failed / len(scores))
+        self._dead = self._dead + 1 if scores and failed == len(scores) else 0
+        if self._dead >= self.max_dead_batches:
+            raise DeadRewardError(
+                f"{self.name} scored no image in {self._dead} batches in a row. Last error: {last_error or 'unknown'}. "
+                "Mend it and resume from the last checkpoint."
+            )
+
+
+class ImageReward(ABC):
+    """
+    Base of the rewards that score in this process. A subclass brings `score`.
+
+    Args:
+        name: of the reward, in TRL's metrics; its class's name by default.
+        max_dead_batches: see [`Breaker`].
+    """
+
+    def __init__(self, name: str | None = None, max_dead_batches: int = 3):
+        self.__name__ = name or type(self).__name__
+        self._breaker = Breaker(self.__name__, max_dead_batches)
+
+    @abstractmethod
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any]) -> Scores:
+        """One score per image, `None` where there is none; `prompts` as plain texts."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any] | None = None,
+        images: Sequence[Image.Image] = (),
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> Scores:
+        """
+        Score a batch as TRL asks for it.
+
+        Raises:
+            TypeError, ValueError: if the images are not PIL images, one per prompt.
+        """
+        check_images(images, len(prompts))
+        scores = [finite(score) for score in self.score(images, list(map(prompt_text, prompts)), columns)]
+        self._breaker.observe(scores, log_metric=log_metric)
+        return scores
+
+
+def finite(score: Any) -> float | None:
+    """A score as a float; `None` for `None`, NaN and infinity."""
+    return None if score is None or not math.isfinite(float(score)) else float(score)
+
+
+def check_images(images: Sequence[Any], number: int) -> None:
+    """Raise if these are not `number` PIL images."""
+    if len(images) != number:
+        raise ValueError(f"Got {len(images)} images for {number} prompts: pass `images`, one PIL image per prompt.")
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"Got an image of type {type(image).__name__}, expected a PIL image.")
+
+
+def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    """The text of a plain prompt, or of the last user message of a conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    for message in reversed(prompt):
+        if message.get("role") == "user":
+            content = message["content"]
+            if isinstance(content, str):
+                return content
+            return " ".join(part.get("text", "") for part in content if part.get("type") == "text")
+    raise ValueError(f"The conversation {prompt!r} has no user message.")
+
+
+def column(columns: dict[str, Any], name: str, reward: str) -> Sequence[Any]:
+    """A column of the dataset; ValueError, with those that are there, if it is missing."""
+    if name not in columns:
+        known = ", ".join(sorted(columns)) or "none"
+        raise ValueError(f"{reward} reads the column {name!r}, which the dataset does not have (it has: {known}).")
+    return columns[name]
+
+
+def to_rgb(image: Image.Image, max_side: int | None = None) -> Image.Image:
+    """The image in RGB, transparent parts white, no side longer than `max_side` pixels."""
+    if image.mode != "RGB":
+        rgba = image.convert("RGBA")
+        image = Image.new("RGB", image.size, "white")
+        image.paste(rgba, mask=rgba.getchannel("A"))
+    if max_side is not None and max(image.size) > max_side:
+        scale = max_side / max(image.size)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return image
