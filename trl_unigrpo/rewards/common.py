@@ -42,7 +42,9 @@ class Breaker:
         self.name, self.max_dead_batches = name, max_dead_batches
         self._dead = 0
 
-    def observe(self, scores: Scores, last_error: str = "", log_metric: Callable[[str, float], None] | None = None):
+    def observe(
+        self, scores: Scores, last_error: str = "", log_metric: Callable[[str, float], None] | None = None
+    ) -> None:
         """Count the batch's failures, log their share as `<name>/failed`, and raise when too many were total."""
         failed = sum(score is None for score in scores)
         if log_metric is not None and scores:
@@ -50,8 +52,8 @@ class Breaker:
         self._dead = self._dead + 1 if scores and failed == len(scores) else 0
         if self._dead >= self.max_dead_batches:
             raise DeadRewardError(
-                f"{self.name} scored no image in {self._dead} batches in a row. Last error: {last_error or 'unknown'}. "
-                "Mend it and resume from the last checkpoint."
+                f"{self.name} scored no image in {self._dead} batches in a row. Last error: "
+                f"{last_error or 'unknown'}. Mend it and resume from the last checkpoint."
             )
 
 
