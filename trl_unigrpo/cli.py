@@ -34,6 +34,8 @@ def options(
     ] = False,
 ) -> None:
     """Options that stand before the command."""
+    # PEFT imports bitsandbytes where it is installed, and that warns of slow 4-bit weights on any CPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @app.command()
@@ -62,8 +64,6 @@ def demo(
     num_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts scored before and after.")] = 1050,
 ) -> None:
     """Train a tiny BAGEL on coloured shapes, on a CPU in minutes, and write report.html."""
-    # PEFT imports bitsandbytes where it is installed, which warns of slow 4-bit weights on a CPU: the demo has none.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from .shapeworld import run_demo
 
     run_demo(output_dir, steps, seed, num_prompts)

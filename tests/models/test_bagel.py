@@ -258,7 +258,7 @@ def test_gradient_checkpointing_changes_no_gradient_of_the_packed_call(model, re
 
     model.train()
     expected = gradients(model, loss())
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_same_gradients(gradients(model, loss()), expected, tolerance=1e-6)
 
 
@@ -269,7 +269,7 @@ def test_gradient_checkpointing_changes_no_gradient_of_single_velocities(model, 
 
     model.train()
     expected = gradients(model, loss())
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     assert_same_gradients(gradients(model, loss()), expected, tolerance=1e-6)
 
 
@@ -316,7 +316,7 @@ def test_samples_of_equal_prompts_differ(model):
 def test_generation_under_gradient_checkpointing(model):
     ids, mask = padded(PROMPTS, left=True)
     expected = generate(model, ids, mask)
-    model.train().activation_checkpointing_enable()
+    model.train().gradient_checkpointing_enable()
     assert torch.equal(generate(model, ids, mask), expected)
     with pytest.raises(ValueError, match="use_cache=False"):
         model(ids, attention_mask=mask, use_cache=True)
