@@ -1,6 +1,7 @@
 """Rewards that ask a judge yes-no questions about each image and add up the answers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from PIL import Image
@@ -163,5 +164,5 @@ def _is_column(values: Any, number: int) -> bool:
 
 
 def _probability(answer: Any) -> float | None:
-    p = finite(answer)
+    p = finite(answer) if isinstance(answer, Real) else None
     return p if p is not None and 0 <= p <= 1 else None
