@@ -65,8 +65,8 @@ def check_scopes(reward_funcs: list[Any], process_reward_weight: float) -> None:
     scopes = [reward_scope(function) for function in reward_funcs]
     if "both" not in scopes:
         raise ValueError(
-            "All reward_funcs are marked as rewards of the thinking alone: none scores the image. Add one that does, or "
-            "pass them unmarked."
+            "All reward_funcs are marked as rewards of the thinking alone: none scores the image. Add one that does, "
+            "or pass them unmarked."
         )
     if process_reward_weight > 0 and "text" not in scopes:
         raise ValueError(

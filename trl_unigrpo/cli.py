@@ -132,7 +132,9 @@ def doctor(
 @app.command()
 def decompose(
     input: Annotated[str, typer.Option(help="Prompts: a csv, json, jsonl, parquet or txt file, a folder or hub id.")],
-    output: Annotated[str, typer.Option(help="jsonl file of the rows with their questions; a later run goes on with it.")],
+    output: Annotated[
+        str, typer.Option(help="jsonl file of the rows with their questions; a later run goes on with it.")
+    ],
     model: Annotated[str | None, typer.Option(help="Name of the model at the endpoint.")] = None,
     base_url: Annotated[
         str | None, typer.Option(help="OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY.")

@@ -19,8 +19,6 @@ def load_prompts(name: str, split: str, config: str | None = None) -> Dataset:
     if kind is None:
         return load_dataset(name, config, split=split)
     if not Path(name).is_file():
-        raise FileNotFoundError(
-            f"{name!r}: no such file. Pass a file, a folder, a hub id or 'shapeworld'."
-        )
+        raise FileNotFoundError(f"{name!r}: no such file. Pass a file, a folder, a hub id or 'shapeworld'.")
     dataset = load_dataset(kind, data_files=name, split="train")
     return dataset.rename_column("text", "prompt") if kind == "text" else dataset

@@ -234,7 +234,7 @@ def test_later_run_asks_only_what_is_missing(endpoint, tmp_path):
     second = decompose(endpoint, rows, output)
     assert (second.written, second.skipped, second.repeated, second.failed) == (2, 1, 1, 0)
     assert sorted(endpoint.prompts()) == ["a dog", "a fox"]
-    assert [row["prompt"] for row in lines(output)][0] == "a cat" and len(lines(output)) == 3
+    assert [row["prompt"] for row in lines(output)] in (["a cat", "a dog", "a fox"], ["a cat", "a fox", "a dog"])
     assert not failures_file(output).exists()
 
 
@@ -250,7 +250,9 @@ def test_line_that_a_run_was_killed_in_is_written_anew(endpoint, tmp_path, rest)
     assert output.read_bytes() == whole
 
 
-@pytest.mark.parametrize("text", ["a red cat", "prompt\na red cat\n", '{"prompt": "a red cat"}\n', '{"prompt_hash": 3}\n'])
+@pytest.mark.parametrize(
+    "text", ["a red cat", "prompt\na red cat\n", '{"prompt": "a red cat"}\n', '{"prompt_hash": 3}\n']
+)
 def test_file_of_something_else_stays_as_it_is(endpoint, tmp_path, text):
     output = tmp_path / "prompts.csv"
     output.write_text(text)
@@ -339,7 +341,10 @@ def test_command_by_geneval_s_rule_needs_no_model(tmp_path):
         (("--input", "nowhere.csv", "--model", "m"), "'nowhere.csv': no such file"),
         (("--input", "nowhere.jsonl", "--model", "m"), "nowhere.jsonl"),
         (("--input", "{prompts}"), "Pass a model that decomposes the prompts, or geneval"),
-        (("--input", "{prompts}", "--model", "m", "--geneval"), "Pass a model that decomposes the prompts, or geneval"),
+        (
+            ("--input", "{prompts}", "--model", "m", "--geneval"),
+            "Pass a model that decomposes the prompts, or geneval",
+        ),
         (("--input", "{prompts}", "--model", "m"), "There is no endpoint"),
         (("--input", "{broken}", "--model", "m"), "line 2 is no JSON"),
         (("--input", "{list}", "--model", "m"), "line 1 is no JSON object"),
@@ -372,6 +377,7 @@ def test_names_need_no_extra():
 def test_importing_the_package_of_rewards_loads_none_of_them():
     code = (
         "import sys, trl_unigrpo.rewards\n"
-        "print([m for m in ('torch', 'openai', 'pydantic', 'PIL', 'trl_unigrpo.rewards.questions') if m in sys.modules])"
+        "names = 'torch', 'openai', 'pydantic', 'PIL', 'trl_unigrpo.rewards.questions'\n"
+        "print([name for name in names if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -87,7 +87,11 @@ def test_wrong_question_is_refused(data, error, message):
 def test_every_form_of_a_cell_is_read(as_json):
     cell = ["a?", {"text": "b?", "parents": [0]}, {"text": "c?", "group": "quality"}]
     read = read_questions(json.dumps(cell) if as_json else cell, group="style")
-    assert read == (Question("a?", group="style"), Question("b?", "yes", "style", (0,)), Question("c?", group="quality"))
+    assert read == (
+        Question("a?", group="style"),
+        Question("b?", "yes", "style", (0,)),
+        Question("c?", group="quality"),
+    )
     assert read_questions(read) == read
 
 
@@ -285,7 +289,11 @@ def test_dv_reward_reads_two_columns():
 @pytest.mark.parametrize(
     ("reward", "columns", "message"),
     [
-        (QuestionReward, {"topic": ["x", "y"]}, r"QuestionReward, row 0 .*reads the column 'questions'.*it has: topic"),
+        (
+            QuestionReward,
+            {"topic": ["x", "y"]},
+            r"QuestionReward, row 0 .*reads the column 'questions'.*it has: topic",
+        ),
         (QuestionReward, {"questions": [["a?"], []]}, r"row 1 of a batch \('a cat'\): There are no questions"),
         (QuestionReward, {"questions": [["a?"], [{"text": "b?", "parents": [4]}]]}, "row 1 .* has the parent 4"),
         (DVReward, {"questions": [["a?"], ["a?"]]}, r"DVReward, row 0 .*groups \['semantic'\]"),

@@ -242,7 +242,9 @@ def test_evaluation_logs_process_rewards(make_trainer):
         per_device_eval_batch_size=2,
     )
     log = trainer.evaluate()
-    assert log["eval_process/reward"] == pytest.approx(log["eval_rewards/words/mean"]) and log["eval_process/reward"] > 0
+    assert (
+        log["eval_process/reward"] == pytest.approx(log["eval_rewards/words/mean"]) and log["eval_process/reward"] > 0
+    )
 
 
 # The mark

@@ -152,8 +152,8 @@ def finished(output: Path) -> set[str]:
             found.add(record["prompt_hash"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{output}, line {number}: no row with 'prompt_hash' and 'questions' ({error}). Pass another output, or "
-                "mend the line."
+                f"{output}, line {number}: no row with 'prompt_hash' and 'questions' ({error}). Pass another output, "
+                "or mend the line."
             ) from error
     if torn:
         if not (torn.startswith(_START) or _START.startswith(torn)):
@@ -192,7 +192,7 @@ def read_rows(name: str, split: str = "train") -> Iterable[Row]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{name}, line {number} is no JSON ({error}).") from error
             if not isinstance(rows[-1], dict):
-                raise ValueError(f"{name}, line {number} is no JSON object, as in {{\"prompt\": \"a red cat\"}}.")
+                raise ValueError(f'{name}, line {number} is no JSON object, as in {{"prompt": "a red cat"}}.')
     return rows
 
 

@@ -76,7 +76,9 @@ def _objects(metadata: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any
     items = metadata.get(key)
     if items is None:
         if key == "include":
-            raise ValueError(f"GenEval metadata without 'include' (it has: {', '.join(sorted(metadata)) or 'nothing'}).")
+            raise ValueError(
+                f"GenEval metadata without 'include' (it has: {', '.join(sorted(metadata)) or 'nothing'})."
+            )
         return []
     for item in items:
         if not isinstance(item, Mapping) or not isinstance(item.get("class"), str) or not item["class"]:

@@ -46,7 +46,9 @@ class QuestionReward:
         max_dead_batches: int = 3,
     ):
         if not callable(getattr(asker, "ask", None)):
-            raise TypeError(f"asker is a {type(asker).__name__}, expected one with a method `ask`, such as a VLMJudge.")
+            raise TypeError(
+                f"asker is a {type(asker).__name__}, expected one with a method `ask`, such as a VLMJudge."
+            )
         if not callable(aggregate):
             raise TypeError(f"aggregate={aggregate!r}: expected a function of questions and answers.")
         if not 0 <= max_failed <= 1:
