@@ -299,7 +299,7 @@ def test_rows_without_a_prompt_fail_alone(endpoint, tmp_path):
     report = decompose(endpoint, [*rows, {"prompt": "a cat", "x": float("nan")}, {"prompt": "a fox"}], output)
     assert (report.written, report.failed) == (1, 5)
     reasons = " ".join(failure["error"] for failure in lines(failures_file(output)))
-    for reason in ("the row has: prompt", "the row has: text", "The prompt is empty", "no user message", "nan"):
+    for reason in ("the row has: prompt", "the row has: text", "The prompt is empty", "no user message", "not JSON compliant"):
         assert reason in reasons
 
 

@@ -67,7 +67,7 @@ def test_keys_that_a_table_filled_with_none_have_defaults():
         ({"text": 3}, ValueError, r"text=3"),
         ({}, ValueError, "without 'text'"),
         ({"text": "a?", "group": ""}, ValueError, "group=''"),
-        ({"text": "a?", "expected": "Yes"}, ValueError, "expected='Yes' of the question 'a?': write 'yes' or 'no'"),
+        ({"text": "a?", "expected": "Yes"}, ValueError, r"expected='Yes' of the question 'a\?': write 'yes'"),
         ({"text": "a?", "parents": 1}, TypeError, "parents=1"),
         ({"text": "a?", "parents": "0"}, TypeError, "parents='0'"),
         ({"text": "a?", "parents": [-1]}, ValueError, "parent -1 of"),
