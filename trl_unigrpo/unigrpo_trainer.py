@@ -135,6 +135,7 @@ class UniGRPOTrainer(GRPOTrainer):
     args: UniGRPOConfig
     model: PreTrainedModel
     num_generations: int
+    reward_weights: Tensor
 
     _tag_names = ("trl", "unigrpo")
     _name = "UniGRPO"

@@ -65,7 +65,7 @@ class Endpoint:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def answer(self, prompt):
         for word, answers in self.answers.items():
@@ -299,7 +299,13 @@ def test_rows_without_a_prompt_fail_alone(endpoint, tmp_path):
     report = decompose(endpoint, [*rows, {"prompt": "a cat", "x": float("nan")}, {"prompt": "a fox"}], output)
     assert (report.written, report.failed) == (1, 5)
     reasons = " ".join(failure["error"] for failure in lines(failures_file(output)))
-    for reason in ("the row has: prompt", "the row has: text", "The prompt is empty", "no user message", "not JSON compliant"):
+    for reason in (
+        "the row has: prompt",
+        "the row has: text",
+        "The prompt is empty",
+        "no user message",
+        "not JSON compliant",
+    ):
         assert reason in reasons
 
 

@@ -124,8 +124,8 @@ async def decompose_rows(
                 report.left -= 1
                 progress()
 
-        for row, error in unreadable:
-            fail(row, error)
+        for row, reason in unreadable:
+            fail(row, reason)
         report.left = total
         progress()
         await asyncio.gather(*(work() for _ in range(min(concurrency, total))))

@@ -6,7 +6,7 @@ answer that was expected: p, or 1 - p where "no" was. Aggregators turn the answe
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
@@ -44,9 +44,10 @@ class Question:
                 raise ValueError(f"{name}={value!r}: expected a text that is not empty.")
         if self.expected not in ("yes", "no"):
             raise ValueError(f"expected={self.expected!r} of the question {self.text!r}: write 'yes' or 'no'.")
-        if not isinstance(self.parents, Iterable) or isinstance(self.parents, str):
-            raise TypeError(f"parents={self.parents!r} of the question {self.text!r}: expected a list of places.")
-        object.__setattr__(self, "parents", tuple(self.parents))
+        parents: Any = self.parents
+        if not isinstance(parents, (list, tuple)):
+            raise TypeError(f"parents={parents!r} of the question {self.text!r}: expected a list of places.")
+        object.__setattr__(self, "parents", tuple(parents))
         for parent in self.parents:
             if not isinstance(parent, int) or isinstance(parent, bool) or parent < 0:
                 raise ValueError(f"parent {parent!r} of the question {self.text!r}: expected a place, counted from 0.")
