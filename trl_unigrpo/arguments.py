@@ -1,6 +1,7 @@
 """What a user hands to the trainer, checked and made ready before anything expensive."""
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .adapters import check_targets
 from .dataset_checks import check_dataset
 from .models.auto import load_unified_model, model_skeleton, read_tokenizer, unified_model
+from .rewards.thinking import reward_scope
 from .unigrpo_config import UniGRPOConfig
 
 
@@ -47,6 +49,7 @@ def check_arguments(
         raise TypeError(f"args is a {type(args).__name__}, expected a UniGRPOConfig.")
     if not reward_funcs:
         raise ValueError("reward_funcs is empty: pass at least one function that scores images.")
+    check_scopes(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], args.process_reward_weight)
     for name, dataset in datasets.items():
         if dataset is not None:
             check_dataset(dataset, name)
@@ -55,6 +58,23 @@ def check_arguments(
             f"processing_class is a {type(processing_class).__name__}, expected a tokenizer: images are generated "
             "here, not read. Pass processor.tokenizer."
         )
+
+
+def check_scopes(reward_funcs: list[Any], process_reward_weight: float) -> None:
+    """Raise ValueError if no reward function scores the image, or a weight waits for process rewards in vain."""
+    scopes = [reward_scope(function) for function in reward_funcs]
+    if "both" not in scopes:
+        raise ValueError(
+            "All reward_funcs are marked as rewards of the thinking alone: none scores the image. Add one that does, "
+            "or pass them unmarked."
+        )
+    if process_reward_weight > 0 and "text" not in scopes:
+        raise ValueError(
+            f"process_reward_weight={process_reward_weight}, but no reward function is marked as a reward of the "
+            "thinking alone. Mark it, thinking_reward(function), or set the weight to 0."
+        )
+    if process_reward_weight == 0 and "text" in scopes:
+        warnings.warn("Rewards of the thinking alone are logged, not trained on: process_reward_weight is 0.")
 
 
 def check_lengths(args: UniGRPOConfig, base: Any) -> None:

@@ -129,6 +129,52 @@ def doctor(
         raise typer.Exit(1) from error
 
 
+@app.command()
+def decompose(
+    input: Annotated[str, typer.Option(help="Prompts: a csv, json, jsonl, parquet or txt file, a folder or hub id.")],
+    output: Annotated[
+        str, typer.Option(help="jsonl file of the rows with their questions; a later run goes on with it.")
+    ],
+    model: Annotated[str | None, typer.Option(help="Name of the model at the endpoint.")] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY.")
+    ] = None,
+    geneval: Annotated[
+        bool, typer.Option("--geneval", help="Rows are GenEval's metadata: questions by rule, without a model.")
+    ] = False,
+    quality: Annotated[bool, typer.Option(help="Also ask for questions about the image's quality.")] = True,
+    split: Annotated[str, typer.Option(help="Split of a folder or hub dataset.")] = "train",
+    concurrency: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
+    attempts: Annotated[int, typer.Option(min=1, help="Answers per prompt before it counts as failed.")] = 3,
+    timeout: Annotated[float, typer.Option(help="Seconds without an answer before a request is repeated.")] = 120.0,
+    max_retries: Annotated[int, typer.Option(min=0, help="Repetitions of a request that the endpoint failed on.")] = 4,
+) -> None:
+    """Turn prompts into yes-no questions for DVReward and QuestionReward."""
+    from .rewards.decompose import failures_file, read_rows, run
+
+    options = {"quality": quality, "attempts": attempts, "timeout": timeout, "max_retries": max_retries}
+    try:
+        report = run(
+            read_rows(input, split),
+            output,
+            model=model,
+            base_url=base_url,
+            geneval=geneval,
+            concurrency=concurrency,
+            **options,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"trl-unigrpo decompose: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(
+        f"{output}: {report.written} decomposed, {report.skipped} there already, {report.repeated} repeated, "
+        f"{report.failed} failed, {report.left} not tried."
+    )
+    if report.failed:
+        typer.echo(f"{failures_file(output)} says why. The same command tries them again.", err=True)
+        raise typer.Exit(1)
+
+
 @app.command("build-shapeworld")
 def build_shapeworld(
     output_dir: Annotated[str, typer.Option(help="Folder for the model.")] = "shapeworld-base",

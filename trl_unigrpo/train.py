@@ -5,19 +5,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.rewards import think_format_reward
 
+from .prompt_files import load_prompts
 from .unigrpo_config import UniGRPOConfig
 from .unigrpo_trainer import UniGRPOTrainer
-
-
-# Files that `datasets` reads, by their ending. A text file holds one prompt per line.
-_FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass
@@ -40,23 +35,6 @@ class TrainArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
-
-
-def load_prompts(name: str, split: str, config: str | None = None) -> Dataset:
-    """Rows with a column `prompt`, from wherever `name` points."""
-    if name == "shapeworld":
-        from .shapeworld import shapeworld_dataset
-
-        return shapeworld_dataset(split)
-    kind = _FILES.get(Path(name).suffix)
-    if kind is None:
-        return load_dataset(name, config, split=split)
-    if not Path(name).is_file():
-        raise FileNotFoundError(
-            f"dataset_name={name!r}: no such file. Pass a file, a folder, a hub id or 'shapeworld'."
-        )
-    dataset = load_dataset(kind, data_files=name, split="train")
-    return dataset.rename_column("text", "prompt") if kind == "text" else dataset
 
 
 def load_reward(path: str) -> Callable[..., Any]:

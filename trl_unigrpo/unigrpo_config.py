@@ -121,6 +121,9 @@ class UniGRPOConfig(GRPOConfig):
             Weight of the thinking's GRPO objective. 0 freezes the text expert (FlowGRPO with thinking).
         flow_weight (`float`, *optional*, defaults to `1.0`):
             Weight lambda of the image's objective. 0 freezes the image expert and samples by the ODE alone (TextGRPO).
+        process_reward_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the process rewards, functions marked with `thinking_reward`: their group advantage times this
+            is added to the thinking's advantage, never to the image's. 0 logs them and trains on none.
         flow_epsilon (`float`, *optional*, defaults to `1e-6`):
             Clip range of the image's ratio, at 262,144 numbers per image (1024 pixels in BAGEL).
         ratio_norm (`bool`, *optional*, defaults to `True`):
@@ -249,6 +252,10 @@ class UniGRPOConfig(GRPOConfig):
         default=1.0,
         metadata={"help": "Weight (lambda) of the image objective; 0 freezes the image expert. Paper: 1."},
     )
+    process_reward_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of rewards of the thinking alone in the text's advantage; 0: only logged."},
+    )
     flow_epsilon: float = field(
         default=1e-6,
         metadata={"help": "Clip range of the image's ratio, at 262144 numbers per image. Paper: 1e-6."},
@@ -363,6 +370,7 @@ class UniGRPOConfig(GRPOConfig):
             "flow_weight",
             "flow_regularizer_weight",
             "noise_level",
+            "process_reward_weight",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
@@ -370,6 +378,11 @@ class UniGRPOConfig(GRPOConfig):
             raise ValueError(f"eval_guidance_scale={self.eval_guidance_scale}: expected 1 (off) or more.")
         if self.text_weight == 0 and self.flow_weight == 0:
             raise ValueError("text_weight and flow_weight are both 0: nothing would be trained. Raise one of them.")
+        if self.text_weight == 0 and self.process_reward_weight > 0:
+            raise ValueError(
+                f"process_reward_weight={self.process_reward_weight} with text_weight=0: process rewards train the "
+                "thinking alone, which is not trained. Raise text_weight, or leave them out."
+            )
 
     def _check_window(self) -> None:
         if len(self.sde_window_range) != 2:

@@ -59,8 +59,9 @@ from .monitoring.trust import TrustChecks
 from .packing import pack, return_velocity
 from .prompts import as_messages, never_sampled, prepare_tokenizer, system_ids
 from .resume import load_rollouts, save_rollouts
+from .rewards.thinking import reward_scope
 from .rollout import FlowRecord, RolloutPlan
-from .scoring import mask_failed_rewards, with_name
+from .scoring import mask_failed_rewards, process_advantages, with_name
 from .seeding import EVAL, TRAIN, WINDOW, row_generator
 from .trl_contract import TRLChangedError, check_attributes, check_trl, generation_fields
 from .unigrpo_config import UniGRPOConfig
@@ -78,6 +79,9 @@ LOGGED_METRICS = {
     "learning_rate/image": "learning rate that the image expert was stepped with",
     "images/pixel_std": "mean standard deviation of an image's pixels, 0 to 127.5; near 0 where images turn blank",
     "reward/frac_none": "share of samples that no reward function scored, or that one failed on",
+    "process/reward": "mean of the process rewards' weighted sum, where there are process rewards",
+    "process/frac_none": "share of thinkings without a process reward, or that one failed on",
+    "process/frac_zero_std": "share of thinkings that got the same process reward as all others of their group",
     "time/images": "seconds to sample and decode the images of a generation batch",
     "time/reward": "seconds in the reward functions",
     "time/old_and_reference": "seconds for the old and reference velocities",
@@ -131,6 +135,7 @@ class UniGRPOTrainer(GRPOTrainer):
     args: UniGRPOConfig
     model: PreTrainedModel
     num_generations: int
+    reward_weights: Tensor
 
     _tag_names = ("trl", "unigrpo")
     _name = "UniGRPO"
@@ -215,6 +220,10 @@ class UniGRPOTrainer(GRPOTrainer):
             peft_config=target_experts(peft_config, base, self._trains),
         )
         check_attributes(self)
+        # TRL calls and logs process rewards like any other, but they count nothing in the advantages that it computes.
+        self._is_process = torch.tensor([reward_scope(f) == "text" for f in self.reward_funcs])
+        self._process_weights = self.reward_weights[self._is_process]
+        self.reward_weights = self.reward_weights.masked_fill(self._is_process, 0.0)
         if not base.packs_velocities and self.accelerator.num_processes > 1:
             raise ValueError(
                 f"{type(base).__name__} computes its velocities one by one, which several processes don't support yet."
@@ -349,7 +358,19 @@ class UniGRPOTrainer(GRPOTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode = "train" if self.model.training else "eval"
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
-        rewards, failed = mask_failed_rewards(rewards, group_size)
+        of_images, failed = mask_failed_rewards(rewards[:, ~self._is_process], group_size)
+        if self._is_process.any():
+            advantages, metrics = process_advantages(
+                rewards[:, self._is_process], self._process_weights, group_size, self.scale_rewards
+            )
+            first = self.accelerator.process_index * len(prompts)
+            self._process_advantages = advantages[first : first + len(prompts)]
+            for name, value in metrics.items():
+                self._metrics[mode][name].append(value)
+            # To TRL a sample without a score of its image has none.
+            rewards = torch.where(rewards.isfinite(), rewards, torch.nan)
+            rewards = rewards.masked_fill(of_images.isnan().all(dim=1, keepdim=True), torch.nan)
+        rewards[:, ~self._is_process] = of_images
         if failed:
             warnings.warn(
                 "Some samples have no score (None, NaN or infinity, from at least one reward function): they don't "
@@ -366,6 +387,9 @@ class UniGRPOTrainer(GRPOTrainer):
         outputs = super()._generate_and_score_completions(inputs)
         freeze_experts(self.unified, self.model, self._trains)  # TRL's reference pass thaws adapters
         records, self._records = self._records, []
+        if self.args.process_reward_weight > 0:
+            bonus = self.args.process_reward_weight * self._process_advantages
+            outputs["text_advantages"] = outputs["advantages"] + bonus
         if self.args.log_completions and (self.log_multimodal or self.args.log_completions_images):
             images = gather_object([row["images"] for row in inputs])
             self._images.extend(images)
@@ -406,8 +430,11 @@ class UniGRPOTrainer(GRPOTrainer):
     # 5. Loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        of_text = inputs
+        if "text_advantages" in inputs:
+            of_text = {**inputs, "advantages": inputs["text_advantages"]}
         if "flow_records" not in inputs:
-            return self.args.text_weight * super()._compute_loss(model, inputs)
+            return self.args.text_weight * super()._compute_loss(model, of_text)
         records, base = inputs["flow_records"], self.unified
         context_grad = self.args.flow_context_grad == "full"
         accumulation = self.current_gradient_accumulation_steps
@@ -417,13 +444,13 @@ class UniGRPOTrainer(GRPOTrainer):
             inputs["flow_old_velocities"] = torch.empty_like(sampled, device=self.accelerator.device)
         if base.packs_velocities:
             self._flow = base.flow_inputs(records, context_grad)
-            text_loss = super()._compute_loss(model, inputs)
+            text_loss = super()._compute_loss(model, of_text)
             velocity, self._flow = self._flow.velocity, None
             if velocity is None:
                 raise TRLChangedError("GRPOTrainer._compute_loss did not call _get_per_token_logps_and_entropies")
             flow_loss = self._flow_loss(velocity, inputs, slice(None), first_pass)
         else:
-            text_loss = super()._compute_loss(model, inputs)
+            text_loss = super()._compute_loss(model, of_text)
             flow_loss, steps = torch.zeros((), device=self.accelerator.device), len(records[0].timesteps)
             for k, velocity in base.velocities(records, context_grad):
                 # Back-propagated at once, so that only one step's activations are alive.

@@ -7,7 +7,14 @@ import torch
 import torch.multiprocessing as mp
 from peft import LoraConfig
 from test_passes import assert_same_update
-from tiny_unified import FixedTexts, build_trainer, tiny_bagel, weights
+from tiny_unified import FixedTexts, build_trainer, redness, tiny_bagel, weights
+
+from trl_unigrpo.rewards import thinking_reward
+
+
+@thinking_reward
+def words(completions, **_):
+    return [None if "tree" in completion else float(len(completion.split())) for completion in completions]
 
 
 # The update is the gradient itself: Adam would blow the last digits of a tiny one up.
@@ -27,6 +34,7 @@ CASES = {
     "lora, checkpointing": {"lora": True, "gradient_checkpointing": True},
     "image": {"lora": True, "text_weight": 0.0},
     "text": {"flow_weight": 0.0},
+    "process reward": {"reward_funcs": [redness, words], "process_reward_weight": 0.5},
     "windows per group": {"sde_window_scope": "group"},
 }
 
@@ -81,7 +89,8 @@ def test_two_processes_make_the_same_update_as_one(two_processes, tmp_path, case
     for rank in ranks:
         assert_same_update(before, after, rank[case]["weights"])
     one, two = trainer.state.log_history[1], ranks[0][case]["log"][1]
-    for name in ("reward", "flow/velocity_mse", "flow/ratio_mean", "images/pixel_std", "reward/frac_none", "loss"):
+    names = ("reward", "flow/velocity_mse", "flow/ratio_mean", "images/pixel_std", "reward/frac_none", "loss")
+    for name in (*names, "process/reward", "process/frac_none"):
         if name in one:
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
 
