@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, PreTrainedModel
 
-from .clip_embedder import ClipEmbedder
+from .clip_embedder import ClipEmbedder, at_least_float32
 from .clip_weights import from_open_clip, linear_head, load_weights
 from .common import ImageReward, Scores
 
@@ -62,7 +62,7 @@ class ClipReward(ImageReward):
         if head == "sigmoid" and not hasattr(clip, "logit_bias"):
             raise ValueError(f"head='sigmoid' needs SigLIP's bias, which {type(clip).__name__} lacks: use 'cosine'.")
         if isinstance(head, nn.Module):
-            head = head.to(self.embedder.device, torch.float32).eval().requires_grad_(False)
+            head = head.to(self.embedder.device, torch.promote_types(dtype, torch.float32)).eval().requires_grad_(False)
         self.head = head
         self.scale = clip.logit_scale.float().exp().item() if scale is None else scale
 
@@ -90,7 +90,7 @@ class ClipReward(ImageReward):
         if self.head == "positive":
             return score.clamp(min=0)
         if self.head == "sigmoid":
-            return torch.sigmoid(score + self.embedder.model.logit_bias.float())
+            return torch.sigmoid(score + at_least_float32(self.embedder.model.logit_bias))
         return score
 
 
@@ -161,7 +161,7 @@ def aesthetic_score(head: str | Path, model: str = CLIP_L, **options: Any) -> Cl
     """
     layers = linear_head(load_weights(head))
     reward = ClipReward(model, head=layers, **{"name": "aesthetic_score", **options})
-    width = reward.embedder.model.config.projection_dim
-    if layers[0].in_features != width:
+    width = getattr(reward.embedder.model.config, "projection_dim", None)
+    if width not in (None, layers[0].in_features):
         raise ValueError(f"The head takes {layers[0].in_features} numbers, but {model!r} embeds into {width}.")
     return reward

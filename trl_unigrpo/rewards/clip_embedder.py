@@ -19,6 +19,11 @@ from .common import to_rgb
 _MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class ClipEmbedder:
     """
     A frozen model of the CLIP family and its processor.
@@ -59,7 +64,7 @@ class ClipEmbedder:
 
     @torch.inference_mode()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embeddings (B, D) of length 1, float32, as the image processor prepares the images."""
+        """Embeddings (B, D) of length 1, at least float32, as the image processor prepares the images."""
         rows = []
         for start in range(0, len(images), self.batch_size):
             chunk = [to_rgb(image) for image in images[start : start + self.batch_size]]
@@ -69,7 +74,7 @@ class ClipEmbedder:
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (B, D) of length 1, float32. What a text has more than the model reads is cut off."""
+        """Embeddings (B, D) of length 1, at least float32. What a text has more than the model reads is cut off."""
         self._warn_of_long(texts)
         rows = []
         for start in range(0, len(texts), self.batch_size):
@@ -83,16 +88,16 @@ class ClipEmbedder:
                 return_tensors="pt",
             )["input_ids"]
             features = self.model.get_text_features(input_ids=ids.to(self.device)).pooler_output
-            rows.append(F.normalize(features.float(), dim=-1))
+            rows.append(F.normalize(at_least_float32(features), dim=-1))
         return torch.cat(rows)
 
     def pixels(self, pixels: Tensor) -> Tensor:
-        """Embeddings (B, D) of length 1, float32, of pixels (B, 3, H, W) in [0, 1]; differentiable."""
+        """Embeddings (B, D) of length 1, at least float32, of pixels (B, 3, H, W) in [0, 1]; differentiable."""
         return self._image_features(prepare_pixels(pixels.to(self.device), self.processor.image_processor))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         features = self.model.get_image_features(pixel_values=pixels.to(self.device, self.dtype)).pooler_output
-        return F.normalize(features.float(), dim=-1)
+        return F.normalize(at_least_float32(features), dim=-1)
 
     def _warn_of_long(self, texts: Sequence[str]) -> None:
         if self._warned:
@@ -124,7 +129,7 @@ def prepare_pixels(pixels: Tensor, processor: Any) -> Tensor:
     """
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"Got pixels of shape {tuple(pixels.shape)}, expected (B, 3, H, W).")
-    pixels = pixels.float()
+    pixels = at_least_float32(pixels)
     if processor.do_resize:
         if processor.resample not in _MODES:
             raise ValueError(

@@ -80,18 +80,22 @@ class Mask2FormerDetector:
     def _detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
         inputs = self.processor([to_rgb(image) for image in images], return_tensors="pt").to(self.device)
         outputs = self.model(pixel_values=inputs["pixel_values"], pixel_mask=inputs.get("pixel_mask"))
+        return self.detections(outputs, [(image.height, image.width) for image in images])
+
+    def detections(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[list[Detection]]:
+        """The objects in the model's outputs for images of these heights and widths."""
         outputs.class_queries_logits = outputs.class_queries_logits.float().cpu()
         outputs.masks_queries_logits = outputs.masks_queries_logits.float().cpu()
         results = self.processor.post_process_instance_segmentation(
             outputs,
             threshold=self.threshold,
-            target_sizes=[(image.height, image.width) for image in images],
+            target_sizes=list(sizes),
             return_binary_maps=True,
         )
         return [
             [
                 Detection(self.labels[segment["label_id"]], segment["score"], box_of(mask), mask)
-                for segment, mask in zip(result["segments_info"], as_masks(result["segmentation"]), strict=False)
+                for segment, mask in zip(result["segments_info"], as_masks(result["segmentation"]), strict=True)
             ]
             for result in results
         ]
@@ -155,7 +159,7 @@ class GenEvalReward(ImageReward):
         batch_size: images, or objects, at once.
         name, max_dead_batches: see [`ImageReward`].
 
-    A row that asks for what cannot be checked raises ValueError, as it does for every image of it.
+    A row that is not in GenEval's form, or asks for a class that the detector does not know, raises ValueError.
     """
 
     def __init__(

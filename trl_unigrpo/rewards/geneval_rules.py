@@ -60,6 +60,8 @@ def read_row(row: Mapping[str, Any] | str, classes: Collection[str] | None = Non
         ValueError: for a row that asks for nothing, or for what cannot be checked.
     """
     row = json.loads(row) if isinstance(row, str) else row
+    if not isinstance(row, Mapping):
+        raise ValueError(f"GenEval row {row!r}: expected a mapping with 'include', or its JSON.")
     include = [{key: value for key, value in clause.items() if value is not None} for clause in row.get("include") or []]
     exclude = list(row.get("exclude") or [])
     if not include:
