@@ -1,6 +1,7 @@
 """The OCR reward with the real OCR model, on words that were drawn; its distance, against a table by hand."""
 
 import logging
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -138,15 +139,17 @@ def test_conversation_and_metric(reward):
     assert logged == {"OCRReward/failed": 0.0}
 
 
-def test_failing_engine_costs_scores_and_stops_a_dead_run(caplog):
+def test_broken_image_costs_its_score_and_a_dead_run_stops(caplog):
     reward = OCRReward(threads=1, max_dead_batches=2)
-    call = {"prompts": ['"HELLO"'], "images": [word_picture("HELLO")]}
-    del reward._engine
+    file = BytesIO()
+    word_picture("HELLO").save(file, format="PNG")
+    broken = Image.open(BytesIO(file.getvalue()[:-200]))  # it fails when its pixels are read
     with caplog.at_level(logging.WARNING):
-        assert reward(**call) == [None]
-    assert "OCRReward gives no score: AttributeError" in caplog.text
-    with pytest.raises(DeadRewardError, match="no image in 2 batches.*AttributeError"):
-        reward(**call)
+        assert reward(prompts=['"HELLO"'] * 2, images=[broken, word_picture("HELLO")]) == [None, 1.0]
+    assert "OCRReward gives no score: OSError" in caplog.text
+    assert reward(prompts=['"HELLO"'], images=[broken]) == [None]
+    with pytest.raises(DeadRewardError, match="no image in 2 batches.*OSError"):
+        reward(prompts=['"HELLO"'], images=[broken])
 
 
 @pytest.mark.parametrize(
