@@ -29,7 +29,8 @@ class ClipEmbedder:
     A frozen model of the CLIP family and its processor.
 
     Args:
-        model: id or folder of a model with `get_image_features` and `get_text_features`, or the model itself.
+        model: id or folder of a model with `get_image_features` and `get_text_features`, or the model itself, which is
+            then moved, cast and frozen.
         processor: its processor; loaded from `model` if that is an id or a folder.
         device: a GPU if there is one, by default.
         dtype: of the weights.
