@@ -1,9 +1,9 @@
 """Score pictures of words with a real OCR model, or train the tiny demo model on it. A CPU is enough.
 
-    pip install 'trl-unigrpo[ocr]'
-    python examples/ocr_reward.py                          # three words drawn for you
-    python examples/ocr_reward.py pictures --target OPEN   # a folder; without --target, each file's own name
-    python examples/ocr_reward.py --train --steps 4        # rewards the demo model for rings that read as an O
+pip install 'trl-unigrpo[ocr]'
+python examples/ocr_reward.py                          # three words drawn for you
+python examples/ocr_reward.py pictures --target OPEN   # a folder; without --target, each file's own name
+python examples/ocr_reward.py --train --steps 4        # rewards the demo model for rings that read as an O
 """
 
 import argparse

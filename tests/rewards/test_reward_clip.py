@@ -248,5 +248,5 @@ def test_processors_that_cannot_be_followed(clip):
     with pytest.raises(ValueError, match="resample=1: expected 2"):
         prepare_pixels(torch.zeros(1, 3, 8, 8), images)
     images.do_resize = False
-    with pytest.raises(ValueError, match="8 x 8 pixels are smaller than the crop of 16 x 16"):
+    with pytest.raises(ValueError, match="8 x 8 pixels are smaller than the crop, 16 x 16"):
         prepare_pixels(torch.zeros(1, 3, 8, 8), images)

@@ -252,7 +252,11 @@ def test_colors_are_clips_nearest_by_the_mean_of_three_templates():
         crops = model.get_image_features(pixels).pooler_output
         texts = []
         for color in COLORS:
-            prompts = [f"a photo of a {color} dog", f"a photo of a {color}-colored dog", f"a photo of a {color} object"]
+            prompts = [
+                f"a photo of a {color} dog",
+                f"a photo of a {color}-colored dog",
+                f"a photo of a {color} object",
+            ]
             ids = processor.tokenizer(
                 prompts, padding="max_length", truncation=True, max_length=24, return_tensors="pt"
             ).input_ids

@@ -62,7 +62,9 @@ class ClipReward(ImageReward):
         if head == "sigmoid" and not hasattr(clip, "logit_bias"):
             raise ValueError(f"head='sigmoid' needs SigLIP's bias, which {type(clip).__name__} lacks: use 'cosine'.")
         if isinstance(head, nn.Module):
-            head = head.to(self.embedder.device, torch.promote_types(dtype, torch.float32)).eval().requires_grad_(False)
+            head = (
+                head.to(self.embedder.device, torch.promote_types(dtype, torch.float32)).eval().requires_grad_(False)
+            )
         self.head = head
         self.scale = clip.logit_scale.float().exp().item() if scale is None else scale
 

@@ -134,7 +134,7 @@ def prepare_pixels(pixels: Tensor, processor: Any) -> Tensor:
     if processor.do_resize:
         if processor.resample not in _MODES:
             raise ValueError(
-                f"The image processor resizes with resample={processor.resample}: expected 2 (bilinear) or 3 (bicubic)."
+                f"The image processor has resample={processor.resample}: expected 2 (bilinear) or 3 (bicubic)."
             )
         size = resized(pixels.shape[-2:], processor.size)
         pixels = F.interpolate(pixels, size=size, mode=_MODES[processor.resample], antialias=True)
@@ -164,6 +164,6 @@ def center_crop(pixels: Tensor, height: int, width: int) -> Tensor:
     top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
     if top < 0 or left < 0:
         raise ValueError(
-            f"Images of {pixels.shape[-2]} x {pixels.shape[-1]} pixels are smaller than the crop of {height} x {width}."
+            f"Images of {pixels.shape[-2]} x {pixels.shape[-1]} pixels are smaller than the crop, {height} x {width}."
         )
     return pixels[..., top : top + height, left : left + width]

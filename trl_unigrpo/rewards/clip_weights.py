@@ -104,7 +104,9 @@ def linear_head(state: dict[str, Tensor]) -> nn.Sequential:
         if weight is None or bias is None or weight.ndim != 2 or bias.shape != weight.shape[:1]:
             raise ValueError(f"Layer {prefix!r} of the head: expected a weight (out, in) and a bias (out).")
         if width is not None and weight.shape[1] != width:
-            raise ValueError(f"Layer {prefix!r} of the head takes {weight.shape[1]} numbers, the one before gives {width}.")
+            raise ValueError(
+                f"Layer {prefix!r} of the head takes {weight.shape[1]} numbers, the one before gives {width}."
+            )
         width = weight.shape[0]
         layer = nn.Linear(weight.shape[1], width)
         layer.load_state_dict({"weight": weight, "bias": bias})

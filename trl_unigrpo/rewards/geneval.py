@@ -50,7 +50,9 @@ class Mask2FormerDetector:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected at least 1.")
         if processor is None and not isinstance(model, str):
-            raise ValueError("Got a detector without its image processor: pass `processor`, or the model's id or folder.")
+            raise ValueError(
+                "Got a detector without its image processor: pass `processor`, or the model's id or folder."
+            )
         self.processor = AutoImageProcessor.from_pretrained(model) if processor is None else processor
         loaded = Mask2FormerForUniversalSegmentation.from_pretrained(model) if isinstance(model, str) else model
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -184,7 +186,9 @@ class GenEvalReward(ImageReward):
             else detector
         )
         self.colors = (
-            ClipColors(ClipEmbedder(colors, device=device, batch_size=batch_size)) if isinstance(colors, str) else colors
+            ClipColors(ClipEmbedder(colors, device=device, batch_size=batch_size))
+            if isinstance(colors, str)
+            else colors
         )
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any]) -> Scores:

@@ -62,7 +62,9 @@ def read_row(row: Mapping[str, Any] | str, classes: Collection[str] | None = Non
     row = json.loads(row) if isinstance(row, str) else row
     if not isinstance(row, Mapping):
         raise ValueError(f"GenEval row {row!r}: expected a mapping with 'include', or its JSON.")
-    include = [{key: value for key, value in clause.items() if value is not None} for clause in row.get("include") or []]
+    include = [
+        {key: value for key, value in clause.items() if value is not None} for clause in row.get("include") or []
+    ]
     exclude = list(row.get("exclude") or [])
     if not include:
         raise ValueError(f"GenEval row {dict(row)!r}: expected at least one clause in 'include'.")
@@ -71,7 +73,8 @@ def read_row(row: Mapping[str, Any] | str, classes: Collection[str] | None = Non
             raise ValueError(f"GenEval clause {clause!r}: expected a 'count' of at least 1.")
         if classes is not None and clause.get("class") not in classes:
             raise ValueError(
-                f"GenEval clause {clause!r}: the detector knows no such 'class'. It knows: {', '.join(sorted(classes))}."
+                f"GenEval clause {clause!r}: the detector knows no such 'class'. It knows: "
+                f"{', '.join(sorted(classes))}."
             )
     for index, clause in enumerate(include):
         if clause.get("color", COLORS[0]) not in COLORS:
@@ -101,8 +104,8 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
     """
     Where box a lies, seen from box b; nothing if they overlap too much to say, two relations on a diagonal.
 
-    The offset o of the centres is shortened on each axis by 0.1 of both boxes' sizes, d = max(|o| - 0.1 (s_a + s_b), 0);
-    a relation holds where d / ||o|| > 0.5 on its axis.
+    The offset o of the centres is shortened on each axis by 0.1 of both boxes' sizes s,
+    d = max(|o| - 0.1 (s_a + s_b), 0); a relation holds where d / ||o|| > 0.5 on its axis.
     """
     box_a, box_b = np.reshape(a, (2, 2)), np.reshape(b, (2, 2))
     offset = box_a.mean(0) - box_b.mean(0)
@@ -147,8 +150,8 @@ def partial_score(row: Mapping[str, Any], objects: Objects, colors_of: ColorsOf)
     The mean credit of all that the row's `include` asks for, as Flow-GRPO trains on (arXiv 2505.05470).
 
     Of n objects of a class, `1 - |n - found| / n`, below 0 where more than 2n are there. If exactly n are found: of a
-    colour `1 - |n - so coloured| / n`, of a position 1 or 0. Else these get 0, and a position relative to a clause that
-    does not hold does too. (In Flow-GRPO's own code a wrong position gets 0 and then 1 as well.)
+    colour `1 - |n - so coloured| / n`, of a position 1 or 0. Else these get 0, and so does a position relative to a
+    clause that does not hold. (In Flow-GRPO's own code a wrong position gets 0 and then 1 as well.)
     """
     credits: list[float] = []
     matched: list[Sequence[Detection] | None] = []

@@ -100,7 +100,9 @@ class OCRReward(ImageReward):
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any]) -> Scores:
         targets = self.targets(prompts, columns)
-        return [None if text is None else self._match(image, text) for image, text in zip(images, targets, strict=True)]
+        return [
+            None if text is None else self._match(image, text) for image, text in zip(images, targets, strict=True)
+        ]
 
     def targets(self, prompts: Sequence[str], columns: dict[str, Any]) -> list[str | None]:
         """

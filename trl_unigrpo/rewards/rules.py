@@ -28,7 +28,7 @@ def thinking_length(low: int, high: int, margin: int = 0) -> Callable[..., list[
     A reward for thinkings of `low` to `high` tokens: [`length_score`] of each completion's tokens.
 
     Args:
-        low, high, margin: in tokens, the end token included; outside of the bounds the reward falls to 0 over `margin`.
+        low, high, margin: in tokens, the end token included. Beyond them the reward falls to 0 over `margin`.
 
     Raises:
         ValueError: unless 0 <= low <= high and 0 <= margin.
