@@ -169,7 +169,7 @@ def test_wrong_use():
     with pytest.raises(ValueError, match="credit='soft': expected 'strict' or 'partial'"):
         GenEvalReward(credit="soft", detector=lambda images: [], colors=named_colors)
     reward = GenEvalReward(detector=lambda images: [[]], colors=named_colors)
-    with pytest.raises(ValueError, match="GenEvalReward reads the column 'geneval', .* it has: target"):
+    with pytest.raises(ValueError, match=r"GenEvalReward reads the column 'geneval', .*\(it has: target"):
         reward(prompts=["a"], images=[Image.new("RGB", (8, 8))], target=["x"])
     with pytest.raises(ValueError, match="detector without its image processor"):
         Mask2FormerDetector(tiny_mask2former()[0])

@@ -35,11 +35,11 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=TEXT_LENGTH)
 
 
-def spread_weights(model: torch.nn.Module, std: float = 0.15) -> torch.nn.Module:
+def spread_weights(model: torch.nn.Module, std: float = 0.5) -> torch.nn.Module:
     """Weights large enough for every output to depend on every input."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        if parameter.ndim > 0:
+        if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=std, generator=generator)
     return model.eval()
 
@@ -72,7 +72,10 @@ def tiny_siglip() -> tuple[SiglipModel, SiglipProcessor]:
         vision_config={**LAYERS, "image_size": SIDE, "patch_size": 4},
     )
     images = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    return spread_weights(SiglipModel(config)), SiglipProcessor(image_processor=images, tokenizer=words)
+    model = spread_weights(SiglipModel(config))
+    model.logit_scale.data.fill_(1.2)
+    model.logit_bias.data.fill_(-0.7)
+    return model, SiglipProcessor(image_processor=images, tokenizer=words)
 
 
 def tiny_mask2former() -> tuple[Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessorPil]:
@@ -86,9 +89,9 @@ def tiny_mask2former() -> tuple[Mask2FormerForUniversalSegmentation, Mask2Former
     )
     config = Mask2FormerConfig(
         backbone_config=swin,
-        feature_size=16,
-        mask_feature_size=16,
-        hidden_dim=16,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
         encoder_feedforward_dim=16,
         dim_feedforward=16,
         encoder_layers=1,

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -53,6 +54,8 @@ class Mask2FormerDetector:
             raise ValueError(
                 "Got a detector without its image processor: pass `processor`, or the model's id or folder."
             )
+        if find_spec("scipy") is None:
+            raise ImportError("transformers' Mask2Former needs scipy: pip install 'trl-unigrpo[eval]'.")
         self.processor = AutoImageProcessor.from_pretrained(model) if processor is None else processor
         loaded = Mask2FormerForUniversalSegmentation.from_pretrained(model) if isinstance(model, str) else model
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
