@@ -35,7 +35,7 @@ def siglip():
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
     """(3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1) / 255
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255
 
 
 def clip_pixels(image: Image.Image) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -123,7 +124,8 @@ def masked_crop(image: Image.Image, detection: Detection) -> Image.Image:
     image = to_rgb(image)
     if detection.mask is not None:
         image = Image.composite(image, Image.new("RGB", image.size, BLANK), Image.fromarray(detection.mask))
-    return image.crop(tuple(round(side) for side in detection.box))
+    left, top, right, bottom = map(round, detection.box)
+    return image.crop((left, top, right, bottom))
 
 
 class ClipColors:
@@ -200,5 +202,5 @@ class GenEvalReward(ImageReward):
         scores: Scores = []
         for image, row, found in zip(images, rows, self.detector(images), strict=True):
             objects = confident_objects(found, row["tag"])
-            scores.append(self._score(row, objects, lambda chosen, image=image: self.colors(image, chosen)))
+            scores.append(self._score(row, objects, partial(self.colors, image)))
         return scores
