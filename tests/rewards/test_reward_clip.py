@@ -127,6 +127,17 @@ def test_tensors_are_prepared_as_images_are(family, size, request):
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (40, 40)])
+def test_edges_do_not_overshoot(clip, size):
+    """Bicubic interpolation leaves [0, 1] beside an edge between black and white; an image cannot."""
+    edge = np.zeros((*size, 3), dtype=np.uint8)
+    edge[:, size[1] // 2 + 1 :] = 255
+    image, images = Image.fromarray(edge), clip[1].image_processor
+    found = prepare_pixels(pixels_of(image)[None], images)
+    expected = images(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1.6 / 255 / min(images.image_std))
+
+
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_differentiable_scores_are_the_scores(family, request):
     model, processor = request.getfixturevalue(family)

@@ -106,6 +106,12 @@ def test_two_lines_are_read_from_top_to_bottom(reward):
     assert reward.read(image).replace(" ", "").upper() == "GREENTEA"
 
 
+def test_uncertain_lines_do_not_count(reward):
+    image = word_picture("HELLO")
+    assert reward.read(image) == "HELLO"
+    assert OCRReward(min_confidence=1.0, threads=1).read(image) == ""
+
+
 def test_each_image_has_its_own_target(reward):
     images = [word_picture(word) for word in ("HELLO", "GREEN")]
     scores = reward(prompts=["a", "b"], images=images, target=["GREEN", "GREEN"])

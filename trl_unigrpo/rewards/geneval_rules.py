@@ -93,9 +93,10 @@ def confident_objects(detections: Sequence[Detection], tag: str | None = None) -
     16 of each class."""
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     objects: dict[str, list[Detection]] = {}
-    for detection in sorted(detections, key=lambda found: -found.score):
-        same = objects.setdefault(detection.label, []) if detection.score > threshold else []
-        if detection.score > threshold and len(same) < MAX_OBJECTS:
+    counted = [detection for detection in detections if detection.score > threshold]
+    for detection in sorted(counted, key=lambda found: -found.score):
+        same = objects.setdefault(detection.label, [])
+        if len(same) < MAX_OBJECTS:
             same.append(detection)
     return objects
 
