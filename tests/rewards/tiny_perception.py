@@ -35,11 +35,11 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], model_max_length=TEXT_LENGTH)
 
 
-def spread_weights(model: torch.nn.Module, std: float = 0.5) -> torch.nn.Module:
+def spread_weights(model: torch.nn.Module, std: float = 0.5, seed: int = 2) -> torch.nn.Module:
     """Weights large enough for every output to depend on every input."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or name.endswith("class_embedding"):
             torch.nn.init.normal_(parameter, std=std, generator=generator)
     return model.eval()
 
