@@ -4,6 +4,7 @@ A reward is a TRL reward function: it is called with `prompts`, `completions`, `
 the dataset's columns, and returns one number per image, or `None` where it has none. None needs the trainer.
 """
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+
+logger = logging.getLogger(__name__)
 
 Scores = list[float | None]
 
@@ -68,6 +71,7 @@ class ImageReward(ABC):
 
     def __init__(self, name: str | None = None, max_dead_batches: int = 3):
         self.__name__ = name or type(self).__name__
+        self.last_error = ""
         self._breaker = Breaker(self.__name__, max_dead_batches)
 
     @abstractmethod
@@ -85,13 +89,26 @@ class ImageReward(ABC):
         """
         Score a batch as TRL asks for it.
 
+        A RuntimeError of `score`, such as a device out of memory, makes a batch without scores; wrong use raises.
+
         Raises:
             TypeError, ValueError: if the images are not PIL images, one per prompt.
+            DeadRewardError: after `max_dead_batches` batches without any score.
         """
         check_images(images, len(prompts))
-        scores = [finite(score) for score in self.score(images, list(map(prompt_text, prompts)), columns)]
-        self._breaker.observe(scores, log_metric=log_metric)
+        texts = list(map(prompt_text, prompts))
+        try:
+            scores = [finite(score) for score in self.score(images, texts, columns)]
+        except RuntimeError as error:
+            self.failed(error)
+            scores = [None] * len(texts)
+        self._breaker.observe(scores, self.last_error, log_metric)
         return scores
+
+    def failed(self, error: Exception) -> None:
+        """Keep and log an error that costs scores; the run goes on."""
+        self.last_error = f"{type(error).__name__}: {error}"
+        logger.warning("%s gives no score: %s", self.__name__, self.last_error)
 
 
 def finite(score: Any) -> float | None:

@@ -1,0 +1,171 @@
+"""The OCR reward with the real OCR model, on words that were drawn; its distance, against a table by hand."""
+
+import logging
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_perception import word_picture
+
+from trl_unigrpo.rewards import OCRReward
+from trl_unigrpo.rewards.common import DeadRewardError
+from trl_unigrpo.rewards.ocr import quoted_text, text_match
+
+
+pytest.importorskip("rapidocr")
+
+
+@pytest.fixture(scope="module")
+def reward():
+    return OCRReward(threads=1)
+
+
+def edit_distance(a: str, b: str) -> int:
+    """The textbook's recursion, as a table."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row, above = [i], row
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[j - 1] + 1, above[j - 1] + (x != y)))
+    return row[-1]
+
+
+@pytest.mark.parametrize(
+    ("recognized", "target", "score"),
+    [
+        ("HELLO", "HELLO", 1.0),
+        ("HELO", "HELLO", 0.8),
+        ("CAT", "DOG", 0.0),
+        ("", "DOG", 0.0),
+        ("hello", "HELLO", 1.0),
+        ("HEL LO", "H ELLO", 1.0),
+        ("OPEN24HOURS", "Open 24", 1.0),  # contained: full credit
+        ("a much longer text than that", "DOG", 0.0),  # never below 0
+        ("DOC", "DOG", 2 / 3),
+    ],
+)
+def test_match_by_hand(recognized, target, score):
+    assert text_match(recognized, target) == pytest.approx(score)
+
+
+def test_match_is_one_minus_the_relative_edit_distance():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        a, b = ("".join(rng.choice(list("abc"), rng.integers(1, 9))) for _ in range(2))
+        expected = 1.0 if b in a else 1 - min(edit_distance(a, b), len(b)) / len(b)
+        assert text_match(a, b) == pytest.approx(expected)
+
+
+def test_empty_target_is_an_error():
+    with pytest.raises(ValueError, match="target text is empty"):
+        text_match("HELLO", "  ")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ('a sign that says "OPEN"', "OPEN"),
+        ("a sign that says 'OPEN'", "OPEN"),
+        ("a sign that says “OPEN”", "OPEN"),
+        ("a sign that says ‘OPEN’", "OPEN"),
+        ('the shop\'s sign: "Joe\'s Bar" and "closed"', "Joe's Bar"),
+        ("a dog's bowl that says 'Rex's food'", "Rex's food"),
+        ("a dog's bowl isn't empty", None),
+        ('a sign that says ""', None),
+        ('a 5" nail', None),
+        ("a sign", None),
+    ],
+)
+def test_quoted_text(prompt, text):
+    assert quoted_text(prompt) == text
+
+
+@pytest.mark.parametrize(
+    ("word", "target", "score"), [("HELLO", "HELLO", 1.0), ("HELO", "HELLO", 0.8), ("CAT", "DOG", 0.0)]
+)
+def test_drawn_words(reward, word, target, score):
+    assert reward(prompts=[f'the word "{target}"'], images=[word_picture(word)]) == [pytest.approx(score)]
+
+
+def test_noise_and_blank_have_no_text(reward):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 256, 3), dtype=np.uint8))
+    assert reward(prompts=['"HELLO"'] * 2, images=[noise, Image.new("RGB", (256, 128), "white")]) == [0.0, 0.0]
+
+
+def test_image_modes_read_alike(reward):
+    image = word_picture("HELLO")
+    transparent = Image.new("RGBA", image.size, (0, 0, 0, 0))  # black below what is not there
+    transparent.paste(image.convert("RGBA"), mask=image.convert("L").point(lambda x: 255 - x))
+    images = [image.convert("L"), image.convert("RGBA"), image.convert("P"), transparent]
+    assert reward(prompts=['"HELLO"'] * 4, images=images) == [1.0] * 4
+
+
+def test_two_lines_are_read_from_top_to_bottom(reward):
+    image = word_picture("GREEN\nTEA", size=(256, 192))
+    assert reward.read(image).replace(" ", "").upper() == "GREENTEA"
+
+
+def test_uncertain_lines_do_not_count(reward):
+    image = word_picture("HELLO")
+    assert reward.read(image) == "HELLO"
+    assert OCRReward(min_confidence=1.0, threads=1).read(image) == ""
+
+
+def test_each_image_has_its_own_target(reward):
+    images = [word_picture(word) for word in ("HELLO", "GREEN")]
+    scores = reward(prompts=["a", "b"], images=images, target=["GREEN", "GREEN"])
+    assert scores[1] == 1.0 and scores[0] < 0.5
+
+
+def test_column_before_quotation(reward):
+    image = [word_picture("HELLO")]
+    assert reward(prompts=['"DOG"'], images=image, target=["HELLO"]) == [1.0]
+    own = OCRReward(target_column="caption", threads=1)
+    assert own(prompts=['"DOG"'], images=image, target=["DOG"], caption=["HELLO"]) == [1.0]
+    with pytest.raises(ValueError, match="reads the column 'caption', which the dataset does not have .*target"):
+        own(prompts=['"DOG"'], images=image, target=["DOG"])
+
+
+def test_missing_target(reward):
+    images = [word_picture("HELLO")] * 2
+    with pytest.raises(ValueError, match="row 1 of the batch, 'a sign', has no text .* missing='none'"):
+        reward(prompts=['"HELLO"', "a sign"], images=images)
+    with pytest.raises(ValueError, match="row 0 .* column 'target' is empty"):
+        reward(prompts=['"HELLO"', "a sign"], images=images, target=[None, "HELLO"])
+    lenient = OCRReward(missing="none", threads=1)
+    assert lenient(prompts=['"HELLO"', "a sign"], images=images) == [1.0, None]
+
+
+def test_conversation_and_metric(reward):
+    logged = {}
+    prompt = [{"role": "system", "content": '"DOG"'}, {"role": "user", "content": 'a sign: "HELLO"'}]
+    images = [word_picture("HELLO")]
+    assert reward(prompts=[prompt], images=images, log_metric=logged.__setitem__) == [1.0]
+    assert logged == {"OCRReward/failed": 0.0}
+
+
+def test_broken_image_costs_its_score_and_a_dead_run_stops(caplog):
+    reward = OCRReward(threads=1, max_dead_batches=2)
+    file = BytesIO()
+    word_picture("HELLO").save(file, format="PNG")
+    broken = Image.open(BytesIO(file.getvalue()[:-200]))  # it fails when its pixels are read
+    with caplog.at_level(logging.WARNING):
+        assert reward(prompts=['"HELLO"'] * 2, images=[broken, word_picture("HELLO")]) == [None, 1.0]
+    assert "OCRReward gives no score: OSError" in caplog.text
+    assert reward(prompts=['"HELLO"'], images=[broken]) == [None]
+    with pytest.raises(DeadRewardError, match="no image in 2 batches.*OSError"):
+        reward(prompts=['"HELLO"'], images=[broken])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"missing": "skip"}, "missing='skip': expected 'error' or 'none'"),
+        ({"min_confidence": 50}, r"min_confidence=50: expected a number in \[0, 1\]"),
+        ({"threads": 0}, "threads=0: expected at least 1"),
+    ],
+)
+def test_wrong_settings(setting, message):
+    with pytest.raises(ValueError, match=message):
+        OCRReward(**setting)
