@@ -2,10 +2,11 @@
 
 import asyncio
 import json
-import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from served_rewards import calm, patchy, redness
-from serving import TOKEN, pictures, score, scripted, serving, serving_process, until
+from serving import TOKEN, pictures, score, scripted, serving, serving_process
 
 from trl_unigrpo.rewards import RemoteReward, remote
 from trl_unigrpo.rewards.common import DeadRewardError, to_rgb
@@ -485,9 +486,6 @@ def test_training_with_a_served_reward_is_training_with_the_local_one(tmp_path):
 
 
 def test_importing_rewards_loads_no_package_of_theirs():
-    import subprocess
-    import sys
-
     packages = ("PIL", "httpx2", "pydantic", "starlette", "torch", "uvicorn")
     code = f"import trl_unigrpo.rewards, json, sys; print(json.dumps([m for m in {packages} if m in sys.modules]))"
     assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) == []
