@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,39 +158,29 @@ def test_images_of_a_wrong_kind_or_number(url):
 # Requests at once
 
 
-class Crowd:
-    """Counts how many calls run at once."""
-
-    def __init__(self):
-        self.now = self.most = 0
-
-    def enter(self):
-        self.now += 1
-        self.most = max(self.most, self.now)
-
-    def leave(self, images):
-        self.now -= 1
-        return [0.0] * len(images)
-
-
 def test_concurrency_of_the_client_and_turns_on_the_server():
-    asynchronous, synchronous = Crowd(), Crowd()
+    inside, most, meeting = {"together": 0, "in_turn": 0}, {}, asyncio.Barrier(3)
+
+    def enter(name):
+        inside[name] += 1
+        most[name] = max(most.get(name, 0), inside[name])
 
     async def together(images, **columns):
-        asynchronous.enter()
-        await asyncio.sleep(0.1)
-        return asynchronous.leave(images)
+        enter("together")
+        await asyncio.wait_for(meeting.wait(), 10)  # ends when three are here
+        inside["together"] -= 1
+        return [0.0] * len(images)
 
     def in_turn(images, **columns):
-        synchronous.enter()
+        enter("in_turn")
         time.sleep(0.02)
-        return synchronous.leave(images)
+        inside["in_turn"] -= 1
+        return [0.0] * len(images)
 
     with serving(together, in_turn) as address:
-        for name in ("together", "in_turn"):
+        for name in inside:
             assert score(RemoteReward(address, name, batch_size=1, concurrency=3), pictures(9)) == [0.0] * 9
-    assert asynchronous.most == 3
-    assert synchronous.most == 1
+    assert most == {"together": 3, "in_turn": 1}
 
 
 def test_request_whose_caller_gave_up_is_not_scored():
@@ -483,6 +474,14 @@ def test_training_with_a_served_reward_is_training_with_the_local_one(tmp_path):
     assert all(torch.equal(weight, theirs[name]) for name, weight in local.model.state_dict().items())
     base = load_base()[0].state_dict()
     assert any(not torch.equal(weight, base[name]) for name, weight in theirs.items())
+
+
+def test_example_on_the_page_of_served_rewards_runs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "rewards_serve.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    with serving(shapeworld_reward) as address:
+        exec(code.replace("http://127.0.0.1:8000", address), {})
+    assert capsys.readouterr().out == code.split("# ")[1]
 
 
 def test_importing_rewards_loads_no_package_of_theirs():

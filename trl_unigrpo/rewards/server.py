@@ -343,6 +343,7 @@ def serve(
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     socket = config.bind_socket()
+    socket.listen(config.backlog)  # now, so that whoever reads the next line can connect
     address = f"[{host}]" if ":" in host else host
     print(f"Serving {', '.join(rewards)} on http://{address}:{socket.getsockname()[1]}", flush=True)
     uvicorn.Server(config).run(sockets=[socket])
