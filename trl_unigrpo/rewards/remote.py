@@ -118,7 +118,7 @@ class RemoteReward:
         token, gate = self._token(), asyncio.Semaphore(self.concurrency)
 
         async def ask(client: httpx2.AsyncClient, part: slice) -> tuple[Scores, str]:
-            request = {key: values and values[part] for key, values in rows.items()}
+            request: dict[str, Any] = {key: values and values[part] for key, values in rows.items()}
             request["columns"] = {name: values[part] for name, values in sent.items()}
             try:
                 async with gate:
