@@ -452,7 +452,7 @@ def train(reward, output_dir):
         per_device_train_batch_size=8,
         max_completion_length=48,
         image_size=48,
-        num_inference_steps=4,
+        num_inference_steps=6,
         gradient_checkpointing=False,
         learning_rate=3e-4,
         image_learning_rate=1e-4,

@@ -154,9 +154,9 @@ def test_limits_are_positive(name):
         ('{"prompts": [', "body: Invalid JSON"),
         ("[1]", "body: Input should be an object"),
         ({"prompts": ["a"]}, "images: Field required"),
-        (request(prompts="a"), "prompts: Input should be a valid list"),
+        (request(prompts="a"), "prompts: Input should be a valid array"),
         (request(target=["a"]), "target: Extra inputs"),
-        (request(columns={"target": "a"}), "columns.target: Input should be a valid list"),
+        (request(columns={"target": "a"}), "columns.target: Input should be a valid array"),
         (request(prompts=["a", "b"]), "prompts has 2 values for 1 images"),
         (request(completions=[]), "completions has 0 values for 1 images"),
         (request(columns={"target": []}), "target has 0 values for 1 images"),
@@ -179,7 +179,7 @@ def test_malformed_requests(url, content, message):
 
 
 @pytest.mark.parametrize(
-    "header", [None, "", "Bearer ", f"Basic {TOKEN}", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"bearer  {TOKEN}"]
+    "header", [None, "", "Bearer", f"Basic {TOKEN}", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", f"bearer  {TOKEN}"]
 )
 def test_everything_but_health_wants_the_token(header):
     headers = {} if header is None else {"Authorization": header}

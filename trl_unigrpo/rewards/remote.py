@@ -208,7 +208,7 @@ class RemoteReward:
             )
         if name is None and len(names) == 1:
             return str(names[0])
-        if name not in names:
+        if name is None or name not in names:
             known = ", ".join(map(str, names))
             raise ValueError(f"name={name!r}: {self.url} serves {known}. Pass one of these names.")
         return name

@@ -109,7 +109,7 @@ def load_reward(path: str) -> Reward:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        value = functools.reduce(getattr, name.split("."), importlib.import_module(module))
+        value: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"{path!r} can't be imported ({error}). Is the module in the working directory or installed?"
