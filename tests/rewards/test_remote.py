@@ -285,10 +285,12 @@ def test_random_numbers_of_the_run_stay_where_they_were():
         "[" * 100_000,
     ],
 )
-def test_garbage_is_no_score(body):
+def test_garbage_is_no_score(body, caplog):
     with scripted((200, body)) as (address, requests):
         assert score(RemoteReward(address, "far"), pictures(2)) == [None, None]
     assert len(requests) == 1
+    assert "expected 2 scores" in caplog.text or len(body) > 400  # those break the reading of JSON or numbers
+    assert len(caplog.text) < 1000
 
 
 def test_nan_in_an_answer_is_no_score():

@@ -5,6 +5,8 @@ import functools
 import io
 import json
 import logging
+import select
+import socket
 import struct
 import subprocess
 import sys
@@ -103,6 +105,32 @@ def test_too_large_a_request(url, times, chunked):
         assert answer.status_code == 413
         assert answer.json() == {"error": "The request is longer than 100000 bytes. Lower batch_size."}
     assert lives(url)
+
+
+def send_slowly(url, size):
+    """Bytes of a body that were sent before the server answered, and the first line of its answer."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(f"POST /score/redness HTTP/1.1\r\nHost: {host}\r\nContent-Length: {size}\r\n\r\n".encode())
+        sent = 0
+        while sent < size and not select.select([connection], [], [], 0.02)[0]:
+            sent += connection.send(b" " * min(10_000, size - sent))
+        return sent, connection.recv(1000).split(b"\r\n")[0]
+
+
+@pytest.mark.parametrize(("size", "token", "status"), [(150_000, None, 413), (90_000, TOKEN, 401)])
+def test_sender_of_a_refused_request_may_finish(size, token, status):
+    """One that is cut off in the middle sees a broken connection, and tries again what can't heal."""
+    with serving(redness, token=token, limits=LIMITS) as address:
+        sent, answer = send_slowly(address, size)
+    assert sent == size
+    assert f" {status} ".encode() in answer
+
+
+def test_sender_without_an_end_is_cut_off(url):
+    sent, answer = send_slowly(url, 10 * LIMITS.max_body)
+    assert 2 * LIMITS.max_body < sent < 10 * LIMITS.max_body
+    assert b" 413 " in answer
 
 
 def test_request_of_exactly_the_limit(url):
