@@ -188,6 +188,28 @@ def build_shapeworld(
     build_base(output_dir, seed)
 
 
+@app.command("serve-rewards")
+def serve_rewards(
+    rewards: Annotated[list[str], typer.Argument(help="Rewards as module:NAME, such as my_rewards:redness.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
+    token_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the token; needed unless the host is 127.0.0.1.")
+    ] = None,
+    max_images: Annotated[int, typer.Option(min=1, help="Images in a request.")] = 64,
+    max_body_mb: Annotated[int, typer.Option(min=1, help="Size of a request, in MiB.")] = 256,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Width x height of an image.")] = 2048 * 2048,
+) -> None:
+    """Serve reward functions over HTTP, for trl_unigrpo.rewards.RemoteReward."""
+    try:
+        from .rewards.server import Limits, serve
+
+        serve(rewards, host, port, token_env, Limits(max_images, max_body_mb * 2**20, max_pixels))
+    except (ImportError, ValueError) as error:
+        typer.echo(f"trl-unigrpo serve-rewards: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
 def main() -> None:
     app()
 
