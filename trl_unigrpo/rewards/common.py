@@ -68,6 +68,7 @@ class ImageReward(ABC):
 
     def __init__(self, name: str | None = None, max_dead_batches: int = 3):
         self.__name__ = name or type(self).__name__
+        self.last_error = ""  # a subclass says here why it left out a score
         self._breaker = Breaker(self.__name__, max_dead_batches)
 
     @abstractmethod
@@ -90,7 +91,7 @@ class ImageReward(ABC):
         """
         check_images(images, len(prompts))
         scores = [finite(score) for score in self.score(images, list(map(prompt_text, prompts)), columns)]
-        self._breaker.observe(scores, log_metric=log_metric)
+        self._breaker.observe(scores, self.last_error, log_metric)
         return scores
 
 
