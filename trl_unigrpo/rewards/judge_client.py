@@ -23,7 +23,7 @@ KEY = "OPENAI_API_KEY"
 _SECRETS = (
     (re.compile(r"data:image/[\w.+-]+;base64,[\w+/=%-]*"), "[picture]"),
     (re.compile(r"(?<=://)[^/\s@]+@"), "[key]@"),
-    (re.compile(r"(?i)(\bbearer\s+|\bapi[-_ ]?key\W{1,4})[^\s'\",}]+"), r"\1[key]"),
+    (re.compile(r"(?i)(\bbearer\s+|\bapi[-_ ]?key['\"]?\s*[=:]\s*['\"]?)[^\s'\",}]+"), r"\1[key]"),
     (re.compile(r"\b[sr]k-[\w*.-]+"), "[key]"),
 )
 _HINTS = {
