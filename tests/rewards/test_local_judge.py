@@ -203,7 +203,7 @@ def test_memory_that_runs_out_is_no_score(judge, monkeypatch):
     monkeypatch.setattr(judge, "_log_odds", lambda inputs: torch.full((1,), torch.nan))
     for _ in range(2):
         assert judge(["cat"], images=IMAGES[:1]) == [None]
-    with pytest.raises(DeadRewardError, match="20 GiB"):
+    with pytest.raises(DeadRewardError, match=r"NaN in torch\.float64: try another dtype"):
         judge(["cat"], images=IMAGES[:1])
 
 

@@ -153,8 +153,10 @@ class LocalVLMJudge(ImageReward):
                 batch = slice(start, start + self.batch_size)
                 shown = [to_rgb(image, self.max_side) for image in images[batch]]
                 try:
-                    odds = self._log_odds(self._inputs(shown, texts[batch]))
-                    scores += map(finite, odds.sigmoid().tolist())
+                    found = self._log_odds(self._inputs(shown, texts[batch])).sigmoid()
+                    if not found.isfinite().all():
+                        self.last_error = f"The model answers NaN in {self.model.dtype}: try another dtype."
+                    scores += map(finite, found.tolist())
                 except torch.OutOfMemoryError as error:  # another batch may fit
                     self.last_error = f"{error} Lower batch_size={self.batch_size} or max_side={self.max_side}."
                     scores += [None] * len(shown)
