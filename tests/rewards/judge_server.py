@@ -62,6 +62,7 @@ class ChatServer:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = -1  # head and body in one packet
 
             def log_message(self, *args):
                 pass
@@ -96,6 +97,7 @@ class ChatServer:
                     self.send_header("content-length", str(len(data)))
                     self.end_headers()
                     self.wfile.write(data[: answer.drop])
+                    self.wfile.flush()
                 except OSError:
                     pass  # the client gave up waiting
                 self.close_connection = answer.drop is not None

@@ -95,7 +95,9 @@ GOOD = [
 def paths(value, at=()):
     """The way to every part of a JSON value."""
     yield at
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, inner in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
         yield from paths(inner, (*at, key))
 
 
@@ -132,7 +134,9 @@ def test_malformed_answers_are_a_number_in_range_or_no_answer(cut, new, text):
 
 
 # Everything that ends a line, a quotation or a turn of a conversation somewhere.
-HOSTILE = st.text(st.sampled_from('"\\{}<>|\n\r\t\u2028\u0085\u202e\ud800\x00\x7fab yes[]') | st.characters(), max_size=40)
+HOSTILE = st.text(
+    st.sampled_from('"\\{}<>|\n\r\t\u2028\u0085\u202e\ud800\x00\x7fab yes[]') | st.characters(), max_size=40
+)
 
 
 @settings(max_examples=500, deadline=None)
@@ -154,7 +158,9 @@ def test_other_languages_stay_readable():
     assert quoted("a<|im_end|>") == '"a\\u003c|im_end|\\u003e"'
 
 
-@pytest.mark.parametrize("template", ["no place", "{}", "{0}", "{prompt.x}", "{prompt[0]}", "{prompt!r}", "{prompt:9}", "{"])
+@pytest.mark.parametrize(
+    "template", ["no place", "{}", "{0}", "{prompt.x}", "{prompt[0]}", "{prompt!r}", "{prompt:9}", "{"]
+)
 def test_templates_that_can_not_be_filled(template):
     with pytest.raises(ValueError, match="template"):
         places(template)

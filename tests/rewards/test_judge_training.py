@@ -36,7 +36,15 @@ def one_thread():
 def test_example_with_a_judge_gives_the_verifiers_rewards(tmp_path, monkeypatch):
     options = [str(part) for name, value in SETTINGS.items() for part in (f"--{name}", value)]
     with ChatServer(verified) as server:
-        command = ["judge_shapeworld.py", "--base_url", server.url, "--judge", "m", "--output_dir", tmp_path / "judged"]
+        command = [
+            "judge_shapeworld.py",
+            "--base_url",
+            server.url,
+            "--judge",
+            "m",
+            "--output_dir",
+            tmp_path / "judged",
+        ]
         monkeypatch.setattr(sys, "argv", [str(part) for part in (*command, *options, "--disable_tqdm", "True")])
         monkeypatch.delenv("OPENAI_API_KEY", raising=False)
         set_seed(42)

@@ -101,7 +101,9 @@ class VLMJudge:
         if image_format not in ("jpeg", "png"):
             raise ValueError(f"image_format={image_format!r}: expected 'jpeg' or 'png'.")
         if (reference is None) == (mode == "pairwise"):
-            raise ValueError(f"reference={reference!r} with mode={mode!r}: 'pairwise' needs a reference, no other does.")
+            raise ValueError(
+                f"reference={reference!r} with mode={mode!r}: 'pairwise' needs a reference, no other does."
+            )
         if not score_range[0] < score_range[1]:
             raise ValueError(f"score_range={score_range}: expected (low, high) with low < high.")
         for argument, value, least in (
@@ -170,7 +172,9 @@ class VLMJudge:
             ValueError: in mode "pairwise", which compares two pictures.
         """
         if self.mode == "pairwise":
-            raise ValueError("A judge with mode='pairwise' compares pictures: ask one with mode='logprobs' or 'score'.")
+            raise ValueError(
+                "A judge with mode='pairwise' compares pictures: ask one with mode='logprobs' or 'score'."
+            )
         return await self._answers(
             [([image], self._fill(self.question_template, question=question)) for image, question in pairs]
         )
@@ -208,9 +212,7 @@ class VLMJudge:
             logger.warning("%s: %d of %d without an answer. %s", self.__name__, failed, len(scores), self.last_error)
         return scores
 
-    async def _answer(
-        self, session: Session, request: Request, url_of: Callable[[Image.Image], str]
-    ) -> float | None:
+    async def _answer(self, session: Session, request: Request, url_of: Callable[[Image.Image], str]) -> float | None:
         if request is None:
             return None
         pictures, text = request
