@@ -44,12 +44,12 @@ def fault(question: int, attempt: int, share: float) -> str | None:
 
 
 def pause(kind: str, attempt: int, draw: random.Random) -> float:
-    """Seconds that the client waits after a fault: the server's word, or 0.5 s doubling to 8 s, less up to a quarter."""
+    """Seconds that the client waits after a fault: as told, or 0.5 doubling to 8, less up to a quarter."""
     return RETRY_AFTER if kind == "busy" else min(0.5 * 2**attempt, 8.0) * (1 - draw.random() / 4)
 
 
 def simulate(questions: int, concurrency: int, seconds: float, share: float) -> float:
-    """Seconds until the last answer, with a client that costs nothing; a question keeps its place through its pauses."""
+    """Seconds until the last answer, if the client cost nothing; a question keeps its place through its pauses."""
     draw, free, end = random.Random(0), [0.0] * concurrency, 0.0
     for question in range(questions):
         now, attempt = heapq.heappop(free) + seconds, 0

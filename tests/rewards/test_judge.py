@@ -418,8 +418,8 @@ def test_pairwise_mode_compares_with_the_reference():
             asked(judge, [(grey(0), "a")])
         with pytest.raises(TypeError, match="str, expected a PIL image"):
             scored(VLMJudge("m", server.url, mode="pairwise", reference="x"), ["a"], [grey(0)], x=["a.png"])
+        judge = VLMJudge("m", server.url, mode="pairwise", reference=lambda *_: [grey(0)])
         with pytest.raises(ValueError, match="1 reference pictures for 2 images"):
-            judge = VLMJudge("m", server.url, mode="pairwise", reference=lambda *_: [grey(0)])
             scored(judge, ["a", "b"], images[:2])
 
 

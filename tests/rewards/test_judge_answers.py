@@ -1,4 +1,4 @@
-"""Reading answers and writing questions: whatever comes in, a number in range or no answer; no text leaves its place."""
+"""Answers: a number in range or none, whatever comes in. Questions: no text leaves its place."""
 
 import copy
 import json
@@ -127,8 +127,8 @@ def test_malformed_answers_are_a_number_in_range_or_no_answer(cut, new, text):
         for read in (yes_probability, lambda body: verdict_score(body, 0, 10)):
             try:
                 score = read(body)
-            except NoAnswer as error:
-                assert str(error)
+            except NoAnswer:
+                pass
             else:
                 assert type(score) is float and 0 <= score <= 1 and not math.isnan(score)
 

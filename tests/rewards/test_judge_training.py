@@ -59,7 +59,7 @@ def test_example_with_a_judge_gives_the_verifiers_rewards(tmp_path, monkeypatch)
     rewards = [[row["reward"] for row in log if "reward" in row] for log in (judged, verified_log)]
     spreads = [[row["reward_std"] for row in log if "reward" in row] for log in (judged, verified_log)]
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-6) and spreads[0] == pytest.approx(spreads[1], abs=1e-6)
-    assert 0 < min(rewards[0]) and max(rewards[0]) < 1 and min(spreads[0]) > 0  # there was something to learn
+    assert min(rewards[0]) > 0 and max(rewards[0]) < 1 and min(spreads[0]) > 0  # there was something to learn
     assert [row["rewards/VLMJudge/mean"] for row in judged if "reward" in row] == pytest.approx(rewards[1], abs=1e-6)
     assert all(row["VLMJudge/failed"] == 0 for row in judged if "VLMJudge/failed" in row)
     assert any("VLMJudge/failed" in row for row in judged)

@@ -143,8 +143,8 @@ def test_sizes_that_have_no_gradient_are_named():
     pixels = torch.zeros(1, 3, 16, 16)
     with pytest.raises(ValueError, match="longest_edge"):
         differentiable_pixels(pixels, CLIPImageProcessorPil(size={"longest_edge": 32}))
+    crop = {"height": 32, "width": 32}
     with pytest.raises(ValueError, match="smaller than the image processor's crop of 32 x 32"):
-        crop = {"height": 32, "width": 32}
         differentiable_pixels(pixels, CLIPImageProcessorPil(do_resize=False, crop_size=crop))
     with pytest.raises(ValueError, match="expected BILINEAR or BICUBIC"):
         differentiable_pixels(pixels, CLIPImageProcessorPil(resample=Image.Resampling.LANCZOS))

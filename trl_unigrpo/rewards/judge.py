@@ -32,7 +32,7 @@ Request = tuple[list[Image.Image], str] | None
 
 class VLMJudge:
     """
-    Scores images by a vision-language model behind an OpenAI-compatible endpoint: vLLM, SGLang, TGI, llama.cpp, hosted.
+    Scores images by a vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, hosted).
 
     An async TRL reward, and an [`Asker`]. The picture comes first in a request, then the question, so that a server
     that keeps prefixes reads each picture once. A key is read from OPENAI_API_KEY; a local server needs none.

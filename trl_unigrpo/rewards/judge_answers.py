@@ -92,7 +92,7 @@ def yes_probability(body: Any) -> float:
     if total == 0:
         likely = ", ".join(repr(top.token) for top in sorted(tops, key=lambda top: -top.logprob)[:3]) or "no token"
         raise NoAnswer(
-            f"the answer begins with {likely}, neither yes nor no. A model that thinks first must be told not to, as in "
+            f"the answer begins with {likely}, neither yes nor no. A model that thinks first must be told not to: "
             "options={'extra_body': {'chat_template_kwargs': {'enable_thinking': False}}}."
         )
     return mass["yes"] / total

@@ -45,8 +45,8 @@ def endpoint_url(base_url: str | None) -> str:
     url = base_url or os.environ.get("OPENAI_BASE_URL") or (HOSTED if os.environ.get(KEY) else None)
     if url is None:
         raise ValueError(
-            "The judge has no endpoint: pass base_url, as in base_url='http://localhost:8000/v1', or set OPENAI_BASE_URL, "
-            f"or {KEY} for the hosted one."
+            "The judge has no endpoint: pass base_url, as in base_url='http://localhost:8000/v1', or set "
+            f"OPENAI_BASE_URL, or {KEY} for the hosted one."
         )
     if not re.match(r"https?://[^/]", url):
         raise ValueError(f"base_url={redact(url)!r}: expected http://... or https://...")

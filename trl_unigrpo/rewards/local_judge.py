@@ -17,7 +17,7 @@ from .pixels import differentiable_pixels
 
 class LocalVLMJudge(ImageReward):
     """
-    Scores images by P(yes) / (P(yes) + P(no)) of a transformers image-text-to-text model: one forward, nothing sampled.
+    Scores images by P(yes) / (P(yes) + P(no)) of a transformers image-text-to-text model: one forward, no sampling.
 
     An [`ImageReward`], an [`Asker`], and differentiable in the pixels. The questions are those of [`VLMJudge`].
 
@@ -113,7 +113,8 @@ class LocalVLMJudge(ImageReward):
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) != len(questions):
             raise ValueError(
-                f"Got pixels of shape {tuple(pixels.shape)} and {len(questions)} questions: expected (B, 3, H, W) and B."
+                f"Got pixels of shape {tuple(pixels.shape)} and {len(questions)} questions: expected (B, 3, H, W) and "
+                "as many questions."
             )
         self.model.to(self.device)
         # The processor lays out the text and says what the model expects to see; the pixels take another way.
@@ -123,7 +124,7 @@ class LocalVLMJudge(ImageReward):
         if seen.shape != expected:
             raise ValueError(
                 f"The model reads pixels of shape {tuple(expected)}, not {tuple(seen.shape)}: its image processor "
-                f"({type(self.processor.image_processor).__name__}) cuts images into pieces, which has no gradient here."
+                f"({type(self.processor.image_processor).__name__}) cuts images into pieces: no gradient through that."
             )
         inputs["pixel_values"] = seen.to(self.device, self.model.dtype)
         return self._log_odds(inputs).sigmoid().to(pixels)
@@ -205,7 +206,8 @@ def answer_ids(tokenizer: Any) -> dict[str, list[int]]:
             ids[word].append(index)
     if missing := [word for word, found in ids.items() if not found]:
         raise ValueError(
-            f"The tokenizer {type(tokenizer).__name__} has no token for {missing[0]!r}: this model can't be asked for one."
+            f"The tokenizer {type(tokenizer).__name__} has no token for {missing[0]!r}: this model can't be "
+            "asked for one."
         )
     return ids
 

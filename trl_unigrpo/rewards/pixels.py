@@ -53,8 +53,8 @@ def differentiable_pixels(pixels: Tensor, processor: Any) -> Tensor:
         top, left = ((have - want) // 2 for have, want in zip(pixels.shape[-2:], (height, width), strict=True))
         if min(top, left) < 0:
             raise ValueError(
-                f"Images of {pixels.shape[-1]} x {pixels.shape[-2]} pixels are smaller than the image processor's crop "
-                f"of {width} x {height}."
+                f"Images of {pixels.shape[-1]} x {pixels.shape[-2]} pixels are smaller than the image processor's "
+                f"crop of {width} x {height}."
             )
         pixels = pixels[..., top : top + height, left : left + width]
     if processor.do_rescale:
