@@ -100,12 +100,12 @@ def test_gradient_agrees_with_finite_differences(judge, size):
     for row in range(2):
         direction = torch.zeros_like(pixels)
         direction[row] = torch.randn(pixels.shape[1:], generator=generator, dtype=torch.float64)
-        step, moved = 1e-5, []
-        for sign in (1, -1):
+        step, slope = 2e-3, 0.0  # not smaller: the language model's norms compute in float32
+        for steps, weight in ((1, 8), (-1, -8), (2, -1), (-2, 1)):  # exact up to the fifth order
             with torch.no_grad():
-                moved.append(judge.differentiable(pixels + sign * step * direction, QUESTIONS[:2])[row])
-        slope = (moved[0] - moved[1]) / (2 * step)
-        assert (gradient * direction).sum() == pytest.approx(slope.item(), rel=1e-5, abs=1e-9)
+                moved = judge.differentiable(pixels + steps * step * direction, QUESTIONS[:2])[row].item()
+            slope += weight * moved / (12 * step)
+        assert (gradient * direction).sum() == pytest.approx(slope, rel=1e-3, abs=2e-4)
     assert all(weight.grad is None for weight in judge.model.parameters())
 
 
@@ -127,16 +127,16 @@ def test_differentiable_path_sees_what_the_judge_sees(judge):
     ],
 )
 def test_pixels_agree_with_the_image_processor(resample, shape, sizes):
-    """Up to the rounding to 8 bits that the image processor makes after it resized."""
+    """Up to the rounding to 8 bits that Pillow makes after each of the two passes of resizing."""
     processor = CLIPImageProcessorPil(resample=resample, **sizes)
     image = picture(3, shape[::-1])
     expected = processor(image, return_tensors="pt")["pixel_values"]
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double() / 255
     found = differentiable_pixels(pixels, processor)
-    rounding = 1.01 * processor.rescale_factor / min(processor.image_std)
+    rounding = 1.25 * processor.rescale_factor / min(processor.image_std)
     assert found.shape == expected.shape
     assert (found - expected).abs().max() < rounding
-    assert (found - expected).abs().mean() < 0.5 * rounding
+    assert (found - expected).abs().mean() < 0.4 * rounding
 
 
 def test_sizes_that_have_no_gradient_are_named():

@@ -48,8 +48,11 @@ def endpoint_url(base_url: str | None) -> str:
             "The judge has no endpoint: pass base_url, as in base_url='http://localhost:8000/v1', or set "
             f"OPENAI_BASE_URL, or {KEY} for the hosted one."
         )
-    if not re.match(r"https?://[^/]", url):
-        raise ValueError(f"base_url={redact(url)!r}: expected http://... or https://...")
+    if not re.fullmatch(r"https?://[^/@?][^@?]*", url):  # the client logs URLs
+        raise ValueError(
+            f"base_url={redact(url)!r}: expected http://... or https://... without a user, a password or a query; a key "
+            f"belongs into {KEY}."
+        )
     return url
 
 

@@ -46,8 +46,12 @@ def differentiable_pixels(pixels: Tensor, processor: Any) -> Tensor:
         if processor.resample not in _MODES:
             raise ValueError(f"resample={processor.resample!r} can't be differentiated: expected BILINEAR or BICUBIC.")
         size = processed_size(*pixels.shape[-2:], processor.size)
-        if size != tuple(pixels.shape[-2:]):  # Pillow's antialiased filters, and its clipping to the range
-            pixels = F.interpolate(pixels, size, mode=_MODES[processor.resample], antialias=True).clamp(0, 1)
+        for target in (
+            (pixels.shape[-2], size[1]),
+            size,
+        ):  # like Pillow: rows first, and each pass clipped to the range
+            if target != tuple(pixels.shape[-2:]):
+                pixels = F.interpolate(pixels, target, mode=_MODES[processor.resample], antialias=True).clamp(0, 1)
     if getattr(processor, "do_center_crop", False):
         height, width = processor.crop_size["height"], processor.crop_size["width"]
         top, left = ((have - want) // 2 for have, want in zip(pixels.shape[-2:], (height, width), strict=True))
