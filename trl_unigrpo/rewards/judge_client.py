@@ -50,8 +50,8 @@ def endpoint_url(base_url: str | None) -> str:
         )
     if not re.fullmatch(r"https?://[^/@?][^@?]*", url):  # the client logs URLs
         raise ValueError(
-            f"base_url={redact(url)!r}: expected http://... or https://... without a user, a password or a query; a key "
-            f"belongs into {KEY}."
+            f"base_url={redact(url)!r}: expected http://... or https://... without a user, a password or a query; "
+            f"a key belongs into {KEY}."
         )
     return url
 

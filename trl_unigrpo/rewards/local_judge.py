@@ -165,7 +165,7 @@ class LocalVLMJudge(ImageReward):
 
     def _inputs(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
         """The model's inputs, padded on the right: positions are then those of a row alone."""
-        messages = []
+        messages: list[list[dict[str, Any]]] = []
         for image, text in zip(images, texts, strict=True):
             content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
             messages.append([{"role": "user", "content": content}])

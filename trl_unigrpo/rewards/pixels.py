@@ -45,7 +45,7 @@ def differentiable_pixels(pixels: Tensor, processor: Any) -> Tensor:
     if processor.do_resize:
         if processor.resample not in _MODES:
             raise ValueError(f"resample={processor.resample!r} can't be differentiated: expected BILINEAR or BICUBIC.")
-        size = processed_size(*pixels.shape[-2:], processor.size)
+        size = processed_size(pixels.shape[-2], pixels.shape[-1], processor.size)
         for target in (
             (pixels.shape[-2], size[1]),
             size,
