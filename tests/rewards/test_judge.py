@@ -85,6 +85,18 @@ def test_request_has_the_picture_first_then_the_question():
     assert headers["authorization"] == "Bearer none"
 
 
+def test_jpeg_is_close_and_white_where_the_image_is_transparent():
+    smooth = Image.fromarray(np.indices((64, 64)).sum(0).astype(np.uint8))
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    with ChatServer(lambda body, attempt: yes(0.5)) as server:
+        scored(VLMJudge("m", server.url, concurrency=1), ["a", "b"], [smooth, clear])
+    (first,), (second,) = (pictures_of(body) for _, body in server.requests)
+    error = np.abs(np.asarray(first, dtype=float) - np.asarray(smooth, dtype=float)[..., None])
+    assert error.mean() < 0.5 and error.max() <= 2
+    assert max(first.quantization[0]) <= 12  # of brightness: the standard's 121 in tenths, as quality 95 has it
+    assert np.asarray(second).min() == 255
+
+
 def test_key_and_endpoint_come_from_the_environment(monkeypatch):
     with ChatServer(lambda body, attempt: yes(0.5)) as server:
         monkeypatch.setenv("OPENAI_API_KEY", KEY)

@@ -169,3 +169,4 @@ def test_templates_that_can_not_be_filled(template):
 def test_places_and_braces():
     assert places("{prompt} {{as is}} {style}") == {"prompt", "style"}
     assert fill("{prompt} {{as is}} {low}", {"prompt": "a", "low": 0.5}) == '"a" {as is} 0.5'
+    assert fill("{low} to {high}", {"low": 0.0, "high": 10.0}) == "0 to 10"
