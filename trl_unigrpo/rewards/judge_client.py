@@ -1,0 +1,131 @@
+"""The way to an OpenAI-compatible endpoint: connections, retries, and errors that may be shown."""
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from urllib.parse import quote
+
+
+try:
+    import httpx2
+    from openai import APIConnectionError, AsyncOpenAI, DefaultAsyncHttpxClient
+except ImportError as error:
+    raise ImportError(f"VLMJudge needs openai ({error}): pip install 'trl-unigrpo[judge]'.") from error
+
+
+HOSTED = "https://api.openai.com/v1"
+KEY = "OPENAI_API_KEY"
+
+_SECRETS = (
+    (re.compile(r"data:image/[\w.+-]+;base64,[\w+/=%-]*"), "[picture]"),
+    (re.compile(r"(?<=://)[^/\s@]+@"), "[key]@"),
+    (re.compile(r"(?i)(\bbearer\s+|\bapi[-_ ]?key['\"]?\s*[=:]\s*['\"]?)[^\s'\",}]+"), r"\1[key]"),
+    (re.compile(r"\b[sr]k-[\w*.-]+"), "[key]"),
+)
+_HINTS = {
+    400: "The endpoint does not take this request: look at the judge's mode and options.",
+    401: f"Set {KEY} in the environment.",
+    403: f"Is {KEY} in the environment the endpoint's, and may it use this model?",
+    404: "Look at the model's name, and at base_url, which mostly ends with /v1.",
+    422: "The endpoint does not take this request: look at the judge's mode and options.",
+}
+
+
+def endpoint_url(base_url: str | None) -> str:
+    """
+    The given URL, else that of OPENAI_BASE_URL, else the hosted one if there is a key.
+
+    Raises:
+        ValueError: if there is none, or it is no URL.
+    """
+    url = base_url or os.environ.get("OPENAI_BASE_URL") or (HOSTED if os.environ.get(KEY) else None)
+    if url is None:
+        raise ValueError(
+            "The judge has no endpoint: pass base_url, as in base_url='http://localhost:8000/v1', or set "
+            f"OPENAI_BASE_URL, or {KEY} for the hosted one."
+        )
+    if not re.fullmatch(r"https?://[^/@?][^@?]*", url):  # the client logs URLs
+        raise ValueError(
+            f"base_url={redact(url)!r}: expected http://... or https://... without a user, a password or a query; "
+            f"a key belongs into {KEY}."
+        )
+    return url
+
+
+def redact(text: str) -> str:
+    """A text that may be shown: without keys, credentials and pictures, 500 characters at most."""
+    for name, value in os.environ.items():
+        if name.startswith("OPENAI") and name.endswith("KEY") and value:
+            text = text.replace(value, "[key]").replace(quote(value, safe=""), "[key]")
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text if len(text) <= 500 else text[:497] + "..."
+
+
+def explain(error: Exception, url: str) -> str:
+    """One line on what went wrong and what to do about it."""
+    cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
+    hint = _HINTS.get(getattr(error, "status_code", 0), "")
+    if isinstance(error, APIConnectionError):
+        hint = f"Does a server answer at {url}?"
+    return redact(" ".join(f"{type(error).__name__}: {error}{cause} {hint}".split()))
+
+
+async def refuse_garbage(response: httpx2.Response) -> None:
+    """Make a success that is no answer a broken connection, so that the client asks again, as it does after others."""
+    if response.is_success:
+        try:
+            body = json.loads(await response.aread())
+            is_answer = isinstance(body["choices"][0], dict)
+        except (ValueError, TypeError, LookupError, RecursionError):
+            is_answer = False
+        if not is_answer:
+            start = redact(response.text)[:100]
+            raise httpx2.RemoteProtocolError(f"The answer is none: {start!r}", request=response.request)
+
+
+@dataclass
+class Session:
+    """A client and the places for its requests, of one event loop."""
+
+    client: AsyncOpenAI
+    slots: asyncio.Semaphore
+    users: int = 0
+
+
+class Endpoint:
+    """
+    Opens one [`Session`] per running event loop, shared by all that use it at a time and closed by the last of them.
+
+    Connections belong to the loop that opened them; TRL scores on a loop of its own, `asyncio.run` makes new ones.
+    """
+
+    def __init__(self, url: str, concurrency: int, timeout: float, max_retries: int):
+        self.url, self.concurrency, self.timeout, self.max_retries = url, concurrency, timeout, max_retries
+        self._sessions: dict[asyncio.AbstractEventLoop, Session] = {}
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Session]:
+        loop = asyncio.get_running_loop()
+        session = self._sessions.get(loop)
+        if session is None:
+            client = AsyncOpenAI(
+                base_url=self.url,
+                api_key=os.environ.get(KEY) or "none",  # a local server asks for no key, the client does
+                timeout=self.timeout,
+                max_retries=self.max_retries,
+                http_client=DefaultAsyncHttpxClient(event_hooks={"response": [refuse_garbage]}),
+            )
+            session = self._sessions[loop] = Session(client, asyncio.Semaphore(self.concurrency))
+        session.users += 1
+        try:
+            yield session
+        finally:
+            session.users -= 1
+            if not session.users:
+                del self._sessions[loop]
+                await session.client.close()
