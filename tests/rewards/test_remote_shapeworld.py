@@ -66,8 +66,8 @@ def test_training_with_a_served_reward_is_training_with_the_local_one(tmp_path):
 
 
 def test_example_on_the_page_of_served_rewards_runs(capsys):
-    page = (Path(__file__).parents[2] / "docs" / "rewards_serve.md").read_text(encoding="utf-8")
-    code = page.split("```python\n")[1].split("```")[0]
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    code = page.split("## Rewards over HTTP\n")[1].split("```python\n")[1].split("```")[0]
     with serving(shapeworld_reward) as address:
         exec(code.replace("http://127.0.0.1:8000", address), {})
     assert capsys.readouterr().out == code.split("# ")[1]
