@@ -9,13 +9,20 @@ import pytest
 import trl.trainer.grpo_trainer as trl_grpo
 from peft import LoraConfig
 from PIL import Image
-from tiny_unified import IMAGE_SIZE, prompts_dataset, tiny_bagel
+from tiny_unified import IMAGE_SIZE, prompts_dataset, redness, tiny_bagel
 
+from trl_unigrpo.rewards import thinking_reward
 from trl_unigrpo.unigrpo_trainer import LOGGED_METRICS
 
 
 def test_every_documented_metric_is_logged_and_every_logged_one_documented(make_trainer):
+    @thinking_reward
+    def words(completions, **_):
+        return [float(len(text)) for text in completions]
+
     trainer = make_trainer(
+        reward_funcs=[redness, words],
+        process_reward_weight=0.5,
         eval_dataset=prompts_dataset(copies=1),
         eval_strategy="steps",
         eval_steps=2,
@@ -33,7 +40,7 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(make_
     ours = {
         key
         for key in {*generated, *updated}
-        if key.split("/")[0] in ("flow", "images", "time", "reward", "grad_norm", "learning_rate") and "/" in key
+        if key.split("/")[0] in {name.split("/")[0] for name in LOGGED_METRICS} and "/" in key
     }
     assert ours == set(LOGGED_METRICS)
     assert {"eval_reward", "eval_images/pixel_std", "eval_reward/frac_none", "eval_time/images"} <= set(evaluated)
