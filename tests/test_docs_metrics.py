@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from trl_unigrpo.unigrpo_trainer import LOGGED_METRICS
+from trl_unigrpo.monitoring.metrics import LOGGED_METRICS
 
 
 def test_trainer_page_lists_every_metric_with_its_meaning():

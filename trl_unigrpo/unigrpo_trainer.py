@@ -67,28 +67,6 @@ from .trl_contract import TRLChangedError, check_attributes, check_trl, generati
 from .unigrpo_config import UniGRPOConfig
 
 
-LOGGED_METRICS = {
-    "flow/loss": "the image's clipped objective, to be minimised, before its weight",
-    "flow/ratio_mean": "mean ratio of the stochastic steps; 1 in the first pass over a generation",
-    "flow/log_ratio_std": "spread of the log-ratios, to be held against the clip range; 0 in the first pass",
-    "flow/clip_frac": "share of stochastic steps whose ratio is outside of the clip range",
-    "flow/velocity_mse": "the regulariser, under its name, before its weight: distance to the reference model",
-    "grad_norm/text": "norm of the text expert's gradient before clipping",
-    "grad_norm/image": "norm of the image expert's gradient before clipping",
-    "learning_rate/text": "learning rate that the text expert was stepped with",
-    "learning_rate/image": "learning rate that the image expert was stepped with",
-    "images/pixel_std": "mean standard deviation of an image's pixels, 0 to 127.5; near 0 where images turn blank",
-    "reward/frac_none": "share of samples that no reward function scored, or that one failed on",
-    "process/reward": "mean of the process rewards' weighted sum, where there are process rewards",
-    "process/frac_none": "share of thinkings without a process reward, or that one failed on",
-    "process/frac_zero_std": "share of thinkings that got the same process reward as all others of their group",
-    "time/images": "seconds to sample and decode the images of a generation batch",
-    "time/reward": "seconds in the reward functions",
-    "time/old_and_reference": "seconds for the old and reference velocities",
-}
-"""What [`UniGRPOTrainer`] logs beside TRL's metrics."""
-
-
 class UniGRPOTrainer(GRPOTrainer):
     """
     Trainer for UniGRPO (arXiv 2603.23500): GRPO on the thinking tokens and FlowGRPO-Fast on the denoising steps of a

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from PIL import Image
 from tiny_unified import IMAGE_SIZE, prompts_dataset, redness, tiny_bagel
 
+from trl_unigrpo.monitoring.metrics import LOGGED_METRICS
 from trl_unigrpo.rewards import thinking_reward
-from trl_unigrpo.unigrpo_trainer import LOGGED_METRICS
 
 
 def test_every_documented_metric_is_logged_and_every_logged_one_documented(make_trainer):

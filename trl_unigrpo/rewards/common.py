@@ -135,7 +135,7 @@ def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
             if isinstance(content, str):
                 return content
             return " ".join(part.get("text", "") for part in content if part.get("type") == "text")
-    raise ValueError(f"The conversation {prompt!r} has no user message.")
+    raise ValueError(f"{prompt!r} has no message of the user: expected a string, or a conversation with one.")
 
 
 def column(columns: dict[str, Any], name: str, reward: str) -> Sequence[Any]:

@@ -14,7 +14,7 @@ try:
     import httpx2
     from openai import APIConnectionError, AsyncOpenAI, DefaultAsyncHttpxClient
 except ImportError as error:
-    raise ImportError(f"VLMJudge needs openai ({error}): pip install 'trl-unigrpo[judge]'.") from error
+    raise ImportError(f"Models behind an endpoint need openai ({error}): pip install 'trl-unigrpo[judge]'.") from error
 
 
 HOSTED = "https://api.openai.com/v1"
@@ -45,8 +45,8 @@ def endpoint_url(base_url: str | None) -> str:
     url = base_url or os.environ.get("OPENAI_BASE_URL") or (HOSTED if os.environ.get(KEY) else None)
     if url is None:
         raise ValueError(
-            "The judge has no endpoint: pass base_url, as in base_url='http://localhost:8000/v1', or set "
-            f"OPENAI_BASE_URL, or {KEY} for the hosted one."
+            "There is no endpoint: pass base_url, as in base_url='http://localhost:8000/v1', or set OPENAI_BASE_URL, "
+            f"or {KEY} for the hosted one."
         )
     if not re.fullmatch(r"https?://[^/@?][^@?]*", url):  # the client logs URLs
         raise ValueError(

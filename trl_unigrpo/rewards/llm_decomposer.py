@@ -12,11 +12,11 @@ from .questions import Question, read_questions
 try:
     from openai import APIError, AsyncOpenAI
     from pydantic import BaseModel, ConfigDict
+
+    from .judge_client import KEY, endpoint_url, redact
 except ImportError as error:
     raise ImportError(f"LLMDecomposer needs openai ({error}): pip install 'trl-unigrpo[judge]'.") from error
 
-
-KEY = "OPENAI_API_KEY"
 
 _SEMANTIC = """You prepare the examination of a picture that was painted from a prompt. The examiner sees the picture,
 not the prompt, and answers questions with yes or no. Write the questions.
@@ -87,19 +87,18 @@ class LLMDecomposer:
     ):
         if not model:
             raise ValueError("model is empty: pass the name of the model at the endpoint.")
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        if base_url is not None and not base_url.startswith(("http://", "https://")):
-            raise ValueError("base_url is no URL: expected http://... or https://..., as in http://localhost:8000/v1.")
-        if base_url is None and not os.environ.get(KEY):
-            raise ValueError(f"There is no endpoint: pass base_url, or set {KEY} for the hosted one.")
         if attempts < 1 or max_retries < 0 or timeout <= 0:
             raise ValueError(
                 f"attempts={attempts}, max_retries={max_retries}, timeout={timeout}: expected at least 1, at least 0 "
                 "and more than 0."
             )
         self.model, self.quality, self.attempts = model, quality, attempts
-        self._key = os.environ.get(KEY) or "none"  # a local endpoint asks for none, the client does
-        self._client = AsyncOpenAI(base_url=base_url, api_key=self._key, timeout=timeout, max_retries=max_retries)
+        self._client = AsyncOpenAI(
+            base_url=endpoint_url(base_url),
+            api_key=os.environ.get(KEY) or "none",  # a local endpoint asks for none, the client does
+            timeout=timeout,
+            max_retries=max_retries,
+        )
 
     async def __aenter__(self) -> "LLMDecomposer":
         return self
@@ -119,10 +118,10 @@ class LLMDecomposer:
             try:
                 return await self._ask(prompt_text(row["prompt"]))
             except APIError as error:  # the client has repeated the request itself
-                raise DecompositionError(self._reason(error)) from None
+                raise DecompositionError(reason(error)) from None
             except Exception as error:  # of whatever form an endpoint's garbage is
                 failure = error
-        raise DecompositionError(f"no answer of {self.attempts} was of use: {self._reason(failure)}") from None
+        raise DecompositionError(f"no answer of {self.attempts} was of use: {reason(failure)}") from None
 
     async def _ask(self, prompt: str) -> tuple[Question, ...]:
         response = await self._client.chat.completions.parse(
@@ -142,10 +141,10 @@ class LLMDecomposer:
             raise ValueError(f"There is no {min(missing)} question.")
         return questions
 
-    def _reason(self, error: Exception | None) -> str:
-        """What happened, on one line, without the key."""
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        return text.replace(self._key, "[key]")[:300] if self._key != "none" else text[:300]
+
+def reason(error: Exception | None) -> str:
+    """What happened, on one line, without the key."""
+    return redact(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 class DecompositionError(RuntimeError):

@@ -1,7 +1,8 @@
 """ShapeWorld: a built-in world of coloured shapes: prompts, a renderer, a rule that scores pictures, a tiny model."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 
 if TYPE_CHECKING:
@@ -33,8 +34,4 @@ __all__ = [
     "shapeworld_reward",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+__getattr__, __dir__ = lazy_names(__name__, _PUBLIC)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from trl_unigrpo.rewards.common import prompt_text
 from trl_unigrpo.shapeworld.grammar import parse_prompt
 from trl_unigrpo.shapeworld.render import CELL_SIZE, IMAGE_SIZE, TEMPLATES
 from trl_unigrpo.shapeworld.world import (
@@ -130,19 +131,6 @@ def score(specs: Sequence[PromptSpec], cells: IntArray) -> Scores:
         for name, number in asked_for.items()
     }
     return Scores(total, (total == 1).astype(np.float64), checks)
-
-
-def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    """The text of a plain prompt, or of the last user message of a conversation."""
-    if isinstance(prompt, str):
-        return prompt
-    for message in reversed(prompt):
-        if message.get("role") == "user":
-            content = message["content"]
-            if isinstance(content, str):
-                return content
-            return " ".join(part["text"] for part in content if part.get("type") == "text")
-    raise ValueError(f"{prompt!r} has no message of the user: expected a string, or a conversation with one")
 
 
 def shapeworld_reward(

@@ -185,3 +185,32 @@ def _per_copy(markers: Tensor, latents: Tensor, images: int) -> Tensor:
 def _repeat(x: Tensor, times: int) -> Tensor:
     """(B, ...) -> (B times, ...), each row repeated."""
     return x if times == 1 else x.unsqueeze(1).expand(-1, times, *x.shape[1:]).flatten(0, 1)
+
+
+def causal_mask(attention_mask: Tensor, length: int) -> Tensor | None:
+    """
+    Where the last `length` of S tokens may look: (B, 1, length, S), or None if plain causal attention says it all.
+
+    Args:
+        attention_mask: (B, S) True at real tokens.
+    """
+    total = attention_mask.shape[1]
+    if (length == total or length == 1) and bool(attention_mask.all()):
+        return None
+    causal = torch.ones(length, total, dtype=torch.bool, device=attention_mask.device).tril(total - length)
+    mask = causal & attention_mask[:, None, :]
+    # A padding token looks at itself, or its softmax would be empty.
+    return (mask | torch.eye(total, dtype=torch.bool, device=mask.device)[-length:])[:, None]
+
+
+def left_padded(context: Context) -> Context:
+    """The context with its padding on the left."""
+    size = context.keys[0].shape[2]
+    missing = size - torch.tensor(context.lengths, device=context.keys[0].device)
+    place = (torch.arange(size, device=missing.device) - missing[:, None]).clamp(min=0)
+
+    def shifted(x: Tensor) -> Tensor:
+        return x.gather(2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+    keys, values = ([shifted(x) for x in states] for states in (context.keys, context.values))
+    return Context(keys, values, context.lengths, context.positions)

@@ -16,13 +16,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..memory import fitting, free_memory
 from ..unified import Conditioning, ContextRow, FlowInputs, UnifiedModelMixin, UnifiedOutput
-from .attention import Context, Layout
+from .attention import Context, Layout, causal_mask, left_padded
 from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
 from .configuration import BagelConfig
 from .layers import BagelLayer, BagelPositionTable, BagelRMSNorm, BagelTimeEmbedder, head_size, rotary_tables
 from .loading import load_checkpoint
 from .processing import check_tokenizer
-from .segments import ContextImage, Segments, segments, text_segments
+from .segments import ContextImage, Segments, padded, segments, text_segments
 from .vision import UNDERSTANDING_MODULES, BagelPerceptron, BagelVisionTower
 
 
@@ -556,41 +556,3 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
             raise ValueError(f"experts={experts!r}: expected one of {sorted(suffixes)}.")
         linears = "|".join(LINEARS.format(suffix=suffix) for suffix in suffixes[experts])
         return rf"(.*\.)?language_model\.model\.layers\.\d+\.({linears})"
-
-
-def causal_mask(attention_mask: Tensor, length: int) -> Tensor | None:
-    """
-    Where the last `length` of S tokens may look: (B, 1, length, S), or None if plain causal attention says it all.
-
-    Args:
-        attention_mask: (B, S) True at real tokens.
-    """
-    total = attention_mask.shape[1]
-    if (length == total or length == 1) and bool(attention_mask.all()):
-        return None
-    causal = torch.ones(length, total, dtype=torch.bool, device=attention_mask.device).tril(total - length)
-    mask = causal & attention_mask[:, None, :]
-    # A padding token looks at itself, or its softmax would be empty.
-    return (mask | torch.eye(total, dtype=torch.bool, device=mask.device)[-length:])[:, None]
-
-
-def padded(rows: Sequence[Tensor], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of ids as (B, width), zeros behind them, and where they are real."""
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    lengths = torch.tensor([len(row) for row in rows])[:, None]
-    return ids.to(device), (torch.arange(width) < lengths).to(device)
-
-
-def left_padded(context: Context) -> Context:
-    """The context with its padding on the left."""
-    size = context.keys[0].shape[2]
-    missing = size - torch.tensor(context.lengths, device=context.keys[0].device)
-    place = (torch.arange(size, device=missing.device) - missing[:, None]).clamp(min=0)
-
-    def shifted(x: Tensor) -> Tensor:
-        return x.gather(2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-    keys, values = ([shifted(x) for x in states] for states in (context.keys, context.values))
-    return Context(keys, values, context.lengths, context.positions)

@@ -198,3 +198,12 @@ def _check(row: ContextRow, placeholder: int) -> None:
             f"A context has {wanted} image placeholders (token {placeholder}) and {len(row.images)} images: give one "
             "image per placeholder, in order."
         )
+
+
+def padded(rows: Sequence[Tensor], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of ids as (B, width), zeros behind them, and where they are real."""
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+    lengths = torch.tensor([len(row) for row in rows])[:, None]
+    return ids.to(device), (torch.arange(width) < lengths).to(device)

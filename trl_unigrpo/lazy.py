@@ -1,0 +1,26 @@
+"""Packages whose public names are imported when first used."""
+
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def lazy_names(package: str, home_of: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """
+    `__getattr__` and `__dir__` of a package.
+
+    Args:
+        package: its `__name__`.
+        home_of: public name -> the package's module that defines it.
+    """
+
+    def getattribute(name: str) -> Any:
+        if name not in home_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(f"{package}.{home_of[name]}"), name)
+
+    def directory() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *home_of})
+
+    return getattribute, directory
