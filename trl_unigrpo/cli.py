@@ -175,6 +175,73 @@ def decompose(
         raise typer.Exit(1)
 
 
+@app.command()
+def paper(
+    output_dir: Annotated[
+        str | None, typer.Option(help="Folder of the runs; paper-runs, or paper-quick with --quick.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Systems or groups (table1, figure4, figure5, ablations), repeated or with commas."),
+    ] = None,
+    seeds: Annotated[
+        list[str] | None, typer.Option(help="Seeds, repeated or with commas; 0,1,2,3,4, or 0,1 with --quick.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time, a core each; by default all cores.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few systems, shorter: minutes instead of hours.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Choose the learning rates on validation prompts instead.")
+    ] = False,
+    chosen: Annotated[str | None, typer.Option(help="File of the chosen rates; without it, the shipped one.")] = None,
+    page: Annotated[str | None, typer.Option(help="Markdown file to write; paper.md in the output folder.")] = None,
+    show: Annotated[
+        bool, typer.Option("--list", help="Only show the runs that are done and left, and the time.")
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=2, help="Rollouts of 192 trajectories per run, to try things out; 140.")
+    ] = None,
+) -> None:
+    """Train every system of the paper's tables on ShapeWorld, and write them as a page. Goes on where it stopped."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from .paper.runner import Options, run_paper, show_grid, usable_cores
+    from .paper.systems import CHOSEN
+
+    try:
+        options = Options(
+            output=Path(output_dir or ("paper-quick" if quick else "paper-runs")),
+            chosen=Path(chosen) if chosen else CHOSEN,
+            jobs=jobs or usable_cores(),
+            only=_parts(only),
+            seeds=tuple(map(_seed, _parts(seeds))) or ((0, 1) if quick else (0, 1, 2, 3, 4)),
+            quick=quick,
+            search=search,
+            page=Path(page) if page else None,
+            generations=steps,
+        )
+        if show:
+            show_grid(options, Console())
+            return
+        code = run_paper(options, Console())
+    except (ValueError, OSError) as error:
+        typer.echo(f"trl-unigrpo paper: {error}", err=True)
+        raise typer.Exit(1) from error
+    raise typer.Exit(code)
+
+
+def _parts(values: list[str] | None) -> tuple[str, ...]:
+    """The values of an option that is given repeatedly or with commas."""
+    return tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"--seeds {text}: expected whole numbers of at least 0, such as 0,1,2.")
+    return int(text)
+
+
 @app.command("build-shapeworld")
 def build_shapeworld(
     output_dir: Annotated[str, typer.Option(help="Folder for the model.")] = "shapeworld-base",

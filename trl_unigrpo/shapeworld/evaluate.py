@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from trl_unigrpo.evaluation import generate
+from trl_unigrpo.evaluation import Guidance, generate
 from trl_unigrpo.shapeworld.dataset import shapeworld_dataset
 from trl_unigrpo.shapeworld.diversity import Diversity, diversity
 from trl_unigrpo.shapeworld.grammar import parse_prompt
@@ -25,6 +25,7 @@ from trl_unigrpo.shapeworld.world import NUM_CELLS
 
 NUM_INFERENCE_STEPS = 10
 MAX_COMPLETION_LENGTH = 24
+EVALUATION_SEED = 1234
 
 FloatArray = NDArray[np.float64]
 
@@ -64,15 +65,22 @@ def evaluate_model(
     tokenizer: PreTrainedTokenizerBase,
     num_prompts: int | None = 1050,
     split: str = "test",
-    seed: int = 1234,
+    seed: int = EVALUATION_SEED,
     thinking: bool = True,
     do_sample: bool = True,
     batch_size: int = 210,
+    guidance: Guidance | None = None,
 ) -> Evaluation:
     """
     Paint `num_prompts` prompts of a split, balanced over categories, and score the pictures.
 
     The same arguments give the same prompts, the same random numbers and so a paired comparison of two models.
+
+    Args:
+        seed: of the choice of prompts, the thinkings and each image's noise.
+        thinking: False paints from the prompt alone.
+        do_sample: False for a greedy thinking.
+        guidance: classifier-free guidance of the images; None for none.
     """
     dataset = shapeworld_dataset(split, num_prompts, seed=seed)
     prompts = list(dataset["prompt"])
@@ -85,6 +93,7 @@ def evaluate_model(
         max_completion_length=MAX_COMPLETION_LENGTH,
         num_inference_steps=NUM_INFERENCE_STEPS,
         image_size=IMAGE_SIZE,
+        guidance=guidance,
         batch_size=batch_size,
         seed=seed,
     )
@@ -109,6 +118,7 @@ def group_diversity(
     tokenizer: PreTrainedTokenizerBase,
     categories: tuple[str, ...] = ("two_object", "color_attr"),
     seed: int = 5,
+    thinking: bool = True,
 ) -> Diversity:
     """How much 16 samples of one prompt differ: the mean over ten prompts of each category."""
     dataset = shapeworld_dataset("test", seed=seed)
@@ -122,6 +132,7 @@ def group_diversity(
         model,
         prompts,
         tokenizer,
+        thinking=thinking,
         max_completion_length=MAX_COMPLETION_LENGTH,
         num_inference_steps=NUM_INFERENCE_STEPS,
         image_size=IMAGE_SIZE,
