@@ -93,7 +93,7 @@ def run_all(
         for job in list(pending):
             if len(running) >= number:
                 return
-            if job.start is not None and not job.start.finished(output):
+            if job.start is not None and (job.start in running or not job.start.finished(output)):
                 continue
             lock = take(job, output)
             if lock is None:
@@ -143,7 +143,7 @@ def start(command: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def end(process: subprocess.Popen[bytes], patience: float = 5.0) -> None:
+def end(process: subprocess.Popen[bytes], patience: float = 2.0) -> None:
     """End a process at once, and wait until it has ended."""
     process.terminate()
     try:
