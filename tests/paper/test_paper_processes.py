@@ -165,8 +165,10 @@ def test_a_process_that_hears_no_sigterm_is_killed(tmp_path):
 
     thread = threading.Thread(target=interrupt)
     thread.start()
+    began = time.monotonic()
     run_all(JOBS[:1], tmp_path, 1, lambda job: command, Record(), pause=0.02)
     thread.join()
+    assert time.monotonic() - began < 30
     assert not alive(int(file.read_text()))
 
 
