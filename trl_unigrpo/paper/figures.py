@@ -139,9 +139,11 @@ def plain_numbers(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def table_figure(results: Mapping[str, Any]) -> Figure:
-    """Table 1 as points with their intervals, best last."""
+def table_figure(results: Mapping[str, Any]) -> Figure | None:
+    """Table 1 as points with their intervals, the best on top."""
     shown = rows(results, "table1")
+    if not shown:
+        return None
     figure = Figure(figsize=(WIDTH, 0.9 + 0.24 * len(shown)), layout="constrained")
     axes = figure.subplots()
     for y, (name, system, mode) in enumerate(sorted(shown, key=lambda row: row[1]["modes"][row[2]]["reward"]["mean"])):

@@ -30,7 +30,15 @@ def escape(text: Any) -> str:
     What Markdown or HTML could read gets a backslash where that is enough, else becomes a numeric entity.
     """
     line = " ".join(str(text).split())
-    return "".join(c if c.isalnum() or c in SAFE else f"\\{c}" if c in ESCAPED else f"&#{ord(c)};" for c in line)
+    return "".join(map(_escaped, line))
+
+
+def _escaped(c: str) -> str:
+    if c.isalnum() or c in SAFE:
+        return c
+    if c in ESCAPED:
+        return f"\\{c}"
+    return f"&#{ord(c)};" if c.isprintable() else "\ufffd"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
@@ -150,7 +158,9 @@ def changed(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     """The settings that differ from a reference, those it does not have included."""
     return (
         ", ".join(
-            f"{escape(key)} = {escape(value)}" for key, value in settings.items() if reference.get(key, key) != value
+            f"{escape(key)} = {escape(value)}"
+            for key, value in settings.items()
+            if key not in reference or reference[key] != value
         )
         or NONE
     )
