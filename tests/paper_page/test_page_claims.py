@@ -4,7 +4,7 @@ import pytest
 from synthetic import World, planted_errors, planted_means, write_world
 
 from trl_unigrpo.paper.claims import AS_GOOD, CLAIMS, DECAY, OTHERS, SIMILAR, Judgement, Part, judged
-from trl_unigrpo.paper.order import GRID
+from trl_unigrpo.paper.order import GRID, main_mode
 from trl_unigrpo.paper.results import collect
 
 
@@ -128,4 +128,62 @@ def test_judged():
     assert judged([Part(False, "a"), Part(None, "b")]).verdict == "does not hold"
     assert judged([Part(True, "a", 1)]).sentence.endswith(
         "One seed only: what another would change is not in the interval."
+    )
+
+
+def interval(low, high, seeds=5):
+    return {"mean": (low + high) / 2, "low": low, "high": high, "seeds": seeds}
+
+
+def judgement(name, rewards, differences=None, ratio=None):
+    """The verdict of a claim from intervals made by hand. `rewards`: system -> its reward in its own mode."""
+    systems = {
+        system: {"title": system, "trained": system != "base", "modes": {main_mode(system): {"reward": interval(*of)}}}
+        for system, of in rewards.items()
+    }
+    results = {
+        "systems": systems,
+        "comparisons": {key: interval(*of) for key, of in (differences or {}).items()},
+        "figure5": {"no_regularizer": {"picture_error_ratio": ratio}},
+        "curves": {},
+    }
+    return next(claim for claim in CLAIMS if claim.id == name).judge(results).verdict
+
+
+def test_above_means_that_intervals_do_not_touch():
+    own = {"unigrpo": (0.78, 0.82)}
+    assert judgement("two_stage", own | {"two_stage": (0.75, 0.779)}) == "holds"
+    assert judgement("two_stage", own | {"two_stage": (0.74, 0.79)}) == "does not hold"
+    assert judgement("two_stage", own | {"two_stage": (0.74, 0.78)}) == "does not hold"
+
+
+@pytest.mark.parametrize(
+    ("difference", "verdict"),
+    [
+        ((-0.3, -0.2), "holds"),
+        ((-0.05, 0.019), "holds"),
+        ((-0.05, 0.021), "does not hold"),
+        ((0.1, 0.2), "does not hold"),
+    ],
+)
+def test_failing_to_converge_is_a_gain_that_is_surely_small(difference, verdict):
+    rewards = {"unifpo": (0.4, 0.6), "base": (0.4, 0.5)}
+    assert judgement("unifpo", rewards, {"unifpo/sampled - base/sampled": difference}) == verdict
+
+
+@pytest.mark.parametrize(
+    ("ratio", "difference", "verdict"),
+    [
+        ((11, 40), (-0.04, 0.04), "holds"),
+        ((9, 40), (-0.04, 0.04), "does not hold"),
+        ((11, 40), (-0.06, 0.04), "does not hold"),
+        ((11, 40), (-0.04, 0.06), "does not hold"),
+        ((11, 40), (-0.2, -0.1), "does not hold"),
+    ],
+)
+def test_decay_is_surely_large_at_a_reward_that_is_surely_similar(ratio, difference, verdict):
+    rewards = {"no_regularizer": (0.7, 0.8), "unigrpo": (0.7, 0.8)}
+    found = {"ratio": 20.0, "low": ratio[0], "high": ratio[1], "seeds": 5}
+    assert (
+        judgement("regularizer", rewards, {"no_regularizer/sampled - unigrpo/sampled": difference}, found) == verdict
     )
