@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from trl_unigrpo.paper.order import GRID, WITHOUT_THINKING, full_grid
+from trl_unigrpo.shapeworld.grammar import CATEGORIES
 
 
-CATEGORIES = ("single_object", "two_object", "counting", "color_attr", "position", "groups", "reasoning")
 COLORS = {"base": (200, 0, 0), "sft": (0, 200, 0), "unigrpo": (0, 0, 200)}
 DIRECT = 0.15
 """How much lower the base and the fine-tuned ones are planted to be without thinking."""

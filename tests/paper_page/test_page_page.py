@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from synthetic import World, edit, write, write_world
 
+from trl_unigrpo.paper.markdown import cpu_time, escape, interval, markdown_table, number, p_value, rate
 from trl_unigrpo.paper.page import read_commentary, render, write_page
 from trl_unigrpo.paper.results import collect
-from trl_unigrpo.paper.tables import changed, escape, interval, markdown_table, number, p_value, rate
+from trl_unigrpo.paper.tables import changed, unwrapped
 
 
 NASTY = "<script>alert(1)</script> | `a` **b** [c](javascript:d) &lt; {{ parameters x Y }} \\| # _e_ ![f](g)"
@@ -265,6 +266,7 @@ def test_numbers_as_text():
     assert interval({"mean": 0.5, "low": 0.25, "high": 0.75}, digits=2) == "0.50\u00a0±\u00a00.25"
     assert [rate(value) for value in (3e-4, 7.5e-5, 5e-5, 1.5, 4.0)] == ["3e-4", "7.5e-5", "5e-5", "1.5", "4"]
     assert [number(None), number(0.12345), number(0.00309, 3, True)] == ["–", "0.123", "0.00309"]
+    assert [cpu_time(5400), cpu_time(90)] == ["1.5 CPU hours", "2 CPU minutes"]
     assert [p_value(0.0004), p_value(0.04), p_value(1.0)] == ["&lt;\u00a00.001", "0.04", "1"]
 
 
@@ -273,3 +275,9 @@ def test_changed_settings():
     assert changed({"a": 2, "b": "x", "c": [0, 5]}, reference) == "a = 2"
     assert changed({"a": 1, "b": "x", "c": [0, 4], "new_one": 0.5}, reference) == "c = \\[0, 4\\], new\\_one = 0.5"
     assert changed(reference, reference) == "–"
+
+
+def test_thinkings_are_shown_without_their_tags():
+    assert unwrapped("<think> red circle </think>") == "red circle"
+    assert unwrapped("<think> never closed") == "<think> never closed"
+    assert unwrapped("") == unwrapped("<think></think>") == ""

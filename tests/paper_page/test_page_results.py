@@ -306,3 +306,13 @@ def test_search_is_that_of_chosen_json(output, tmp_path):
     write(tmp_path / "chosen.json", {"text_grpo": {"settings": {}}})
     with pytest.raises(ValueError, match=re.escape("chosen.json cannot be read (KeyError('candidates'))")):
         collect(tmp_path)
+
+
+def test_categories_stand_in_the_order_of_the_grammar(tmp_path):
+    write_world(tmp_path, systems=("base",))
+
+    def turn(prompts):
+        prompts["categories"] = [*reversed(prompts["categories"][:-2]), "new", "new"]
+
+    edit(tmp_path / "prompts.json", turn)
+    assert list(collect(tmp_path)["prompts"]["categories"]) == [*CATEGORIES, "new"]

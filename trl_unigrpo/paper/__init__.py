@@ -1,1 +1,1 @@
-"""The paper's tables and figures, measured on ShapeWorld."""
+"""`trl-unigrpo paper`: the tables and figures of UniGRPO's paper, measured on ShapeWorld."""

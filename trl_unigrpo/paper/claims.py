@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from .order import GRID, main_mode
+from trl_unigrpo.paper.order import GRID, main_mode
 
 
 Side = tuple[str, str]

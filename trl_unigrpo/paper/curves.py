@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .loading import FloatArray, Run
+from trl_unigrpo.paper.loading import FloatArray, Run
 
 
 POINTS = 48

@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 from PIL import Image
 
-from .claims import REFERENCE
-from .order import WITHOUT_THINKING
-from .tables import rows
+from trl_unigrpo.paper.claims import REFERENCE
+from trl_unigrpo.paper.order import WITHOUT_THINKING
+from trl_unigrpo.paper.tables import rows
 
 
 WIDTH = 5.4
@@ -194,7 +194,7 @@ def curves_figure(results: Mapping[str, Any]) -> Figure | None:
             )
             labels.append((systems[name]["title"], curve[key][-1], curve["reward"][-1], color(name)))
         axes.set_xlabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set_ylabel("reward of the rollouts")
         axes.set_xlim(left=0)
@@ -259,7 +259,7 @@ def regularizer_figure(results: Mapping[str, Any]) -> Figure | None:
         axes.set_yscale("log")
         plain_numbers(axes.yaxis)
         axes.set_xlabel("rollouts")
-        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axes.set_ylabel("picture error of the rollouts")
         ends = [(shown[n]["title"], of["rollouts"][-1], of["picture_error"][-1], color(n)) for n, of in curves.items()]

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .order import position
+from trl_unigrpo.paper.order import position
+from trl_unigrpo.shapeworld.grammar import CATEGORIES
 
 
 FloatArray = NDArray[np.float64]
@@ -42,6 +43,11 @@ class Prompts:
 
     texts: list[str]
     categories: list[str]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The categories that there are, in the grammar's order; unknown ones last."""
+        return [of for of in dict.fromkeys((*CATEGORIES, *self.categories)) if of in self.categories]
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from . import tables
-from .figures import write_figures
+from trl_unigrpo.paper import tables
+from trl_unigrpo.paper.figures import write_figures
+from trl_unigrpo.paper.markdown import cpu_time, escape
 
 
 HEADING = re.compile(r"^## (\S+)$", re.MULTILINE)
@@ -59,16 +60,16 @@ def render(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["escape"] = tables.escape
+    environment.filters["escape"] = escape
     text = environment.get_template("paper.md.jinja").render(
         r=results,
         figures={name: figures.get(name) for name in ("table", "curves", "guidance", "regularizer", "traces")},
         folder=folder,
         commentary=commentary,
         shapeworld=shapeworld,
+        cpu_time=cpu_time,
         missing=tables.seed_lines(results),
         unequal=tables.unequal_rollouts(results),
-        hours=lambda seconds: f"{seconds / 3600:.1f}",
         **{name: getattr(tables, name) for name in TABLES},
     )
     return re.sub(r"\n{3,}", "\n\n", text)

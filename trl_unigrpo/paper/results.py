@@ -10,15 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from trl_unigrpo.evaluation.statistics import CrossedInterval, crossed_interval, holm
-
-from .claims import CLAIMS, COMPARISONS, REFERENCE
-from .curves import curve
-from .loading import MEASURES, FloatArray, Problem, Prompts, Run, read_prompts, read_runs
-from .order import GRID, full_grid, position
-from .search import cpu_seconds, read_search
+from trl_unigrpo.evaluation.statistics import CrossedInterval, holm
+from trl_unigrpo.paper.claims import CLAIMS, COMPARISONS, REFERENCE
+from trl_unigrpo.paper.curves import curve
+from trl_unigrpo.paper.loading import MEASURES, Run, read_prompts, read_runs
+from trl_unigrpo.paper.order import GRID, full_grid
+from trl_unigrpo.paper.scores import Scores
+from trl_unigrpo.paper.search import cpu_seconds, read_search
 
 
 Results = dict[str, Any]
@@ -26,8 +24,10 @@ Results = dict[str, Any]
 TRACED = ("base", "sft", "unigrpo")
 """The systems whose thinkings and pictures stand side by side, as in the paper's Figures 2 and 6 to 8."""
 
-COMPARED = (("sampled", "direct"), {"table1": "table1", "figure5": "ablations", "ablations": "ablations"})
-"""Modes that are compared with UniGRPO, and group -> family of comparisons for Holm's correction."""
+FAMILIES = {"table1": "table1", "figure5": "ablations", "ablations": "ablations"}
+"""Groups that are compared with UniGRPO -> the table in which they stand, for Holm's correction."""
+COMPARED = ("sampled", "direct")
+"""The modes that are compared with UniGRPO's sampled one."""
 
 
 def collect(output: Path, expected: Mapping[str, Sequence[int]] | None = None) -> Results:
@@ -58,7 +58,7 @@ def collect(output: Path, expected: Mapping[str, Sequence[int]] | None = None) -
         "prompts": {
             "number": len(prompts.texts),
             "different": len(set(prompts.texts)),
-            "categories": {name: prompts.categories.count(name) for name in dict.fromkeys(prompts.categories)},
+            "categories": {name: prompts.categories.count(name) for name in prompts.kinds},
         },
         "systems": systems,
         "comparisons": {
@@ -86,59 +86,6 @@ def collect(output: Path, expected: Mapping[str, Sequence[int]] | None = None) -
 def side_name(side: tuple[str, str]) -> str:
     """A system and the mode in which it is evaluated, as one word."""
     return "/".join(side)
-
-
-class Scores:
-    """The runs by system, and the means and differences over them."""
-
-    def __init__(self, runs: Sequence[Run], prompts: Prompts):
-        self.prompts = prompts
-        self.by_system: dict[str, list[Run]] = {}
-        for run in sorted(runs, key=lambda run: (position(run.system), run.seed)):
-            self.by_system.setdefault(run.system, []).append(run)
-        self.systems = list(self.by_system)
-
-    def runs(self, system: str, mode: str | None = None) -> list[Run]:
-        """By seed; those that were evaluated in `mode`."""
-        return [run for run in self.by_system.get(system, []) if mode is None or mode in run.record["evaluations"]]
-
-    def starts(self, system: str) -> list[Run]:
-        """The runs of the system from whose model this one starts; none for the shipped base."""
-        start = self.by_system[system][0].record["start"]
-        return self.by_system.get(start, []) if start not in (None, "base", system) else []
-
-    def trained(self, system: str) -> bool:
-        return any(run.record["rollouts"] for run in self.by_system.get(system, []))
-
-    def mean(self, system: str, mode: str, category: str | None = None) -> CrossedInterval | None:
-        """The mean reward; None where it is not defined: a category with one prompt has no interval."""
-        rows = {run.seed: run.rewards(mode) for run in self.runs(system, mode)}
-        if not self.trained(system):  # its runs are all the same one
-            rows = dict(list(rows.items())[:1])
-        return self._interval(list(rows.values()), category)
-
-    def difference(self, left: tuple[str, str], right: tuple[str, str]) -> CrossedInterval | None:
-        """
-        Mean of left - right, both (system, mode), over the seeds that both have and the same prompts; None if none.
-
-        A system that was not trained has one row of rewards, which stands beside each seed of the other.
-        """
-        rows = [{run.seed: run.rewards(side[1]) for run in self.runs(*side)} for side in (left, right)]
-        if not all(rows):
-            return None
-        for mine, side, other in ((0, left, 1), (1, right, 0)):
-            if not self.trained(side[0]):
-                first = next(iter(rows[mine].values()))
-                rows[mine] = dict.fromkeys(rows[other], first)
-        common = [seed for seed in rows[0] if seed in rows[1]]
-        return self._interval([rows[0][seed] - rows[1][seed] for seed in common])
-
-    def _interval(self, rows: Sequence[FloatArray], category: str | None = None) -> CrossedInterval | None:
-        chosen = np.array([category in (None, of) for of in self.prompts.categories])
-        texts = np.array(self.prompts.texts)[chosen]
-        if not rows or len(set(texts)) < 2:
-            return None
-        return crossed_interval(np.stack(rows)[:, chosen], texts.tolist())
 
 
 def system_summary(system: str, scores: Scores) -> dict[str, Any]:
@@ -182,14 +129,13 @@ def mode_summary(system: str, mode: str, scores: Scores) -> dict[str, Any]:
         "picture_error_interval": [significant(of, 4) for of in own_interval] if own_interval else None,
         "categories": {
             category: interval_record(found) if (found := scores.mean(system, mode, category)) else None
-            for category in dict.fromkeys(scores.prompts.categories)
+            for category in scores.prompts.kinds
         },
     }
-    modes, families = COMPARED
     group = scores.runs(system)[0].record["group"]
-    if mode in modes and group in families and system not in (REFERENCE[0], *GRID["hidden"]):
+    if mode in COMPARED and group in FAMILIES and system not in (REFERENCE[0], *GRID["hidden"]):
         difference = scores.difference((system, mode), REFERENCE)
-        summary["difference"] = interval_record(difference) | {"family": families[group]} if difference else None
+        summary["difference"] = interval_record(difference) | {"family": FAMILIES[group]} if difference else None
     return summary
 
 
@@ -355,6 +301,3 @@ def write_json(file: Path, content: Any) -> None:
     draft = file.with_suffix(".json.part")
     draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(draft, file)
-
-
-__all__ = ["Problem", "Results", "collect"]

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .order import position
+from trl_unigrpo.paper.order import position
 
 
 def read_search(output: Path) -> tuple[dict[str, Any], float]:
