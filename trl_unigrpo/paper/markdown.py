@@ -1,0 +1,63 @@
+"""Text and numbers as Markdown that both GitHub and mkdocs render."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+NONE = "–"
+SAFE = frozenset(" .,+-=()'%:;–")
+"""Characters besides letters and digits that mean nothing to Markdown or HTML within a line."""
+ESCAPED = frozenset("[]_*")
+"""Those that a backslash makes harmless both on GitHub and in mkdocs."""
+
+
+def escape(text: Any) -> str:
+    """
+    Text from a model or from a run, as text: whatever it holds, it neither marks up nor ends a table's cell.
+
+    What Markdown or HTML could read gets a backslash where that is enough, else becomes a numeric entity.
+    """
+    line = " ".join(str(text).split())
+    return "".join(map(_escaped, line))
+
+
+def _escaped(c: str) -> str:
+    if c.isalnum() or c in SAFE:
+        return c
+    if c in ESCAPED:
+        return f"\\{c}"
+    return f"&#{ord(c)};" if c.isprintable() else "\ufffd"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
+    """A table; the first `text_columns` columns are text, the others numbers. Cells are Markdown."""
+    marks = ["---" if i < text_columns else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, marks, *rows))
+
+
+def number(value: float | None, digits: int = 3, significant: bool = False) -> str:
+    if value is None:
+        return NONE
+    return f"{value:#.{digits}g}" if significant else f"{value:.{digits}f}"
+
+
+def cpu_time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} CPU hours" if seconds >= 3600 else f"{seconds / 60:.0f} CPU minutes"
+
+
+def rate(value: float) -> str:
+    """A learning rate such as 1.5e-4; larger numbers as they are."""
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{float(digits):g}e{int(power)}" if value < 0.01 else f"{value:g}"
+
+
+def interval(found: Mapping[str, Any], sign: str = "", digits: int = 3) -> str:
+    """Mean and half of the interval, which never break apart. `sign`: "+" for a difference."""
+    mean = round(found["mean"], digits) + 0.0  # no "-0.000"
+    return f"{mean:{sign}.{digits}f}\u00a0±\u00a0{(found['high'] - found['low']) / 2:.{digits}f}"
+
+
+def p_value(p: float) -> str:
+    return "&lt;\u00a00.001" if p < 0.001 else f"{p:.2g}"
