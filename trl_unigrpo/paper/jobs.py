@@ -38,16 +38,18 @@ class Job:
         return (self.folder(output) / "run.json").is_file()
 
 
-def grid_jobs(systems: Iterable[System], seeds: Sequence[int]) -> list[Job]:
+def grid_jobs(systems: Iterable[System], seeds: Sequence[int] | None = None) -> list[Job]:
     """
     The runs in the order in which to do them: one seed after the other, each run after its start.
 
-    A system that is not trained is the same for every seed: it is run once, as seed 0.
+    Args:
+        seeds: of all systems that are trained; each system's own without them.
     """
+    wanted = {of.name: of.seeds if seeds is None or of.method == "none" else tuple(seeds) for of in systems}
     jobs: dict[Job, None] = {}
-    for seed in seeds:
-        for system in systems:
-            job = Job(system.name, 0 if system.method == "none" else seed)
+    for seed in sorted({seed for of in wanted.values() for seed in of}):
+        for system in (system for system, of in wanted.items() if seed in of):
+            job = Job(system, seed)
             if job.start is not None:
                 jobs[job.start] = None
             jobs[job] = None

@@ -1,54 +1,24 @@
-"""Which systems the page shows, in which order, and which runs the full grid has."""
+"""What the page needs to know of the grid: which systems there are, in which order, and which runs make it whole."""
 
 from __future__ import annotations
 
+from trl_unigrpo.paper.systems import DIRECT, GROUPS, SYSTEMS
+
 
 GRID: dict[str, tuple[str, ...]] = {
-    "table1": (
-        "base",
-        "sft",
-        "sft_clean",
-        "refl",
-        "refl_thinking",
-        "fpo",
-        "fpo_thinking",
-        "awm",
-        "awm_thinking",
-        "nft_thinking",
-        "flow_grpo",
-        "flow_grpo_thinking",
-        "text_grpo",
-        "two_stage",
-        "unifpo",
-        "unigrpo",
-    ),
-    "figure4": ("guidance_off", "guidance_on"),
-    "figure5": ("no_regularizer", "latent_kl", "latent_kl_matched"),
-    "ablations": (
-        "no_ratio_norm",
-        "cps",
-        "window_1",
-        "window_5",
-        "context_full",
-        "lambda_0.3",
-        "lambda_3",
-        "one_epoch",
-    ),
-    "hidden": ("two_stage_refl", "guided_base"),
-}
+    group: tuple(name for name, of in SYSTEMS.items() if of.group == group and not of.hidden) for group in GROUPS
+} | {"hidden": tuple(name for name, of in SYSTEMS.items() if of.hidden)}
 """Group -> systems. Those of "hidden", whatever group a run names, only are others' starts and stand in no table."""
 
-WITHOUT_THINKING = ("refl", "fpo", "awm", "flow_grpo")
+WITHOUT_THINKING = tuple(name for name, of in SYSTEMS.items() if of.modes == DIRECT)
 """Trained and evaluated from the prompt alone. The base and the fine-tuned ones are evaluated both ways."""
-
-SEEDS = (0, 1, 2, 3, 4)
 
 ORDER = tuple(name for names in GRID.values() for name in names)
 
 
 def full_grid() -> dict[str, tuple[int, ...]]:
     """System -> the seeds of the full grid. The base is not trained: one run of it stands for all seeds."""
-    return {name: SEEDS[:1] if name == "base" else SEEDS for name in ORDER}
+    return {name: SYSTEMS[name].seeds for name in ORDER}
 
 
 def position(system: str) -> tuple[int, str]:

@@ -32,6 +32,7 @@ class Options:
         output: the folder of the runs.
         chosen: the file of the search's choice.
         jobs: runs at a time.
+        seeds: of all systems; None for each system's own.
         generations: of a run, instead of the scale's own.
     """
 
@@ -39,7 +40,7 @@ class Options:
     chosen: Path
     jobs: int
     only: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] | None = None
     quick: bool = False
     search: bool = False
     page: Path | None = None
