@@ -110,12 +110,12 @@ def run_paper(options: Options, console: Console) -> int:
 
 def prepare(options: Options, jobs: Sequence[Job]) -> None:
     """Check the settings of all jobs and the disk, and write their prompts."""
+    # What imports the trainers is imported where it is needed, here and below: `--list` answers without.
     from trl_unigrpo.paper.chosen import load_chosen
     from trl_unigrpo.paper.training import run_settings, trainer_arguments
     from trl_unigrpo.shapeworld import shapeworld_dataset
     from trl_unigrpo.shapeworld.evaluate import EVALUATION_SEED
 
-    # Imported here, as the choice is: `--list` answers without.
     chosen = load_chosen(options.chosen)
     for job in jobs:
         system = SYSTEMS[job.system]
