@@ -15,6 +15,7 @@ from trl_unigrpo.paper.systems import (
     IMAGE_RATES,
     JOINT_RATES,
     QUICK_SYSTEMS,
+    SEARCH,
     SEARCH_SEED,
     SYSTEMS,
     Scale,
@@ -50,13 +51,13 @@ def test_the_grid_is_consistent():
 
 def test_every_method_tries_four_candidates():
     assert {system.name for system in GRID if system.group == "table1"} - {system.name for system in SEARCHED} == {
-        *("base", "sft_clean", "two_stage", "two_stage_refl")
+        *("base", "sft_clean", "two_stage", "two_stage_refl", "refl", "fpo", "awm", "flow_grpo")
     }
     for system in SEARCHED:
         assert len({tuple(sorted(candidate.items())) for candidate in system.candidates}) == 4
         assert all(candidate.keys() == system.candidates[0].keys() for candidate in system.candidates)
     image_only = [s for s in SEARCHED if s.method == "unigrpo" and s.settings.get("text_weight") == 0]
-    assert len(image_only) == 7 and all(system.candidates == IMAGE_RATES for system in image_only)
+    assert len(image_only) == 4 and all(system.candidates == IMAGE_RATES for system in image_only)
     assert SYSTEMS["unigrpo"].candidates == SYSTEMS["unifpo"].candidates == JOINT_RATES
 
 
@@ -127,7 +128,7 @@ def test_shipped_choices_are_of_the_declared_candidates():
         (chosen,) = [of for of in entry["candidates"] if of["settings"] == entry["settings"]]
         assert chosen["reward"] == max(of["reward"] for of in entry["candidates"])
         assert (entry["split"], entry["num_prompts"], entry["seed"]) == ("validation", 700, SEARCH_SEED)
-        assert entry["rollouts"] == 26_880
+        assert entry["rollouts"] == 192 * SEARCH.generations
 
 
 def test_jobs_come_seed_by_seed_and_after_their_starts():

@@ -107,7 +107,8 @@ def write_run(output: Path, world: World, system: str, seed: int, rewards: dict[
         "settings": {"learning_rate": 3e-4, "guidance_scale": 2.0 if system == "guidance_on" else 1.0, "seed": seed},
         "start": "two_stage_refl" if system == "two_stage" else "guided_base" if system in GRID["figure4"] else None,
         "rollouts": 192 * generations * trained,
-        "train_seconds": 100.0 + seed if trained else 0.0,
+        "train_cpu_seconds": 100.0 + seed if trained else 0.0,
+        "cpu_seconds": 120.0 + seed,
         "threads": 1,
         "machine": "a machine",
         "date": f"2026-01-0{1 + seed}",
@@ -140,7 +141,7 @@ def write_run(output: Path, world: World, system: str, seed: int, rewards: dict[
         with (folder / "history.jsonl").open("w", encoding="utf-8") as out:
             for i in range(1, generations + 1):
                 reward = world.means["base"] + (goal - world.means["base"]) * i / generations
-                row = {"rollouts": 192 * i, "reward": round(reward, 5), "picture_error": error, "seconds": 5.0 * i}
+                row = {"rollouts": 192 * i, "reward": round(reward, 5), "picture_error": error, "cpu_seconds": 5.0 * i}
                 out.write(json.dumps(row) + "\n")
 
 

@@ -32,13 +32,11 @@ def curve(runs: Sequence[Run], starts: Sequence[Run] = ()) -> dict[str, Any] | N
     tables = []
     for run in logged:
         rows = [row for row in run.history if "reward" in row]
-        start = before.get(run.seed, {"rollouts": 0, "train_seconds": 0.0, "threads": 1})
-        threads = run.record["threads"]
+        start = before.get(run.seed, {"rollouts": 0, "train_cpu_seconds": 0.0})
         tables.append(
             {
                 "rollouts": np.array([row["rollouts"] for row in rows]) + start["rollouts"],
-                "cpu_seconds": np.array([row["seconds"] for row in rows]) * threads
-                + start["train_seconds"] * start["threads"],
+                "cpu_seconds": np.array([row["cpu_seconds"] for row in rows]) + start["train_cpu_seconds"],
                 "reward": np.array([row["reward"] for row in rows]),
                 "picture_error": np.array([row.get("picture_error", np.nan) for row in rows]),
             }

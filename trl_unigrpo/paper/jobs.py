@@ -47,7 +47,7 @@ def grid_jobs(systems: Iterable[System], seeds: Sequence[int] | None = None) -> 
     """
     wanted = {of.name: of.seeds if seeds is None or of.method == "none" else tuple(seeds) for of in systems}
     jobs: dict[Job, None] = {}
-    for seed in sorted({seed for of in wanted.values() for seed in of}):
+    for seed in dict.fromkeys(seed for of in wanted.values() for seed in of):
         for system in (system for system, of in wanted.items() if seed in of):
             job = Job(system, seed)
             if job.start is not None:

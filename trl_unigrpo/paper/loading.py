@@ -27,7 +27,8 @@ REQUIRED: dict[str, type | tuple[type, ...]] = {
     "settings": dict,
     "start": (str, type(None)),
     "rollouts": int,
-    "train_seconds": (int, float),
+    "train_cpu_seconds": (int, float),
+    "cpu_seconds": (int, float),
     "threads": int,
     "machine": str,
     "date": str,
@@ -197,8 +198,8 @@ def read_history(file: Path) -> list[dict[str, float]]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"history.jsonl, line {number}, is not JSON ({error}).") from error
-        if not isinstance(row, dict) or not all(_is_number(row.get(key)) for key in ("rollouts", "seconds")):
-            raise ValueError(f"history.jsonl, line {number}, has no numbers `rollouts` and `seconds`.")
+        if not isinstance(row, dict) or not all(_is_number(row.get(key)) for key in ("rollouts", "cpu_seconds")):
+            raise ValueError(f"history.jsonl, line {number}, has no numbers `rollouts` and `cpu_seconds`.")
         rows.append({key: float(value) for key, value in row.items() if _is_number(value)})
     return rows
 

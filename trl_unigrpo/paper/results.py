@@ -16,7 +16,7 @@ from trl_unigrpo.paper.curves import curve
 from trl_unigrpo.paper.loading import MEASURES, Run, read_prompts, read_runs
 from trl_unigrpo.paper.order import GRID, full_grid
 from trl_unigrpo.paper.scores import Scores
-from trl_unigrpo.paper.search import cpu_seconds, read_search
+from trl_unigrpo.paper.search import read_search
 
 
 Results = dict[str, Any]
@@ -92,7 +92,7 @@ def system_summary(system: str, scores: Scores) -> dict[str, Any]:
     """One system: what it is, what it cost, and what it scored in each mode."""
     runs = scores.runs(system)
     record = runs[0].record
-    seconds = mean(run.record["train_seconds"] * run.record["threads"] for run in runs)
+    seconds = mean(run.record["train_cpu_seconds"] for run in runs)
     diversities = [run.record["diversity"] for run in runs if run.record.get("diversity")]
     modes = list(dict.fromkeys(mode for run in runs for mode in run.record["evaluations"]))
     return {
@@ -244,8 +244,8 @@ def machine_summary(runs: Sequence[Run], search_seconds: float) -> dict[str, Any
             for package in packages
         },
         "runs": len(runs),
-        "train_cpu_seconds": round(sum(record["train_seconds"] * record["threads"] for record in records)),
-        "cpu_seconds": round(sum(cpu_seconds(record) for record in records)),
+        "train_cpu_seconds": round(sum(record["train_cpu_seconds"] for record in records)),
+        "cpu_seconds": round(sum(record["cpu_seconds"] for record in records)),
         "search_cpu_seconds": round(search_seconds),
     }
 

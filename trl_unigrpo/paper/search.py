@@ -20,8 +20,7 @@ def read_search(output: Path) -> tuple[dict[str, Any], float]:
     seconds = 0.0
     for file in sorted(output.glob("search/*/*/run.json")):
         try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            seconds += cpu_seconds(record)
+            seconds += json.loads(file.read_text(encoding="utf-8"))["cpu_seconds"]
         except (ValueError, KeyError, TypeError):
             continue  # half written: the search will do it again
     own, shipped = output / "chosen.json", files("trl_unigrpo.paper") / "chosen.json"
@@ -36,11 +35,6 @@ def read_search(output: Path) -> tuple[dict[str, Any], float]:
             f"{source} cannot be read ({error!r}): expected system -> settings and candidates, each candidate with "
             "settings and reward."
         ) from error
-
-
-def cpu_seconds(record: dict[str, Any]) -> float:
-    """What a run took in all, its scoring included where run.json tells it; threads times seconds."""
-    return record.get("seconds", record["train_seconds"]) * record["threads"]
 
 
 def _candidates(entry: dict[str, Any]) -> dict[str, Any]:

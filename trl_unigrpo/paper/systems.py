@@ -118,7 +118,8 @@ def matched_kl_weight() -> float:
 
 NO_TEXT: Settings = {"text_weight": 0.0}
 NO_THINKING: Settings = {"text_weight": 0.0, "thinking": False}
-FPO, AWM, NFT = ({"image_objective": name} for name in ("fpo", "awm", "nft"))
+# Three points per image, as many trained states as the window of FlowGRPO has.
+FPO, AWM, NFT = ({"image_objective": name, "matching_samples": 3} for name in ("fpo", "awm", "nft"))
 
 # fmt: off
 GRID = (
@@ -166,6 +167,8 @@ GRID = (
            takes=("unigrpo",)),
     System("lambda_0.3", "lambda 0.3", "ablations", "unigrpo", {"flow_weight": 0.3}, takes=("unigrpo",)),
     System("lambda_3", "lambda 3", "ablations", "unigrpo", {"flow_weight": 3.0}, takes=("unigrpo",)),
+    System("unifpo_8", "UniFPO, 8 points per image", "ablations", "unigrpo", {**FPO, "matching_samples": 8},
+           takes=("unifpo",)),
     System("one_epoch", "one pass over each rollout", "ablations", "unigrpo", {"num_iterations": 1},
            takes=("unigrpo",)),
 )

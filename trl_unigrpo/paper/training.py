@@ -131,7 +131,7 @@ def picture_error_reward(
 class HistoryFile(TrainerCallback):
     """
     Writes one line of JSON per rollout batch as soon as it has been trained on: `LOGGED`, "rollouts" (pictures so far)
-    and "seconds" (since training began), to five digits. What each pass logs is that of the last pass: in the first,
+    and "cpu_seconds" (of training so far), to five digits. What each pass logs is that of the last pass: in the first,
     the ratio is 1.
     """
 
@@ -142,7 +142,7 @@ class HistoryFile(TrainerCallback):
         self.row: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.perf_counter()
+        self.started = time.process_time()
         self.file.write_text("", encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -152,7 +152,7 @@ class HistoryFile(TrainerCallback):
         # In the order of LOGGED, without what has no value, such as the entropy of no thinking.
         known = {name: self.row[name] for name in LOGGED.values() if math.isfinite(self.row.get(name, math.nan))}
         rollouts = state.global_step // self.passes * self.batch
-        row = {"rollouts": rollouts, **known, "seconds": time.perf_counter() - self.started}
+        row = {"rollouts": rollouts, **known, "cpu_seconds": time.process_time() - self.started}
         with self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps({name: digits(value) for name, value in row.items()}) + "\n")
         self.row = {}
