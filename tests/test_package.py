@@ -133,6 +133,7 @@ def test_the_import_reader_reads(tmp_path, monkeypatch):
 def test_only_shapeworld_knows_shapeworld():
     """The demo runs the production path: no part of it may know the built-in world."""
     places = ["flow", "models", "rollout.py", "unigrpo_trainer.py", "unigrpo_config.py", "sft_trainer.py"]
+    places += ["refl.py", "refl_trainer.py"]
     files = [file for place in places for file in python_files(place)]
     assert files
     assert [str(file) for file in files if "shapeworld" in file.read_text(encoding="utf-8").lower()] == []

@@ -12,6 +12,7 @@ from .lazy import lazy_names
 if TYPE_CHECKING:
     from .models.bagel import BagelConfig, BagelForUnifiedGeneration
     from .models.unified import UnifiedModelMixin
+    from .refl_trainer import ReFLConfig, ReFLTrainer
     from .sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
     from .unigrpo_config import UniGRPOConfig
     from .unigrpo_trainer import UniGRPOTrainer
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _HOME_OF = {
     "BagelConfig": "models.bagel",
     "BagelForUnifiedGeneration": "models.bagel",
+    "ReFLConfig": "refl_trainer",
+    "ReFLTrainer": "refl_trainer",
     "UnifiedModelMixin": "models.unified",
     "UnifiedSFTConfig": "sft_trainer",
     "UnifiedSFTTrainer": "sft_trainer",
@@ -29,6 +32,8 @@ _HOME_OF = {
 __all__ = [
     "BagelConfig",
     "BagelForUnifiedGeneration",
+    "ReFLConfig",
+    "ReFLTrainer",
     "UniGRPOConfig",
     "UniGRPOTrainer",
     "UnifiedModelMixin",

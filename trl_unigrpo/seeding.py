@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 
-TRAIN, EVAL, WINDOW = range(3)
+TRAIN, EVAL, WINDOW, THINK = range(4)
 """What a stream is for; the first part of its key after the run's seed."""
 
 

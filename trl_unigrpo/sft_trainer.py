@@ -37,8 +37,10 @@ class UnifiedSFTConfig(TrainingArguments):
     Configuration of [`UnifiedSFTTrainer`]; the defaults are those of BAGEL's own training where it has them.
 
     Parameters:
-        text_weight, flow_weight (`float`, *optional*, defaults to `1.0`):
-            Weights of the cross-entropy and of the flow matching loss.
+        text_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the cross-entropy.
+        flow_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the flow matching loss.
         noise_draws (`int`, *optional*, defaults to `1`):
             Noisy copies of each image per step. They share the text's forward.
         timestep_sampling (`str`, *optional*, defaults to `"logit_normal"`):

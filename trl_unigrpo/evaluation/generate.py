@@ -81,48 +81,81 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         chunk = prompts[start : start + batch_size]
         messages = [as_messages(prompt, system if thinking else None) for prompt in chunk]
-        encoded = tokenizer.apply_chat_template(
+        conditioning = think(
+            model,
+            tokenizer,
             messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-        ).to(base.device)
-        prompt_ids = [
-            ids[mask.bool()].tolist()
-            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
-        ]
-        completion_ids: list[list[int]] = [[] for _ in chunk]
-        if thinking:
-            with torch.random.fork_rng():
-                torch.manual_seed(seed + start)
-                out = model.generate(
-                    input_ids=encoded["input_ids"],
-                    attention_mask=encoded["attention_mask"],
-                    do_sample=do_sample,
-                    temperature=temperature if do_sample else None,
-                    top_k=0 if do_sample else None,
-                    top_p=1.0 if do_sample else None,
-                    max_new_tokens=max_completion_length,
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.pad_token_id,
-                    suppress_tokens=never_sampled(base, tokenizer, [tokenizer.eos_token_id]),
-                    use_cache=True,
-                )
-            completion_ids = [
-                trim(ids, tokenizer.eos_token_id) for ids in out[:, encoded["input_ids"].shape[1] :].tolist()
-            ]
+            thinking=thinking,
+            do_sample=do_sample,
+            temperature=temperature,
+            max_completion_length=max_completion_length,
+            seed=seed + start,
+        )
         generators = [row_generator(seed, EVAL, 0, row) for row in range(start, start + len(chunk))]
-        system_rows = system_ids(tokenizer, messages) if guidance is not None else None
-        conditioning = Conditioning(prompt_ids, completion_ids, system_rows)
+        conditioning.system_ids = system_ids(tokenizer, messages) if guidance is not None else None
         records = base.rollout(conditioning, plan, generators)
         latents = torch.stack([record.final_latents for record in records])
         images = base.decode_latents(latents, size)
-        texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(conditioning.completion_ids, skip_special_tokens=True)
         samples += [Sample(*row) for row in zip(chunk, texts, images, latents.cpu(), strict=True)]
     model.train(was_training)
     return samples
+
+
+@torch.no_grad()
+def think(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[list[dict[str, Any]]],
+    *,
+    thinking: bool = True,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    max_completion_length: int = 512,
+    seed: int = 0,
+) -> Conditioning:
+    """
+    Sample one thinking for each of B conversations: what their images are to be painted from.
+
+    Args:
+        model: a unified model, adapted or not, in the mode that it is to be sampled in.
+        tokenizer: as [`prepare_tokenizer`] returns it.
+        messages: conversations, with their system prompts.
+        thinking: False leaves the thinkings empty.
+        do_sample, temperature, max_completion_length: how they are sampled; do_sample=False is greedy.
+        seed: of the B thinkings together. The global random state stays as it is.
+    """
+    base = unified_model(model)
+    encoded = tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
+    ).to(base.device)
+    prompt_ids = [
+        ids[mask.bool()].tolist() for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+    ]
+    if not thinking:
+        return Conditioning(prompt_ids, [[] for _ in prompt_ids])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = model.generate(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            do_sample=do_sample,
+            temperature=temperature if do_sample else None,
+            top_k=0 if do_sample else None,
+            top_p=1.0 if do_sample else None,
+            max_new_tokens=max_completion_length,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=never_sampled(base, tokenizer, [tokenizer.eos_token_id]),
+            use_cache=True,
+        )
+    new = out[:, encoded["input_ids"].shape[1] :].tolist()
+    return Conditioning(prompt_ids, [trim(ids, tokenizer.eos_token_id) for ids in new])
 
 
 def trim(ids: list[int], end: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What the trainer logs."""
+"""What the trainers log."""
 
 LOGGED_METRICS = {
     "flow/loss": "the image's clipped objective, to be minimised, before its weight",
@@ -20,3 +20,15 @@ LOGGED_METRICS = {
     "time/old_and_reference": "seconds for the old and reference velocities",
 }
 """What [`~trl_unigrpo.UniGRPOTrainer`] logs beside TRL's metrics."""
+
+REFL_METRICS = {
+    "reward": "mean reward of the images that one late step points to; in evaluation, of finished images",
+    "reward/frac_none": "share of images without a finite reward, or without a finite gradient of it",
+    "refl/step": "the step m that carried the gradient, counted from 0",
+    "refl/timestep": "its time t, from 1 (noise) to 0 (image)",
+    "refl/clamped": "share of pixels beyond black or white, which get no gradient",
+    "time/thinking": "seconds to sample the thinkings of a micro-batch",
+    "time/images": "seconds to denoise its images to the step m",
+    "time/reward": "seconds in the reward and its gradient to the pixels",
+}
+"""What [`~trl_unigrpo.ReFLTrainer`] logs beside what every [`~transformers.Trainer`] does."""

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .dataset import shapeworld_dataset
     from .demo import demo_settings, run_demo
     from .evaluate import evaluate_model
+    from .soft_reward import soft_shapeworld_reward
     from .verifier import picture_error, shapeworld_reward
 
 _PUBLIC = {
@@ -21,6 +22,7 @@ _PUBLIC = {
     "run_demo": "demo",
     "shapeworld_dataset": "dataset",
     "shapeworld_reward": "verifier",
+    "soft_shapeworld_reward": "soft_reward",
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "run_demo",
     "shapeworld_dataset",
     "shapeworld_reward",
+    "soft_shapeworld_reward",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _PUBLIC)
