@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_docs import hooks  # noqa: F401 - a fixture
 
-from trl_unigrpo import ReFLConfig, UnifiedSFTConfig
+from trl_unigrpo import ReFLConfig, UnifiedSFTConfig, UniGRPOConfig
 
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +29,15 @@ def test_example_runs(heading, tmp_path, monkeypatch):
     assert trainer.state.global_step == 1
     assert any("loss" in entry or "train_loss" in entry for entry in trainer.state.log_history)
     assert Path(trainer.args.output_dir).is_dir()
+
+
+def test_settings_of_the_baselines_are_settings(tmp_path):
+    rows = re.findall(r"^\| (.+) \| `(.+)` \|$", PAGE.split("## Objectives on lines")[0], re.MULTILINE)
+    configs = {name: UniGRPOConfig(output_dir=str(tmp_path), **eval(f"dict({settings})")) for name, settings in rows}
+    assert len(configs) == 7
+    trained = {name: (config.text_weight > 0, config.flow_weight > 0) for name, config in configs.items()}
+    assert trained["TextGRPO"] == (True, False) and trained["UniFPO"] == (True, True)
+    assert all(found == (False, True) for name, found in trained.items() if name not in ("TextGRPO", "UniFPO"))
 
 
 def test_example_of_a_reward_has_a_gradient():

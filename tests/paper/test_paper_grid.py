@@ -1,7 +1,5 @@
 """The declared grid: consistent, equal in what every method sees, and accepted by the trainers."""
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -78,8 +76,6 @@ def test_two_halves_make_a_whole(generations):
 
 @by_name
 def test_trainers_accept_the_settings(system, tmp_path):
-    if system.method == "refl" and importlib.util.find_spec("trl_unigrpo.refl_trainer") is None:
-        pytest.skip("ReFLTrainer is not there yet")
     settings = settings_of(system.name)
     args = trainer_arguments(system, settings, str(tmp_path), seed=3)
     assert args.seed == 3 and args.max_steps == settings["max_steps"]

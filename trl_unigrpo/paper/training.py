@@ -13,8 +13,15 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
 from trl_unigrpo.paper.systems import Scale, Settings, System
+from trl_unigrpo.refl_trainer import ReFLConfig, ReFLTrainer
 from trl_unigrpo.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
-from trl_unigrpo.shapeworld import demo_settings, picture_error, shapeworld_dataset, shapeworld_reward
+from trl_unigrpo.shapeworld import (
+    demo_settings,
+    picture_error,
+    shapeworld_dataset,
+    shapeworld_reward,
+    soft_shapeworld_reward,
+)
 from trl_unigrpo.shapeworld.corpus import NO_ERRORS, pretraining_corpus
 from trl_unigrpo.unigrpo_config import UniGRPOConfig
 from trl_unigrpo.unigrpo_trainer import UniGRPOTrainer
@@ -105,11 +112,7 @@ def rollouts(settings: Settings) -> int:
 
 def configuration(method: str) -> type:
     """The class of a method's configuration."""
-    if method == "refl":
-        from trl_unigrpo.refl_trainer import ReFLConfig
-
-        return ReFLConfig
-    return UnifiedSFTConfig if method == "sft" else UniGRPOConfig
+    return {"sft": UnifiedSFTConfig, "refl": ReFLConfig, "unigrpo": UniGRPOConfig}[method]
 
 
 def trainer_arguments(system: System, settings: Settings, output_dir: str, seed: int) -> Any:
@@ -181,9 +184,6 @@ def make_trainer(
         corpus = pretraining_corpus(rollouts(settings), CORPUS_SEED + seed, rates)
         trainer = UnifiedSFTTrainer(train_dataset=corpus, **common)
     elif system.method == "refl":
-        from trl_unigrpo.refl_trainer import ReFLTrainer
-        from trl_unigrpo.shapeworld.soft_reward import soft_shapeworld_reward
-
         dataset = shapeworld_dataset("train", seed=seed)
         trainer = ReFLTrainer(reward=soft_shapeworld_reward, train_dataset=dataset, **common)
     else:
