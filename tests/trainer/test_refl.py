@@ -180,11 +180,13 @@ def test_gradient_is_that_of_the_definition(tmp_path, options):
 
 def test_only_the_drawn_step_carries_a_gradient(tmp_path):
     trainer = make_refl(tmp_path, max_steps=3)
-    calls, predict = [], trainer.unified.predict_velocity
+    calls, noises, predict = [], [], trainer.unified.predict_velocity
 
     def spied(context, latents, timesteps, image_size):
         velocity = predict(context, latents, timesteps, image_size)
         calls.append((timesteps[0].item(), latents.requires_grad, velocity.requires_grad))
+        if timesteps[0] == 1:
+            noises.append(latents.clone())
         # Dropout acts on the step that is trained alone.
         assert trainer.model.training == velocity.requires_grad
         assert not any(keys.requires_grad for keys in context.keys)
@@ -200,36 +202,31 @@ def test_only_the_drawn_step_carries_a_gradient(tmp_path):
         u = 1 - m / 6
         assert of_step[-1][0] == pytest.approx(t) == pytest.approx(3 * u / (1 + 2 * u))
     assert calls == []
+    # Every image of every step starts from noise of its own.
+    assert len(torch.cat(noises).flatten(1).unique(dim=0)) == 12
 
 
 def test_thinkings_are_sampled_anew_in_every_step_as_the_options_say(tmp_path):
-    def thinkings(**changes):
-        trainer = make_refl(tmp_path, **{"max_steps": 2, "max_completion_length": 4, **changes})
+    def thinkings(prompts, **changes):
+        dataset = Dataset.from_dict({"prompt": prompts})
+        trainer = make_refl(tmp_path, dataset=dataset, **{"max_completion_length": 4, **changes})
         kept = captured(trainer)
         trainer.train()
         decode = trainer.processing_class.batch_decode
-        return [
-            dict(zip(prompts, decode(conditioning.completion_ids, skip_special_tokens=True), strict=True))
-            for conditioning, prompts in kept
-        ]
+        return [(shown, decode(seen.completion_ids, skip_special_tokens=True)) for seen, shown in kept]
 
-    dataset = Dataset.from_dict({"prompt": PROMPTS})
-    first, second = thinkings(dataset=dataset)
-    assert first.keys() == second.keys() == set(PROMPTS)
-    assert not any(first[prompt] == second[prompt] for prompt in PROMPTS)
-    assert {len(text.split()) for text in first.values()} <= {0, 1, 2, 3, 4}
+    alike = ["a red cat"] * 4
+    (_, first), (_, second) = thinkings(alike, max_steps=2)
+    assert len({*first, *second}) > 4
+    assert first != second
+    assert {len(text.split()) for text in first} <= {0, 1, 2, 3, 4}
+    # Micro-batches have streams of their own.
+    (_, one), (_, other) = thinkings(alike, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert one != other
     settings = {"max_completion_length": 4, "num_inference_steps": 1, "image_size": IMAGE_SIZE}
     greedy = generate(tiny_bagel(), PROMPTS, tiny_tokenizer(), do_sample=False, **settings)
-    (cold,) = thinkings(dataset=dataset, temperature=1e-4, max_steps=1)
-    assert cold == {sample.prompt: sample.thinking for sample in greedy}
-    # Micro-batches have streams of their own.
-    one, other = thinkings(
-        dataset=Dataset.from_dict({"prompt": ["a red cat"] * 4}),
-        max_steps=1,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=2,
-    )
-    assert one != other
+    ((prompts, cold),) = thinkings(PROMPTS, temperature=1e-4)
+    assert dict(zip(prompts, cold, strict=True)) == {sample.prompt: sample.thinking for sample in greedy}
 
 
 @pytest.mark.parametrize(
