@@ -50,22 +50,22 @@ def test_edges_and_ties_are_reported():
 
 def test_from_the_folders_to_the_file(tmp_path):
     """The mode that counts is the system's own, and the entries of other systems stay as they are."""
-    system = SYSTEMS["flow_grpo"]
+    system = SYSTEMS["flow_grpo_thinking"]
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "prompts.json").write_text(json.dumps({"prompts": PROMPTS}))
     for job, values in zip(search_jobs(system), rewards(0.5, 0.7, 0.6, 0.4), strict=True):
-        evaluations = {"sampled": {"reward": [1 - value for value in values]}, "direct": {"reward": values}}
+        evaluations = {"greedy": {"reward": [1 - value for value in values]}, "sampled": {"reward": values}}
         run = {"evaluations": evaluations, "split": "validation", "seed": job.seed, "rollouts": 9}
         job.folder(tmp_path).mkdir(parents=True)
         (job.folder(tmp_path) / "run.json").write_text(json.dumps(run))
     entry = choose_from_folders(system, tmp_path)
-    assert entry["settings"] == system.candidates[1] and entry["mode"] == "direct" and entry["num_prompts"] == 200
+    assert entry["settings"] == system.candidates[1] and entry["mode"] == "sampled" and entry["num_prompts"] == 200
 
     file = tmp_path / "chosen.json"
     write_entries(file, {"unifpo": {"settings": {"learning_rate": 1e-4}}})
-    write_entries(file, {**read_entries(file), "flow_grpo": entry})
-    assert list(read_entries(file)) == ["flow_grpo", "unifpo"]  # the grid's order
-    assert load_chosen(file) == {"flow_grpo": system.candidates[1], "unifpo": {"learning_rate": 1e-4}}
+    write_entries(file, {**read_entries(file), "flow_grpo_thinking": entry})
+    assert list(read_entries(file)) == ["flow_grpo_thinking", "unifpo"]  # the grid's order
+    assert load_chosen(file) == {"flow_grpo_thinking": system.candidates[1], "unifpo": {"learning_rate": 1e-4}}
     before = file.read_bytes()
     write_entries(file, dict(reversed(read_entries(file).items())))
     assert file.read_bytes() == before

@@ -27,7 +27,7 @@ SCALE = Scale(2, 14)
 CHOICE = {
     "sft": {"learning_rate": 2e-4},
     "unigrpo": {"learning_rate": 3e-4, "image_learning_rate": 1e-4},
-    "flow_grpo": {"image_learning_rate": 1e-4},
+    "flow_grpo_thinking": {"image_learning_rate": 1e-4},
     "refl_thinking": {"learning_rate": 1e-4},
     "text_grpo": {"learning_rate": 3e-4},
     "guided_base": {"guidance_scale": 2.0, "eval_guidance_scale": 2.0},

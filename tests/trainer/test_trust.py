@@ -97,8 +97,7 @@ def test_dropout_is_found(make_trainer):
 
 def test_regulariser_without_gradient_is_found(make_trainer):
     trainer = make_trainer()
-    regularizer = trainer._regularizer
-    trainer._regularizer = torch.no_grad()(regularizer)
+    trainer._objective.regularizer = torch.no_grad()(trainer._objective.regularizer)
     with pytest.raises(TrustError, match="regulariser has no gradient"):
         trainer.train()
 
