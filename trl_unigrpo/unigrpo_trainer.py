@@ -247,6 +247,7 @@ class UniGRPOTrainer(GRPOTrainer):
         if self._guidance() is not None:
             prompts = self._with_system_prompt(prompts)
             conditioning.system_ids = system_ids(self._tokenizer, prompts, **self.chat_template_kwargs)
+        conditioning.prompts = prompts
         with profiling_context(self, "image_rollout"):
             self._records, images = self._paint(conditioning)
         extra_fields["images"] = images  # becomes an argument of every reward function

@@ -115,7 +115,7 @@ def generate(
             ]
         generators = [row_generator(seed, EVAL, 0, row) for row in range(start, start + len(chunk))]
         system_rows = system_ids(tokenizer, messages) if guidance is not None else None
-        conditioning = Conditioning(prompt_ids, completion_ids, system_rows)
+        conditioning = Conditioning(prompt_ids, completion_ids, system_rows, prompts=chunk)
         records = base.rollout(conditioning, plan, generators)
         latents = torch.stack([record.final_latents for record in records])
         images = base.decode_latents(latents, size)

@@ -1,0 +1,63 @@
+"""The repeated blocks of a network: where adapters go, and what is computed twice to save memory."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def block_lists(network: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of repeated blocks, by name: the outermost `ModuleList`s, which are what a forward walks through."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return found
+
+
+def linear_names(network: nn.Module) -> list[str]:
+    """Regular expressions, without the network's own name, of the linear layers in its blocks, adapted or not."""
+    patterns = set()
+    for outer, blocks in block_lists(network).items():
+        for name, module in blocks.named_modules():
+            rest = name.removesuffix(".base_layer").partition(".")[2]
+            if rest and isinstance(module, nn.Linear) and ".lora_" not in name:
+                patterns.add(rf"{re.escape(outer)}\.\d+\.{re.escape(rest)}")
+    return sorted(patterns)
+
+
+@contextmanager
+def recomputed_blocks(network: nn.Module, enabled: bool) -> Iterator[None]:
+    """
+    Let every block forget what it computed inside of it, and compute it again when its gradient is asked for.
+
+    Some networks' own way of doing so leaves arguments out, or fails; this one passes on what it is given.
+    """
+    blocks = [block for blocks in block_lists(network).values() for block in blocks] if enabled else []
+    for block in blocks:
+        block.forward = _recomputed(block)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _recomputed(block: nn.Module) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return type(block).forward(block, *args, **kwargs)
+        # Without dropout there is no random state to keep: painters stay in evaluation mode.
+        return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return forward
+
+
+def adapted_layers(network: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The layers that hold adapters, by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}
