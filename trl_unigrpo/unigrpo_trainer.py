@@ -432,10 +432,12 @@ class UniGRPOTrainer(GRPOTrainer):
             text_loss = super()._compute_loss(model, of_text)
             flow_loss, steps = torch.zeros((), device=self.accelerator.device), len(records[0].timesteps)
             for k, velocity in base.velocities(records, context_grad):
-                # Back-propagated at once, so that only one step's activations are alive.
+                # Back-propagated at once, so that only one step's activations are alive; the last with the text's.
                 loss = self._flow_loss(velocity[:, None], inputs, slice(k, k + 1), first_pass) / steps
-                self.accelerator.backward(loss / accumulation)
-                flow_loss += loss.detach()
+                if k + 1 < steps:
+                    self.accelerator.backward(loss / accumulation)
+                    loss = loss.detach()
+                flow_loss = flow_loss + loss
         return self.args.text_weight * text_loss + flow_loss / accumulation
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
