@@ -542,6 +542,11 @@ class UniGRPOTrainer(GRPOTrainer):
             }
             write_completion_images(self.args.output_dir, self.state.global_step, columns, self._images)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.unified.save_adapters(output_dir or self.args.output_dir)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -577,7 +582,6 @@ class UniGRPOTrainer(GRPOTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            rewrite_quick_start(
-                Path(self.args.output_dir) / "README.md",
-                self.hub_model_id or self.args.output_dir,
-            )
+            source = self.hub_model_id or self.args.output_dir
+            example = self.unified.quick_start(source)
+            rewrite_quick_start(Path(self.args.output_dir) / "README.md", source, example)

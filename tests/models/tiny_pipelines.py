@@ -1,8 +1,12 @@
 """Random tiny pipelines of diffusers, built in memory. A new family is one more entry of `FAMILIES`."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
 import diffusers
 import torch

@@ -16,6 +16,7 @@ def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
     BAGEL is known by its `llm_config.json`; other models are found through transformers' auto classes, where a third
     party registers its own with `AutoModelForCausalLM.register`. Never runs code from a repository.
     """
+    from . import pipeline  # noqa: F401 - registers its classes
     from .bagel import BagelForUnifiedGeneration
 
     if _is_released_bagel(source, _hub_arguments(kwargs)):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -199,6 +200,17 @@ class UnifiedModelMixin(_Base):
         The noise (B, *latent), float32, that images start from, each drawn by its own generator. None for independent
         numbers in the order of the latents.
         """
+        return None
+
+    def save_adapters(self, folder: str | Path) -> None:
+        """
+        Write trained adapters in the formats of other libraries too, where these can load parts of the model. Called
+        whenever a trainer has saved it.
+        """
+        return
+
+    def quick_start(self, source: str) -> str | None:
+        """A section of the model card that paints with the model saved at `source`; None for the package's own."""
         return None
 
     def images_at_once(self, image_size: tuple[int, int]) -> int | None:

@@ -26,6 +26,7 @@ class PipelineUnifiedConfig(PreTrainedConfig):
             an answer it is the user's prompt.
         painter_arguments (`dict`): further arguments of the pipeline's call, such as `{"max_sequence_length": 512}`.
         system_prompt (`str` or `None`): what the thinker is told if the user brings no system prompt.
+        sources (`dict`): where the `"thinker"` and the `"painter"` were loaded from.
     """
 
     model_type = "unified_pipeline"
@@ -38,6 +39,7 @@ class PipelineUnifiedConfig(PreTrainedConfig):
         painter_prompt: str = "answer",
         painter_arguments: dict[str, Any] | None = None,
         system_prompt: str | None = THINK_SYSTEM_PROMPT,
+        sources: dict[str, str] | None = None,
         **kwargs: Any,
     ):
         if painter_prompt not in PAINTER_PROMPTS:
@@ -51,6 +53,7 @@ class PipelineUnifiedConfig(PreTrainedConfig):
         self.painter_prompt = painter_prompt
         self.painter_arguments = dict(painter_arguments or {})
         self.system_prompt = system_prompt
+        self.sources = dict(sources or {})
         super().__init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:

@@ -6,6 +6,7 @@ Shapes: B samples, T text tokens, H hidden size, `latent` the dimensions of the 
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..auto import read_tokenizer
 from ..unified import Conditioning, FlowInputs, UnifiedModelMixin, UnifiedOutput
 from .blocks import linear_names, recomputed_blocks
 from .checks import check_pipeline, check_thinker
 from .configuration import PipelineUnifiedConfig
 from .latents import LatentMap
+from .loading import hardware_dtype, load_painter, load_thinker, local_folder, painters_own_thinker
 from .painter import Encodings, Painter
+from .saving import quick_start, save_adapters
 
 
 END_OF_THINKING = "</think>"
@@ -60,7 +64,10 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         check_pipeline(pipeline)
         config = copy.deepcopy(config) or PipelineUnifiedConfig()
         config.thinker_config = thinker.config
-        config._name_or_path = config._name_or_path or thinker.config._name_or_path
+        config._name_or_path = config._name_or_path or thinker.config._name_or_path  # where the tokenizer is found
+        own = {"thinker": thinker.config._name_or_path, "painter": getattr(pipeline, "name_or_path", "")}
+        config.sources = {**{part: str(source or "") for part, source in own.items()}, **config.sources}
+        config.shared_encoder = any(part is thinker for part in _language_encoders(pipeline))
         super().__init__(config)
         self.thinker = thinker
         self.painter = pipeline.transformer
@@ -76,10 +83,94 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         self._recomputes = False
         self.train(False)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any = None,
+        *,
+        thinker: Any = None,
+        painter: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | str | None = None,
+        quantization_config: Any = None,
+        config: PipelineUnifiedConfig | None = None,
+        painter_prompt: str | None = None,
+        painter_arguments: dict[str, Any] | None = None,
+        system_prompt: str | None = None,
+        **hub: Any,
+    ) -> "PipelineForUnifiedGeneration":
+        """
+        Put a language model and a pipeline together, or load what `save_pretrained` wrote.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id of a saved unified model; None with a `painter`.
+            thinker: folder or hub id of a causal language model, or the model; None for the painter's own text
+                encoder, where that is a language model: one copy in memory.
+            painter: folder or hub id of a diffusers pipeline, or the pipeline.
+            tokenizer: the thinker's; from its folder by default.
+            dtype: by default bfloat16 where the hardware has it, which suits adapters; fine-tuning all weights needs
+                `torch.float32`.
+            quantization_config: a `BitsAndBytesConfig` for the linear layers of both.
+            painter_prompt, painter_arguments, system_prompt: see [`PipelineUnifiedConfig`].
+            hub: `revision`, `token`, `cache_dir`.
+        """
+        if (pretrained_model_name_or_path is None) == (painter is None):
+            raise ValueError("Pass either the folder of a saved unified model, or painter=... with thinker=... .")
+        hub = {name: hub[name] for name in ("cache_dir", "revision", "token") if hub.get(name)}
+        if painter is None:
+            folder = local_folder(pretrained_model_name_or_path, **hub)
+            config, hub = config or PipelineUnifiedConfig.from_pretrained(folder), {}
+            painter, thinker = folder / "painter", None if config.shared_encoder else folder / "thinker"
+            tokenizer = tokenizer or read_tokenizer(folder, padding_side="left")
+        config = copy.deepcopy(config) or PipelineUnifiedConfig()
+        given = {
+            "painter_prompt": painter_prompt,
+            "painter_arguments": painter_arguments,
+            "system_prompt": system_prompt,
+        }
+        for name, value in given.items():
+            if value is not None:
+                setattr(config, name, value)
+        dtype = (
+            hardware_dtype() if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        )
+        pipeline = load_painter(painter, dtype, quantization_config, **hub)
+        check_pipeline(pipeline)
+        if thinker is None:
+            thinker, own = painters_own_thinker(pipeline)
+            return cls(thinker, tokenizer or own, pipeline, config)
+        thinker = load_thinker(thinker, dtype, quantization_config, **hub)
+        return cls(thinker, tokenizer or read_tokenizer(thinker.config._name_or_path, **hub), pipeline, config)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        """Write `thinker/`, a folder of transformers, and `painter/`, one of diffusers, beside the configuration."""
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        self.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if not self.config.shared_encoder:
+            self.thinker.save_pretrained(folder / "thinker")
+            self.tokenizer.save_pretrained(folder / "thinker")
+        self.pipeline.save_pretrained(folder / "painter")
+
+    def save_adapters(self, folder: str | Path) -> None:
+        """Write the LoRA of each half as its own library has it, `adapters/thinker` and `adapters/painter`."""
+        save_adapters(self, folder)
+
+    def quick_start(self, source: str) -> str:
+        return quick_start(self, source)
+
     @property
     def pipeline(self) -> Any:
         """The painter's pipeline, with its own scheduler: what it paints is what the painter has learnt."""
         return self._runner.pipeline
+
+    @property
+    def painter_arguments(self) -> dict[str, Any]:
+        """What the pipeline's call needs to paint as it was trained: those given, and what leaves guidance out."""
+        arguments = self._runner.arguments
+        return {name: value for name, value in arguments.items() if name in self._runner.accepted}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PipelineForUnifiedGeneration":
         # What is frozen is shared by all copies.
@@ -256,6 +347,10 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return self._recomputes
 
     is_activation_checkpointing = is_gradient_checkpointing
+
+
+def _language_encoders(pipeline: Any) -> list[Any]:
+    return [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
 
 
 def _user_text(prompt: Any) -> str:

@@ -1,0 +1,139 @@
+"""Adapters in the formats that transformers and diffusers load by themselves."""
+
+import copy
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+ADAPTERS = "adapters"
+"""Folder of the exported adapters, `adapters/thinker` and `adapters/painter`, beside PEFT's own file of both."""
+
+PARTS = ("thinker", "painter")
+
+
+def save_adapters(model: Any, folder: str | Path, adapter: str = "default") -> list[Path]:
+    """
+    Write the LoRA of each part as its own library has it: a PEFT folder for the thinker, for the painter what its
+    pipeline's `load_lora_weights` reads, or a PEFT folder too where it reads none.
+
+    Returns:
+        The folders written: none without adapters.
+    """
+    configs = getattr(model, "peft_config", {})
+    if not isinstance(configs.get(adapter), LoraConfig):
+        return []
+    weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    written = []
+    for part in PARTS:
+        own = {
+            name.removeprefix(f"{part}."): weight.contiguous()
+            for name, weight in weights.items()
+            if name.startswith(f"{part}.")
+        }
+        if own:
+            target = Path(folder) / ADAPTERS / part
+            target.mkdir(parents=True, exist_ok=True)
+            _write(model, part, own, _config_of(model, part, configs[adapter], adapter), target)
+            written.append(target)
+    return written
+
+
+def loads_adapters(pipeline: Any) -> bool:
+    """Whether a pipeline reads the adapters of its transformer with `load_lora_weights`."""
+    save = getattr(pipeline, "save_lora_weights", None)
+    return save is not None and "transformer_lora_layers" in signature(save).parameters
+
+
+def _write(model: Any, part: str, weights: dict[str, Tensor], config: LoraConfig, folder: Path) -> None:
+    if part == "painter" and loads_adapters(model.pipeline):
+        model.pipeline.save_lora_weights(
+            folder,
+            transformer_lora_layers=weights,
+            transformer_lora_adapter_metadata=config.to_dict(),  # without it, alpha is lost
+        )
+        return
+    named = {f"base_model.model.{name}": weight for name, weight in weights.items()}
+    save_file(named, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def _config_of(model: Any, part: str, config: LoraConfig, adapter: str) -> LoraConfig:
+    """The configuration of one part's adapters: its layers by name, and what each of them has of rank and alpha."""
+    network = getattr(model, part)
+    layers = {
+        name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer) and adapter in layer.r
+    }
+    config = copy.deepcopy(config)
+    config.target_modules = set(layers)
+    config.rank_pattern = {name: layer.r[adapter] for name, layer in layers.items() if layer.r[adapter] != config.r}
+    config.alpha_pattern = {
+        name: layer.lora_alpha[adapter]
+        for name, layer in layers.items()
+        if layer.lora_alpha[adapter] != config.lora_alpha
+    }
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.modules_to_save = None
+    config.task_type = "CAUSAL_LM" if part == "thinker" else None
+    config.base_model_name_or_path = model.config.sources.get(part)
+    config.inference_mode = True
+    return config
+
+
+QUICK_START = """## Quick start
+
+```python
+from diffusers import DiffusionPipeline
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{source}")
+{thinker}
+messages = [
+    {{"role": "system", "content": {system!r}}},
+    {{"role": "user", "content": "A red cube on a blue table"}},
+]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+tokens = thinker.generate(**inputs, max_new_tokens=512)
+text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+{painter}
+image = pipeline({prompt}, {arguments}).images[0]
+image.save("image.png")
+```
+
+"""
+
+
+def quick_start(model: Any, source: str) -> str:
+    """Code for the model card that thinks and paints with transformers and diffusers alone."""
+    adapted, sources = bool(getattr(model, "peft_config", {})), model.config.sources
+    if adapted:
+        paint = [f'pipeline = DiffusionPipeline.from_pretrained("{sources["painter"]}")']
+        if loads_adapters(model.pipeline):
+            paint.append(f'pipeline.load_lora_weights("{source}", subfolder="{ADAPTERS}/painter")')
+        else:
+            wrapped = f'PeftModel.from_pretrained(pipeline.transformer, "{source}", subfolder="{ADAPTERS}/painter")'
+            paint.append(f"pipeline.transformer = {wrapped}.get_base_model()")
+    else:
+        paint = [f'pipeline = DiffusionPipeline.from_pretrained("{source}/painter")']
+    think = [f'thinker = AutoModelForCausalLM.from_pretrained("{sources["thinker"]}")']
+    if not adapted:
+        think = [f'thinker = AutoModelForCausalLM.from_pretrained("{source}", subfolder="thinker")']
+    else:
+        think.append(f'thinker = PeftModel.from_pretrained(thinker, "{source}", subfolder="{ADAPTERS}/thinker")')
+    told = "text.rpartition('</think>')[2].strip()"
+    both = model.config.painter_prompt == "prompt_and_answer"
+    return QUICK_START.format(
+        source=source,
+        thinker="\n".join(think),
+        system=model.config.system_prompt,
+        painter="\n".join(paint),
+        prompt=f"messages[1]['content'] + '\\n' + {told}" if both else told,
+        arguments=", ".join(f"{name}={value!r}" for name, value in model.painter_arguments.items()),
+    )
