@@ -114,7 +114,7 @@ def test_the_model_cards_example_runs(tmp_path, adapters, monkeypatch):
     model = PipelineForUnifiedGeneration.from_pretrained(**saved_parts(tmp_path))
     model.tokenizer.save_pretrained(tmp_path / "run")
     if adapters:
-        adapted(model)
+        adapted(model).save_pretrained(tmp_path / "run")
         model.save_adapters(tmp_path / "run")
     else:
         model.save_pretrained(tmp_path / "run")
@@ -123,6 +123,9 @@ def test_the_model_cards_example_runs(tmp_path, adapters, monkeypatch):
     names = {}
     exec(code.replace("max_new_tokens=512", "max_new_tokens=4"), names)
     assert names["image"].size == (16, 16)
+    own, read = (dict(network.named_modules()) for network in (model.painter, names["pipeline"].transformer))
+    assert own.keys() == {name.replace("default_0", "default") for name in read}
+    assert type(names["thinker"]).__name__ == ("PeftModelForCausalLM" if adapters else "Qwen3ForCausalLM")
     assert (tmp_path / "image.png").is_file()
 
 

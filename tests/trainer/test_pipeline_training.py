@@ -4,19 +4,24 @@ import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
-from tiny_unified import moved, weights
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, PeftModel
+from tiny_unified import moved, prompts_dataset, redness, tiny_config, weights
+from transformers import AutoModelForCausalLM
 
 
 sys.path.append(str(Path(__file__).parent.parent / "models"))
 
 from tiny_painters import PROMPTS, generators, painted_from, tiny_model
-from tiny_pipelines import tokenizer
+from tiny_pipelines import qwen3, sd3, tokenizer
 
+from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
 from trl_unigrpo.models.unified import FlowInputs
 from trl_unigrpo.rollout import RolloutPlan
+from trl_unigrpo.unigrpo_trainer import UniGRPOTrainer
 
 
 def arguments(**changes):
@@ -82,6 +87,62 @@ def test_resumes_to_the_bit(make_trainer, tmp_path):
     whole = run(tmp_path / "whole")
     resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-1"))  # between two passes
     assert not moved(weights(whole.model), weights(resumed.model))
+
+
+def test_the_ten_lines_with_another_model(tmp_path):
+    """Nothing but the model changes; what is saved is read by transformers and diffusers."""
+    tiny = sd3()
+    qwen3(language_head=True).save_pretrained(tmp_path / "thinker")
+    tokenizer().save_pretrained(tmp_path / "thinker")
+    tiny.pipeline.save_pretrained(tmp_path / "painter")
+    trainer = UniGRPOTrainer(
+        model=PipelineForUnifiedGeneration.from_pretrained(
+            thinker=str(tmp_path / "thinker"), painter=str(tmp_path / "painter"), painter_arguments=tiny.arguments
+        ),
+        reward_funcs=redness,
+        args=tiny_config(tmp_path / "run", image_size=8, max_completion_length=4, max_steps=2),
+        train_dataset=prompts_dataset(),
+        peft_config=LoraConfig(r=2),
+    )
+    trainer.train()
+    trainer.save_model(trainer.args.output_dir)
+    trainer.create_model_card()
+    run = tmp_path / "run"
+
+    model, size = trainer.unified, (8, 8)
+    plan = RolloutPlan(model.own_timesteps(3, size), size)
+    record = model.rollout(painted_from(PROMPTS[:1]), plan, generators(1))[0]
+    image = model.decode_latents(record.final_latents[None], size)[0]
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "painter")
+    pipeline.load_lora_weights(run / "adapters" / "painter")
+    call = {"height": 8, "width": 8, "num_inference_steps": 3, "guidance_scale": 1.0, **tiny.arguments}
+    other = pipeline(PROMPTS[0], generator=generators(1), **call).images[0]
+    assert np.array_equal(np.asarray(image), np.asarray(other))
+    base = DiffusionPipeline.from_pretrained(tmp_path / "painter")(PROMPTS[0], generator=generators(1), **call)
+    assert not np.array_equal(np.asarray(base.images[0]), np.asarray(other))
+    thinker = AutoModelForCausalLM.from_pretrained(tmp_path / "thinker", dtype=torch.float32)
+    thinker = PeftModel.from_pretrained(thinker, run, subfolder="adapters/thinker")
+    ids = torch.tensor([[10, 40, 90, 41]])
+    assert torch.equal(thinker(input_ids=ids).logits, model(ids).logits)
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert f'pipeline.load_lora_weights("{run}", subfolder="adapters/painter", ' in card
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["nothing"], "target_modules 'nothing' match no module of the model"),
+        (["q_proj"], "match 4 modules of frozen, which are not trained"),
+    ],
+)
+def test_adapters_in_the_wrong_place(make_trainer, targets, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model=tiny_model(), peft_config=LoraConfig(r=2, target_modules=targets), **arguments())
+
+
+def test_an_image_size_that_the_painter_can_not_paint(make_trainer):
+    with pytest.raises(ValueError, match="QwenImagePipeline can't paint an image of 36 x 36 pixels"):
+        make_trainer(model=tiny_model("qwen_image"), **arguments(image_size=36))
 
 
 def test_evaluates_with_guidance(make_trainer):

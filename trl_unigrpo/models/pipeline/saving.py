@@ -5,6 +5,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -116,7 +117,9 @@ def quick_start(model: Any, source: str) -> str:
     if adapted:
         paint = [f'pipeline = DiffusionPipeline.from_pretrained("{sources["painter"]}")']
         if loads_adapters(model.pipeline):
-            paint.append(f'pipeline.load_lora_weights("{source}", subfolder="{ADAPTERS}/painter")')
+            # Without the file's name diffusers takes any other of a local folder for it.
+            where = f'subfolder="{ADAPTERS}/painter", weight_name="{LORA_WEIGHT_NAME_SAFE}"'
+            paint.append(f'pipeline.load_lora_weights("{source}", {where})')
         else:
             wrapped = f'PeftModel.from_pretrained(pipeline.transformer, "{source}", subfolder="{ADAPTERS}/painter")'
             paint.append(f"pipeline.transformer = {wrapped}.get_base_model()")
