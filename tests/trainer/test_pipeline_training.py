@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 sys.path.append(str(Path(__file__).parent.parent / "models"))
 
 from tiny_painters import PROMPTS, generators, painted_from, tiny_model
-from tiny_pipelines import qwen3, sd3, tokenizer
+from tiny_pipelines import flux2_klein, qwen3, sd3, tokenizer
 
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
 from trl_unigrpo.models.unified import FlowInputs
@@ -222,3 +222,21 @@ def by_hand(pipeline, latents, times):
     return pipeline.transformer(
         latents, encoder_hidden_states=embeds, pooled_projections=pooled, timestep=1000 * times
     ).sample
+
+
+@pytest.mark.parametrize("context_grad", ["detach", "full"])
+def test_a_shared_encoder_is_trained_by_the_image_if_it_may(make_trainer, context_grad):
+    """Without a loss on the text nothing else reaches it."""
+    tiny = flux2_klein()
+    model = PipelineForUnifiedGeneration.from_pretrained(
+        painter=tiny.pipeline, painter_arguments=tiny.arguments, dtype=torch.float32
+    )
+    settings = {"flow_context_grad": context_grad, "text_weight": 1e-30, "gradient_checkpointing": True}
+    trainer = make_trainer(model=model, peft_config=LoraConfig(r=2), **arguments(**settings, max_steps=3))
+    before = weights(trainer.model)
+    trainer.train()
+    change = {name: (after - before[name]).abs().max() for name, after in weights(trainer.model).items()}
+    thinker, painter = (max(x for n, x in change.items() if f".{part}." in n) for part in ("thinker", "painter"))
+    assert painter > 1e-3
+    assert (thinker > 1e-3) == (context_grad == "full")
+    assert trainer.state.log_history[0]["flow/log_ratio_std"] == 0

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,14 +19,15 @@ def block_lists(network: nn.Module) -> dict[str, nn.ModuleList]:
     return found
 
 
-def linear_names(network: nn.Module) -> list[str]:
-    """Regular expressions, without the network's own name, of the linear layers in its blocks, adapted or not."""
+def linear_names(network: nn.Module, prefix: str = "") -> list[str]:
+    """Regular expressions, behind a prefix, of the names of linear layers in a network's blocks, adapted or not."""
     patterns = set()
     for outer, blocks in block_lists(network).items():
         for name, module in blocks.named_modules():
             rest = name.removesuffix(".base_layer").partition(".")[2]
             if rest and isinstance(module, nn.Linear) and ".lora_" not in name:
-                patterns.add(rf"{re.escape(outer)}\.\d+\.{re.escape(rest)}")
+                start = f"{prefix}.{outer}" if prefix else outer
+                patterns.add(rf"{re.escape(start)}\.\d+\.{re.escape(rest)}")
     return sorted(patterns)
 
 
@@ -56,8 +56,3 @@ def _recomputed(block: nn.Module) -> Any:
         return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return forward
-
-
-def adapted_layers(network: nn.Module) -> dict[str, BaseTunerLayer]:
-    """The layers that hold adapters, by name."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}

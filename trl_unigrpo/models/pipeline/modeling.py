@@ -67,14 +67,13 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         config._name_or_path = config._name_or_path or thinker.config._name_or_path  # where the tokenizer is found
         own = {"thinker": thinker.config._name_or_path, "painter": getattr(pipeline, "name_or_path", "")}
         config.sources = {**{part: str(source or "") for part, source in own.items()}, **config.sources}
-        config.shared_encoder = any(part is thinker for part in _language_encoders(pipeline))
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        trained = {*thinker.modules(), pipeline.transformer}
+        config.shared_encoder = any(part in trained for name, part in parts.items() if name != "transformer")
         super().__init__(config)
         self.thinker = thinker
         self.painter = pipeline.transformer
-        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-        self.frozen = nn.ModuleDict(
-            {name: part for name, part in parts.items() if part not in (self.painter, self.thinker)}
-        )
+        self.frozen = nn.ModuleDict({name: part for name, part in parts.items() if part not in trained})
         self.frozen.requires_grad_(False)
         self.tokenizer = tokenizer
         self.generation_config = thinker.generation_config
@@ -329,8 +328,16 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         }
         if experts not in networks:
             raise ValueError(f"experts={experts!r}: expected one of {sorted(networks)}.")
-        names = [rf"{name}\.{linear}" for name in networks[experts] for linear in linear_names(getattr(self, name))]
+        names = [rf"{name}\.{linear}" for name in networks[experts] for linear in linear_names(*self._blocks_of(name))]
         return rf"(.*\.)?({'|'.join(names)})"
+
+    def _blocks_of(self, part: str) -> tuple[nn.Module, str]:
+        """The network whose blocks think or paint, and its name in that part: a thinker may also read images."""
+        network = getattr(self, part)
+        if part == "painter":
+            return network, ""
+        decoder = self.thinker.get_decoder()
+        return decoder, next(name for name, module in network.named_modules() if module is decoder)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
@@ -347,10 +354,6 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return self._recomputes
 
     is_activation_checkpointing = is_gradient_checkpointing
-
-
-def _language_encoders(pipeline: Any) -> list[Any]:
-    return [part for name, part in pipeline.components.items() if name.startswith("text_encoder")]
 
 
 def _user_text(prompt: Any) -> str:

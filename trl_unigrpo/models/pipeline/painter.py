@@ -26,11 +26,11 @@ from .scheduler import HandingScheduler, OnStep
 
 
 PROBE = "a picture"
-# Arguments that leave guidance out, the first that do are taken. Where there is a `true_cfg_scale`, `guidance_scale`
-# is a number that the transformer is told, and stays.
+# Arguments that leave guidance out; the first that do are taken. Where there is a `true_cfg_scale`, or where the
+# defaults will do, `guidance_scale` is a number that the transformer is told, and stays.
 WITHOUT_GUIDANCE: tuple[dict[str, float], ...] = (
-    {},
     {"true_cfg_scale": 1.0},
+    {},
     {"guidance_scale": 1.0},
     {"guidance_scale": 0.0},
 )
