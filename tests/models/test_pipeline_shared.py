@@ -95,7 +95,7 @@ def test_the_gradient_through_the_text_is_the_slope_of_the_loss(shared):
     reached = [p for p in weights if p.grad is not None]
     direction = [p.grad + 0.3 * p.grad.std() * torch.randn(p.shape, generator=generator) for p in reached]
     slope = sum((p.grad * d).sum().double() for p, d in zip(reached, direction, strict=True))
-    step = 0.02 / max(float(d.abs().max()) for d in direction)
+    step = 1e-3 / max(float(d.abs().max()) for d in direction)
 
     def after(by):
         with torch.no_grad():
