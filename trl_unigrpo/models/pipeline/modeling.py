@@ -4,6 +4,7 @@ Shapes: B samples, T text tokens, H hidden size, `latent` the dimensions of the 
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from .latents import LatentMap
 from .loading import hardware_dtype, load_painter, load_thinker, local_folder, painters_own_thinker
 from .painter import Encodings, Painter
 from .saving import quick_start, save_adapters
+from .sharing import share_weights, whole_state
 
 
 END_OF_THINKING = "</think>"
@@ -62,6 +64,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
     ):
         check_thinker(thinker, tokenizer)
         check_pipeline(pipeline)
+        shared = share_weights(thinker, pipeline.transformer)
         config = copy.deepcopy(config) or PipelineUnifiedConfig()
         config.thinker_config = thinker.config
         config._name_or_path = config._name_or_path or thinker.config._name_or_path  # where the tokenizer is found
@@ -75,6 +78,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         self.painter = pipeline.transformer
         self.frozen = nn.ModuleDict({name: part for name, part in parts.items() if part not in trained})
         self.frozen.requires_grad_(False)
+        self._shared = shared
         self.tokenizer = tokenizer
         self.generation_config = thinker.generation_config
         self._runner = Painter(pipeline, config.painter_arguments)
@@ -149,7 +153,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         self.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if not self.config.shared_encoder:
-            self.thinker.save_pretrained(folder / "thinker")
+            self.thinker.save_pretrained(folder / "thinker", state_dict=whole_state(self.thinker))
             self.tokenizer.save_pretrained(folder / "thinker")
         self.pipeline.save_pretrained(folder / "painter")
 
@@ -318,7 +322,8 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         check_thinker(self.thinker, tokenizer)
 
     def is_image_parameter(self, name: str) -> bool:
-        return "painter" in name.split(".")
+        _, inside, path = name.rpartition("painter.")
+        return bool(inside) and not any(path.startswith(f"{module}.") for module in self._shared)
 
     def default_lora_targets(self, experts: str = "both") -> str:
         networks: dict[str, list[str]] = {
@@ -328,16 +333,19 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         }
         if experts not in networks:
             raise ValueError(f"experts={experts!r}: expected one of {sorted(networks)}.")
-        names = [rf"{name}\.{linear}" for name in networks[experts] for linear in linear_names(*self._blocks_of(name))]
+        names = [name for part in networks[experts] for name in self._linears(part)]
         return rf"(.*\.)?({'|'.join(names)})"
 
-    def _blocks_of(self, part: str) -> tuple[nn.Module, str]:
-        """The network whose blocks think or paint, and its name in that part: a thinker may also read images."""
-        network = getattr(self, part)
+    def _linears(self, part: str) -> list[str]:
+        """Regular expressions of the linear layers of one part's blocks; those that both use are the thinker's."""
+        names = linear_names(self.painter)
+        shared = [name for name in names if any(re.fullmatch(name, module) for module in self._shared)]
         if part == "painter":
-            return network, ""
-        decoder = self.thinker.get_decoder()
-        return decoder, next(name for name, module in network.named_modules() if module is decoder)
+            return [rf"painter\.{name}" for name in names if name not in shared]
+        decoder = self.thinker.get_decoder()  # a thinker may also have a tower that reads images
+        prefix = next(name for name, module in self.thinker.named_modules() if module is decoder)
+        own = [rf"thinker\.{name}" for name in linear_names(decoder, prefix)]
+        return own + [rf"painter\.{name}" for name in shared]
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

@@ -34,6 +34,9 @@ WITHOUT_GUIDANCE: tuple[dict[str, float], ...] = (
     {"guidance_scale": 1.0},
     {"guidance_scale": 0.0},
 )
+ONE_IMAGE = {"use_resolution_binning": False, "num_frames": 1}
+"""What a call is told where it takes it: the size asked for, and an image rather than a video."""
+
 PROBE_SIDES = (8, 16, 32)
 """Sides of the smallest image, in latents, that a pipeline is tried with."""
 
@@ -56,12 +59,14 @@ class Encodings:
         grad: whether they are encoded with a gradient.
         outputs: what the encoders returned, call by call.
         subsets: encodings of some of the prompts, by their indices.
+        checked: whether the pipeline has seen the prompts.
     """
 
     prompts: Sequence[str]
     grad: bool = False
     outputs: list[Any] = field(default_factory=list)
     subsets: dict[tuple[int, ...], "Encodings"] = field(default_factory=dict)
+    checked: bool = False
 
     def subset(self, rows: Sequence[int]) -> "Encodings":
         """Encodings of some of the prompts."""
@@ -93,7 +98,7 @@ class Painter:
             self.accepted = {parameter.name for parameter in pipeline.blocks.inputs}
         else:
             self.accepted = set(signature(type(pipeline).__call__).parameters)
-        self.arguments = {"use_resolution_binning": False, **(arguments or {})}
+        self.arguments = {**ONE_IMAGE, **(arguments or {})}
         self.batches, self.mixes_prompts = True, True
         self._output: Any = None  # of the transformer, in the dry run
         self._density = 0.0  # latent numbers per pixel
@@ -115,7 +120,10 @@ class Painter:
     # What a pipeline can do
 
     def _dry_run(self) -> None:
-        """Find the arguments with which one step of two images is one forward of two rows."""
+        """
+        Find the arguments with which one step of two images is one forward of two rows, or of one image, for
+        pipelines that only paint one at a time.
+        """
         seen: list[str] = []
         own, failed = self.arguments, None
         for off in WITHOUT_GUIDANCE:
@@ -129,9 +137,9 @@ class Painter:
                 except Exception as error:  # whatever a pipeline raises: of the size, or of guidance for a batch
                     failed = error
                     continue
-                if rows == [2]:
+                if rows == [2] or (len(rows) == 1 and not self.batches):
                     self._probe_size = (side, side)
-                    self.mixes_prompts = self._keeps_prompts_apart()
+                    self.mixes_prompts = self.batches and self._keeps_prompts_apart()
                     return
                 seen.append(f"{off or 'its defaults'}: {rows}")
                 break
@@ -153,7 +161,8 @@ class Painter:
             return self._output
 
         def on_step(_: Tensor, sample: Tensor) -> Tensor:
-            self._density = sample.numel() / 2 / prod(image_size)
+            self.batches = len(sample) == 2
+            self._density = sample[0].numel() / prod(image_size)
             raise _Stop
 
         self._run(Encodings([PROBE] * 2), image_size, torch.ones(1), on_step, forward)
@@ -276,6 +285,9 @@ class Painter:
         self, batch_size: int, image_size: tuple[int, int], generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:
         """The noise (B, *latent), float32, that the pipeline starts from, one generator for each image."""
+        if not self.batches and batch_size > 1:
+            each = [[generator] for generator in generators] if generators else [None] * batch_size
+            return torch.cat([self.start(1, image_size, one) for one in each])
         found: list[Tensor] = []
 
         def on_step(_: Tensor, sample: Tensor) -> Tensor:
@@ -288,6 +300,9 @@ class Painter:
 
     def decode(self, latents: Tensor, image_size: tuple[int, int], output_type: str) -> Any:
         """Images of final states (B, *latent), as the pipeline's `output_type` has them."""
+        if not self.batches and len(latents) > 1:
+            parts = [self.decode(one, image_size, output_type) for one in latents.split(1)]
+            return torch.cat(parts) if output_type == "pt" else [image for part in parts for image in part]
         grad = torch.is_grad_enabled()
 
         def on_step(*_: Tensor) -> Tensor:
@@ -352,7 +367,8 @@ class Painter:
         self.scheduler.follow(given, on_step)
         arguments = {
             **self.arguments,
-            "prompt": list(encodings.prompts),  # a copy: some pipelines write into it
+            # A copy: some pipelines write into it.
+            "prompt": list(encodings.prompts) if self.batches else encodings.prompts[0],
             "height": image_size[0],
             "width": image_size[1],
             "num_inference_steps": steps or len(times),  # type: ignore[arg-type]
@@ -362,6 +378,9 @@ class Painter:
         arguments = {name: value for name, value in arguments.items() if name in self.accepted}
         if self.modular:
             arguments["output"] = "images"
+        if "enable_safety_check" in self.accepted and encodings.checked and output_type == "latent":
+            arguments["enable_safety_check"] = False  # the prompts were checked the first time, and no image comes out
+        encodings.checked = True
 
         def forward_with_grad(*args: Any, **kwargs: Any) -> Any:
             torch.set_grad_enabled(grad)  # until the pipeline's own `no_grad` ends

@@ -12,6 +12,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .sharing import aliases
+
 
 ADAPTERS = "adapters"
 """Folder of the exported adapters, `adapters/thinker` and `adapters/painter`, beside PEFT's own file of both."""
@@ -33,17 +35,36 @@ def save_adapters(model: Any, folder: str | Path, adapter: str = "default") -> l
     weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     written = []
     for part in PARTS:
+        layers = _adapted_layers(model, part, adapter)
         own = {
-            name.removeprefix(f"{part}."): weight.contiguous()
-            for name, weight in weights.items()
-            if name.startswith(f"{part}.")
+            f"{name}.{rest}": weight.contiguous()
+            for name, (path, _) in layers.items()
+            for rest, weight in _below(weights, path)
         }
         if own:
             target = Path(folder) / ADAPTERS / part
             target.mkdir(parents=True, exist_ok=True)
-            _write(model, part, own, _config_of(model, part, configs[adapter], adapter), target)
+            _write(model, part, own, _config_of(model, part, layers, configs[adapter], adapter), target)
             written.append(target)
     return written
+
+
+def _adapted_layers(model: Any, part: str, adapter: str) -> dict[str, tuple[str, LoraLayer]]:
+    """The adapted layers of one part, by their name in it: their name in the model, and the layer."""
+    network = getattr(model, part)
+    layers = {name: (f"{part}.{name}", layer) for name, layer in network.named_modules()}
+    if part == "thinker":
+        for name, path in aliases(network, model.painter).items():
+            layers[name] = (f"painter.{path}", model.painter.get_submodule(path))
+    return {
+        name: (path, layer)
+        for name, (path, layer) in layers.items()
+        if isinstance(layer, LoraLayer) and adapter in layer.r
+    }
+
+
+def _below(weights: dict[str, Tensor], path: str) -> list[tuple[str, Tensor]]:
+    return [(name[len(path) + 1 :], weight) for name, weight in weights.items() if name.startswith(f"{path}.lora_")]
 
 
 def loads_adapters(pipeline: Any) -> bool:
@@ -65,12 +86,11 @@ def _write(model: Any, part: str, weights: dict[str, Tensor], config: LoraConfig
     config.save_pretrained(str(folder))
 
 
-def _config_of(model: Any, part: str, config: LoraConfig, adapter: str) -> LoraConfig:
+def _config_of(
+    model: Any, part: str, adapted: dict[str, tuple[str, LoraLayer]], config: LoraConfig, adapter: str
+) -> LoraConfig:
     """The configuration of one part's adapters: its layers by name, and what each of them has of rank and alpha."""
-    network = getattr(model, part)
-    layers = {
-        name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer) and adapter in layer.r
-    }
+    layers = {name: layer for name, (_, layer) in adapted.items()}
     config = copy.deepcopy(config)
     config.target_modules = set(layers)
     config.rank_pattern = {name: layer.r[adapter] for name, layer in layers.items() if layer.r[adapter] != config.r}
