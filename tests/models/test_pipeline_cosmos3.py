@@ -1,106 +1,25 @@
 """Cosmos3: transformers has its reasoning tower, diffusers both; here they are one network."""
 
 import copy
-import functools
-from typing import ClassVar
 
-import diffusers
 import pytest
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
+from diffusers import Cosmos3OmniPipeline
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_cosmos3 import parts, tiny_cosmos3
 from tiny_painters import PROMPTS, generators, painted_from
-from tiny_pipelines import VOCABULARY, tokenizer
 
-from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration, PipelineUnifiedConfig
+from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
 from trl_unigrpo.rollout import RolloutPlan
 
 
 SIZE = (16, 16)
 IDS = torch.tensor([[10, 40, 90, 41, 7, 200]])
-# transformers' names of what a block of the reasoning tower has, and diffusers'.
-NAMES = {
-    **{f"self_attn.{a}": f"self_attn.{b}" for a, b in (("q_proj", "to_q"), ("k_proj", "to_k"), ("v_proj", "to_v"))},
-    **{
-        f"self_attn.{a}": f"self_attn.{b}"
-        for a, b in (("o_proj", "to_out"), ("q_norm", "norm_q"), ("k_norm", "norm_k"))
-    },
-    **{name: name for name in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")},
-    **{name: name for name in ("input_layernorm", "post_attention_layernorm")},
-}
-
-
-class Cosmos3(diffusers.Cosmos3OmniPipeline):
-    """Keeps what its calls are told of the safety check."""
-
-    checks: ClassVar[list[bool]] = []
-
-    @functools.wraps(diffusers.Cosmos3OmniPipeline.__call__)
-    def __call__(self, *args, enable_safety_check=True, **kwargs):
-        self.checks.append(enable_safety_check)
-        return super().__call__(*args, enable_safety_check=enable_safety_check, **kwargs)
-
-
-def parts():
-    """A pipeline and the language model that the same checkpoint is to transformers, with a copy of the weights."""
-    torch.manual_seed(0)
-    network = diffusers.Cosmos3OmniTransformer(
-        head_dim=16,
-        hidden_size=32,
-        intermediate_size=48,
-        latent_channel=16,
-        latent_patch_size=1,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        num_key_value_heads=2,
-        patch_latent_dim=16,
-        rope_axes_dim=[4, 2, 2],
-        vocab_size=VOCABULARY,
-        rope_theta=5e6,
-    ).eval()
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.normal_(std=0.2).add_(1.0 if "norm" in name and parameter.ndim == 1 else 0.0)
-    words = tokenizer(1024)
-    words.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|vision_start|>"]})
-    scheduler = diffusers.UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
-    vae = diffusers.AutoencoderKLWan(
-        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
-    ).eval()
-    pipeline = Cosmos3(network, words, vae, scheduler, enable_safety_checker=False)
-    text = {
-        "model_type": "qwen3_vl_text",
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]},
-        "eos_token_id": 5,
-    }
-    vision = {"model_type": "qwen3_vl_vision", "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
-    config = transformers.Cosmos3OmniConfig(
-        text_config=text, vision_config={**vision, "out_hidden_size": 32, "deepstack_visual_indexes": [0]}
-    )
-    thinker = transformers.Cosmos3OmniForConditionalGeneration(config).eval()
-    language = thinker.model.language_model
-    pairs = [(language.embed_tokens, network.embed_tokens), (language.norm, network.norm)]
-    pairs += [(thinker.lm_head, network.lm_head)]
-    for own, other in zip(language.layers, network.layers, strict=True):
-        pairs += [(own.get_submodule(a), other.get_submodule(b)) for a, b in NAMES.items()]
-    for own, other in pairs:
-        own.load_state_dict(other.state_dict())
-    return thinker, words, pipeline
 
 
 @pytest.fixture
 def model():
-    arguments = {"use_system_prompt": False, "add_resolution_template": False}
-    return PipelineForUnifiedGeneration(*parts(), PipelineUnifiedConfig(painter_arguments=arguments))
+    return tiny_cosmos3()
 
 
 def tower_logits(network):
@@ -194,3 +113,29 @@ def test_a_copy_is_whole(model):
         clone.painter.layers[0].self_attn.to_q.weight.add_(1.0)
     assert (clone(IDS).logits - model(IDS).logits).abs().max() > 1e-3
     torch.testing.assert_close(clone(IDS).logits[0], tower_logits(clone.painter), rtol=0, atol=0)
+
+
+def test_adapters_are_read_by_both_libraries(model, tmp_path):
+    adapted(model, "both")
+    model.save_adapters(tmp_path)
+    thinker, _, pipeline = parts()
+    plain = thinker(IDS).logits
+    thinker = PeftModel.from_pretrained(thinker, tmp_path / "adapters" / "thinker")
+    assert torch.equal(thinker(IDS).logits, model(IDS).logits)
+    assert not torch.equal(thinker(IDS).logits, plain)
+    wrapped = PeftModel.from_pretrained(pipeline.transformer, tmp_path / "adapters" / "painter")
+    pipeline.transformer = wrapped.get_base_model()
+    torch.testing.assert_close(tower_logits(pipeline.transformer), model(IDS).logits[0], rtol=0, atol=0)
+    call = {"height": 16, "width": 16, "num_frames": 1, "num_inference_steps": 2, "output_type": "latent"}
+    call |= {"use_system_prompt": False, "add_resolution_template": False, "guidance_scale": 1.0}
+    painted = [p(PROMPTS[0], generator=generators(1)[0], **call).video for p in (pipeline, model.pipeline)]
+    assert torch.equal(*painted)
+
+
+def test_a_saved_model_holds_both_towers_once_again(tmp_path):
+    model = tiny_cosmos3(Cosmos3OmniPipeline)
+    model.save_pretrained(tmp_path)
+    again = PipelineForUnifiedGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert again._shared == model._shared
+    assert model._shared

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 sys.path.append(str(Path(__file__).parent.parent / "models"))
 
+from tiny_cosmos3 import tiny_cosmos3
 from tiny_painters import PROMPTS, generators, painted_from, tiny_model
 from tiny_pipelines import flux2_klein, qwen3, sd3, tokenizer
 
@@ -239,4 +240,20 @@ def test_a_shared_encoder_is_trained_by_the_image_if_it_may(make_trainer, contex
     thinker, painter = (max(x for n, x in change.items() if f".{part}." in n) for part in ("thinker", "painter"))
     assert painter > 1e-3
     assert (thinker > 1e-3) == (context_grad == "full")
+    assert trainer.state.log_history[0]["flow/log_ratio_std"] == 0
+
+
+def test_cosmos3_is_one_model_like_bagel(make_trainer):
+    model = tiny_cosmos3()
+    words = model.tokenizer
+    trainer = make_trainer(
+        model=model, peft_config=LoraConfig(r=2), **{**arguments(image_size=16), "processing_class": words}
+    )
+    before = weights(trainer.model)
+    trainer.train()
+    changed = moved(before, weights(trainer.model))
+    groups = {group["name"]: group["params"] for group in trainer.optimizer.param_groups}
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    assert all("add_" not in names[id(p)] and "moe_gen" not in names[id(p)] for p in groups["text"])
+    assert any(".to_q." in name for name in changed) and any(".add_q_proj." in name for name in changed)
     assert trainer.state.log_history[0]["flow/log_ratio_std"] == 0
