@@ -8,7 +8,6 @@ import torch
 from diffusers import BitsAndBytesConfig as DiffusersBitsAndBytesConfig
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from huggingface_hub import snapshot_download
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -18,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..quantization import keep_trainable_layout, ready_to_quantize
+from ..quantization import ready_to_quantize
 
 
 UNQUANTIZED = {"thinker": ("lm_head",), "painter": ("proj_out", "norm_out")}
@@ -48,7 +47,6 @@ def load_thinker(source: Any, dtype: torch.dtype, quantization: Any = None, **hu
         if "Unrecognized configuration class" not in str(error):
             raise
         thinker = AutoModelForImageTextToText.from_pretrained(source, **kwargs)
-    keep_trainable_layout(thinker)
     return thinker
 
 
@@ -73,9 +71,6 @@ def load_painter(source: Any, dtype: torch.dtype, quantization: Any = None, **hu
             f"The pipeline in {str(source)!r} needs a package that is not installed, torchvision most often "
             f"({error}). Install the torchvision that belongs to your torch, or take another pipeline."
         ) from error
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            keep_trainable_layout(part)
     return pipeline
 
 

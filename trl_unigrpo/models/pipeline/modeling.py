@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..auto import read_tokenizer
+from ..quantization import keep_trainable_layout
 from ..unified import Conditioning, FlowInputs, UnifiedModelMixin, UnifiedOutput
 from .blocks import linear_names, recomputed_blocks
 from .checks import check_pipeline, check_thinker
@@ -81,6 +82,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         self._shared = shared
         self.tokenizer = tokenizer
         self.generation_config = thinker.generation_config
+        keep_trainable_layout(self)  # before the dry run
         self._runner = Painter(pipeline, config.painter_arguments)
         self._latent_maps: dict[tuple[int, int], LatentMap] = {}
         self._recomputes = False
