@@ -11,6 +11,7 @@ from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from .models.bagel import BagelConfig, BagelForUnifiedGeneration
+    from .models.pipeline import PipelineForUnifiedGeneration
     from .models.unified import UnifiedModelMixin
     from .sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
     from .unigrpo_config import UniGRPOConfig
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _HOME_OF = {
     "BagelConfig": "models.bagel",
     "BagelForUnifiedGeneration": "models.bagel",
+    "PipelineForUnifiedGeneration": "models.pipeline",
     "UnifiedModelMixin": "models.unified",
     "UnifiedSFTConfig": "sft_trainer",
     "UnifiedSFTTrainer": "sft_trainer",
@@ -29,6 +31,7 @@ _HOME_OF = {
 __all__ = [
     "BagelConfig",
     "BagelForUnifiedGeneration",
+    "PipelineForUnifiedGeneration",
     "UniGRPOConfig",
     "UniGRPOTrainer",
     "UnifiedModelMixin",

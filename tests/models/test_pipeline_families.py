@@ -127,6 +127,8 @@ def test_an_image_does_not_depend_on_its_neighbours(tiny):
     alone = model.rollout(painted_from(PROMPTS[2:3]), plan, generators(1, first=2))
     torch.testing.assert_close(together[2].latents, alone[0].latents, rtol=0, atol=1e-5)
     torch.testing.assert_close(together[2].final_latents, alone[0].final_latents, rtol=0, atol=1e-5)
+    other = model.rollout(painted_from(PROMPTS[:1]), plan, generators(1, first=2))
+    assert (other[0].velocities - alone[0].velocities).abs().max() > 1e-5  # but on its prompt
 
 
 def test_gradients_reach_every_adapter_and_recomputing_changes_none(tiny):

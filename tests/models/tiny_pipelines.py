@@ -1,4 +1,8 @@
-"""Random tiny pipelines of diffusers, built in memory. A new family is one more entry of `FAMILIES`."""
+"""
+Random tiny pipelines of diffusers, built in memory. A new family is one more entry of `FAMILIES`.
+
+Some put a template before the prompt, which takes a token for each byte here: lengths must leave room for both.
+"""
 
 import os
 from collections.abc import Callable
@@ -144,12 +148,12 @@ def qwen3(language_head: bool = False, layers: int = 3) -> nn.Module:
     return seeded(transformers.Qwen3ForCausalLM if language_head else transformers.Qwen3Model, config)
 
 
-def qwen25_vl(width: int = 16) -> nn.Module:
+def qwen25_vl(width: int = 16, layers: int = 2) -> nn.Module:
     text = {
         "vocab_size": VOCABULARY,
         "hidden_size": width,
         "intermediate_size": 16,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "rope_parameters": {
@@ -292,7 +296,7 @@ def qwen_image() -> TinyPipeline:
         text_encoder=qwen25_vl(),
         tokenizer=tokenizer(1024),
     )
-    return TinyPipeline(pipeline, (32, 32), {"max_sequence_length": 64})
+    return TinyPipeline(pipeline, (32, 32), {"max_sequence_length": 512})
 
 
 def z_image_parts() -> dict[str, Any]:
@@ -502,7 +506,7 @@ def ovis_image() -> TinyPipeline:
         text_encoder=qwen3(),
         tokenizer=tokenizer(),
     )
-    return TinyPipeline(pipeline, (16, 16), {"max_sequence_length": 64})
+    return TinyPipeline(pipeline, (16, 16), {"max_sequence_length": 256})
 
 
 def hunyuan_image() -> TinyPipeline:
@@ -536,13 +540,13 @@ def hunyuan_image() -> TinyPipeline:
         transformer=random_weights(transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         vae=autoencoder,
-        text_encoder=qwen25_vl(32),
+        text_encoder=qwen25_vl(32, layers=3),  # the last two are not used
         tokenizer=tokenizer(1024),
         text_encoder_2=t5(),
         tokenizer_2=tokenizer(),
         **guiders,
     )
-    pipeline.tokenizer_max_length = 32  # instead of 1000
+    pipeline.tokenizer_max_length = 320  # instead of 1000: its template and a prompt, byte by byte
     return TinyPipeline(pipeline, (16, 16))
 
 
@@ -626,7 +630,7 @@ def krea2() -> TinyPipeline:
         tokenizer=tokenizer(1024),
         text_encoder_select_layers=(0, 1, 2),
     )
-    return TinyPipeline(pipeline, (32, 32), {"max_sequence_length": 64})
+    return TinyPipeline(pipeline, (32, 32), {"max_sequence_length": 512})
 
 
 def modular_z_image() -> TinyPipeline:

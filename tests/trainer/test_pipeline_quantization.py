@@ -80,6 +80,9 @@ def test_the_painters_configuration_is_that_of_the_thinker():
     assert found.load_in_4bit and found.bnb_4bit_quant_type == "nf4" and found.bnb_4bit_use_double_quant
     assert found.bnb_4bit_compute_dtype == torch.bfloat16
     assert set(found.llm_int8_skip_modules) == {"norm_out", "proj_out"}
+    of_encoder = painter_quantization(config, torch.bfloat16, thinks=True).quant_mapping["text_encoder"]
+    assert isinstance(of_encoder, BitsAndBytesConfig)
+    assert of_encoder.load_in_4bit and of_encoder.llm_int8_skip_modules == ["lm_head"]
 
 
 def four_bit(network):

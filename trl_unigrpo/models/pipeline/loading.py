@@ -50,9 +50,12 @@ def load_thinker(source: Any, dtype: torch.dtype, quantization: Any = None, **hu
     return thinker
 
 
-def load_painter(source: Any, dtype: torch.dtype, quantization: Any = None, **hub: Any) -> Any:
+def load_painter(source: Any, dtype: torch.dtype, quantization: Any = None, thinks: bool = False, **hub: Any) -> Any:
     """
     A diffusers pipeline.
+
+    Args:
+        thinks: whether its text encoder is to be the thinker, and quantised like one.
 
     Raises:
         ImportError: with the remedy, if it needs torchvision and that is missing.
@@ -61,7 +64,7 @@ def load_painter(source: Any, dtype: torch.dtype, quantization: Any = None, **hu
         return source
     kwargs: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, **hub}
     if quantization is not None:
-        kwargs["quantization_config"] = painter_quantization(quantization, dtype)
+        kwargs["quantization_config"] = painter_quantization(quantization, dtype, thinks)
     try:
         pipeline = DiffusionPipeline.from_pretrained(source, **kwargs)
     except (ImportError, NameError) as error:
@@ -74,15 +77,21 @@ def load_painter(source: Any, dtype: torch.dtype, quantization: Any = None, **hu
     return pipeline
 
 
-def painter_quantization(quantization: Any, dtype: torch.dtype) -> Any:
-    """A `BitsAndBytesConfig` in diffusers' form, for the transformer alone; what is in that form already, as it is."""
+def painter_quantization(quantization: Any, dtype: torch.dtype, thinks: bool = False) -> Any:
+    """
+    A `BitsAndBytesConfig` in diffusers' form, for the transformer, and the text encoder if it thinks; what is in that
+    form already, as it is.
+    """
     config = ready_to_quantize(quantization, UNQUANTIZED["painter"], dtype)
     if not isinstance(config, BitsAndBytesConfig):
         return config
     settings = {
         name: value for name, value in config.to_dict().items() if name.startswith(("load_in_", "bnb_", "llm_"))
     }
-    return PipelineQuantizationConfig(quant_mapping={"transformer": DiffusersBitsAndBytesConfig(**settings)})
+    mapping: dict[str, Any] = {"transformer": DiffusersBitsAndBytesConfig(**settings)}
+    if thinks:
+        mapping["text_encoder"] = ready_to_quantize(quantization, UNQUANTIZED["thinker"], dtype)
+    return PipelineQuantizationConfig(quant_mapping=mapping)
 
 
 def painters_own_thinker(pipeline: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

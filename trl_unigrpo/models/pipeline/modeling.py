@@ -139,7 +139,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         dtype = (
             hardware_dtype() if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
         )
-        pipeline = load_painter(painter, dtype, quantization_config, **hub)
+        pipeline = load_painter(painter, dtype, quantization_config, thinks=thinker is None, **hub)
         check_pipeline(pipeline)
         if thinker is None:
             thinker, own = painters_own_thinker(pipeline)
