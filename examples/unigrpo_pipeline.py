@@ -38,7 +38,7 @@ class ScriptArguments:
         default=None, metadata={"help": "Folder or hub id of a causal language model; the painter's own if left out."}
     )
     painter_prompt: str = field(
-        default="answer", metadata={"help": "What the painter is told: 'answer' or 'prompt_and_answer'."}
+        default="answer", metadata={"help": "What the painter is told: 'answer', 'prompt_and_answer' or 'completion'."}
     )
 
 

@@ -1,6 +1,7 @@
 """Every family of pipelines: what the stock pipeline paints is painted, and what was sampled is computed again."""
 
 import inspect
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -46,6 +47,23 @@ def adapted(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+@contextmanager
+def counted_rows(network):
+    """The rows of each forward of a network; latents are its first argument."""
+    rows, original, called = [], type(network).forward, inspect.signature(type(network).forward)
+
+    def counted(*args, **kwargs):
+        arguments = called.bind(*args, **kwargs).arguments.values()
+        rows.append(len(next(x for x in arguments if isinstance(x, (torch.Tensor, list)))))
+        return original(*args, **kwargs)
+
+    type(network).forward = counted
+    try:
+        yield rows
+    finally:
+        type(network).forward = original
+
+
 def stock_images(tiny, arguments):
     """What the pipeline paints by itself, with diffusers' Euler scheduler."""
     pipeline, scheduler = tiny.pipeline, tiny.pipeline.scheduler
@@ -70,11 +88,18 @@ def stock_images(tiny, arguments):
 
 
 def test_ode_paints_what_the_stock_pipeline_paints(tiny):
+    """And the pipeline is left as it was."""
+    parts = [tiny.pipeline, *tiny.pipeline.components.values()]
+    before = [dict(vars(part)) for part in parts if hasattr(part, "__dict__")]
     model = unified(tiny)
     plan = RolloutPlan(model.own_timesteps(STEPS, tiny.size), tiny.size)
     records = model.rollout(painted_from(PROMPTS), plan, generators())
     images = model.decode_latents(torch.stack([record.final_latents for record in records]), tiny.size)
-    expected = stock_images(tiny, model._runner.arguments)
+    after = [dict(vars(part)) for part in parts if hasattr(part, "__dict__")]
+    for old, new in zip(before, after, strict=True):
+        for name in ("scheduler", "encode_prompt", "forward", "_enabled", "_progress_bar_config", "transformer"):
+            assert new.get(name) is old.get(name)
+    expected = stock_images(tiny, model.painter_arguments)
     assert len(images) == len(PROMPTS)
     for image, other in zip(images, expected, strict=True):
         assert image.size == tiny.size[::-1]
@@ -99,31 +124,13 @@ def test_what_was_sampled_is_computed_again(tiny):
         assert sampled.abs().mean() > 1e-3
 
 
-def test_a_step_is_one_forward_of_as_many_rows_as_images(tiny):
-    model, calls = unified(tiny), []
-    plan = RolloutPlan(model.own_timesteps(STEPS, tiny.size), tiny.size)
-    model.latent_shape(tiny.size)
-    called = inspect.signature(type(model.painter).forward)
-    original = type(model.painter).forward
-
-    def counted(network, *args, **kwargs):
-        arguments = called.bind(network, *args, **kwargs).arguments.values()
-        calls.append(len(next(x for x in arguments if isinstance(x, (torch.Tensor, list)))))
-        return original(network, *args, **kwargs)
-
-    type(model.painter).forward = counted
-    try:
-        records = model.rollout(painted_from(PROMPTS), plan, generators())
-        model.decode_latents(records[0].final_latents[None], tiny.size)
-    finally:
-        type(model.painter).forward = original
-    assert calls == ([1] * len(PROMPTS) * STEPS if tiny.name in APART else [len(PROMPTS)] * STEPS)
-
-
 def test_an_image_does_not_depend_on_its_neighbours(tiny):
+    """Although all are painted together: a step is one forward of as many rows as there are images."""
     model = unified(tiny)
     plan = RolloutPlan(model.own_timesteps(3, tiny.size), tiny.size, torch.tensor([0, 1]))
-    together = model.rollout(painted_from(PROMPTS), plan, generators())
+    with counted_rows(model.painter) as rows:
+        together = model.rollout(painted_from(PROMPTS), plan, generators())
+    assert rows == ([1] * len(PROMPTS) * 3 if tiny.name in APART else [len(PROMPTS)] * 3)
     alone = model.rollout(painted_from(PROMPTS[2:3]), plan, generators(1, first=2))
     torch.testing.assert_close(together[2].latents, alone[0].latents, rtol=0, atol=1e-5)
     torch.testing.assert_close(together[2].final_latents, alone[0].final_latents, rtol=0, atol=1e-5)
@@ -132,43 +139,36 @@ def test_an_image_does_not_depend_on_its_neighbours(tiny):
 
 
 def test_gradients_reach_every_adapter_and_recomputing_changes_none(tiny):
+    """But it keeps less between the forward and the backward pass."""
     model = unified(tiny)
     weights = adapted(model)
     plan = RolloutPlan(model.own_timesteps(STEPS, tiny.size), tiny.size, torch.tensor([1, 2]))
     records = model.rollout(painted_from(PROMPTS), plan, generators())
-    gradients = []
+    own = {p.data_ptr() for p in model.parameters()}
+    gradients, kept = [], []
     for recompute in (False, True):
         model.zero_grad()
+        sizes = []
         if recompute:
             model.gradient_checkpointing_enable()
-        for _, velocity in model.velocities(records):
+
+        def keep(x, sizes=sizes):
+            sizes.append(0 if x.data_ptr() in own else x.nbytes)
+            return x
+
+        replay = model.velocities(records)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            _, velocity = next(replay)
+        kept.append(sum(sizes))
+        velocity.square().mean().backward()
+        for _, velocity in replay:
             velocity.square().mean().backward()
         gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in weights.items()})
+    assert kept[1] < 0.6 * kept[0]
     none = {name.split(".lora_")[0] for name, gradient in gradients[0].items() if not gradient.any()}
     assert none == {f"painter.{name}" for name in UNUSED.get(tiny.name, ())}
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
-
-
-def test_blocks_forget_what_they_computed_when_it_will_be_recomputed(tiny):
-    model, sizes = unified(tiny), []
-    adapted(model)
-    plan = RolloutPlan(model.own_timesteps(STEPS, tiny.size), tiny.size, torch.tensor([1]))
-    records = model.rollout(painted_from(PROMPTS), plan, generators())
-    for recompute in (False, True):
-        saved = []
-        if recompute:
-            model.gradient_checkpointing_enable()
-        weights = {p.data_ptr() for p in model.parameters()}
-
-        def keep(x, saved=saved, weights=weights):
-            saved.append(0 if x.data_ptr() in weights else x.nbytes)
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            next(model.velocities(records))
-        sizes.append(sum(saved))
-    assert sizes[1] < 0.6 * sizes[0]
 
 
 def test_images_are_encoded_to_what_decodes_to_them(tiny):
@@ -187,16 +187,20 @@ def test_images_are_encoded_to_what_decodes_to_them(tiny):
     torch.testing.assert_close(model.decode_latents(latents, tiny.size, "pt"), expected, rtol=0, atol=2e-5)
 
 
-def test_the_pipeline_is_left_as_it_was(tiny):
-    pipeline = tiny.pipeline
-    parts = [pipeline, *pipeline.components.values()]
-    before = [dict(vars(part)) for part in parts if hasattr(part, "__dict__")]
+def test_half_precision_is_replayed_to_the_bit(tiny):
+    """Weights in bfloat16, states in float32: what was sampled is computed again, and states are not rounded."""
     model = unified(tiny)
-    plan = RolloutPlan(model.own_timesteps(2, tiny.size), tiny.size)
-    model.decode_latents(
-        model.rollout(painted_from(PROMPTS[:1]), plan, generators(1))[0].final_latents[None], tiny.size
-    )
-    after = [dict(vars(part)) for part in parts if hasattr(part, "__dict__")]
-    for old, new in zip(before, after, strict=True):
-        for name in ("scheduler", "encode_prompt", "forward", "_enabled", "_progress_bar_config", "transformer"):
-            assert new.get(name) is old.get(name)
+    model.to(torch.bfloat16)
+    weights = adapted(model)
+    for parameter in weights.values():
+        parameter.data = parameter.data.float()
+    plan = RolloutPlan(model.own_timesteps(STEPS, tiny.size), tiny.size, torch.tensor([0, 1]))
+    records = model.rollout(painted_from(PROMPTS), plan, generators())
+    sampled = torch.stack([record.velocities for record in records], dim=1)
+    again = torch.stack([velocity for _, velocity in model.velocities(records)])
+    assert again.requires_grad
+    assert torch.equal(again, sampled)
+    for record in records:
+        assert record.next_latents.dtype == torch.float32
+        assert not torch.equal(record.next_latents, record.next_latents.bfloat16().float())
+    assert len(model.decode_latents(torch.stack([r.final_latents for r in records]), tiny.size)) == len(records)

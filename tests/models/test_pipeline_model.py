@@ -44,6 +44,8 @@ def test_the_painter_is_told_the_answer(completion, told, marker):
     assert model.contexts(rows) == [told]
     model.config.painter_prompt = "prompt_and_answer"
     assert model.contexts(rows) == ["a cube" if told == "a cube" else f"a cube\n{told}"]
+    model.config.painter_prompt = "completion"
+    assert model.contexts(rows) == [completion or "a cube"]
 
 
 def test_a_conversation_counts_with_what_the_user_says_last():
@@ -192,7 +194,9 @@ def test_an_image_size_that_the_pipeline_would_round(family, size):
 def test_arguments_that_leave_something_out():
     with pytest.raises(ValueError, match="painter=... with thinker=..."):
         PipelineForUnifiedGeneration.from_pretrained(thinker=qwen3(language_head=True))
-    with pytest.raises(ValueError, match="painter_prompt='everything': expected one of 'answer', 'prompt_and_answer'"):
+    with pytest.raises(
+        ValueError, match="painter_prompt='everything': expected one of 'answer', 'prompt_and_answer', "
+    ):
         PipelineUnifiedConfig(painter_prompt="everything")
     with pytest.raises(ValueError, match=r"experts='vision': expected one of \['both', 'image', 'text'\]"):
         tiny_model().default_lora_targets("vision")

@@ -33,6 +33,12 @@ def equal(images, others):
     return all(np.array_equal(a, b) for a, b in zip(images, others, strict=True))
 
 
+def difference(images, others):
+    """The largest, of 255."""
+    pairs = zip(images, others, strict=True)
+    return max(int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) for a, b in pairs)
+
+
 def saved_parts(tmp_path):
     """Folders of a thinker and a painter, as a hub would have them."""
     tiny = FAMILIES["sd3"]()
@@ -137,3 +143,28 @@ def test_a_trainer_saves_adapters_for_other_libraries(tmp_path):
     assert (tmp_path / "adapter_model.safetensors").is_file()
     assert (tmp_path / "adapters" / "painter" / "pytorch_lora_weights.safetensors").is_file()
     assert (tmp_path / "adapters" / "thinker" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("family", ["flux2_klein", "z_image"])
+def test_the_example_of_a_painter_that_thinks(tmp_path, family, monkeypatch):
+    """Its adapters are the text encoder's, too."""
+    tiny = FAMILIES[family]()
+    tiny.pipeline.save_pretrained(tmp_path / "painter")
+    model = PipelineForUnifiedGeneration.from_pretrained(
+        painter=str(tmp_path / "painter"), painter_arguments=tiny.arguments, dtype=torch.float32
+    )
+    adapted(model).save_pretrained(tmp_path / "run")
+    model.save_adapters(tmp_path / "run")
+    model.tokenizer.save_pretrained(tmp_path / "run")
+    lines = model.quick_start(str(tmp_path / "run")).split("```")[1].removeprefix("python").split("messages = ")[0]
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(lines, names)
+    tokens = names["thinker"].generate(input_ids=IDS, max_new_tokens=8, do_sample=False)
+    assert torch.equal(tokens, model.generate(IDS, max_new_tokens=8, do_sample=False))
+    arguments = {name: value for name, value in model.painter_arguments.items() if name not in ("height", "width")}
+    images = stock(names["pipeline"], tiny.size, **arguments)
+    plain = stock(FAMILIES[family]().pipeline, tiny.size, **arguments)
+    assert difference(images, plain) > 1
+    # Convolutions may round differently where a copy of the VAE's weights lies in memory.
+    assert difference(images, painted(model, tiny.size)) <= 1

@@ -1,13 +1,15 @@
 """The repeated blocks of a network: where adapters go, and what is computed twice to save memory."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from .patching import attributes
 
 
 def block_lists(network: nn.Module) -> dict[str, nn.ModuleList]:
@@ -39,20 +41,17 @@ def recomputed_blocks(network: nn.Module, enabled: bool) -> Iterator[None]:
     Some networks' own way of doing so leaves arguments out, or fails; this one passes on what it is given.
     """
     blocks = [block for blocks in block_lists(network).values() for block in blocks] if enabled else []
-    for block in blocks:
-        block.forward = _recomputed(block)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for block in blocks:
-            del block.forward
+            stack.enter_context(attributes(block, forward=_recomputed(block.forward)))
+        yield
 
 
-def _recomputed(block: nn.Module) -> Any:
+def _recomputed(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return type(block).forward(block, *args, **kwargs)
+            return original(*args, **kwargs)
         # Without dropout there is no random state to keep: painters stay in evaluation mode.
-        return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(original, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return forward

@@ -10,7 +10,7 @@ THINK_SYSTEM_PROMPT = (
     "should show: the objects, how many there are, their colours, where they stand, the style. Then write the prompt: "
     "one paragraph that describes the finished picture."
 )
-PAINTER_PROMPTS = ("answer", "prompt_and_answer")
+PAINTER_PROMPTS = ("answer", "prompt_and_answer", "completion")
 
 
 class PipelineUnifiedConfig(PreTrainedConfig):
@@ -22,8 +22,8 @@ class PipelineUnifiedConfig(PreTrainedConfig):
         shared_encoder (`bool`): whether the thinker is the painter's own text encoder.
         painter_prompt (`str`):
             What the painter is told: the thinker's `"answer"`, which is what follows `</think>`, or all of its text
-            if that marker is missing; or the user's prompt and below it the answer (`"prompt_and_answer"`). Without
-            an answer it is the user's prompt.
+            if that marker is missing; the user's prompt and below it the answer (`"prompt_and_answer"`); or all of the
+            thinker's text, its thoughts included (`"completion"`). Where that is empty it is the user's prompt.
         painter_arguments (`dict`): further arguments of the pipeline's call, such as `{"max_sequence_length": 512}`.
         system_prompt (`str` or `None`): what the thinker is told if the user brings no system prompt.
         sources (`dict`): where the `"thinker"` and the `"painter"` were loaded from.

@@ -248,8 +248,10 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return [self._painter_prompt(_user_text(prompt), self._answer(ids)) for prompt, ids in rows]
 
     def _answer(self, completion_ids: Sequence[int]) -> str:
-        end = self.tokenizer.convert_tokens_to_ids(END_OF_THINKING)
         ids = list(completion_ids)
+        if self.config.painter_prompt == "completion":
+            return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        end = self.tokenizer.convert_tokens_to_ids(END_OF_THINKING)
         if end is not None and end != self.tokenizer.unk_token_id and end in ids:
             ids = ids[len(ids) - ids[::-1].index(end) :]  # it may be a special token, which decoding leaves out
         text = self.tokenizer.decode(ids, skip_special_tokens=True)

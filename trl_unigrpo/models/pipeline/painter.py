@@ -9,7 +9,7 @@ Shapes: B samples, `latent` the dimensions of the state that the pipeline's loop
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from inspect import signature
 from math import prod
@@ -22,6 +22,7 @@ from diffusers.guiders import BaseGuidance
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .patching import attributes
 from .scheduler import HandingScheduler, OnStep
 
 
@@ -300,14 +301,17 @@ class Painter:
 
     def decode(self, latents: Tensor, image_size: tuple[int, int], output_type: str) -> Any:
         """Images of final states (B, *latent), as the pipeline's `output_type` has them."""
+        return self._decode(latents, image_size, output_type)
+
+    def _decode(self, latents: Tensor, image_size: tuple[int, int], output_type: str, rounds: bool = True) -> Any:
         if not self.batches and len(latents) > 1:
-            parts = [self.decode(one, image_size, output_type) for one in latents.split(1)]
+            parts = [self._decode(one, image_size, output_type, rounds) for one in latents.split(1)]
             return torch.cat(parts) if output_type == "pt" else [image for part in parts for image in part]
         grad = torch.is_grad_enabled()
 
-        def on_step(*_: Tensor) -> Tensor:
+        def on_step(velocity: Tensor, _: Tensor) -> Tensor:
             torch.set_grad_enabled(grad)
-            return latents.to(self.denoiser.dtype)
+            return latents.to(velocity.dtype) if rounds else latents  # as the stock scheduler does
 
         idle = self._idle_encodings(len(latents))
         out = self._run(idle, image_size, torch.ones(1), on_step, self._nothing, output_type=output_type)
@@ -331,8 +335,8 @@ class Painter:
             found.append(handed)
             raise _Stop
 
-        with _attributes(vae, decode=decode):
-            self.decode(latents.to(self.denoiser.device), image_size, "pt")
+        with attributes(vae, decode=decode):
+            self._decode(latents.to(self.denoiser.device), image_size, "pt", rounds=False)
         return found[0]
 
     def _idle_encodings(self, batch_size: int) -> Encodings:
@@ -388,12 +392,12 @@ class Painter:
 
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_attributes(self.pipeline, scheduler=self.scheduler))
-            stack.enter_context(_attributes(self.denoiser, forward=forward_with_grad))
+            stack.enter_context(attributes(self.pipeline, scheduler=self.scheduler))
+            stack.enter_context(attributes(self.denoiser, forward=forward_with_grad))
             for guider in self._components(BaseGuidance):
-                stack.enter_context(_attributes(guider, _enabled=False))
+                stack.enter_context(attributes(guider, _enabled=False))
             for looping in _with_progress_bars(self.pipeline):
-                stack.enter_context(_attributes(looping, _progress_bar_config={"disable": True}))
+                stack.enter_context(attributes(looping, _progress_bar_config={"disable": True}))
             self._remember(stack, encodings)
             try:
                 return self.pipeline(**arguments)
@@ -417,11 +421,11 @@ class Painter:
 
         if hasattr(self.pipeline, "encode_prompt"):
             encode = remembering(self.pipeline.encode_prompt)
-            stack.enter_context(_attributes(self.pipeline, encode_prompt=encode))
+            stack.enter_context(attributes(self.pipeline, encode_prompt=encode))
             return
         for encoder in self._components(nn.Module):
             if encoder not in (self.denoiser, getattr(self.pipeline, "vae", None)):
-                stack.enter_context(_attributes(encoder, forward=remembering(encoder.forward)))
+                stack.enter_context(attributes(encoder, forward=remembering(encoder.forward)))
 
     def _components(self, kind: type) -> list[Any]:
         return [component for component in self.pipeline.components.values() if isinstance(component, kind)]
@@ -434,7 +438,7 @@ class Painter:
 
     def _nothing(self, *args: Any, **kwargs: Any) -> Any:
         """A zero in the structure of what the transformer returns, of sizes that fit any: nobody looks at it."""
-        zero = torch.zeros((), device=self.denoiser.device)
+        zero = torch.zeros((), dtype=self.denoiser.dtype, device=self.denoiser.device)
         return tree_map(lambda x: zero.expand([1] * x.ndim) if isinstance(x, Tensor) else x, self._output)
 
 
@@ -456,17 +460,3 @@ def _cast(tree: Any, source: torch.dtype, target: torch.dtype) -> Any:
     if source == target:
         return tree
     return tree_map(lambda x: x.to(target) if isinstance(x, Tensor) and x.dtype == source else x, tree)
-
-
-@contextmanager
-def _attributes(target: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of an object, past its class's own way of setting them, and put the old ones back."""
-    own = vars(target)
-    before = {name: own[name] for name in values if name in own}
-    own.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            own.pop(name)
-        own.update(before)

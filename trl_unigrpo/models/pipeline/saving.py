@@ -1,6 +1,7 @@
 """Adapters in the formats that transformers and diffusers load by themselves."""
 
 import copy
+from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,10 @@ QUICK_START = """## Quick start
 ```python
 from diffusers import DiffusionPipeline
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, {language_class}
 
 tokenizer = AutoTokenizer.from_pretrained("{source}")
-{thinker}
+{loading}
 messages = [
     {{"role": "system", "content": {system!r}}},
     {{"role": "user", "content": "A red cube on a blue table"}},
@@ -123,7 +124,6 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 tokens = thinker.generate(**inputs, max_new_tokens=512)
 text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-{painter}
 image = pipeline({prompt}, {arguments}).images[0]
 image.save("image.png")
 ```
@@ -133,30 +133,44 @@ image.save("image.png")
 
 def quick_start(model: Any, source: str) -> str:
     """Code for the model card that thinks and paints with transformers and diffusers alone."""
-    adapted, sources = bool(getattr(model, "peft_config", {})), model.config.sources
-    if adapted:
-        paint = [f'pipeline = DiffusionPipeline.from_pretrained("{sources["painter"]}")']
-        if loads_adapters(model.pipeline):
-            # Without the file's name diffusers takes any other of a local folder for it.
-            where = f'subfolder="{ADAPTERS}/painter", weight_name="{LORA_WEIGHT_NAME_SAFE}"'
-            paint.append(f'pipeline.load_lora_weights("{source}", {where})')
-        else:
-            wrapped = f'PeftModel.from_pretrained(pipeline.transformer, "{source}", subfolder="{ADAPTERS}/painter")'
-            paint.append(f"pipeline.transformer = {wrapped}.get_base_model()")
-    else:
-        paint = [f'pipeline = DiffusionPipeline.from_pretrained("{source}/painter")']
-    think = [f'thinker = AutoModelForCausalLM.from_pretrained("{sources["thinker"]}")']
-    if not adapted:
-        think = [f'thinker = AutoModelForCausalLM.from_pretrained("{source}", subfolder="thinker")']
-    else:
-        think.append(f'thinker = PeftModel.from_pretrained(thinker, "{source}", subfolder="{ADAPTERS}/thinker")')
-    told = "text.rpartition('</think>')[2].strip()"
-    both = model.config.painter_prompt == "prompt_and_answer"
+    told = {
+        "answer": "text.rpartition('</think>')[2].strip()",
+        "prompt_and_answer": "messages[1]['content'] + '\\n' + text.rpartition('</think>')[2].strip()",
+        "completion": "text.strip()",
+    }
     return QUICK_START.format(
         source=source,
-        thinker="\n".join(think),
+        language_class=type(model.thinker).__name__,
+        loading="\n".join(_loading(model, source)),
         system=model.config.system_prompt,
-        painter="\n".join(paint),
-        prompt=f"messages[1]['content'] + '\\n' + {told}" if both else told,
+        prompt=told[model.config.painter_prompt],
         arguments=", ".join(f"{name}={value!r}" for name, value in model.painter_arguments.items()),
     )
+
+
+def _loading(model: Any, source: str) -> Iterator[str]:
+    """Lines that load `thinker` and `pipeline`, with what was trained."""
+    adapted, shared = bool(getattr(model, "peft_config", {})), model.config.shared_encoder
+    language_class = type(model.thinker).__name__
+    painter = model.config.sources["painter"] if adapted else f"{source}/painter"
+    if shared:
+        yield f'thinker = {language_class}.from_pretrained("{painter}", subfolder="text_encoder")'
+    elif adapted:
+        yield f'thinker = {language_class}.from_pretrained("{model.config.sources["thinker"]}")'
+    else:
+        yield f'thinker = {language_class}.from_pretrained("{source}", subfolder="thinker")'
+    if adapted:
+        yield f'thinker = PeftModel.from_pretrained(thinker, "{source}", subfolder="{ADAPTERS}/thinker")'
+    encoder = ""
+    if shared:
+        bare = model.pipeline.text_encoder is not model.thinker
+        inside = "thinker.get_base_model()" if adapted else "thinker"
+        encoder = f", text_encoder={inside}" + (f".{model.thinker.base_model_prefix}" if bare else "")
+    yield f'pipeline = DiffusionPipeline.from_pretrained("{painter}"{encoder})'
+    if adapted and loads_adapters(model.pipeline):
+        # Without the file's name diffusers takes any other of a local folder for it.
+        where = f'subfolder="{ADAPTERS}/painter", weight_name="{LORA_WEIGHT_NAME_SAFE}"'
+        yield f'pipeline.load_lora_weights("{source}", {where})'
+    elif adapted:
+        wrapped = f'PeftModel.from_pretrained(pipeline.transformer, "{source}", subfolder="{ADAPTERS}/painter")'
+        yield f"pipeline.transformer = {wrapped}.get_base_model()"
