@@ -150,7 +150,7 @@ def main() -> None:
         start = time.perf_counter()
         model = untrained_model(arguments.seed)
         if arguments.base is not None and arguments.base.is_file():
-            load_model(model, arguments.base, strict=False)
+            load_model(model, arguments.base)
         else:
             fine_tune(model, arguments.sft_steps, folder, arguments.seed)
             if arguments.base is not None:

@@ -160,7 +160,7 @@ class UniGRPOTrainer(GRPOTrainer):
                 f"beta={args.beta}: the text KL needs adapters to switch off. Pass a peft_config, or beta=0."
             )
 
-        tokenizer = prepare_tokenizer(processing_class or load_tokenizer(source), base.chat_template)
+        tokenizer = prepare_tokenizer(processing_class or base.tokenizer or load_tokenizer(source), base.chat_template)
         base.check_tokenizer(tokenizer)
         self._trains = {"text": args.text_weight > 0, "image": args.flow_weight > 0}
         regularizer_weight = 0.0 if args.flow_regularizer == "none" else args.flow_regularizer_weight

@@ -10,7 +10,8 @@ from tiny_painters import PROMPTS, generators, painted_from, tiny_model, unified
 from tiny_pipelines import FAMILIES, TinyPipeline, qwen3, sd3, tokenizer, vae
 from transformers.utils import is_torchvision_available
 
-from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration, PipelineUnifiedConfig
+from trl_unigrpo.evaluation import generate
+from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration, PipelineUnifiedConfig, painter
 from trl_unigrpo.models.pipeline.painter import ReplayError
 from trl_unigrpo.models.unified import Conditioning
 from trl_unigrpo.rollout import RolloutPlan
@@ -69,6 +70,20 @@ def test_guidance_leaves_the_prompt_or_the_thinking_out():
 # One model
 
 
+def test_it_thinks_and_paints_outside_of_training():
+    """With the tokenizer that it brings, and the noise of each prompt's place."""
+    model = tiny_model()
+    options = {"max_completion_length": 3, "num_inference_steps": 2, "image_size": 8, "seed": 3}
+    samples = generate(model, PROMPTS[:2], **options)
+    assert [sample.image.size for sample in samples] == [(8, 8)] * 2
+    assert all(sample.thinking for sample in samples)
+    again = generate(model, PROMPTS[:2], **options)
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(samples, again, strict=True))
+    plain = generate(model, PROMPTS[:2], thinking=False, **options)
+    assert not torch.equal(plain[0].latents, samples[0].latents)
+    assert [sample.thinking for sample in plain] == ["", ""]
+
+
 def test_text_is_the_thinkers():
     model, ids = tiny_model(), torch.tensor([[10, 20, 30, 40]])
     torch.testing.assert_close(model(ids).logits, model.thinker(ids).logits, rtol=0, atol=0)
@@ -102,6 +117,34 @@ def test_a_pipeline_that_changes_states_is_found_out():
     tiny.arguments["callback_on_step_end"] = lambda pipe, i, t, kwargs: {"latents": kwargs["latents"] + 1e-3}
     with pytest.raises(ReplayError, match="StableDiffusion3Pipeline changed the latents"):
         unified(tiny)
+
+
+def test_decoded_images_have_the_gradient_of_the_vae():
+    model = tiny_model()
+    latents = torch.randn(3, *model.latent_shape((8, 8)), generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for decode in (
+        lambda x: model.decode_latents(x, (8, 8), "pt"),
+        lambda x: model.pipeline.vae.decode(x / 1.5 + 0.06).sample.clamp(-1, 1),
+    ):
+        x = latents.clone().requires_grad_()
+        (decode(x) * weights).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].any()
+
+
+def test_large_images_are_decoded_a_few_at_a_time(monkeypatch):
+    model, sizes = tiny_model(), []
+    latents = torch.randn(5, *model.latent_shape((8, 8)))
+    together = model.decode_latents(latents, (8, 8), "pt")
+    original = model.pipeline.vae.decode
+    monkeypatch.setattr(model.pipeline.vae, "decode", lambda z, **k: (sizes.append(len(z)), original(z, **k))[1])
+    monkeypatch.setattr(painter, "PIXELS_AT_ONCE", 2 * 64)
+    torch.testing.assert_close(model.decode_latents(latents, (8, 8), "pt"), together)
+    assert len(model.decode_latents(latents, (8, 8))) == 5
+    assert sizes == [2, 2, 1] * 2
 
 
 # Refusals

@@ -55,7 +55,7 @@ def quantize_blocks(network):
 def quantized(request, folders):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     dtype = getattr(torch, request.param)
-    pipeline = DiffusionPipeline.from_pretrained(folders["painter"], torch_dtype=dtype)
+    pipeline = DiffusionPipeline.from_pretrained(folders["painter"], dtype=dtype)
     quantize_blocks(pipeline.transformer)
     return PipelineForUnifiedGeneration.from_pretrained(
         thinker=folders["thinker"],

@@ -105,6 +105,7 @@ def test_the_ten_lines_with_another_model(tmp_path):
         train_dataset=prompts_dataset(),
         peft_config=LoraConfig(r=2),
     )
+    assert trainer.processing_class.get_vocab() == tokenizer().get_vocab()
     trainer.train()
     trainer.save_model(trainer.args.output_dir)
     trainer.create_model_card()

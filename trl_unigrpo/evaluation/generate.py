@@ -70,7 +70,7 @@ def generate(
             "thinking=False leaves none. Set it to 1 and raise guidance_scale, or think."
         )
     base = unified_model(model)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(get_config_model_id(model.config))
+    tokenizer = tokenizer or base.tokenizer or AutoTokenizer.from_pretrained(get_config_model_id(model.config))
     tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
     system = base.default_system_prompt if system_prompt == "auto" else system_prompt
     size = (image_size, image_size)

@@ -120,6 +120,9 @@ class UnifiedModelMixin(_Base):
     chat_template: str | None = None
     """Chat template that the model was trained with, where its tokenizer brings none or another; None to keep that."""
 
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """The model's tokenizer, where it brings one; else it is read from the model's folder."""
+
     frozen_modules: Sequence[str] = ()
     """Names of the parts that belong to neither expert and are not trained: adapters may not go there."""
 

@@ -62,7 +62,7 @@ def load_painter(source: Any, dtype: torch.dtype, quantization: Any = None, thin
     """
     if not isinstance(source, (str, Path)):
         return source
-    kwargs: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True, **hub}
+    kwargs: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **hub}
     if quantization is not None:
         kwargs["quantization_config"] = painter_quantization(quantization, dtype, thinks)
     try:

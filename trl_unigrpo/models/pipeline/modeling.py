@@ -55,6 +55,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
 
     packs_velocities = False
     frozen_modules = ("frozen",)
+    tokenizer: PreTrainedTokenizerBase
 
     def __init__(
         self,

@@ -38,6 +38,9 @@ WITHOUT_GUIDANCE: tuple[dict[str, float], ...] = (
 ONE_IMAGE = {"use_resolution_binning": False, "num_frames": 1}
 """What a call is told where it takes it: the size asked for, and an image rather than a video."""
 
+PIXELS_AT_ONCE = 2**20
+"""How much of a batch is decoded together: VAEs need far more memory for a pixel than transformers."""
+
 PROBE_SIDES = (8, 16, 32)
 """Sides of the smallest image, in latents, that a pipeline is tried with."""
 
@@ -299,19 +302,22 @@ class Painter:
         self._run(idle, image_size, torch.ones(1), on_step, self._nothing, generators)
         return found[0]
 
-    def decode(self, latents: Tensor, image_size: tuple[int, int], output_type: str) -> Any:
-        """Images of final states (B, *latent), as the pipeline's `output_type` has them."""
-        return self._decode(latents, image_size, output_type)
+    def decode(self, latents: Tensor, image_size: tuple[int, int], output_type: str, rounds: bool = True) -> Any:
+        """
+        Images of final states (B, *latent), as the pipeline's `output_type` has them, a few at a time.
 
-    def _decode(self, latents: Tensor, image_size: tuple[int, int], output_type: str, rounds: bool = True) -> Any:
-        if not self.batches and len(latents) > 1:
-            parts = [self._decode(one, image_size, output_type, rounds) for one in latents.split(1)]
+        Args:
+            rounds: to the transformer's precision, as stock schedulers do.
+        """
+        fits = max(1, PIXELS_AT_ONCE // prod(image_size)) if self.batches else 1
+        if len(latents) > fits:
+            parts = [self.decode(some, image_size, output_type, rounds) for some in latents.split(fits)]
             return torch.cat(parts) if output_type == "pt" else [image for part in parts for image in part]
         grad = torch.is_grad_enabled()
 
         def on_step(velocity: Tensor, _: Tensor) -> Tensor:
             torch.set_grad_enabled(grad)
-            return latents.to(velocity.dtype) if rounds else latents  # as the stock scheduler does
+            return latents.to(velocity.dtype) if rounds else latents
 
         idle = self._idle_encodings(len(latents))
         out = self._run(idle, image_size, torch.ones(1), on_step, self._nothing, output_type=output_type)
@@ -336,7 +342,7 @@ class Painter:
             raise _Stop
 
         with attributes(vae, decode=decode):
-            self._decode(latents.to(self.denoiser.device), image_size, "pt", rounds=False)
+            self.decode(latents.to(self.denoiser.device), image_size, "pt", rounds=False)
         return found[0]
 
     def _idle_encodings(self, batch_size: int) -> Encodings:
