@@ -139,8 +139,8 @@ def fine_tune(model: PipelineForUnifiedGeneration, steps: int, folder: str, seed
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="file of the fine-tuned weights: read if it is there, else written")
-    parser.add_argument("--sft_steps", type=int, default=2700)
-    parser.add_argument("--generations", type=int, default=60)
+    parser.add_argument("--sft_steps", type=int, default=620)
+    parser.add_argument("--generations", type=int, default=45)
     parser.add_argument("--prompts", type=int, default=525)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)

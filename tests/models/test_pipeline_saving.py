@@ -10,6 +10,7 @@ from tiny_pipelines import FAMILIES, qwen3, tokenizer
 from transformers import AutoModelForCausalLM
 
 from trl_unigrpo.models import load_unified_model
+from trl_unigrpo.models.auto import model_skeleton
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
 from trl_unigrpo.rollout import RolloutPlan
 
@@ -103,6 +104,8 @@ def test_a_whole_model_is_two_folders_of_their_own_libraries(tmp_path):
     images, tokens = painted(model), model.generate(IDS, max_new_tokens=8, do_sample=False)
     model.save_pretrained(tmp_path / "whole")
 
+    skeleton = model_skeleton(str(tmp_path / "whole"))
+    assert [name for name, _ in skeleton.named_modules()] == [name for name, _ in model.named_modules()]
     again = load_unified_model(str(tmp_path / "whole"), dtype=torch.float32)
     assert equal(painted(again), images)
     assert torch.equal(again.generate(IDS, max_new_tokens=8, do_sample=False), tokens)
