@@ -546,7 +546,7 @@ def hunyuan_image() -> TinyPipeline:
         tokenizer_2=tokenizer(),
         **guiders,
     )
-    pipeline.tokenizer_max_length = 320  # instead of 1000: its template and a prompt, byte by byte
+    pipeline.tokenizer_max_length = 192  # instead of 1000: its template and a prompt, byte by byte
     return TinyPipeline(pipeline, (16, 16))
 
 
@@ -630,7 +630,7 @@ def krea2() -> TinyPipeline:
         tokenizer=tokenizer(1024),
         text_encoder_select_layers=(0, 1, 2),
     )
-    return TinyPipeline(pipeline, (32, 32), {"max_sequence_length": 512})
+    return TinyPipeline(pipeline, (32, 32), {"max_sequence_length": 224})
 
 
 def modular_z_image() -> TinyPipeline:

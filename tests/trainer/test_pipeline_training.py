@@ -29,8 +29,7 @@ def arguments(**changes):
     return {"processing_class": tokenizer(), "image_size": 8, "max_completion_length": 4, **changes}
 
 
-@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("peft", "checkpointing"), [(False, False), (True, True)], ids=["full", "lora"])
 def test_both_are_trained_and_nothing_else(make_trainer, peft, checkpointing):
     model = tiny_model()
     config = LoraConfig(r=2) if peft else None
