@@ -225,7 +225,7 @@ def log_ratio_shares(trainer: UniGRPOTrainer, velocity: torch.Tensor, records: l
     coefficients = transition(args.sde_type, times.cpu(), next_times.cpu(), args.noise_level, first_node)
     states = (x.to(velocity.device) for x in (latents, next_latents))
     ratio = log_ratio(*states, velocity, sampled.to(velocity), coefficients, args.ratio_norm)
-    return (ratio / trainer._flow_epsilon).cpu()
+    return (ratio / trainer._objective.epsilon).cpu()
 
 
 def plain_generation(trainer: UniGRPOTrainer, trajectories: int, phases: Phases) -> None:
@@ -304,7 +304,7 @@ def plain_flow_step(
         coefficients = transition(args.sde_type, times, next_times, args.noise_level, trainer._timesteps("train")[1])
         states = (x[k : k + 1].to(predicted.device) for x in (record.latents, record.next_latents))
         ratio = log_ratio(*states, predicted, keep(key, predicted.detach()), coefficients, args.ratio_norm)
-        objective = clipped_surrogate(ratio, advantage, trainer._flow_epsilon).mean()
+        objective = clipped_surrogate(ratio, advantage, trainer._objective.epsilon).mean()
         regularizer = velocity_mse(predicted, anchor, num_batch_dims=1).mean()
         (objective + trainer._regularizer_weight * regularizer).backward()
 

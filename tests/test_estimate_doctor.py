@@ -132,6 +132,14 @@ def test_a_run_is_read_as_it_was_configured(tmp_path):
     )
 
 
+def test_lines_without_thinking_are_read_as_they_were_configured(tmp_path):
+    load = tiny_load(image_batch_size=1)
+    trainer = random_trainer(load, torch.device("cpu"), str(tmp_path))
+    trainer.args.image_objective, trainer.args.matching_samples, trainer.args.thinking = "fpo", 4, False
+    read = Workload.of_run(trainer.unified, trainer.args, prompt_length=8)
+    assert (read.sde_window_size, read.completion_length) == (4, 1)
+
+
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-double"])
 def test_quantisation_is_seen(tmp_path, quantization):
     pytest.importorskip("bitsandbytes")

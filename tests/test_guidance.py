@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trl_unigrpo.flow import flow_timesteps
-from trl_unigrpo.guidance import RENORMS, Guidance, guide
+from trl_unigrpo.guidance import RENORMS, Guidance, guide, guide_where_covered
 from trl_unigrpo.rollout import RolloutPlan, sample_latents
 
 
@@ -200,8 +200,38 @@ def test_sampler_that_misses_a_branch_says_so():
         sample(Guidance(4.0))
 
 
-def test_guidance_of_stochastic_steps_is_refused():
-    windows = torch.tensor([0, 2])
-    with pytest.raises(ValueError, match=r"windows=\[0, 2\]\) is not supported.*windows=None, or with guidance=None"):
-        RolloutPlan(flow_timesteps(5), (8, 8), windows=windows, guidance=Guidance(4.0))
-    assert RolloutPlan(flow_timesteps(5), (8, 8), windows=windows, guidance=Guidance()).windows is windows
+def test_stochastic_steps_record_the_guided_velocity_and_what_guided_it():
+    guidance = Guidance(4.0, interval=(0.7, 1.0))
+    nodes = flow_timesteps(6)  # 1, .94, .86, .75, .6, .375, 0
+    plan = RolloutPlan(nodes, (8, 8), windows=torch.tensor([0, 4]), guidance=guidance)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    contexts = {"text": ["nothing", "nothing either"]}
+    records = sample_latents(
+        lambda x, t: x,
+        SHAPE,
+        plan,
+        generators,
+        ["a", "b"],
+        branches={"text": lambda x, t: 2 * x},
+        branch_contexts=contexts,
+    )
+    for record, branch in zip(records, contexts["text"], strict=True):
+        assert (record.guidance, record.branches) == (guidance, {"text": branch})
+        torch.testing.assert_close(
+            record.velocities[0], guide(record.latents[:1], {"text": 2 * record.latents[:1]}, guidance)[0]
+        )
+        torch.testing.assert_close(record.velocities[1], record.latents[1])  # t = .6: outside of the interval
+
+
+def test_time_on_the_interval_s_edge_is_the_same_before_and_after_recording():
+    edge = torch.tensor(0.4, dtype=torch.float64)
+    assert not Guidance(4.0).covers(edge) and not Guidance(4.0).covers(edge.float())
+
+
+def test_rows_are_guided_by_their_own_time():
+    guidance = Guidance(4.0, interval=(0.5, 1.0))
+    v, text, _ = velocities()
+    times = torch.tensor([1.0, 0.5, 0.7, 0.2, 0.9])
+    actual, guided = guide_where_covered(v, {"text": text}, times, guidance), guide(v, {"text": text}, guidance)
+    for row, inside in enumerate([True, False, True, False, True]):
+        assert torch.equal(actual[row], guided[row] if inside else v[row])

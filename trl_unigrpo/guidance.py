@@ -1,4 +1,4 @@
-"""Classifier-free guidance in BAGEL's form. UniGRPO trains without it; evaluation may use it.
+"""Classifier-free guidance in BAGEL's form. UniGRPO trains without it; evaluation, or an ablation, may use it.
 
 Shapes: B samples, `latent` the model's own latent dimensions, of which the last is the numbers of one token.
 """
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .flow.transition import expand_left
 
 
 RENORMS = ("global", "channel", "text_channel")
@@ -72,9 +74,9 @@ class Guidance:
         return tuple(name for name, scale in scales.items() if scale > 1)
 
     def covers(self, t: float | Tensor) -> bool:
-        """Whether time t is guided: low < t <= high."""
-        low, high = self.interval
-        return low < float(t) <= high
+        """Whether time t is guided: low < t <= high, all in float32, as a rollout records its times."""
+        low, high, time = torch.tensor([*self.interval, float(t)], dtype=torch.float32).tolist()
+        return low < time <= high
 
 
 def guide(velocity: Tensor, branches: Mapping[str, Tensor], guidance: Guidance) -> Tensor:
@@ -110,6 +112,12 @@ def guide(velocity: Tensor, branches: Mapping[str, Tensor], guidance: Guidance) 
         dims = tuple(range(1, velocity.ndim)) if guidance.renorm == "global" else (-1,)
         guided = shrink(guided, velocity, dims, guidance.renorm_min)
     return guided
+
+
+def guide_where_covered(velocity: Tensor, branches: Mapping[str, Tensor], times: Tensor, guidance: Guidance) -> Tensor:
+    """[`guide`] for the rows (B, *latent) whose time, of `times` (B,), is guided; the others stay as they are."""
+    covered = torch.tensor([guidance.covers(t) for t in times.tolist()], device=velocity.device)
+    return torch.where(expand_left(covered, velocity).bool(), guide(velocity, branches, guidance), velocity)
 
 
 def shrink(guided: Tensor, velocity: Tensor, dims: tuple[int, ...], renorm_min: float) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .guidance import Guidance
 from .models.unified import ContextRow
 from .rollout import FlowRecord
 
@@ -27,7 +28,7 @@ def load_rollouts(folder: str | Path, process: int, device: torch.device) -> dic
     file = _file(folder, process)
     if not file.is_file():
         return None
-    with torch.serialization.safe_globals([FlowRecord, ContextRow]):
+    with torch.serialization.safe_globals([FlowRecord, ContextRow, Guidance]):
         return torch.load(file, map_location=device, weights_only=True)
 
 

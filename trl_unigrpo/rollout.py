@@ -4,7 +4,7 @@ Shapes: B samples, N denoising steps, K of them stochastic, `latent` the model's
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,10 +31,7 @@ class RolloutPlan:
         sde_type: "sde" (Flow-SDE) or "cps".
         noise_level: a, the strength of the noise.
         batch_size: images denoised at once; None for all.
-        guidance: classifier-free guidance of a pure ODE; None for none.
-
-    Raises:
-        ValueError: for guidance together with stochastic steps.
+        guidance: classifier-free guidance; None for none.
     """
 
     timesteps: Tensor
@@ -44,13 +41,6 @@ class RolloutPlan:
     noise_level: float = 0.8
     batch_size: int | None = None
     guidance: Guidance | None = None
-
-    def __post_init__(self) -> None:
-        if self.guidance is not None and self.guidance.branches and self.windows is not None and self.windows.numel():
-            raise ValueError(
-                f"Guidance with stochastic steps (windows={self.windows.tolist()}) is not supported: the update would "
-                "replay these steps without guidance. Sample with windows=None, or with guidance=None."
-            )
 
     def rows(self, chunk: slice) -> "RolloutPlan":
         """The plan of some of the samples."""
@@ -69,7 +59,9 @@ class FlowRecord:
         image_size: (height, width) in pixels.
         latents, next_latents: (K, *latent) states before and after each stochastic step.
         timesteps, next_timesteps: (K,) their times.
-        velocities: (K, *latent) what the sampler's forward predicted there.
+        velocities: (K, *latent) what the sampler went on with there, guided where it was.
+        guidance: the sampler's, which training repeats.
+        branches: what the model needs to see for each branch of it, by name.
     """
 
     final_latents: Tensor
@@ -80,6 +72,8 @@ class FlowRecord:
     timesteps: Tensor
     next_timesteps: Tensor
     velocities: Tensor
+    guidance: Guidance | None = None
+    branches: Mapping[str, Any] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -92,6 +86,7 @@ def sample_latents(
     device: torch.device | str = "cpu",
     start: Tensor | None = None,
     branches: Mapping[str, Velocity] | None = None,
+    branch_contexts: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[FlowRecord]:
     """
     Integrate dx = v dt from noise at t = 1 to the image at t = 0: Euler steps outside the window, stochastic ones
@@ -106,6 +101,7 @@ def sample_latents(
         device: where the states live.
         start: (B, *latent) the first noise, where the model draws it.
         branches: velocities of the contexts that `plan.guidance.branches` names.
+        branch_contexts: these contexts, one per sample, handed through to the records.
     """
     batch_size, nodes = len(generators), plan.timesteps.double().cpu()
     stochastic = stochastic_steps(plan.windows, batch_size, len(nodes) - 1)
@@ -152,6 +148,8 @@ def sample_latents(
                 timesteps=nodes[index].float(),
                 next_timesteps=nodes[index + 1].float(),
                 velocities=velocities,
+                guidance=plan.guidance,
+                branches={name: rows[row] for name, rows in (branch_contexts or {}).items()},
             )
         )
     return records

@@ -10,6 +10,7 @@ from trl import GRPOTrainer
 HOOKS: dict[str, tuple[str, ...]] = {
     "_generate": ("self", "prompts"),
     "_tokenize_prompts": ("self", "prompts"),
+    "_generate_single_turn": ("self", "prompt_ids"),
     "_generate_and_score_completions": ("self", "inputs"),
     "_calculate_rewards": (
         "self",

@@ -56,11 +56,15 @@ _CHOICES = {
     "sde_type": ("sde", "cps"),
     "sde_window_mode": ("contiguous", "scatter", "fixed"),
     "sde_window_scope": ("generation", "rank", "group", "sample"),
+    "image_objective": ("flow_grpo", "fpo", "awm", "nft"),
     "flow_regularizer": ("velocity_mse", "latent_kl", "latent_kl_flow_grpo", "none"),
     "flow_old_source": ("recompute", "rollout"),
     "flow_context_grad": ("detach", "full"),
     "trust_checks": ("raise", "warn", "off"),
 }
+
+_EPSILON = {"flow_grpo": 1e-6, "fpo": 1e-4, "awm": 1e-4, "nft": 1e-6}
+"""Clip range of each image objective; DiffusionNFT has none."""
 
 
 SINGLE_GPU: dict[str, Any] = {
@@ -89,14 +93,19 @@ class UniGRPOConfig(GRPOConfig):
             Denoising steps in training rollouts: evaluations of the model per image.
         eval_num_inference_steps (`int`, *optional*, defaults to `50`):
             Denoising steps in evaluation, which is a pure ODE.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Classifier-free guidance in training, away from the image without the prompt; 1, the paper's value, is
+            none. Above 1, sampler and update both follow the guided velocity, which costs a second forward.
         eval_guidance_scale (`float`, *optional*, defaults to `1.0`):
-            Classifier-free guidance in evaluation, away from the image without the prompt; 1, the paper's value, is
-            none, BAGEL's own evaluation has 4. Training always samples without.
+            Guidance in evaluation; BAGEL's own evaluation has 4.
         timestep_shift (`float`, *optional*, defaults to `3.0`):
             Shift s of the schedule t = s u / (1 + (s - 1) u), u evenly spaced from 1 to 0.
         image_batch_size (`int`, *optional*):
             Images denoised at once in a rollout; by default as many as fit into the GPU's free memory, on a CPU all.
             Never changes their noise; a fixed number makes a run in bfloat16 repeatable to the bit.
+        thinking (`bool`, *optional*, defaults to `True`):
+            Whether the model thinks before it paints. Without, images follow from the prompt alone and `text_weight`
+            has to be 0.
         system_prompt (`str`, *optional*, defaults to `"auto"`):
             System prompt of prompts that bring none: `"auto"` is the model's own, which asks it to think, `""` none.
 
@@ -124,8 +133,16 @@ class UniGRPOConfig(GRPOConfig):
         process_reward_weight (`float`, *optional*, defaults to `0.0`):
             Weight of the process rewards, functions marked with `thinking_reward`: their group advantage times this
             is added to the thinking's advantage, never to the image's. 0 logs them and trains on none.
-        flow_epsilon (`float`, *optional*, defaults to `1e-6`):
-            Clip range of the image's ratio, at 262,144 numbers per image (1024 pixels in BAGEL).
+        image_objective (`str`, *optional*, defaults to `"flow_grpo"`):
+            What trains the image expert: `"flow_grpo"` (the paper's), on the sampler's noisy steps; or, on lines from
+            noise to the finished images, `"fpo"`, `"awm"` or `"nft"` (DiffusionNFT), which sample by the ODE.
+        matching_samples (`int`, *optional*, defaults to `8`):
+            Points on such lines per image.
+        nft_beta (`float`, *optional*, defaults to `1.0`):
+            How far DiffusionNFT's two velocities lie from the old one, as a share of what the policy has moved.
+        flow_epsilon (`float`, *optional*):
+            Clip range of the image's ratio, at 262,144 numbers per image (1024 pixels in BAGEL). By default 1e-6, the
+            paper's, for FlowGRPO and 1e-4 for FPO and AWM, for which the paper has none.
         ratio_norm (`bool`, *optional*, defaults to `True`):
             Centre and rescale the image's log-ratio (RatioNorm).
         flow_regularizer (`str`, *optional*, defaults to `"velocity_mse"`):
@@ -217,6 +234,7 @@ class UniGRPOConfig(GRPOConfig):
         metadata={"help": "Denoising steps in training rollouts. Paper: 25."},
     )
     eval_num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps in evaluation. Paper: 50."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Guidance scale in training; 1: none. Paper: 1."})
     eval_guidance_scale: float = field(
         default=1.0, metadata={"help": "Guidance scale in evaluation; 1: none. Paper: 1, BAGEL's own evaluation: 4."}
     )
@@ -224,6 +242,7 @@ class UniGRPOConfig(GRPOConfig):
     image_batch_size: int | None = field(
         default=None, metadata={"help": "Images denoised at once; None: as many as fit."}
     )
+    thinking: bool = field(default=True, metadata={"help": "Think before painting; without, text_weight has to be 0."})
     system_prompt: str = field(
         default="auto",
         metadata={"help": "System prompt of prompts without one; 'auto': the model's own; '': none."},
@@ -256,9 +275,22 @@ class UniGRPOConfig(GRPOConfig):
         default=0.0,
         metadata={"help": "Weight of rewards of the thinking alone in the text's advantage; 0: only logged."},
     )
-    flow_epsilon: float = field(
-        default=1e-6,
-        metadata={"help": "Clip range of the image's ratio, at 262144 numbers per image. Paper: 1e-6."},
+    image_objective: str = field(
+        default="flow_grpo",
+        metadata={"help": "What trains the image expert: 'flow_grpo' (the paper's), 'fpo', 'awm' or 'nft'."},
+    )
+    matching_samples: int = field(
+        default=8, metadata={"help": "Points per image on lines from noise to it, for 'fpo', 'awm' and 'nft'."}
+    )
+    nft_beta: float = field(
+        default=1.0, metadata={"help": "How far DiffusionNFT's two velocities lie from the old one."}
+    )
+    flow_epsilon: float | None = field(
+        default=None,
+        metadata={
+            "help": "Clip range of the image's ratio, at 262144 numbers per image. None: 1e-6 (the paper's), for "
+            "'fpo' and 'awm' 1e-4."
+        },
     )
     ratio_norm: bool = field(
         default=True,
@@ -310,6 +342,9 @@ class UniGRPOConfig(GRPOConfig):
             self.activation_checkpointing = self.gradient_checkpointing  # the newer name of the same thing
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         self._check_choices()
+        if self.flow_epsilon is None:
+            self.flow_epsilon = _EPSILON[self.image_objective]
+        self._check_values()
         super().__post_init__()
         self._check_window()
         self._check_epochs()
@@ -351,6 +386,8 @@ class UniGRPOConfig(GRPOConfig):
                 f"optim={optim!r} brings its own parameter groups, which the two learning rates would break up. "
                 "Use an AdamW variant, adafactor or sgd."
             )
+
+    def _check_values(self) -> None:
         for name in (
             "image_size",
             "image_batch_size",
@@ -358,6 +395,8 @@ class UniGRPOConfig(GRPOConfig):
             "num_inference_steps",
             "eval_num_inference_steps",
             "timestep_shift",
+            "matching_samples",
+            "nft_beta",
             "flow_epsilon",
             "learning_rate",
             "image_learning_rate",
@@ -374,10 +413,26 @@ class UniGRPOConfig(GRPOConfig):
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
-        if not self.eval_guidance_scale >= 1:
-            raise ValueError(f"eval_guidance_scale={self.eval_guidance_scale}: expected 1 (off) or more.")
+        for name in ("guidance_scale", "eval_guidance_scale"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 1 (off) or more.")
         if self.text_weight == 0 and self.flow_weight == 0:
             raise ValueError("text_weight and flow_weight are both 0: nothing would be trained. Raise one of them.")
+        if not self.thinking and self.text_weight > 0:
+            raise ValueError(
+                f"thinking=False with text_weight={self.text_weight}: there is no thinking to train. Set it to 0."
+            )
+        if self.image_objective != "flow_grpo" and self.flow_weight > 0:
+            if self.flow_regularizer not in ("velocity_mse", "none"):
+                raise ValueError(
+                    f"flow_regularizer={self.flow_regularizer!r} with image_objective={self.image_objective!r}: there "
+                    "are no noisy steps that could have a KL. Use 'velocity_mse' or 'none'."
+                )
+            if self.flow_old_source == "rollout":
+                raise ValueError(
+                    f"flow_old_source='rollout' with image_objective={self.image_objective!r}: the sampler predicts "
+                    "no velocities on the lines. Use 'recompute'."
+                )
         if self.text_weight == 0 and self.process_reward_weight > 0:
             raise ValueError(
                 f"process_reward_weight={self.process_reward_weight} with text_weight=0: process rewards train the "
@@ -388,7 +443,7 @@ class UniGRPOConfig(GRPOConfig):
         if len(self.sde_window_range) != 2:
             raise ValueError(f"sde_window_range={self.sde_window_range}: expected two step indices, low and high.")
         low, high = self.sde_window_range
-        if self.flow_weight == 0:
+        if self.flow_weight == 0 or self.image_objective != "flow_grpo":
             return
         if not 0 <= low < high < self.num_inference_steps:
             raise ValueError(

@@ -4,6 +4,7 @@ One step, as the paper's algorithm has it:
 
     1. sample a group of thinkings per prompt                        TRL's `_generate`
     2. paint one image per thinking, K of the steps stochastic       `_generate` -> `_paint`
+       (other image objectives: all steps ODE, K states on lines)    image_objectives.py
     3. reward the images, advantages within the group                TRL's `_generate_and_score_completions`
     4. velocities of the reference model at the stochastic steps     `_generate_and_score_completions`
     5. for each PPO epoch, one packed forward:                       `_compute_loss`
@@ -18,7 +19,7 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,17 +38,9 @@ from trl.trainer.utils import get_config_model_id
 from .adapters import add_reference_adapter, keep_adapters_in_float32, target_experts, trained_weights
 from .arguments import check_arguments, check_lengths, default_config, load_model, load_tokenizer
 from .experts import check_trained, clip_by_expert, freeze_experts, split_groups
-from .flow import (
-    clipped_surrogate,
-    flow_timesteps,
-    latent_kl,
-    log_ratio,
-    scale_with_latents,
-    sde_window,
-    transition,
-    velocity_mse,
-)
+from .flow import flow_timesteps, scale_with_latents, sde_window
 from .guidance import Guidance
+from .image_objectives import OBJECTIVES, States
 from .model_card import rewrite_quick_start
 from .models.auto import unified_model
 from .models.quantization import keep_trainable_layout
@@ -175,7 +168,8 @@ class UniGRPOTrainer(GRPOTrainer):
 
         masters = trained_weights(model) if is_peft_model(model) else {}
         scale = scale_with_latents if args.scale_with_latents else (lambda value, _: value)
-        self._flow_epsilon = scale(args.flow_epsilon, num_latent_dims)
+        epsilon = scale(args.flow_epsilon or 0.0, num_latent_dims)  # never None: the config chooses
+        self._objective = OBJECTIVES[args.image_objective](args, epsilon)
         self._regularizer_weight = scale(regularizer_weight, num_latent_dims)
         self._trust = TrustChecks(args.trust_checks)
         self._records: list[FlowRecord] = []  # of the rollout in progress
@@ -205,6 +199,11 @@ class UniGRPOTrainer(GRPOTrainer):
         if not base.packs_velocities and self.accelerator.num_processes > 1:
             raise ValueError(
                 f"{type(base).__name__} computes its velocities one by one, which several processes don't support yet."
+            )
+        if not base.packs_velocities and self._objective.pools_steps and self._trains["image"]:
+            raise ValueError(
+                f"image_objective={args.image_objective!r} needs all velocities of an image at once, but "
+                f"{type(base).__name__} computes them one by one. Use 'awm', which has a ratio of its own for each."
             )
         freeze_experts(base, self.model, self._trains)
         check_trained(base, self.model, self._trains)
@@ -236,14 +235,20 @@ class UniGRPOTrainer(GRPOTrainer):
             return prompts
         own = self.args.system_prompt == "auto"
         system = self.unified.default_system_prompt if own else self.args.system_prompt
-        return [as_messages(prompt, system) for prompt in prompts]
+        return [as_messages(prompt, system if self.args.thinking else None) for prompt in prompts]
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        if self.args.thinking:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        # TRL needs a token per completion; the image is painted as if there were none.
+        return [[self._tokenizer.eos_token_id] for _ in prompt_ids], None
 
     # 2. Images
 
     def _generate(self, prompts: list[Any]) -> Any:
         outputs = super()._generate(prompts)
         prompt_ids, completion_ids, extra_fields = generation_fields(outputs)
-        conditioning = Conditioning(prompt_ids, completion_ids)
+        conditioning = Conditioning(prompt_ids, completion_ids if self.args.thinking else [[] for _ in prompt_ids])
         if self._guidance() is not None:
             prompts = self._with_system_prompt(prompts)
             conditioning.system_ids = system_ids(self._tokenizer, prompts, **self.chat_template_kwargs)
@@ -258,7 +263,8 @@ class UniGRPOTrainer(GRPOTrainer):
         """Sample one image per thinking: records of B rollouts and B PIL images."""
         args, mode = self.args, "train" if self.model.training else "eval"
         started = time.perf_counter()
-        stochastic = mode == "train" and self._trains["image"]
+        trains = mode == "train" and self._trains["image"]
+        stochastic = trains and self._objective.stochastic
         size = (args.image_size, args.image_size)
         plan = RolloutPlan(
             timesteps=self._timesteps(mode),
@@ -289,8 +295,9 @@ class UniGRPOTrainer(GRPOTrainer):
         spread = torch.tensor(pixel_spread(images), device=self.accelerator.device)
         self._metrics[mode]["images/pixel_std"].append(self.accelerator.gather(spread).mean().item())
         self._metrics[mode]["time/images"].append(time.perf_counter() - started)
-        if stochastic:
-            one_window = args.sde_window_scope == "generation"
+        if trains:
+            records = self._objective.states(records, generators)
+            one_window = stochastic and args.sde_window_scope == "generation"
             self._trust.records(records, self.num_generations, one_window)
             if one_window:
                 window = records[0].timesteps[None].to(self.accelerator.device)
@@ -311,8 +318,8 @@ class UniGRPOTrainer(GRPOTrainer):
         return flow_timesteps(steps, args.timestep_shift)
 
     def _guidance(self) -> Guidance | None:
-        scale = self.args.eval_guidance_scale
-        return Guidance(scale) if scale > 1 and not self.model.training else None
+        scale = self.args.guidance_scale if self.model.training else self.args.eval_guidance_scale
+        return Guidance(scale) if scale > 1 else None
 
     def _draw_windows(self, batch_size: int) -> Tensor:
         """Step indices (K,) of the batch's window or (B, K) of each sample's."""
@@ -401,7 +408,8 @@ class UniGRPOTrainer(GRPOTrainer):
             for start in range(0, len(records), size):
                 chunk = records[start : start + size]
                 if model.packs_velocities:
-                    velocities.append(model.predict_velocities(model.flow_inputs(chunk)))
+                    velocity = model.predict_velocities(model.flow_inputs(chunk))
+                    velocities.append(model.guided(velocity, chunk))
                 else:
                     velocities.append(torch.stack([velocity for _, velocity in model.velocities(chunk)], dim=1))
         return torch.cat(velocities)
@@ -427,11 +435,13 @@ class UniGRPOTrainer(GRPOTrainer):
             velocity, self._flow = self._flow.velocity, None
             if velocity is None:
                 raise TRLChangedError("GRPOTrainer._compute_loss did not call _get_per_token_logps_and_entropies")
+            with self.accelerator.autocast():
+                velocity = base.guided(velocity, records, context_grad)
             flow_loss = self._flow_loss(velocity, inputs, slice(None), first_pass)
         else:
             text_loss = super()._compute_loss(model, of_text)
             flow_loss, steps = torch.zeros((), device=self.accelerator.device), len(records[0].timesteps)
-            for k, velocity in base.velocities(records, context_grad):
+            for k, velocity in self._in_autocast(base.velocities(records, context_grad)):
                 # Back-propagated at once, so that only one step's activations are alive; the last with the text's.
                 loss = self._flow_loss(velocity[:, None], inputs, slice(k, k + 1), first_pass) / steps
                 if k + 1 < steps:
@@ -439,6 +449,15 @@ class UniGRPOTrainer(GRPOTrainer):
                     loss = loss.detach()
                 flow_loss = flow_loss + loss
         return self.args.text_weight * text_loss + flow_loss / accumulation
+
+    def _in_autocast(self, items: Iterator[Any]) -> Iterator[Any]:
+        """The items of a generator, computed in the precision of the run; what is done with them is not."""
+        while True:
+            with self.accelerator.autocast():
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self._flow is not None:
@@ -453,49 +472,27 @@ class UniGRPOTrainer(GRPOTrainer):
             velocity: (B, K', *latent) of the current weights at the recorded steps `steps`.
             first_pass: whether these weights are the old policy themselves.
         """
-        args, records, device = self.args, inputs["flow_records"], velocity.device
-        velocity = velocity.float()
-
-        def recorded(name: str) -> Tensor:
-            return torch.stack([getattr(record, name)[steps] for record in records])
-
-        latents, next_latents = recorded("latents").to(device), recorded("next_latents").to(device)
-        times, next_times = recorded("timesteps").cpu(), recorded("next_timesteps").cpu()
-        first_node = self._timesteps("train")[1]
-        coefficients = transition(args.sde_type, times, next_times, args.noise_level, first_node)
+        args, velocity = self.args, velocity.float()
+        states = States.of(inputs["flow_records"], steps, velocity.device)
         if first_pass:
             inputs["flow_old_velocities"][:, steps] = velocity.detach()
-            low_precision = args.bf16 or args.fp16
-            sampled = recorded("velocities").to(device)
-            self._trust.velocities(velocity.detach(), sampled, coefficients, self._flow_epsilon, low_precision)
-        old = inputs["flow_old_velocities"][:, steps].to(device)
-        ratio = log_ratio(latents, next_latents, velocity, old, coefficients, args.ratio_norm)  # (B, K')
-        advantages = inputs["advantages"].to(device)[:, None]
-        objective = clipped_surrogate(ratio, advantages, self._flow_epsilon).mean()
+            if self._objective.stochastic:
+                low_precision = args.bf16 or args.fp16
+                tr, epsilon = self._objective.transition(states), self._objective.epsilon
+                self._trust.velocities(velocity.detach(), states.velocities, tr, epsilon, low_precision)
+        old = inputs["flow_old_velocities"][:, steps].to(velocity.device)
+        advantages = inputs["advantages"].to(velocity.device)[:, None]
+        objective, metrics = self._objective.loss(velocity, old, states, advantages)
         loss = args.flow_weight * objective
-        metrics = {
-            "flow/loss": objective,
-            "flow/ratio_mean": ratio.exp().mean(),
-            "flow/log_ratio_std": ratio.std(correction=0),
-            "flow/clip_frac": (torch.expm1(ratio).abs() > self._flow_epsilon).float().mean(),
-        }
         if self._regularized:
-            reference = inputs["flow_reference_velocities"][:, steps].to(device)
-            regularizer = self._regularizer(velocity, reference, coefficients, next_times - times)
+            reference = inputs["flow_reference_velocities"][:, steps].to(velocity.device)
+            regularizer = self._objective.regularizer(velocity, reference, states)
             self._trust.regularizer(regularizer)
             loss = loss + self._regularizer_weight * regularizer
             metrics[f"flow/{args.flow_regularizer}"] = regularizer
         for name, value in metrics.items():
             self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
         return loss
-
-    def _regularizer(self, velocity: Tensor, reference: Tensor, coefficients: Any, dt: Tensor) -> Tensor:
-        """Mean over samples, steps and numbers of the distance to the reference model."""
-        kind = self.args.flow_regularizer
-        if kind == "velocity_mse":
-            return velocity_mse(velocity, reference, num_batch_dims=2).mean()
-        form = "exact" if kind == "latent_kl" else "flow_grpo"
-        return latent_kl(velocity, reference, coefficients, num_batch_dims=2, form=form, dt=dt).mean()
 
     # 6. Optimizer
 

@@ -171,6 +171,13 @@ REFUSED = [
     ({"image_batch_size": 0}, "image_batch_size=0: expected a positive number"),
     ({"max_completion_length": 0}, "max_completion_length=0: expected a positive number"),
     ({"num_inference_steps": 0}, "num_inference_steps=0: expected a positive number"),
+    ({"image_objective": "ppo"}, "image_objective='ppo': expected one of 'flow_grpo', 'fpo', 'awm', 'nft'"),
+    ({"matching_samples": 0}, "matching_samples=0: expected a positive number"),
+    ({"nft_beta": 0.0}, "nft_beta=0.0: expected a positive number"),
+    ({"thinking": False}, "thinking=False with text_weight=1.0: there is no thinking to train"),
+    ({"image_objective": "fpo", "flow_regularizer": "latent_kl"}, "no noisy steps that could have a KL"),
+    ({"image_objective": "awm", "flow_old_source": "rollout"}, "predicts no velocities on the lines. Use 'recompute'"),
+    ({"guidance_scale": 0.5}, r"guidance_scale=0.5: expected 1 \(off\) or more"),
     ({"eval_guidance_scale": 0.0}, r"eval_guidance_scale=0.0: expected 1 \(off\) or more"),
     ({"text_weight": 0.0, "flow_weight": 0.0}, "both 0: nothing would be trained"),
     ({"flow_weight": -1.0}, "flow_weight=-1.0: expected 0 or more"),
@@ -183,6 +190,17 @@ REFUSED = [
 def test_option_that_cannot_work_is_refused_with_the_reason(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(("objective", "epsilon"), [("flow_grpo", 1e-6), ("fpo", 1e-4), ("awm", 1e-4)])
+def test_clip_range_is_the_objective_s_own_unless_given(tmp_path, objective, epsilon):
+    assert tiny_config(tmp_path, image_objective=objective).flow_epsilon == epsilon
+    assert tiny_config(tmp_path, image_objective=objective, flow_epsilon=1e-5).flow_epsilon == 1e-5
+
+
+def test_lines_need_no_window(tmp_path):
+    config = tiny_config(tmp_path, image_objective="awm", num_inference_steps=2, noise_level=0.0)
+    assert config.num_inference_steps == 2
 
 
 def test_text_alone_needs_no_window(tmp_path):

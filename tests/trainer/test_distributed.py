@@ -36,6 +36,8 @@ CASES = {
     "text": {"flow_weight": 0.0},
     "process reward": {"reward_funcs": [redness, words], "process_reward_weight": 0.5},
     "windows per group": {"sde_window_scope": "group"},
+    "guidance, checkpointing": {"guidance_scale": 3.0, "gradient_checkpointing": True},
+    "lines, no thinking": {"image_objective": "fpo", "thinking": False, "text_weight": 0.0},
 }
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_unified import IMAGE_SIZE, moved, tiny_bagel, weights
+from tiny_unified import IMAGE_SIZE, PROMPTS, moved, redness, tiny_bagel, weights
 
 from trl_unigrpo.models.unified import Conditioning
 from trl_unigrpo.monitoring.trust import TrustError
@@ -66,6 +66,55 @@ def test_text_alone_samples_by_the_ode_and_records_nothing(make_trainer, train):
     assert all("flow_records" not in batch for batch in seen.batches)
     assert not any(key.startswith("flow/") for key in trainer.state.log_history[0])
     assert trainer.unified._reference is None
+
+
+def test_without_thinking_images_follow_the_prompt_alone(make_trainer, train):
+    model, seen, answers = tiny_bagel(), [], []
+    rollout = model.rollout
+
+    def spied(conditioning, plan, generators):
+        seen.append(conditioning)
+        return rollout(conditioning, plan, generators)
+
+    def reward(prompts, completions, images, **columns):
+        answers.extend(completions)
+        return redness(prompts, completions, images)
+
+    model.rollout = spied
+    before = weights(model)
+    trainer = make_trainer(model=model, reward_funcs=reward, thinking=False, text_weight=0.0, max_steps=2)
+    batches = train(trainer).batches
+    assert set(answers) == {""}
+    changed = moved(before, weights(model))
+    assert changed
+    assert all(model.is_image_parameter(name) for name in changed)
+    [conditioning] = seen
+    assert all(len(completion) == 0 for completion in conditioning.completion_ids)
+    messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]  # no system prompt
+    prompts = trainer.processing_class.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    expected = [row.ids.tolist() for row in model.contexts(Conditioning(prompts, [[]] * len(prompts)))]
+    assert all(record.context.ids.tolist() in expected for batch in batches for record in batch["flow_records"])
+
+
+def test_lines_are_sampled_by_the_ode_and_start_at_the_image(make_trainer, train):
+    trainer = make_trainer(image_objective="awm", matching_samples=3, num_iterations=1, max_steps=1)
+    plans, rollout = [], trainer.unified.rollout
+
+    def spied(conditioning, plan, generators):
+        plans.append(plan)
+        return rollout(conditioning, plan, generators)
+
+    trainer.unified.rollout = spied
+    seen = train(trainer)
+    assert [plan.windows for plan in plans] == [None]
+    records = [record for batch in seen.batches for record in batch["flow_records"]]
+    assert len({tuple(record.timesteps.tolist()) for record in records}) == len(records)
+    noise = torch.stack([record.next_latents for record in records])
+    assert noise.shape[1] == 3
+    assert len(torch.unique(noise.flatten(0, 1).flatten(1), dim=0)) == 3 * len(records)
+    for record in records:
+        t = record.timesteps[:, None, None]
+        torch.testing.assert_close(record.latents, (1 - t) * record.final_latents + t * record.next_latents)
 
 
 def test_image_loss_reaches_the_text_expert_through_the_context_only_if_told(make_trainer, train):

@@ -76,7 +76,9 @@ def test_metrics_mean_what_they_say(make_trainer, train):
     assert second["flow/ratio_mean"] == pytest.approx(np.exp(log_ratios).mean(), abs=2e-6)
     per_batch = np.array(log_ratios).reshape(2, -1)
     assert second["flow/log_ratio_std"] == pytest.approx(per_batch.std(1).mean(), rel=1e-2)
-    assert second["flow/clip_frac"] == pytest.approx(np.mean(np.abs(np.expm1(log_ratios)) > trainer._flow_epsilon))
+    assert second["flow/clip_frac"] == pytest.approx(
+        np.mean(np.abs(np.expm1(log_ratios)) > trainer._objective.epsilon)
+    )
 
 
 @pytest.mark.parametrize("backend", ["wandb", "trackio"])

@@ -10,9 +10,12 @@ import pytest
 import torch
 from tiny_unified import IMAGE_SIZE, FixedTexts, tiny_bagel
 
+from trl_unigrpo.models.unified import ContextRow
+
 
 NOISE, SHIFT, STEPS = 0.8, 3.0, 6
 NUMBERS = 16  # in one image's latents
+SYSTEM_TOKENS = 4  # of "think first" at the start of each context, with what opens and closes it
 
 
 def text_log_probs(model, prompt, completion):
@@ -24,20 +27,65 @@ def text_log_probs(model, prompt, completion):
     return rows[torch.arange(len(completion)), torch.tensor(completion)]
 
 
-def velocities(model, record, context_grad):
+def velocities(model, record, settings):
     """(K, N, C) one forward per step, the context encoded on its own."""
-    with torch.set_grad_enabled(context_grad and torch.is_grad_enabled()):
-        context = model.encode_context([record.context])
-    return torch.cat(
-        [
-            model.predict_velocity(context, x[None], t[None], (IMAGE_SIZE, IMAGE_SIZE))
-            for x, t in zip(record.latents, record.timesteps, strict=True)
-        ]
-    ).double()
+    context_grad = settings.get("flow_context_grad") == "full"
+
+    def after(ids):
+        with torch.set_grad_enabled(context_grad and torch.is_grad_enabled()):
+            context = model.encode_context([ContextRow(ids)])
+        return torch.cat(
+            [
+                model.predict_velocity(context, x[None], t[None], (IMAGE_SIZE, IMAGE_SIZE))
+                for x, t in zip(record.latents, record.timesteps, strict=True)
+            ]
+        ).double()
+
+    velocity = after(record.context.ids)
+    scale = settings.get("guidance_scale", 1.0)
+    if scale > 1:
+        without = after(record.context.ids[:SYSTEM_TOKENS])
+        guided = without + scale * (velocity - without)
+        length, new = (x.flatten(1).norm(dim=1)[:, None, None] for x in (velocity, guided))
+        covered = (record.timesteps > 0.4)[:, None, None]
+        velocity = torch.where(covered, guided * torch.clamp(length / (new + 1e-8), max=1), velocity)
+    return velocity
+
+
+def line_terms(record, v, v_old, v_ref, advantage, settings):
+    """As `flow_terms`, of the objectives on lines; the lines' noise is the records', all else is computed anew."""
+    kind, count = settings["image_objective"], len(v)
+    image, noise = record.final_latents.double(), record.next_latents.double()
+    epsilon = 1e-4 * math.sqrt(262144 / NUMBERS)
+    losses, old_losses, nft = [], [], 0.0
+    for k in range(count):
+        t = record.timesteps[k].double()
+        torch.testing.assert_close(record.latents[k].double(), (1 - t) * image + t * noise[k], atol=1e-6, rtol=1e-6)
+        losses.append(((v[k] - (noise[k] - image)) ** 2).mean())
+        old_losses.append(((v_old[k] - (noise[k] - image)) ** 2).mean())
+        share = 0.5 + advantage / 10
+        x = record.latents[k].double()
+        for weight, towards in ((share, v[k]), (1 - share, 2 * v_old[k] - v[k])):  # beta = 1
+            estimate = x - t * towards
+            width = (estimate - image).abs().mean().detach()
+            nft = nft + 5 * weight * ((estimate - image) ** 2).mean() / width
+    regularizer = sum(((v[k] - v_ref[k]) ** 2).mean() for k in range(count))
+    if kind == "nft":
+        return -nft, regularizer
+
+    def clipped(log_ratio):
+        ratio = log_ratio.exp()
+        return torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
+
+    if kind == "fpo":  # the mean over the lines is inside
+        return count * clipped(sum(old_losses) / count - sum(losses) / count), regularizer
+    return sum(clipped(old - new) for old, new in zip(old_losses, losses, strict=True)), regularizer
 
 
 def flow_terms(record, v, v_old, v_ref, advantage, settings):
     """Sums over the K steps of the surrogate and of the regulariser."""
+    if "image_objective" in settings:
+        return line_terms(record, v, v_old, v_ref, advantage, settings)
     first = SHIFT * (1 - 1 / STEPS) / (1 + (SHIFT - 1) * (1 - 1 / STEPS))
     surrogate, regularizer = 0.0, 0.0
     epsilon = 1e-6 * math.sqrt(262144 / NUMBERS)
@@ -87,7 +135,7 @@ def oracle(batches, now, old, settings):
         for name in ("old", "reference"):
             for batch in batches:
                 for record in batch["flow_records"]:
-                    fixed[name, id(record)] = velocities(models[name], record, False)
+                    fixed[name, id(record)] = velocities(models[name], record, settings)
     for batch in batches:
         for row, record in enumerate(batch["flow_records"]):
             prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
@@ -98,7 +146,7 @@ def oracle(batches, now, old, settings):
                 lp_old = text_log_probs(models["old"], prompt, completion)
             ratio = (lp - lp_old).exp()
             text = text + torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
-            v = velocities(models["now"], record, settings.get("flow_context_grad") == "full")
+            v = velocities(models["now"], record, settings)
             s, r = flow_terms(record, v, fixed["old", id(record)], fixed["reference", id(record)], advantage, settings)
             surrogate, regularizer = surrogate + s / len(v), regularizer + r / len(v)
             samples += 1
@@ -117,8 +165,15 @@ def oracle(batches, now, old, settings):
         ({"ratio_norm": False, "flow_regularizer": "latent_kl"}, 0.02),
         ({"sde_type": "cps", "flow_regularizer": "latent_kl_flow_grpo"}, 0.05),
         ({"text_weight": 0.5, "flow_weight": 2.0}, 0.05),
+        ({"guidance_scale": 3.0, "num_inference_steps": 6, "sde_window_size": 5}, 0.05),
+        ({"guidance_scale": 3.0, "flow_context_grad": "full"}, 0.05),
+        ({"image_objective": "fpo", "matching_samples": 5}, 0.02),
+        ({"image_objective": "awm", "matching_samples": 4, "flow_context_grad": "full"}, 0.02),
+        ({"image_objective": "awm", "guidance_scale": 2.0}, 0.02),
+        ({"image_objective": "nft", "text_weight": 0.0}, 0.002),
     ],
-    ids=["paper", "full-context-gradient", "plain-ratio-kl", "cps", "weights"],
+    ids=["paper", "full-context-gradient", "plain-ratio-kl", "cps", "weights", "guidance", "guidance-full", "unifpo"]
+    + ["awm-full", "awm-guidance", "nft"],
 )
 def test_gradients_of_both_passes_are_those_of_the_formulas(make_trainer, train, settings, rate):
     # Rates that move some of the ratios, but not all, past the clip ranges.
@@ -141,6 +196,8 @@ def test_gradients_of_both_passes_are_those_of_the_formulas(make_trainer, train,
             scale = expected[name].abs().max().item()
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=5e-5 * scale + 1e-9, msg=name)
     second = trainer.state.log_history[1]
-    assert second["flow/log_ratio_std"] > 0
-    assert 0 < second["flow/clip_frac"] < 1
-    assert second["clip_ratio/region_mean"] > 0
+    if settings.get("image_objective") != "nft":
+        assert second["flow/log_ratio_std"] > 0
+        assert 0 < second["flow/clip_frac"] < 1
+    if settings.get("text_weight") != 0:
+        assert second["clip_ratio/region_mean"] > 0

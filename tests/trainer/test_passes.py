@@ -40,19 +40,50 @@ def test_packed_forward_is_the_only_one_of_a_micro_batch(make_trainer):
     assert len(calls) == trainer.state.global_step * trainer.args.gradient_accumulation_steps
 
 
-@pytest.mark.parametrize("context_grad", ["detach", "full"])
-def test_velocities_one_by_one_give_the_packed_update(make_trainer, context_grad):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"flow_context_grad": "full"},
+        {"guidance_scale": 3.0},
+        {"guidance_scale": 3.0, "flow_context_grad": "full"},
+        {"image_objective": "awm"},
+        {"image_objective": "nft"},
+    ],
+    ids=["detach", "full", "guidance", "guidance-full", "awm", "nft"],
+)
+def test_velocities_one_by_one_give_the_packed_update(make_trainer, settings):
     updates = []
     for cls in (BagelForUnifiedGeneration, OneByOne):
         model = tiny_bagel()
         model.__class__ = cls
         before, calls = weights(model), counted(model)
-        trainer = make_trainer(model=model, flow_context_grad=context_grad, **PLAIN)
+        trainer = make_trainer(model=model, **PLAIN, **settings)
         trainer.train()
         updates.append((weights(model), len(calls)))
     (packed, packed_calls), (single, single_calls) = updates
     assert single_calls > packed_calls
     assert_same_update(before, packed, single)
+
+
+@pytest.mark.parametrize("cls", [BagelForUnifiedGeneration, OneByOne])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+def test_update_computes_velocities_in_the_precision_of_the_rollout(make_trainer, train, cls, guidance_scale):
+    model = tiny_bagel()
+    model.__class__ = cls
+    trainer = make_trainer(model=model, bf16=True, guidance_scale=guidance_scale)
+    second_pass = [batch for batch in train(trainer).batches if "flow_old_velocities" in batch]
+    assert second_pass
+    for batch in second_pass:
+        sampled = torch.stack([record.velocities for record in batch["flow_records"]])
+        assert torch.equal(batch["flow_old_velocities"], sampled)  # bf16 twice; float32 would differ by its rounding
+
+
+def test_one_ratio_per_image_needs_its_velocities_together(make_trainer):
+    model = tiny_bagel()
+    model.__class__ = OneByOne
+    with pytest.raises(ValueError, match="image_objective='fpo' needs all velocities.*OneByOne.*Use 'awm'"):
+        make_trainer(model=model, image_objective="fpo")
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
+from tiny_unified import PROMPTS as PROMPTS_OF_TRAINING
 from tiny_unified import moved, prompts_dataset, redness, tiny_config, weights
 from transformers import AutoModelForCausalLM
 
@@ -257,3 +258,25 @@ def test_cosmos3_is_one_model_like_bagel(make_trainer):
     assert all("add_" not in names[id(p)] and "moe_gen" not in names[id(p)] for p in groups["text"])
     assert any(".to_q." in name for name in changed) and any(".add_q_proj." in name for name in changed)
     assert trainer.state.log_history[0]["flow/log_ratio_std"] == 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"guidance_scale": 2.0}, {"image_objective": "awm"}, {"thinking": False}],
+    ids=["guidance", "awm", "no-thinking"],
+)
+def test_the_trainers_other_settings(make_trainer, train, settings):
+    """Guidance by an empty prompt in training, times off the rollout's grid, and images from the prompt alone."""
+    text_weight = 0.0 if settings.get("thinking") is False else 1.0
+    trainer = make_trainer(
+        model=tiny_model(), peft_config=LoraConfig(r=2), **arguments(text_weight=text_weight, **settings)
+    )
+    before = weights(trainer.model)
+    seen = train(trainer)
+    assert any(".painter." in name for name in moved(before, weights(trainer.model)))
+    record = seen.batches[0]["flow_records"][0]
+    if "guidance_scale" in settings:
+        assert record.branches == {"text": ""}
+        assert trainer.state.log_history[0]["flow/log_ratio_std"] == 0
+    if "thinking" in settings:
+        assert record.context in PROMPTS_OF_TRAINING

@@ -37,10 +37,14 @@ def assert_equal_runs(whole, resumed, since):
 
 
 @pytest.mark.parametrize("stop", [2, 3], ids=["between-generations", "between-passes"])
-@pytest.mark.parametrize("adapted", [False, True], ids=["full", "lora"])
-def test_resume_is_exact(make_trainer, tmp_path, stop, adapted):
+@pytest.mark.parametrize(
+    ("adapted", "settings"),
+    [(False, {}), (True, {}), (False, {"image_objective": "fpo"}), (False, {"guidance_scale": 2.0})],
+    ids=["full", "lora", "lines", "guidance"],
+)
+def test_resume_is_exact(make_trainer, tmp_path, stop, adapted, settings):
     def arguments():
-        return {"peft_config": LoraConfig(r=2) if adapted else None}
+        return {"peft_config": LoraConfig(r=2) if adapted else None, **settings}
 
     whole = run(make_trainer, tmp_path / "whole", **arguments())
     resumed = run(make_trainer, tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{stop}", **arguments())

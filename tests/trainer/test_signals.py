@@ -28,6 +28,15 @@ def test_signal_saves_and_the_run_goes_on_exactly(make_trainer, tmp_path, number
     assert_equal_runs(whole, resumed, 3)
 
 
+@pytest.fixture
+def terminal():
+    """SIGINT as in a terminal: a job started in the background by a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("terminal")
 def test_interrupt_is_an_interrupt_where_nothing_is_saved(make_trainer, tmp_path):
     def interrupted(**columns):
         os.kill(os.getpid(), signal.SIGINT)

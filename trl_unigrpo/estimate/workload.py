@@ -138,11 +138,11 @@ class Workload:
             config=model.config,
             image_size=args.image_size,
             prompt_length=prompt_length,
-            completion_length=args.max_completion_length,
+            completion_length=args.max_completion_length if args.thinking else 1,
             num_generations=args.num_generations,
             num_prompts=max(1, args.per_device_train_batch_size * args.steps_per_generation // args.num_generations),
             num_inference_steps=args.num_inference_steps,
-            sde_window_size=args.sde_window_size,
+            sde_window_size=args.sde_window_size if args.image_objective == "flow_grpo" else args.matching_samples,
             num_iterations=args.num_iterations,
             micro_batch_size=args.per_device_train_batch_size,
             image_batch_size=args.image_batch_size or 1,  # where it is free, the rollout takes what memory is left

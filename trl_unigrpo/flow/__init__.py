@@ -1,9 +1,10 @@
 """The flow maths of UniGRPO (arXiv 2603.23500) as pure functions of tensors: no model, no trainer.
 
 Read in this order: `schedule` (which times, which steps are noisy), `transition` (one step as a Gaussian),
-`objective` (ratio, clip, regularisers).
+`objective` (ratio, clip, regularisers), `matching` (objectives without noisy steps).
 """
 
+from .matching import line_state, line_times, matching_log_ratio, nft_loss
 from .objective import clipped_surrogate, latent_kl, log_ratio, scale_with_latents, velocity_mse
 from .schedule import flow_timesteps, sde_window, shift_timesteps
 from .transition import Transition, cps_transition, ode_transition, sde_transition, step, transition
@@ -15,7 +16,11 @@ __all__ = [
     "cps_transition",
     "flow_timesteps",
     "latent_kl",
+    "line_state",
+    "line_times",
     "log_ratio",
+    "matching_log_ratio",
+    "nft_loss",
     "ode_transition",
     "scale_with_latents",
     "sde_transition",

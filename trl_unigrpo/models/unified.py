@@ -7,7 +7,7 @@ dimensions (BAGEL: N tokens of C numbers).
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from ..guidance import Guidance, guide_where_covered
 from ..rollout import FlowRecord, RolloutPlan, Velocity, sample_latents
 
 
@@ -281,6 +282,7 @@ class UnifiedModelMixin(_Base):
                 branches={
                     name: self._velocity_after(branch[chunk], plan.image_size) for name, branch in branches.items()
                 },
+                branch_contexts={name: branch[chunk] for name, branch in branches.items()},
             )
         return records
 
@@ -309,12 +311,36 @@ class UnifiedModelMixin(_Base):
         The plain route of models that can't pack. A context with gradient is encoded anew for each step, so that each
         velocity can be back-propagated, and its memory freed, before the next is asked for.
         """
-        flow, context = self.flow_inputs(records, context_grad), None
+        flow, guidance = self.flow_inputs(records, context_grad), guidance_of(records)
+        branches = {name: [record.branches[name] for record in records] for name in guidance.branches}
+        contexts = {"": flow.contexts, **branches}
+        encoded: dict[str, Any] = {}
         for k in range(flow.latents.shape[1]):
-            if context is None or context_grad:
+            if not encoded or context_grad:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and context_grad):
-                    context = self.encode_context(flow.contexts)
-            yield k, self.predict_velocity(context, flow.latents[:, k], flow.timesteps[:, k], flow.image_size)
+                    encoded = {name: self.encode_context(rows) for name, rows in contexts.items()}
+            latents, times = flow.latents[:, k], flow.timesteps[:, k]
+            predicted = {
+                name: self.predict_velocity(context, latents, times, flow.image_size)
+                for name, context in encoded.items()
+            }
+            velocity = predicted.pop("")
+            yield k, guide_where_covered(velocity, predicted, times, guidance) if branches else velocity
+
+    def guided(self, velocity: Tensor, records: Sequence[FlowRecord], context_grad: bool = False) -> Tensor:
+        """
+        Velocities (B, K, *latent) of the recorded states, guided as the sampler's were. A packed forward for each
+        branch; none, and the velocities themselves, without guidance.
+        """
+        guidance, branches = guidance_of(records), {}
+        if not guidance.branches:
+            return velocity
+        for name in guidance.branches:
+            rows = [replace(record, context=record.branches[name]) for record in records]
+            branches[name] = self.predict_velocities(self.flow_inputs(rows, context_grad)).flatten(0, 1)
+        times = torch.stack([record.timesteps for record in records]).flatten()
+        guided = guide_where_covered(velocity.flatten(0, 1), branches, times, guidance)
+        return guided.view_as(velocity)
 
     def keep_reference(self, reference: nn.Module | None) -> None:
         """
@@ -358,3 +384,10 @@ class UnifiedModelMixin(_Base):
             # PEFT marks every weight of an adapter as trainable when it is switched on again.
             for parameter, requires_grad in trainable.items():
                 parameter.requires_grad_(requires_grad)
+
+
+def guidance_of(records: Sequence[FlowRecord]) -> Guidance:
+    """The guidance that the images of a batch were sampled with, one for all."""
+    if any(record.guidance != records[0].guidance for record in records):
+        raise ValueError("Images of one batch were sampled with different guidance: make a batch for each.")
+    return records[0].guidance or Guidance()
