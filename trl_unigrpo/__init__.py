@@ -11,6 +11,7 @@ from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from .models.bagel import BagelConfig, BagelForUnifiedGeneration
+    from .models.pipeline import PipelineForUnifiedGeneration
     from .models.unified import UnifiedModelMixin
     from .refl_trainer import ReFLConfig, ReFLTrainer
     from .sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOME_OF = {
     "BagelConfig": "models.bagel",
     "BagelForUnifiedGeneration": "models.bagel",
+    "PipelineForUnifiedGeneration": "models.pipeline",
     "ReFLConfig": "refl_trainer",
     "ReFLTrainer": "refl_trainer",
     "UnifiedModelMixin": "models.unified",
@@ -32,6 +34,7 @@ _HOME_OF = {
 __all__ = [
     "BagelConfig",
     "BagelForUnifiedGeneration",
+    "PipelineForUnifiedGeneration",
     "ReFLConfig",
     "ReFLTrainer",
     "UniGRPOConfig",

@@ -19,13 +19,13 @@ sample.image.save("image.png")
 """
 
 
-def rewrite_quick_start(readme: Path, source: str) -> None:
-    """Replace the text-generation example of TRL's model card by one that paints."""
+def rewrite_quick_start(readme: Path, source: str, example: str | None = None) -> None:
+    """Replace the text-generation example of TRL's model card by one that paints, the model's own if it has one."""
     if not readme.is_file():
         return
     card = readme.read_text(encoding="utf-8")
-    example = QUICK_START.format(source=source)
+    section = example or QUICK_START.format(source=source)
     readme.write_text(
-        re.sub(r"## Quick start\n.*?(?=\n## )", lambda _: example, card, flags=re.DOTALL),
+        re.sub(r"## Quick start\n.*?(?=\n## )", lambda _: section, card, flags=re.DOTALL),
         encoding="utf-8",
     )

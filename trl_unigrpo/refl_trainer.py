@@ -196,7 +196,7 @@ class ReFLTrainer(Trainer):
         base = unified_model(model)
         check_lengths(args, base)
         base.latent_shape((args.image_size, args.image_size))  # raises for a size that the model can't paint
-        tokenizer = processing_class or load_tokenizer(source or get_config_model_id(model.config))
+        tokenizer = processing_class or base.tokenizer or load_tokenizer(source or get_config_model_id(model.config))
         tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
         base.check_tokenizer(tokenizer)
         if peft_config is not None:

@@ -84,6 +84,7 @@ def sample_latents(
     generators: Sequence[torch.Generator],
     contexts: Sequence[Any],
     device: torch.device | str = "cpu",
+    start: Tensor | None = None,
     branches: Mapping[str, Velocity] | None = None,
     branch_contexts: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[FlowRecord]:
@@ -98,6 +99,7 @@ def sample_latents(
         generators: one per sample, on the CPU; draws the first noise, then one noise per stochastic step.
         contexts: one per sample, handed through to the records.
         device: where the states live.
+        start: (B, *latent) the first noise, where the model draws it.
         branches: velocities of the contexts that `plan.guidance.branches` names.
         branch_contexts: these contexts, one per sample, handed through to the records.
     """
@@ -110,7 +112,7 @@ def sample_latents(
             drawn[row] = torch.randn(shape, generator=generators[row])
         return drawn.to(device)
 
-    latents = noise(list(range(batch_size)))
+    latents = noise(list(range(batch_size))) if start is None else start.to(device)
     indices: list[list[int]] = [[] for _ in range(batch_size)]
     recorded: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(batch_size)]
     for i in range(len(nodes) - 1):

@@ -99,8 +99,8 @@ class UnifiedCollator:
     """
     Makes batches of rows with `prompt`, `completion` (the thinking; empty or None for none) and `image` (PIL).
 
-    Returns `input_ids`, `attention_mask` and `labels` (B, T), right-padded, labels -100 off the thinking; `prompt_ids`
-    and `completion_ids`, lists; and `pixels` (B, 3, H, W) in [-1, 1].
+    Returns `input_ids`, `attention_mask` and `labels` (B, T), right-padded, labels -100 off the thinking; `prompts`,
+    `prompt_ids` and `completion_ids`, lists; and `pixels` (B, 3, H, W) in [-1, 1].
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -133,6 +133,7 @@ class UnifiedCollator:
             "input_ids": ids,
             "attention_mask": real.long(),
             "labels": ids.masked_fill(~real | (column < starts[:, None]), -100),
+            "prompts": [row["prompt"] for row in rows],
             "prompt_ids": prompts,
             "completion_ids": completions,
             "pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1,
@@ -168,7 +169,7 @@ class UnifiedSFTTrainer(Trainer):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 check_columns(dataset, name, COLUMNS)
-        tokenizer = processing_class or load_tokenizer(source or get_config_model_id(model.config))
+        tokenizer = processing_class or base.tokenizer or load_tokenizer(source or get_config_model_id(model.config))
         tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
         base.check_tokenizer(tokenizer)
         system = base.default_system_prompt if args.system_prompt == "auto" else args.system_prompt
@@ -212,7 +213,8 @@ class UnifiedSFTTrainer(Trainer):
         t = shift_timesteps(u, args.timestep_shift).to(clean)
         noise = torch.randn(batch, draws, *clean.shape[2:]).to(clean)
         weight = t.view(batch, draws, *[1] * (clean.ndim - 2))
-        contexts, visible = base.contexts(Conditioning(inputs["prompt_ids"], inputs["completion_ids"])), None
+        conditioning = Conditioning(inputs["prompt_ids"], inputs["completion_ids"], prompts=inputs["prompts"])
+        contexts, visible = base.contexts(conditioning), None
         if args.context_dropout:
             kept = (torch.rand(batch) >= args.context_dropout).tolist()
             visible = [[len(row) if keep else 0] * draws for row, keep in zip(contexts, kept, strict=True)]

@@ -28,6 +28,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
     ),
     "_compute_loss": ("self", "model", "inputs"),
     "_prepare_inputs": ("self", "generation_batch"),
+    "_save": ("self", "output_dir", "state_dict"),
     "_save_checkpoint": ("self", "model", "trial"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
     "_clip_grad_norm": ("self", "model"),

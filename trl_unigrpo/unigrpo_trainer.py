@@ -153,7 +153,7 @@ class UniGRPOTrainer(GRPOTrainer):
                 f"beta={args.beta}: the text KL needs adapters to switch off. Pass a peft_config, or beta=0."
             )
 
-        tokenizer = prepare_tokenizer(processing_class or load_tokenizer(source), base.chat_template)
+        tokenizer = prepare_tokenizer(processing_class or base.tokenizer or load_tokenizer(source), base.chat_template)
         base.check_tokenizer(tokenizer)
         self._trains = {"text": args.text_weight > 0, "image": args.flow_weight > 0}
         regularizer_weight = 0.0 if args.flow_regularizer == "none" else args.flow_regularizer_weight
@@ -252,6 +252,7 @@ class UniGRPOTrainer(GRPOTrainer):
         if self._guidance() is not None:
             prompts = self._with_system_prompt(prompts)
             conditioning.system_ids = system_ids(self._tokenizer, prompts, **self.chat_template_kwargs)
+        conditioning.prompts = prompts
         with profiling_context(self, "image_rollout"):
             self._records, images = self._paint(conditioning)
         extra_fields["images"] = images  # becomes an argument of every reward function
@@ -441,10 +442,12 @@ class UniGRPOTrainer(GRPOTrainer):
             text_loss = super()._compute_loss(model, of_text)
             flow_loss, steps = torch.zeros((), device=self.accelerator.device), len(records[0].timesteps)
             for k, velocity in self._in_autocast(base.velocities(records, context_grad)):
-                # Back-propagated at once, so that only one step's activations are alive.
+                # Back-propagated at once, so that only one step's activations are alive; the last with the text's.
                 loss = self._flow_loss(velocity[:, None], inputs, slice(k, k + 1), first_pass) / steps
-                self.accelerator.backward(loss / accumulation)
-                flow_loss += loss.detach()
+                if k + 1 < steps:
+                    self.accelerator.backward(loss / accumulation)
+                    loss = loss.detach()
+                flow_loss = flow_loss + loss
         return self.args.text_weight * text_loss + flow_loss / accumulation
 
     def _in_autocast(self, items: Iterator[Any]) -> Iterator[Any]:
@@ -536,6 +539,11 @@ class UniGRPOTrainer(GRPOTrainer):
             }
             write_completion_images(self.args.output_dir, self.state.global_step, columns, self._images)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.unified.save_adapters(output_dir or self.args.output_dir)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -571,7 +579,6 @@ class UniGRPOTrainer(GRPOTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            rewrite_quick_start(
-                Path(self.args.output_dir) / "README.md",
-                self.hub_model_id or self.args.output_dir,
-            )
+            source = self.hub_model_id or self.args.output_dir
+            example = self.unified.quick_start(source)
+            rewrite_quick_start(Path(self.args.output_dir) / "README.md", source, example)

@@ -70,7 +70,7 @@ def generate(
             "thinking=False leaves none. Set it to 1 and raise guidance_scale, or think."
         )
     base = unified_model(model)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(get_config_model_id(model.config))
+    tokenizer = tokenizer or base.tokenizer or AutoTokenizer.from_pretrained(get_config_model_id(model.config))
     tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
     system = base.default_system_prompt if system_prompt == "auto" else system_prompt
     size = (image_size, image_size)
@@ -138,7 +138,7 @@ def think(
         ids[mask.bool()].tolist() for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
     ]
     if not thinking:
-        return Conditioning(prompt_ids, [[] for _ in prompt_ids])
+        return Conditioning(prompt_ids, [[] for _ in prompt_ids], prompts=messages)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         out = model.generate(
@@ -155,7 +155,7 @@ def think(
             use_cache=True,
         )
     new = out[:, encoded["input_ids"].shape[1] :].tolist()
-    return Conditioning(prompt_ids, [trim(ids, tokenizer.eos_token_id) for ids in new])
+    return Conditioning(prompt_ids, [trim(ids, tokenizer.eos_token_id) for ids in new], prompts=messages)
 
 
 def trim(ids: list[int], end: int) -> list[int]:

@@ -16,6 +16,7 @@ def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
     BAGEL is known by its `llm_config.json`; other models are found through transformers' auto classes, where a third
     party registers its own with `AutoModelForCausalLM.register`. Never runs code from a repository.
     """
+    from . import pipeline  # noqa: F401 - registers its classes
     from .bagel import BagelForUnifiedGeneration
 
     if _is_released_bagel(source, _hub_arguments(kwargs)):
@@ -24,15 +25,21 @@ def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def model_skeleton(source: str, **kwargs: Any) -> PreTrainedModel:
-    """The modules of what [`load_unified_model`] would load, on the meta device: no weights are read."""
+    """
+    The modules of what [`load_unified_model`] would load, on the meta device: no weights are read. Only pipelines are
+    loaded, as they have no other form.
+    """
     from .bagel import BagelConfig, BagelForUnifiedGeneration
+    from .pipeline import PipelineUnifiedConfig
 
     hub = _hub_arguments(kwargs)
     with torch.device("meta"):
         if _is_released_bagel(source, hub):
             return BagelForUnifiedGeneration(BagelConfig.from_pretrained(source, **hub))
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        if not isinstance(config, PipelineUnifiedConfig):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return load_unified_model(source, **kwargs)
 
 
 def _is_released_bagel(source: str, hub: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,12 +42,14 @@ class Conditioning:
         system_ids: tokens of each prompt's system message, empty where it has none; needed for guidance alone.
         images: for each sample the finished images that its prompt shows by a placeholder each, in the model's own
             form; None where no sample has any.
+        prompts: the prompts themselves, strings or conversations, for a model that paints from text.
     """
 
     prompt_ids: Sequence[Sequence[int]]
     completion_ids: Sequence[Sequence[int]]
     system_ids: Sequence[Sequence[int]] | None = None
     images: Sequence[Sequence[Any]] | None = None
+    prompts: Sequence[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -77,7 +80,7 @@ class FlowInputs:
     Attributes:
         latents: (B, K, *latent) float32 states x_t.
         timesteps: (B, K) times in [0, 1].
-        contexts: each sample's context.
+        contexts: each sample's context, as the model's `contexts` gives them.
         image_size: (height, width) in pixels, one for the batch.
         context_grad: whether the copies' loss reaches the text's weights through the context.
         visible: for each of the B samples the K numbers of ids, from the context's start, that its copies see; None if
@@ -87,7 +90,7 @@ class FlowInputs:
 
     latents: Tensor
     timesteps: Tensor
-    contexts: Sequence[ContextRow]
+    contexts: Sequence[Any]
     image_size: tuple[int, int]
     context_grad: bool = False
     visible: Sequence[Sequence[int]] | None = None
@@ -117,6 +120,9 @@ class UnifiedModelMixin(_Base):
 
     chat_template: str | None = None
     """Chat template that the model was trained with, where its tokenizer brings none or another; None to keep that."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """The model's tokenizer, where it brings one; else it is read from the model's folder."""
 
     frozen_modules: Sequence[str] = ()
     """Names of the parts that belong to neither expert and are not trained: adapters may not go there."""
@@ -150,7 +156,7 @@ class UnifiedModelMixin(_Base):
         """Hidden states (B, T, H) of text rows in the padded layout given, with the velocities of `flow`."""
 
     @abstractmethod
-    def encode_context(self, contexts: Sequence[ContextRow]) -> Any:
+    def encode_context(self, contexts: Sequence[Any]) -> Any:
         """Encode B contexts once, for any number of velocities."""
 
     @abstractmethod
@@ -160,8 +166,11 @@ class UnifiedModelMixin(_Base):
         """Velocity (B, *latent), float32, at states (B, *latent) and times (B,). Leaves the context as it is."""
 
     @abstractmethod
-    def contexts(self, conditioning: Conditioning) -> list[ContextRow]:
-        """What stands before each sample's image: prompt, thinking, what closes them."""
+    def contexts(self, conditioning: Conditioning) -> Sequence[Any]:
+        """
+        What stands before each sample's image, prompt and thinking, in a form that has a length and can be kept in a
+        checkpoint: a `ContextRow`, or a string.
+        """
 
     @abstractmethod
     def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, ...]:
@@ -189,6 +198,24 @@ class UnifiedModelMixin(_Base):
     @abstractmethod
     def default_lora_targets(self, experts: str = "both") -> str:
         """Regular expression of the modules to adapt; `experts` is "text", "image" or "both"."""
+
+    def initial_latents(self, image_size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor | None:
+        """
+        The noise (B, *latent), float32, that images start from, each drawn by its own generator. None for independent
+        numbers in the order of the latents.
+        """
+        return None
+
+    def save_adapters(self, folder: str | Path) -> None:
+        """
+        Write trained adapters in the formats of other libraries too, where these can load parts of the model. Called
+        whenever a trainer has saved it.
+        """
+        return
+
+    def quick_start(self, source: str) -> str | None:
+        """A section of the model card that paints with the model saved at `source`; None for the package's own."""
+        return None
 
     def images_at_once(self, image_size: tuple[int, int]) -> int | None:
         """How many images of a size can be denoised together in the memory that is free; None for any number."""
@@ -247,6 +274,7 @@ class UnifiedModelMixin(_Base):
             records += sample_latents(
                 self._velocity_after(rows[chunk], plan.image_size),
                 shape=shape,
+                start=self.initial_latents(plan.image_size, generators[chunk]),
                 plan=plan.rows(chunk),
                 generators=generators[chunk],
                 contexts=rows[chunk],
@@ -258,7 +286,7 @@ class UnifiedModelMixin(_Base):
             )
         return records
 
-    def _velocity_after(self, rows: Sequence[ContextRow], image_size: tuple[int, int]) -> Velocity:
+    def _velocity_after(self, rows: Sequence[Any], image_size: tuple[int, int]) -> Velocity:
         """The velocity of images behind these contexts, which are encoded once."""
         context = self.encode_context(rows)
         return partial(self.predict_velocity, context, image_size=image_size)

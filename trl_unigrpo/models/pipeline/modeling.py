@@ -1,0 +1,377 @@
+"""A language model that thinks and a diffusers pipeline that paints, as one unified model.
+
+Shapes: B samples, T text tokens, H hidden size, `latent` the dimensions of the state that the pipeline's loop keeps.
+"""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..auto import read_tokenizer
+from ..quantization import keep_trainable_layout
+from ..unified import Conditioning, FlowInputs, UnifiedModelMixin, UnifiedOutput
+from .blocks import linear_names, recomputed_blocks
+from .checks import check_pipeline, check_thinker
+from .configuration import PipelineUnifiedConfig
+from .latents import LatentMap
+from .loading import hardware_dtype, load_painter, load_thinker, local_folder, painters_own_thinker
+from .painter import Encodings, Painter
+from .saving import quick_start, save_adapters
+from .sharing import share_weights, whole_state
+
+
+END_OF_THINKING = "</think>"
+
+
+class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMixin):
+    """
+    Any causal language model and any flow-matching text-to-image pipeline of diffusers.
+
+    The thinker's text is the painter's prompt. The two have no weights in common, unless the painter's text encoder
+    is the thinker itself.
+
+    Args:
+        thinker (`PreTrainedModel`): a causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer, with a chat template.
+        pipeline (`DiffusionPipeline`): with a `transformer` and a flow-matching scheduler.
+        config (`PipelineUnifiedConfig`, *optional*): what goes between the two.
+
+    Raises:
+        ValueError: if one of them can't be used, with the reason.
+    """
+
+    config_class = PipelineUnifiedConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+
+    packs_velocities = False
+    frozen_modules = ("frozen",)
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        thinker: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pipeline: Any,
+        config: PipelineUnifiedConfig | None = None,
+    ):
+        check_thinker(thinker, tokenizer)
+        check_pipeline(pipeline)
+        shared = share_weights(thinker, pipeline.transformer)
+        config = copy.deepcopy(config) or PipelineUnifiedConfig()
+        config.thinker_config = thinker.config
+        config._name_or_path = config._name_or_path or thinker.config._name_or_path  # where the tokenizer is found
+        own = {"thinker": thinker.config._name_or_path, "painter": getattr(pipeline, "name_or_path", "")}
+        config.sources = {**{part: str(source or "") for part, source in own.items()}, **config.sources}
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        trained = {*thinker.modules(), pipeline.transformer}
+        config.shared_encoder = any(part in trained for name, part in parts.items() if name != "transformer")
+        super().__init__(config)
+        self.thinker = thinker
+        self.painter = pipeline.transformer
+        self.frozen = nn.ModuleDict({name: part for name, part in parts.items() if part not in trained})
+        self.frozen.requires_grad_(False)
+        self._shared = shared
+        self.tokenizer = tokenizer
+        self.generation_config = thinker.generation_config
+        keep_trainable_layout(self)  # before the dry run
+        self._runner = Painter(pipeline, config.painter_arguments)
+        self._latent_maps: dict[tuple[int, int], LatentMap] = {}
+        self._recomputes = False
+        self.train(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any = None,
+        *,
+        thinker: Any = None,
+        painter: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype | str | None = None,
+        quantization_config: Any = None,
+        config: PipelineUnifiedConfig | None = None,
+        painter_prompt: str | None = None,
+        painter_arguments: dict[str, Any] | None = None,
+        system_prompt: str | None = None,
+        **hub: Any,
+    ) -> "PipelineForUnifiedGeneration":
+        """
+        Put a language model and a pipeline together, or load what `save_pretrained` wrote.
+
+        Args:
+            pretrained_model_name_or_path: folder or hub id of a saved unified model; None with a `painter`.
+            thinker: folder or hub id of a causal language model, or the model; None for the painter's own text
+                encoder, where that is a language model: one copy in memory.
+            painter: folder or hub id of a diffusers pipeline, or the pipeline.
+            tokenizer: the thinker's; from its folder by default.
+            dtype: by default bfloat16 where the hardware has it, which suits adapters; fine-tuning all weights needs
+                `torch.float32`.
+            quantization_config: a `BitsAndBytesConfig` for the linear layers of both.
+            painter_prompt, painter_arguments, system_prompt: see [`PipelineUnifiedConfig`].
+            hub: `revision`, `token`, `cache_dir`.
+        """
+        if (pretrained_model_name_or_path is None) == (painter is None):
+            raise ValueError("Pass either the folder of a saved unified model, or painter=... with thinker=... .")
+        hub = {name: hub[name] for name in ("cache_dir", "revision", "token") if hub.get(name)}
+        if painter is None:
+            folder = local_folder(pretrained_model_name_or_path, **hub)
+            config, hub = config or PipelineUnifiedConfig.from_pretrained(folder), {}
+            painter, thinker = folder / "painter", None if config.shared_encoder else folder / "thinker"
+            tokenizer = tokenizer or read_tokenizer(folder, padding_side="left")
+        config = copy.deepcopy(config) or PipelineUnifiedConfig()
+        given = {
+            "painter_prompt": painter_prompt,
+            "painter_arguments": painter_arguments,
+            "system_prompt": system_prompt,
+        }
+        for name, value in given.items():
+            if value is not None:
+                setattr(config, name, value)
+        dtype = (
+            hardware_dtype() if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        )
+        pipeline = load_painter(painter, dtype, quantization_config, thinks=thinker is None, **hub)
+        check_pipeline(pipeline)
+        if thinker is None:
+            thinker, own = painters_own_thinker(pipeline)
+            return cls(thinker, tokenizer or own, pipeline, config)
+        thinker = load_thinker(thinker, dtype, quantization_config, **hub)
+        return cls(thinker, tokenizer or read_tokenizer(thinker.config._name_or_path, **hub), pipeline, config)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        """Write `thinker/`, a folder of transformers, and `painter/`, one of diffusers, beside the configuration."""
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        self.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if not self.config.shared_encoder:
+            self.thinker.save_pretrained(folder / "thinker", state_dict=whole_state(self.thinker))
+            self.tokenizer.save_pretrained(folder / "thinker")
+        self.pipeline.save_pretrained(folder / "painter")
+
+    def save_adapters(self, folder: str | Path) -> None:
+        """Write the LoRA of each half as its own library has it, `adapters/thinker` and `adapters/painter`."""
+        save_adapters(self, folder)
+
+    def quick_start(self, source: str) -> str:
+        return quick_start(self, source)
+
+    @property
+    def pipeline(self) -> Any:
+        """The painter's pipeline, with its own scheduler: what it paints is what the painter has learnt."""
+        return self._runner.pipeline
+
+    @property
+    def painter_arguments(self) -> dict[str, Any]:
+        """What the pipeline's call needs to paint as it was trained: those given, and what leaves guidance out."""
+        arguments = self._runner.arguments
+        return {name: value for name, value in arguments.items() if name in self._runner.accepted}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PipelineForUnifiedGeneration":
+        # What is frozen is shared by all copies.
+        memo.update({id(module): module for module in self.frozen.modules()})
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
+
+    def train(self, mode: bool = True) -> "PipelineForUnifiedGeneration":
+        """Sets the thinker's mode; the painter always computes as it does when it paints."""
+        super().train(mode)
+        self.painter.eval()
+        self.frozen.eval()
+        return self
+
+    # Text
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.thinker.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.thinker.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.thinker.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.thinker.set_output_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        flow: FlowInputs | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The thinker's own outputs; with `flow` the backbone's, hidden states and velocities."""
+        if flow is not None:
+            return self.base_model(input_ids, attention_mask, flow=flow)
+        return self.thinker(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The thinker's `generate`."""
+        return self.thinker.generate(*args, **kwargs)
+
+    def backbone(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        use_cache: bool = False,
+        flow: FlowInputs | None = None,
+        **kwargs: Any,
+    ) -> UnifiedOutput:
+        hidden = self.thinker.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **kwargs
+        ).last_hidden_state
+        return UnifiedOutput(hidden, None if flow is None else self.predict_velocities(flow))
+
+    # Images
+
+    def contexts(self, conditioning: Conditioning) -> list[str]:
+        """The painter's prompts."""
+        if conditioning.prompts is None:
+            raise ValueError(
+                "The painter reads text, not the thinker's tokens: set `Conditioning.prompts` to the prompts, strings "
+                "or conversations."
+            )
+        rows = zip(conditioning.prompts, conditioning.completion_ids, strict=True)
+        return [self._painter_prompt(_user_text(prompt), self._answer(ids)) for prompt, ids in rows]
+
+    def _answer(self, completion_ids: Sequence[int]) -> str:
+        ids = list(completion_ids)
+        if self.config.painter_prompt == "completion":
+            return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        end = self.tokenizer.convert_tokens_to_ids(END_OF_THINKING)
+        if end is not None and end != self.tokenizer.unk_token_id and end in ids:
+            ids = ids[len(ids) - ids[::-1].index(end) :]  # it may be a special token, which decoding leaves out
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.rpartition(END_OF_THINKING)[2].strip()
+
+    def _painter_prompt(self, prompt: str, answer: str) -> str:
+        both = self.config.painter_prompt == "prompt_and_answer"
+        return f"{prompt}\n{answer}" if both and answer else answer or prompt
+
+    def encode_context(self, contexts: Sequence[str]) -> Encodings:
+        return Encodings(contexts, grad=torch.is_grad_enabled())
+
+    def predict_velocity(
+        self, context: Encodings, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]
+    ) -> Tensor:
+        with recomputed_blocks(self.painter, self._recomputes):
+            return self._runner.velocity(context, latents, timesteps, image_size)
+
+    def predict_velocities(self, flow: FlowInputs) -> Tensor:
+        prompts = [[row[:n] for n in seen] for row, seen in zip(flow.contexts, flow.visible_ids, strict=True)]
+        velocities = []
+        for k in range(flow.timesteps.shape[1]):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and flow.context_grad):
+                context = self.encode_context([row[k] for row in prompts])
+            velocities.append(
+                self.predict_velocity(context, flow.latents[:, k], flow.timesteps[:, k], flow.image_size)
+            )
+        return torch.stack(velocities, dim=1)
+
+    def initial_latents(self, image_size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
+        return self._runner.start(len(generators), image_size, generators)
+
+    def own_timesteps(self, num_inference_steps: int, image_size: tuple[int, int]) -> Tensor:
+        """(num_inference_steps + 1,) float64 times from 1 to 0 of the pipeline's own schedule for an image size."""
+        return self._runner.own_times(num_inference_steps, image_size)
+
+    def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, ...]:
+        return self._runner.latent_shape(image_size)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        size = (pixels.shape[-2], pixels.shape[-1])
+        if size not in self._latent_maps:
+            self._latent_maps[size] = LatentMap.of(self._runner, size)
+        found, vae = self._latent_maps[size], self.pipeline.vae
+        pixels = pixels.to(vae.dtype)
+        frames = pixels[:, :, None] if len(found.vae_shape) == 4 else pixels  # a VAE of videos
+        encoded = vae.encode(frames)
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+        return found.latents(latents)
+
+    def decode_latents(
+        self, latents: Tensor, image_size: tuple[int, int], output_type: str = "pil"
+    ) -> list[Image.Image] | Tensor:
+        if output_type not in ("pil", "pt"):
+            raise ValueError(f"output_type={output_type!r}: expected 'pil' or 'pt'.")
+        images = self._runner.decode(latents, image_size, output_type)
+        return 2 * images.float() - 1 if output_type == "pt" else images
+
+    def guidance_conditioning(self, conditioning: Conditioning, branch: str) -> Conditioning:
+        """ "text" sees an empty prompt, as diffusers' own guidance does; "image" the user's prompt."""
+        prompts = [""] * len(conditioning) if branch == "text" else conditioning.prompts
+        return replace(conditioning, prompts=prompts, completion_ids=[[] for _ in range(len(conditioning))])
+
+    # For the trainer
+
+    @property
+    def default_system_prompt(self) -> str | None:
+        return self.config.system_prompt
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        check_thinker(self.thinker, tokenizer)
+
+    def is_image_parameter(self, name: str) -> bool:
+        _, inside, path = name.rpartition("painter.")
+        return bool(inside) and not any(path.startswith(f"{module}.") for module in self._shared)
+
+    def default_lora_targets(self, experts: str = "both") -> str:
+        networks: dict[str, list[str]] = {
+            "text": ["thinker"],
+            "image": ["painter"],
+            "both": ["thinker", "painter"],
+        }
+        if experts not in networks:
+            raise ValueError(f"experts={experts!r}: expected one of {sorted(networks)}.")
+        names = [name for part in networks[experts] for name in self._linears(part)]
+        return rf"(.*\.)?({'|'.join(names)})"
+
+    def _linears(self, part: str) -> list[str]:
+        """Regular expressions of the linear layers of one part's blocks; those that both use are the thinker's."""
+        names = linear_names(self.painter)
+        shared = [name for name in names if any(re.fullmatch(name, module) for module in self._shared)]
+        if part == "painter":
+            return [rf"painter\.{name}" for name in names if name not in shared]
+        decoder = self.thinker.get_decoder()  # a thinker may also have a tower that reads images
+        prefix = next(name for name, module in self.thinker.named_modules() if module is decoder)
+        own = [rf"thinker\.{name}" for name in linear_names(decoder, prefix)]
+        return own + [rf"painter\.{name}" for name in shared]
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        self.thinker.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        self._recomputes = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.thinker.gradient_checkpointing_disable()
+        self._recomputes = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self._recomputes
+
+    is_activation_checkpointing = is_gradient_checkpointing
+
+
+def _user_text(prompt: Any) -> str:
+    """The last thing that the user says in a prompt."""
+    if isinstance(prompt, str):
+        return prompt
+    content = next(message["content"] for message in reversed(prompt) if message["role"] == "user")
+    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content).strip()
