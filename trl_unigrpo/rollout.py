@@ -24,7 +24,7 @@ class RolloutPlan:
     How the images of a batch are sampled.
 
     Attributes:
-        timesteps: (N + 1,) nodes from 1 (noise) to 0 (image).
+        timesteps: (N + 1,) nodes from 1 (noise) to 0 (image), or to an earlier time, whose state is wanted.
         image_size: (height, width) in pixels.
         windows: (K,) indices of the stochastic steps, for all samples, or (B, K), one row per sample, sorted; none for
             a pure ODE.

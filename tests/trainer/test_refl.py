@@ -705,7 +705,6 @@ def test_two_processes_make_the_update_of_one(tmp_path):
 # The real thing
 
 
-@pytest.mark.slow
 def test_it_raises_the_verifiers_score_of_unseen_prompts(tmp_path):
     model, tokenizer = load_base()
     before = evaluate_model(model, tokenizer, 140, "validation")

@@ -30,7 +30,12 @@ from trl_unigrpo.shapeworld.world import (
 
 
 TEMPERATURE = 0.005
-"""Squared pixel distance, in [-1, 1] units, over which a cell's code is in doubt."""
+"""
+Mean squared distance, pixels in [-1, 1], over which a cell's code is in doubt.
+
+The nearest two clean cells, a green circle and a green square, are 0.0365 apart: a clean drawing scores as the verifier
+says within 5e-4. At 0.02 every wrong picture has a gradient, but that holds within 0.1 only, and ReFL learns no more.
+"""
 
 _TEMPLATE_ROWS = torch.from_numpy(TEMPLATES.reshape(NUM_CODES, -1))
 # The three lines of each relation, (4, 3, 3) cells, in its direction: columns from the left for "left of".
