@@ -1,5 +1,6 @@
 """ReFL: its gradient by its definition, which step it goes through, what it leaves alone, and that it learns."""
 
+import faulthandler
 import inspect
 import math
 import socket
@@ -673,6 +674,7 @@ def run_of_a_process(rank, port, folder):
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(200, exit=True)  # processes that wait for each other say where
     dataset = prompts_dataset(copies=1)
     trainer = make_refl(folder, per_device_train_batch_size=1, gradient_accumulation_steps=2,
                         per_device_eval_batch_size=1, eval_dataset=dataset, **PROCESSES)  # fmt: skip
@@ -680,6 +682,7 @@ def run_of_a_process(rank, port, folder):
     result = {"weights": weights(trainer.model), "log": trainer.state.log_history, "eval": trainer.evaluate()}
     torch.save(result, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def test_two_processes_make_the_update_of_one(tmp_path):

@@ -33,8 +33,9 @@ TEMPERATURE = 0.005
 """
 Mean squared distance, pixels in [-1, 1], over which a cell's code is in doubt.
 
-The nearest two clean cells, a green circle and a green square, are 0.0365 apart: a clean drawing scores as the verifier
-says within 5e-4. At 0.02 every wrong picture has a gradient, but that holds within 0.1 only, and ReFL learns no more.
+The nearest two clean cells, a green circle and a green square, are 0.0365 apart: a clean drawing scores as the
+verifier says within 5e-4. At 0.02 every wrong picture has a gradient, but that holds within 0.1 only, and ReFL learns
+no more.
 """
 
 _TEMPLATE_ROWS = torch.from_numpy(TEMPLATES.reshape(NUM_CODES, -1))
