@@ -22,7 +22,7 @@ def rewards(*means, spread=0.0):
 
 
 def test_the_best_mean_wins():
-    found = rewards(0.5, 0.6, 0.7, 0.4)
+    found = rewards(0.5, 0.6, 0.7, 0.4, 0.3)
     entry = choose(RATES, found, PROMPTS)
     assert entry["settings"] == RATES[2] and entry["at_edge"] == [] and entry["as_good"] == []
     assert [of["settings"] for of in entry["candidates"]] == list(RATES)
@@ -33,19 +33,19 @@ def test_the_best_mean_wins():
 
 
 def test_edges_and_ties_are_reported():
-    tie = choose(RATES, rewards(0.6, 0.5, 0.6, 0.4), PROMPTS)
+    tie = choose(RATES, rewards(0.6, 0.5, 0.6, 0.4, 0.3), PROMPTS)
     assert tie["settings"] == RATES[0] and tie["at_edge"] == ["learning_rate"] and tie["as_good"] == [2]
     line = describe(SYSTEMS["sft"], tie)
-    assert "learning_rate 5e-05" in line and "edge" in line and "candidate 2" in line
+    assert "learning_rate 2.5e-05" in line and "edge" in line and "candidate 2" in line
 
     # Between two rows of spread .14 a difference has a standard error of .014: .01 is within it, .1 is not.
-    noisy = choose(RATES, rewards(0.4, 0.5, 0.61, 0.6, spread=0.14), PROMPTS)
+    noisy = choose(RATES, rewards(0.4, 0.5, 0.61, 0.6, 0.3, spread=0.14), PROMPTS)
     best = RATES.index(noisy["settings"])
     assert best in (2, 3) and noisy["as_good"] == [5 - best]
 
     joint = SYSTEMS["unigrpo"].candidates
-    assert choose(joint, rewards(0.5, 0.6, 0.7, 0.5), PROMPTS)["at_edge"] == ["image_learning_rate"]
-    assert choose(joint, rewards(0.5, 0.8, 0.7, 0.5), PROMPTS)["at_edge"] == []
+    assert choose(joint, rewards(0.5, 0.6, 0.5, 0.7, 0.5), PROMPTS)["at_edge"] == ["learning_rate"]
+    assert choose(joint, rewards(0.5, 0.8, 0.7, 0.5, 0.5), PROMPTS)["at_edge"] == []
 
 
 def test_from_the_folders_to_the_file(tmp_path):
@@ -53,7 +53,7 @@ def test_from_the_folders_to_the_file(tmp_path):
     system = SYSTEMS["flow_grpo_thinking"]
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "prompts.json").write_text(json.dumps({"prompts": PROMPTS}))
-    for job, values in zip(search_jobs(system), rewards(0.5, 0.7, 0.6, 0.4), strict=True):
+    for job, values in zip(search_jobs(system), rewards(0.5, 0.7, 0.6, 0.4, 0.3), strict=True):
         evaluations = {"greedy": {"reward": [1 - value for value in values]}, "sampled": {"reward": values}}
         run = {"evaluations": evaluations, "split": "validation", "seed": job.seed, "rollouts": 9}
         job.folder(tmp_path).mkdir(parents=True)

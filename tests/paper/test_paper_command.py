@@ -87,7 +87,7 @@ def test_options():
     of_table1 = [name for name, system in SYSTEMS.items() if system.group == "table1" and name != "base"]
     assert len(full.all_jobs) == 1 + 5 * len(of_table1) + 3 * (len(SYSTEMS) - 1 - len(of_table1))
     search = Options(output=None, chosen=None, jobs=1, search=True)
-    assert len(search.all_jobs) == 4 * len([system for system in SYSTEMS.values() if system.candidates])
+    assert len(search.all_jobs) == 5 * len([system for system in SYSTEMS.values() if system.candidates])
     assert search.scale == Scale(70, 700, "validation")
     assert Options(output=None, chosen=None, jobs=1, generations=3).scale == Scale(3, 1050)
 

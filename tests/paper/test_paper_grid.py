@@ -47,12 +47,12 @@ def test_the_grid_is_consistent():
     assert set(QUICK_SYSTEMS) <= set(SYSTEMS)
 
 
-def test_every_method_tries_four_candidates():
+def test_every_method_tries_five_candidates():
     assert {system.name for system in GRID if system.group == "table1"} - {system.name for system in SEARCHED} == {
         *("base", "sft_clean", "two_stage", "two_stage_refl", "refl", "fpo", "awm", "flow_grpo")
     }
     for system in SEARCHED:
-        assert len({tuple(sorted(candidate.items())) for candidate in system.candidates}) == 4
+        assert len({tuple(sorted(candidate.items())) for candidate in system.candidates}) == 5
         assert all(candidate.keys() == system.candidates[0].keys() for candidate in system.candidates)
     image_only = [s for s in SEARCHED if s.method == "unigrpo" and s.settings.get("text_weight") == 0]
     assert len(image_only) == 4 and all(system.candidates == IMAGE_RATES for system in image_only)
@@ -137,7 +137,7 @@ def test_jobs_come_seed_by_seed_and_after_their_starts():
     assert {"guided_base", "two_stage_refl"} <= {job.system for job in jobs}
     assert len(set(jobs)) == len(jobs)
     search = search_jobs(SYSTEMS["unigrpo"])
-    assert [(job.candidate, job.seed) for job in search] == [(index, SEARCH_SEED) for index in range(4)]
+    assert [(job.candidate, job.seed) for job in search] == [(index, SEARCH_SEED) for index in range(5)]
 
 
 def test_selection():

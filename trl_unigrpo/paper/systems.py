@@ -22,14 +22,14 @@ DIRECT = ("direct",)
 EVERY_MODE = ("sampled", "greedy", "direct")
 GUIDED = ("sampled", "guided")
 
-RATES = tuple({"learning_rate": rate} for rate in (5e-5, 1e-4, 2e-4, 4e-4))
-IMAGE_RATES = tuple({"image_learning_rate": rate} for rate in (5e-5, 1e-4, 2e-4, 4e-4))
-TEXT_RATES = tuple({"learning_rate": rate} for rate in (7.5e-5, 1.5e-4, 3e-4, 6e-4))
+RATES = tuple({"learning_rate": rate} for rate in (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4))
+IMAGE_RATES = tuple({"image_learning_rate": rate} for rate in (5e-5, 1e-4, 2e-4, 4e-4, 8e-4))
+TEXT_RATES = tuple({"learning_rate": rate} for rate in (3.75e-5, 7.5e-5, 1.5e-4, 3e-4, 6e-4))
 JOINT_RATES = tuple(
     {"learning_rate": text, "image_learning_rate": image}
-    for text, image in ((1.5e-4, 5e-5), (3e-4, 1e-4), (3e-4, 2e-4), (6e-4, 2e-4))
+    for text, image in ((1.5e-4, 5e-5), (3e-4, 1e-4), (3e-4, 2e-4), (6e-4, 2e-4), (6e-4, 4e-4))
 )
-SCALES = tuple({"guidance_scale": scale, "eval_guidance_scale": scale} for scale in (1.5, 2.0, 3.0, 4.0))
+SCALES = tuple({"guidance_scale": scale, "eval_guidance_scale": scale} for scale in (1.25, 1.5, 2.0, 3.0, 4.0))
 
 
 @dataclass(frozen=True)
