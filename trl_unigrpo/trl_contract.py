@@ -53,6 +53,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "num_generations_eval": (),
     "log_multimodal": (),
     "_metrics": ("train", "eval"),
+    "_pending_extra_logs": (),
+    "reward_func_names": (),
     "_logs": ("images", "prompt", "completion", "rewards", "advantages"),
 }
 

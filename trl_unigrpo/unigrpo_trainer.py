@@ -45,6 +45,7 @@ from .model_card import rewrite_quick_start
 from .models.auto import unified_model
 from .models.quantization import keep_trainable_layout
 from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin
+from .monitoring.events import Generation, Update, Watcher
 from .monitoring.expected import ExpectedCost
 from .monitoring.images import pixel_spread, write_completion_images
 from .monitoring.signals import SaveOnSignal
@@ -176,6 +177,8 @@ class UniGRPOTrainer(GRPOTrainer):
         self._flow: FlowInputs | None = None  # of the packed forward in progress
         self._eval_rows = 0
         self._learning_rates: dict[str, float] = {}
+        self._flow_metrics: dict[str, list[float]] = {}  # of the optimizer step in progress
+        self._scored: tuple[list[dict[str, Any]], Tensor] = ([], torch.empty(0))  # see `_observed`
         self._images: deque[Any] = deque(maxlen=args.generation_batch_size)
 
         super().__init__(
@@ -364,6 +367,11 @@ class UniGRPOTrainer(GRPOTrainer):
             )
         self._metrics[mode]["reward/frac_none"].append(failed)
         self._metrics[mode]["time/reward"].append(time.perf_counter() - started)
+        logged = {name: values for name, values in self._pending_extra_logs.items() if len(values) == len(prompts)}
+        extra = [dict(zip(logged, values, strict=True)) for values in zip(*logged.values(), strict=True)]
+        rows = zip(prompts, completions, extra or [{}] * len(prompts), strict=True)
+        names = ("prompt", "thinking", "extra")
+        self._scored = [dict(zip(names, row, strict=True)) for row in rows], rewards
         return rewards
 
     # 4. Old and reference velocities
@@ -376,11 +384,14 @@ class UniGRPOTrainer(GRPOTrainer):
         if self.args.process_reward_weight > 0:
             bonus = self.args.process_reward_weight * self._process_advantages
             outputs["text_advantages"] = outputs["advantages"] + bonus
-        if self.args.log_completions and (self.log_multimodal or self.args.log_completions_images):
+        logs_images = self.args.log_completions and (self.log_multimodal or self.args.log_completions_images)
+        if logs_images or self._watchers:
             images = gather_object([row["images"] for row in inputs])
-            self._images.extend(images)
-            if self.log_multimodal:
-                self._logs["images"].extend([image] for image in images)
+            if logs_images:
+                self._images.extend(images)
+                if self.log_multimodal:
+                    self._logs["images"].extend([image] for image in images)
+            self._tell("on_generation", generation=self._observed(mode, images, outputs["advantages"]))
         if mode == "eval" or not self._trains["image"]:
             return outputs
         started = time.perf_counter()
@@ -395,6 +406,31 @@ class UniGRPOTrainer(GRPOTrainer):
             outputs["flow_old_velocities"] = self._velocities(self.unified, records)
         self._metrics[mode]["time/old_and_reference"].append(time.perf_counter() - started)
         return outputs
+
+    @property
+    def _watchers(self) -> list[Watcher]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watcher)]
+
+    def _tell(self, event: str, **what: Any) -> None:
+        """Call an event of all watchers, as TRL's own events are called."""
+        for watcher in self._watchers:
+            getattr(watcher, event)(self.args, self.state, self.control, model=self.model, **what)
+
+    def _observed(self, mode: str, images: Sequence[Any], advantages: Tensor) -> Generation:
+        """The generation batch of all processes, of which this one has its rewards from `_calculate_rewards`."""
+        rows, rewards = self._scored
+        rows = gather_object(rows)
+        columns = sorted({name for row in rows for name in row["extra"]})
+        return Generation(
+            mode=mode,
+            group_size=self.num_generations if mode == "train" else self.num_generations_eval,
+            prompts=[row["prompt"] for row in rows],
+            thinking=[row["thinking"] for row in rows],
+            images=images,
+            rewards={name: rewards[:, i].tolist() for i, name in enumerate(self.reward_func_names)},
+            advantages=self.accelerator.gather(advantages).tolist(),
+            extra={name: [row["extra"].get(name) for row in rows] for name in columns},
+        )
 
     @torch.no_grad()
     def _velocities(self, model: UnifiedModelMixin, records: Sequence[FlowRecord]) -> Tensor:
@@ -491,7 +527,9 @@ class UniGRPOTrainer(GRPOTrainer):
             loss = loss + self._regularizer_weight * regularizer
             metrics[f"flow/{args.flow_regularizer}"] = regularizer
         for name, value in metrics.items():
-            self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
+            mean = self.accelerator.gather(value.detach()).mean().item()
+            self._metrics["train"][name].append(mean)
+            self._flow_metrics.setdefault(name, []).append(mean)
         return loss
 
     # 6. Optimizer
@@ -508,6 +546,9 @@ class UniGRPOTrainer(GRPOTrainer):
         norms = clip_by_expert(self.unified, self.model, self.args.max_grad_norm)
         for name, norm in norms.items():
             self._metrics["train"][f"grad_norm/{name}"].append(norm.item())
+        metrics = {name: sum(values) / len(values) for name, values in self._flow_metrics.items()}
+        self._flow_metrics = {}
+        self._tell("on_update", update=Update({name: norm.item() for name, norm in norms.items()}, metrics))
         return torch.stack(list(norms.values())).norm()
 
     def _get_learning_rate(self) -> float:
