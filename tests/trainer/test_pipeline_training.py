@@ -76,12 +76,12 @@ def test_the_painter_hears_what_was_thought(make_trainer, train):
     assert sorted(record.context for record in records) == sorted(told)
 
 
-def test_resumes_to_the_bit(make_trainer, tmp_path):
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+def test_resumes_to_the_bit(make_trainer, tmp_path, peft):
     def run(folder, resume=None):
         settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
-        trainer = make_trainer(
-            output_dir=folder, model=tiny_model(), peft_config=LoraConfig(r=2), **arguments(**settings)
-        )
+        config = LoraConfig(r=2) if peft else None
+        trainer = make_trainer(output_dir=folder, model=tiny_model(), peft_config=config, **arguments(**settings))
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 

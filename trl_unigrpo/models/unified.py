@@ -213,6 +213,15 @@ class UnifiedModelMixin(_Base):
         """
         return
 
+    def load_checkpoint(self, folder: str | Path) -> bool:
+        """
+        Take over all weights of a checkpoint that `save_pretrained` wrote in a form of the model's own.
+
+        Returns:
+            False where the form is that of transformers, which the trainer reads itself.
+        """
+        return False
+
     def quick_start(self, source: str) -> str | None:
         """A section of the model card that paints with the model saved at `source`; None for the package's own."""
         return None

@@ -160,6 +160,14 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
             self.tokenizer.save_pretrained(folder / "thinker")
         self.pipeline.save_pretrained(folder / "painter")
 
+    def load_checkpoint(self, folder: str | Path) -> bool:
+        """Take over the weights of a folder of `save_pretrained`; False where it holds none, but adapters."""
+        if not (Path(folder) / "painter").is_dir():
+            return False
+        dtype = next(self.painter.parameters()).dtype
+        self.load_state_dict(type(self).from_pretrained(folder, dtype=dtype).state_dict())
+        return True
+
     def save_adapters(self, folder: str | Path) -> None:
         """Write the LoRA of each half as its own library has it, `adapters/thinker` and `adapters/painter`."""
         save_adapters(self, folder)
