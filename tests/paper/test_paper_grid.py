@@ -109,7 +109,7 @@ def test_a_candidate_replaces_the_choice():
     # The search for guidance takes SFT's choice over, and needs none of its own.
     without = {name: chosen for name, chosen in CHOICE.items() if name != "guided_base"}
     settings = run_settings(SYSTEMS["guided_base"], without, FULL, 0)
-    assert settings["eval_guidance_scale"] == 1.5 and settings["learning_rate"] == CHOICE["sft"]["learning_rate"]
+    assert settings["eval_guidance_scale"] == 1.25 and settings["learning_rate"] == CHOICE["sft"]["learning_rate"]
 
 
 def test_a_missing_choice_is_refused_with_the_remedy():
