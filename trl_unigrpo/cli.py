@@ -199,7 +199,7 @@ def paper(
         bool, typer.Option("--list", help="Only show the runs that are done and left, and the time.")
     ] = False,
     steps: Annotated[
-        int | None, typer.Option(min=2, help="Rollouts of 192 trajectories per run, to try things out; 140.")
+        int | None, typer.Option(min=2, help="Rollouts of 192 trajectories per run, to try things out; 70.")
     ] = None,
 ) -> None:
     """Train every system of the paper's tables on ShapeWorld, and write them as a page. Goes on where it stopped."""

@@ -62,7 +62,7 @@ def test_runs_of_other_settings_are_refused(tmp_path, chosen):
     (job.folder(output) / "run.json").write_text(json.dumps({"settings": settings}))
     refused(
         paper("--output-dir", output, "--chosen", chosen, "--only", "unigrpo", "--seeds", "0"),
-        *("max_steps=70 there, 280 now", "--output-dir"),
+        *("max_steps=70 there, 140 now", "--output-dir"),
     )
 
 
@@ -149,7 +149,7 @@ def test_the_search_chooses_and_waits_for_what_it_takes_over(tmp_path):
     entries = read_entries(file)
     assert list(entries) == ["sft", "guided_base"]
     for name, mode in (("sft", "sampled"), ("guided_base", "guided")):
-        runs = [json.loads((output / "search" / name / str(i) / "run.json").read_text()) for i in range(4)]
+        runs = [json.loads((output / "search" / name / str(i) / "run.json").read_text()) for i in range(5)]
         means = [sum(run["evaluations"][mode]["reward"]) / 700 for run in runs]
         assert entries[name]["settings"] == SYSTEMS[name].candidates[means.index(max(means))]
         assert [of["reward"] for of in entries[name]["candidates"]] == pytest.approx(means, abs=1e-4)
