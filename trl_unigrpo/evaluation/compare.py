@@ -61,11 +61,18 @@ def compare(first: str | Path, second: str | Path) -> tuple[dict[str, Any], list
         "tasks": by_task,
         "images": len(pairs),
         "images_of_one_alone": alone,
-        "different_settings": {
-            name: {"a": old, "b": new} for name, (old, new) in differences(settings[0], settings[1]).items()
-        },
+        "different_settings": other_settings(*settings),
     }
     return report, pairs
+
+
+def other_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What differs between two results but for the models: dotted name -> the values of A and B."""
+    return {
+        name: {"a": old, "b": new}
+        for name, (old, new) in differences(first, second).items()
+        if not name.startswith("model.") or name == "model.dtype"
+    }
 
 
 def match(first: Sequence[Line], second: Sequence[Line]) -> tuple[list[Pair], int]:

@@ -24,15 +24,19 @@ PACKAGE = "trl_unigrpo.evaluation"
 def write_index(folder: Path, summary: Mapping[str, Any], lines: Sequence[Line]) -> None:
     """Write `index.html`: scores, and each prompt's pictures with thinkings and answers."""
     groups: dict[int, list[Line]] = {}
-    for line in lines:
+    for line in sorted(lines, key=lambda line: (line["index"], line["sample"])):
         groups.setdefault(line["index"], []).append(line)
     chosen = evenly(list(groups.values()), PICTURES // max(map(len, groups.values()), default=1))
+    tasks: dict[str, list[list[dict[str, Any]]]] = {}
+    for group in chosen:
+        tasks.setdefault(group[0]["tag"], []).append([card(folder, line) for line in group])
     html = render_page(
         "eval_index.html.jinja",
         PACKAGE,
         summary=summary,
         shown=shown,
-        groups=[[card(folder, line) for line in sorted(group, key=lambda line: line["sample"])] for group in chosen],
+        bounds=bounds,
+        tasks=tasks,
         left_out=len(groups) - len(chosen),
     )
     write_page(folder / "index.html", html)
@@ -48,6 +52,7 @@ def write_comparison(folder: Path, report: Mapping[str, Any], pairs: Sequence[Pa
         PACKAGE,
         report=report,
         shown=shown,
+        bounds=bounds,
         pairs=[
             (pair.difference, card(a, pair.a, _from(folder, a)), card(b, pair.b, _from(folder, b))) for pair in ordered
         ],
@@ -69,6 +74,10 @@ def card(folder: Path, line: Line, prefix: str = "") -> dict[str, Any]:
         "shown_questions": questions[:QUESTIONS],
         "more_questions": max(0, len(questions) - QUESTIONS),
     }
+
+
+def bounds(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
 def evenly(values: Sequence[Any], number: int) -> list[Any]:
