@@ -16,7 +16,7 @@ from .compare import compare, comparison_table
 from .page import write_comparison, write_index
 from .results import replace_file
 from .scorers import JudgeScorer, RewardScorer, Scorer, ShapeWorldScorer, detector_scorer, fitting
-from .summary import summarize, table
+from .summary import plain, summarize, table
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def evaluate(
     scorer = build_scorer(benchmark, judging)  # before the model, whose loading takes longer
     chosen = Options(with_changes(benchmark.painting, **painting), guidance=guidance, **options)
     for problem in benchmark.problems:
-        console.print(f"Left out: {problem}", markup=False, highlight=False, soft_wrap=True)
+        console.print(plain(f"Left out: {problem}"), highlight=False, soft_wrap=True)
     arguments: dict[str, Any] = dict(model)
     if benchmark.name == "shapeworld" and arguments["dtype"] == "auto":
         arguments["dtype"] = "float32"  # the demo's, on any hardware
@@ -191,13 +191,11 @@ def finish(
         console.print(table(summary))
     if summary["unscored"] and scorer is not None:
         why = next(line["error"] for line in lines if line["reward"] is None)
-        console.print(
+        told = (
             f"{summary['unscored']} of {summary['images']} pictures have no score ({why}). They are in no mean; the "
-            "same command scores them again.",
-            markup=False,
-            highlight=False,
         )
-    console.print(f"{folder / 'index.html'}", markup=False, highlight=False, soft_wrap=True)
+        console.print(plain(told + "same command scores them again."), highlight=False, soft_wrap=True)
+    console.print(plain(str(folder / "index.html")), highlight=False, soft_wrap=True)
     return summary
 
 
@@ -209,10 +207,9 @@ def run_comparison(first: str, second: str, folder: Path, console: Console) -> d
     write_comparison(folder, report, pairs)
     console.print(comparison_table(report))
     for name, values in report["different_settings"].items():
-        console.print(
-            f"Different settings: {name} is {values['a']!r} in A, {values['b']!r} in B.", markup=False, soft_wrap=True
-        )
-    console.print(f"{folder / 'compare.html'}", markup=False, highlight=False, soft_wrap=True)
+        told = f"Different settings: {name} is {values['a']!r} in A, {values['b']!r} in B."
+        console.print(plain(told), highlight=False, soft_wrap=True)
+    console.print(plain(str(folder / "compare.html")), highlight=False, soft_wrap=True)
     return report
 
 

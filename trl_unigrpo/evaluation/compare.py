@@ -9,7 +9,7 @@ from rich.table import Table
 
 from .results import Line, differences, read_lines, read_settings
 from .statistics import holm, stratified_interval, t_interval
-from .summary import clusters_of, shown, weights_of
+from .summary import clusters_of, plain, shown, weights_of
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def comparison_table(report: Mapping[str, Any]) -> Table:
     )
     tasks = list(report["tasks"].items())
     for place, (task, number) in enumerate(tasks):
-        table.add_row(task, *_cells(number, number.get("p_holm")), end_section=place == len(tasks) - 1)
+        table.add_row(plain(task), *_cells(number, number.get("p_holm")), end_section=place == len(tasks) - 1)
     table.add_row("overall", *_cells(report["overall"], report["overall"]["p_value"]))
     return table
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..pages import data_uri, jpeg, render_page, write_page
 from .compare import Pair
@@ -12,7 +13,7 @@ from .runner import read_image
 from .summary import shown
 
 
-PICTURES = 400
+PICTURES = 240
 """Pictures on a page at most."""
 SIDE = 176
 """Pixels of a picture's longer side."""
@@ -87,8 +88,8 @@ def evenly(values: Sequence[Any], number: int) -> list[Any]:
 
 
 def _from(folder: Path, other: Path) -> str:
-    """The way from a page in one folder to the other folder, "" where there is none, as between Windows' drives."""
+    """The URL from a page in one folder to the other folder; "" where there is none, as between Windows' drives."""
     try:
-        return Path(os.path.relpath(other, folder)).as_posix() + "/"
+        return quote(Path(os.path.relpath(other, folder)).as_posix()) + "/"
     except ValueError:
         return ""

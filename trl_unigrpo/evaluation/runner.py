@@ -126,7 +126,12 @@ def run(
         rows = range(start, min(start + batch, total))
         missing = [row for row in rows if row not in done]
         if missing:
-            lines = _paint(model, tokenizer, items, rows, missing, folder, options, scorer, benchmark.soft)
+            lines, images = _paint(model, tokenizer, items, rows, missing, folder, options)
+            try:
+                lines = scored(lines, items, images, scorer, benchmark.soft)
+            except BaseException:  # a dead judge, or Ctrl-C while it is waited for: the painting is not lost
+                append_lines(folder, scored(lines, items, images, None, benchmark.soft))
+                raise
             append_lines(folder, lines)
             done.update((line["row"], line) for line in lines)
             on_pictures(len(done), total)
@@ -143,10 +148,8 @@ def _paint(
     missing: Sequence[int],
     folder: Path,
     options: Options,
-    scorer: Scorer | None,
-    soft: bool,
-) -> list[Line]:
-    """Paint the batch of these rows; keep and score those that are missing."""
+) -> tuple[list[Line], list[Image.Image]]:
+    """Paint the batch of these rows; keep the pictures that are missing, with their lines."""
     started = time.perf_counter()
     samples = generate(
         model,
@@ -187,7 +190,7 @@ def _paint(
         file.parent.mkdir(exist_ok=True)
         sample.image.save(file)
         lines.append(line | {"seconds": round(seconds, 3)})
-    return scored(lines, items, [sample.image for sample in kept], scorer, soft)
+    return lines, [sample.image for sample in kept]
 
 
 def scored(

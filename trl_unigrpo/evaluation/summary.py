@@ -6,8 +6,10 @@ from importlib.metadata import version
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ..__about__ import __version__
+from ..pages.text import readable
 from .results import Line
 from .statistics import Interval, mean_interval, stratified_interval
 
@@ -143,7 +145,7 @@ def table(summary: Mapping[str, Any]) -> Table:
     metrics = summary["metrics"]
     main, *others = metrics.values()
     names = list(metrics)
-    found = Table("task", "prompts", title=summary["label"], title_justify="left")
+    found = Table("task", "prompts", title=plain(summary["label"]), title_justify="left")
     found.add_column(f"{names[0]} (95 % interval)", no_wrap=True)
     for name in names[1:]:
         found.add_column(name)
@@ -151,9 +153,14 @@ def table(summary: Mapping[str, Any]) -> Table:
     for place, task in enumerate(tasks):
         number = main["tasks"][task]
         cells = [mean(metric["tasks"][task]) for metric in others]
-        found.add_row(task, str(number["clusters"]), shown(number), *cells, end_section=place == len(tasks) - 1)
+        found.add_row(plain(task), str(number["clusters"]), shown(number), *cells, end_section=place == len(tasks) - 1)
     found.add_row("overall", str(main["clusters"]), shown(main), *map(mean, others))
     return found
+
+
+def plain(text: str) -> Text:
+    """A user's text for the console: without markup and control characters."""
+    return Text(readable(text))
 
 
 def mean(number: Mapping[str, Any]) -> str:
