@@ -13,7 +13,7 @@ from trl_unigrpo.evaluation import runner
 from trl_unigrpo.evaluation.benchmark import Item, Painting, spread
 from trl_unigrpo.evaluation.benchmarks import load_benchmark
 from trl_unigrpo.evaluation.results import DifferentSettingsError, read_lines
-from trl_unigrpo.evaluation.runner import Options, run
+from trl_unigrpo.evaluation.runner import Options, run, without_long_prompts
 from trl_unigrpo.evaluation.scorers import JudgeScorer, RewardScorer, ShapeWorldScorer, detector_scorer
 from trl_unigrpo.evaluation.summary import summarize
 from trl_unigrpo.guidance import Guidance
@@ -290,27 +290,40 @@ STRANGE = [
     "<script>alert(1)</script> & \"quotes\" 'too'",
     "\x00\x07\x1b[31mred\x1b[0m\t\r\n",
     "日本の猫 🐈‍⬛ العربية \u202e\u2028",
-    "a red circle " * 770,
+    "🐈" * 10_001,
 ]
 
 
 def test_strange_prompts_are_painted_and_kept_as_they_are(base, asked, tmp_path):
     items = tuple(Item(f"line {i}", prompt, "all", columns={"prompt": prompt}) for i, prompt in enumerate(STRANGE))
-    assert len(STRANGE[3]) > 10_000
-    model, tokenizer = base
-    longest = model.config.get_text_config().max_position_embeddings
-    items = (
-        items
-        if len(tokenizer(STRANGE[3]).input_ids) + 64 < longest
-        else (*items[:3], replace(items[3], prompt="🐈" * 10_000))
-    )
-    benchmark = replace(asked, items=items, metric=None)
-    lines = run(*base, benchmark, red(), tmp_path)
-    assert [line["prompt"] for line in lines] == [item.prompt for item in items]
-    assert [line["prompt"] for line in read_lines(tmp_path)] == [item.prompt for item in items]
+    lines = run(*base, replace(asked, items=items, metric=None), red(), tmp_path)
+    assert [line["prompt"] for line in lines] == [line["prompt"] for line in read_lines(tmp_path)] == STRANGE
     assert all(0 <= line["reward"] <= 1 for line in lines)
     kept = [json.loads((tmp_path / f"images/{i:05}/metadata.jsonl").read_text())["prompt"] for i in range(4)]
-    assert kept[:3] == STRANGE[:3]
+    assert kept == STRANGE
+
+
+def test_a_prompt_without_room_is_left_out_before_painting(base, asked, tmp_path):
+    """The longest prompts that fit are painted; a word more, and they are named."""
+    model, tokenizer = base
+
+    def words(number):
+        return Item(f"{number} words", " ".join(["red"] * number), "all")
+
+    def left(options):
+        benchmark = replace(asked, items=tuple(map(words, range(980, 1030))), metric=None)
+        fits = without_long_prompts(benchmark, model, tokenizer, options)
+        assert len(fits.items) + len(fits.problems) == 50 and len(fits.problems) > 0
+        assert f"{len(fits.items) + 980} words: the prompt takes" in fits.problems[0]
+        longest = replace(benchmark, items=fits.items[-1:])
+        run(model, tokenizer, longest, red(), tmp_path / str(len(fits.items)), options)
+        return len(fits.items)
+
+    short = replace(asked.painting, max_completion_length=4)
+    long = replace(asked.painting, max_completion_length=9)
+    counts = [left(Options(short)), left(Options(long)), left(Options(long, thinking=False))]
+    assert counts[0] - counts[1] == 5 and counts[2] > counts[0]
+    assert without_long_prompts(asked, model, tokenizer, Options(asked.painting)) is asked
 
 
 def test_bad_options_are_refused_by_name(asked):

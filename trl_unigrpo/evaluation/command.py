@@ -136,16 +136,17 @@ def evaluate(
         The summary.
     """
     from .models import fingerprint, load_model
-    from .runner import Options, run, with_changes
+    from .runner import Options, run, with_changes, without_long_prompts
 
     scorer = build_scorer(benchmark, judging)  # before the model, whose loading takes longer
     chosen = Options(with_changes(benchmark.painting, **painting), guidance=guidance, **options)
-    for problem in benchmark.problems:
-        console.print(plain(f"Left out: {problem}"), highlight=False, soft_wrap=True)
     arguments: dict[str, Any] = dict(model)
     if benchmark.name == "shapeworld" and arguments["dtype"] == "auto":
         arguments["dtype"] = "float32"  # the demo's, on any hardware
     loaded, tokenizer = load_model(**arguments)
+    benchmark = without_long_prompts(benchmark, loaded, tokenizer, chosen)
+    for problem in benchmark.problems:
+        console.print(plain(f"Left out: {problem}"), highlight=False, soft_wrap=True)
     parts = {part: str(model[part]) for part in ("source", "base", "thinker", "painter") if model.get(part)}
     prints = {"dtype": str(loaded.dtype), **{part: fingerprint(source) for part, source in parts.items()}}
     columns = (

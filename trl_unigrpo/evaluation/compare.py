@@ -46,7 +46,10 @@ def compare(first: str | Path, second: str | Path) -> tuple[dict[str, Any], list
         )
     pairs, alone = match(read_lines(a), read_lines(b))
     tasks = list(dict.fromkeys(pair.a["tag"] for pair in pairs))
-    by_task = {task: difference(benchmark, [pair for pair in pairs if pair.a["tag"] == task]) for task in tasks}
+    by_task = {
+        task: difference(benchmark, [pair for pair in pairs if pair.a["tag"] == task]) | {"p_holm": None}
+        for task in tasks
+    }
     tested = [task for task in tasks if by_task[task]["p_value"] is not None]
     for task, corrected in zip(tested, holm([by_task[task]["p_value"] for task in tested]), strict=True):
         by_task[task]["p_holm"] = corrected
@@ -140,7 +143,7 @@ def comparison_table(report: Mapping[str, Any]) -> Table:
     )
     tasks = list(report["tasks"].items())
     for place, (task, number) in enumerate(tasks):
-        table.add_row(plain(task), *_cells(number, number.get("p_holm")), end_section=place == len(tasks) - 1)
+        table.add_row(plain(task), *_cells(number, number["p_holm"]), end_section=place == len(tasks) - 1)
     table.add_row("overall", *_cells(report["overall"], report["overall"]["p_value"]))
     return table
 

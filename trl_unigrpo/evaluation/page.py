@@ -1,5 +1,6 @@
 """Pages of results: what a folder holds, and two folders side by side."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ def write_index(folder: Path, summary: Mapping[str, Any], lines: Sequence[Line])
         shown=shown,
         bounds=bounds,
         tasks=tasks,
+        settings=json.dumps(summary["settings"], indent=2, ensure_ascii=False),
         left_out=len(groups) - len(chosen),
     )
     write_page(folder / "index.html", html)

@@ -12,6 +12,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ..guidance import Guidance
+from ..models.auto import unified_model
+from ..prompts import as_messages, prepare_tokenizer
 from ..rewards.questions import earned
 from .benchmark import Benchmark, Item, Painting
 from .generate import generate
@@ -25,6 +27,10 @@ from .results import (
     write_metadata,
 )
 from .scorers import Score, Scorer
+
+
+IMAGE_POSITIONS = 8
+"""More than an image and the markers around it take."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,34 @@ def settings_of(
         "painting": {**painting, "guidance": guidance},
         "scorer": None if scorer is None else dict(scorer.settings),
     }
+
+
+def without_long_prompts(
+    benchmark: Benchmark, model: Any, tokenizer: PreTrainedTokenizerBase, options: Options
+) -> Benchmark:
+    """
+    The benchmark without the prompts that the model has no room for beside its longest thinking; they are among the
+    problems then. Found before anything is painted, where a batch with one of them would fail as a whole.
+    """
+    base = unified_model(model)
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return benchmark
+    tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
+    system = base.default_system_prompt if options.system_prompt == "auto" else options.system_prompt
+    room = limit - IMAGE_POSITIONS - (options.painting.max_completion_length if options.thinking else 0)
+    kept, problems = [], []
+    for item in benchmark.items:
+        messages = as_messages(item.prompt, system if options.thinking else None)
+        length = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        if length <= room:
+            kept.append(item)
+        else:
+            problems.append(
+                f"{item.key}: the prompt takes {length} tokens; of its {limit} positions the model has {room} left "
+                "beside a thinking of max_completion_length"
+            )
+    return replace(benchmark, items=tuple(kept), problems=(*benchmark.problems, *problems)) if problems else benchmark
 
 
 def items_digest(items: Sequence[Item]) -> str:
