@@ -47,6 +47,7 @@ from .models.quantization import keep_trainable_layout
 from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin
 from .monitoring.events import Generation, Update, Watcher
 from .monitoring.expected import ExpectedCost
+from .monitoring.gallery import Gallery
 from .monitoring.images import pixel_spread, write_completion_images
 from .monitoring.signals import SaveOnSignal
 from .monitoring.trust import TrustChecks
@@ -189,7 +190,7 @@ class UniGRPOTrainer(GRPOTrainer):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             reward_processing_classes=reward_processing_classes,
-            callbacks=[*(callbacks or []), SaveOnSignal(), ExpectedCost()],
+            callbacks=[*(callbacks or []), Gallery(), SaveOnSignal(), ExpectedCost()],
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=target_experts(peft_config, base, self._trains),
@@ -414,13 +415,16 @@ class UniGRPOTrainer(GRPOTrainer):
     def _tell(self, event: str, **what: Any) -> None:
         """Call an event of all watchers, as TRL's own events are called."""
         for watcher in self._watchers:
-            getattr(watcher, event)(self.args, self.state, self.control, model=self.model, **what)
+            callbacks = self.callback_handler.callbacks
+            getattr(watcher, event)(self.args, self.state, self.control, model=self.model, callbacks=callbacks, **what)
 
     def _observed(self, mode: str, images: Sequence[Any], advantages: Tensor) -> Generation:
         """The generation batch of all processes, of which this one has its rewards from `_calculate_rewards`."""
         rows, rewards = self._scored
         rows = gather_object(rows)
         columns = sorted({name for row in rows for name in row["extra"]})
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        weighted = weighted.masked_fill(rewards[:, ~self._is_process].isnan().all(dim=1), torch.nan)
         return Generation(
             mode=mode,
             group_size=self.num_generations if mode == "train" else self.num_generations_eval,
@@ -430,6 +434,7 @@ class UniGRPOTrainer(GRPOTrainer):
             rewards={name: rewards[:, i].tolist() for i, name in enumerate(self.reward_func_names)},
             advantages=self.accelerator.gather(advantages).tolist(),
             extra={name: [row["extra"].get(name) for row in rows] for name in columns},
+            reward=weighted.tolist(),
         )
 
     @torch.no_grad()
