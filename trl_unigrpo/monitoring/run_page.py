@@ -23,8 +23,9 @@ ALARMS = 30
 
 def run_page(run: Run) -> str:
     """The page of one run."""
-    budget = _Budget(BUDGET)
-    view = _view(run, budget, ROWS, COLUMNS)
+    evaluated = _Budget(BUDGET * 2 // 5)
+    view = _view(run, evaluated, ROWS, COLUMNS)
+    budget = _Budget(BUDGET * 3 // 5 + evaluated.left)
     return render_page("run.html.jinja", view=view, panels=panels(run), generations=_generations(run, budget))
 
 
@@ -111,8 +112,10 @@ def _generations(
     for i in spread(len(shown)):
         if len(found) == most:
             break
-        if budget.take(_size(run, (s for group in shown[i].groups[:groups] for s in group))):
-            found[i] = _generation(run, shown[i], groups)
+        for few in (groups, 1):
+            if budget.take(_size(run, (s for group in shown[i].groups[:few] for s in group))):
+                found[i] = _generation(run, shown[i], few)
+                break
     return [found[i] for i in sorted(found, reverse=True)]
 
 
@@ -144,7 +147,7 @@ def _generation(run: Run, shown: Shown, groups: int | None = None) -> dict[str, 
     return {
         "step": shown.step,
         "total": shown.total,
-        "number": len(shown.samples),
+        "number": sum(map(len, shown.groups[:groups])),
         "groups": [
             {"prompt": group[0].prompt, "samples": [_sample(run, shown, sample, alarms) for sample in group]}
             for group in shown.groups[:groups]
