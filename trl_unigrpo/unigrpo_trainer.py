@@ -16,7 +16,6 @@ Shapes: B trajectories, K stochastic steps, `latent` the model's own latent dime
 
 import copy
 import math
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +48,7 @@ from .monitoring.events import Generation, Update, Watcher
 from .monitoring.expected import ExpectedCost
 from .monitoring.gallery import Gallery
 from .monitoring.images import pixel_spread, write_completion_images
+from .monitoring.progress import Phases
 from .monitoring.signals import SaveOnSignal
 from .monitoring.trust import TrustChecks
 from .packing import pack, return_velocity
@@ -181,6 +181,7 @@ class UniGRPOTrainer(GRPOTrainer):
         self._flow_metrics: dict[str, list[float]] = {}  # of the optimizer step in progress
         self._scored: tuple[list[dict[str, Any]], Tensor] = ([], torch.empty(0))  # see `_observed`
         self._images: deque[Any] = deque(maxlen=args.generation_batch_size)
+        self._phases = Phases(self._record_seconds, shows=args.local_process_index == 0 and not args.disable_tqdm)
 
         super().__init__(
             model=model,
@@ -250,15 +251,19 @@ class UniGRPOTrainer(GRPOTrainer):
     # 2. Images
 
     def _generate(self, prompts: list[Any]) -> Any:
-        outputs = super()._generate(prompts)
+        with self._phases("think"):
+            outputs = super()._generate(prompts)
         prompt_ids, completion_ids, extra_fields = generation_fields(outputs)
         conditioning = Conditioning(prompt_ids, completion_ids if self.args.thinking else [[] for _ in prompt_ids])
         if self._guidance() is not None:
             prompts = self._with_system_prompt(prompts)
             conditioning.system_ids = system_ids(self._tokenizer, prompts, **self.chat_template_kwargs)
         conditioning.prompts = prompts
-        with profiling_context(self, "image_rollout"):
+        with profiling_context(self, "image_rollout"), self._phases("paint"):
             self._records, images = self._paint(conditioning)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        number = len(images) * self.accelerator.num_processes
+        metrics["images/per_second"].append(number / metrics["time/paint"][-1])
         extra_fields["images"] = images  # becomes an argument of every reward function
         return outputs
 
@@ -266,7 +271,6 @@ class UniGRPOTrainer(GRPOTrainer):
     def _paint(self, conditioning: Conditioning) -> tuple[list[FlowRecord], list[Any]]:
         """Sample one image per thinking: records of B rollouts and B PIL images."""
         args, mode = self.args, "train" if self.model.training else "eval"
-        started = time.perf_counter()
         trains = mode == "train" and self._trains["image"]
         stochastic = trains and self._objective.stochastic
         size = (args.image_size, args.image_size)
@@ -298,7 +302,6 @@ class UniGRPOTrainer(GRPOTrainer):
                 images += base.decode_latents(latents, size)
         spread = torch.tensor(pixel_spread(images), device=self.accelerator.device)
         self._metrics[mode]["images/pixel_std"].append(self.accelerator.gather(spread).mean().item())
-        self._metrics[mode]["time/images"].append(time.perf_counter() - started)
         if trains:
             records = self._objective.states(records, generators)
             one_window = stochastic and args.sde_window_scope == "generation"
@@ -344,8 +347,8 @@ class UniGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         if "images" not in inputs[0]:
             raise TRLChangedError("extra fields that _generate returns do not reach the rewards")
-        started = time.perf_counter()
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with self._phases("reward"):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode = "train" if self.model.training else "eval"
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
         of_images, failed = mask_failed_rewards(rewards[:, ~self._is_process], group_size)
@@ -367,7 +370,6 @@ class UniGRPOTrainer(GRPOTrainer):
                 "count. The metric `reward/frac_none` has their share."
             )
         self._metrics[mode]["reward/frac_none"].append(failed)
-        self._metrics[mode]["time/reward"].append(time.perf_counter() - started)
         logged = {name: values for name, values in self._pending_extra_logs.items() if len(values) == len(prompts)}
         extra = [dict(zip(logged, values, strict=True)) for values in zip(*logged.values(), strict=True)]
         rows = zip(prompts, completions, extra or [{}] * len(prompts), strict=True)
@@ -395,18 +397,21 @@ class UniGRPOTrainer(GRPOTrainer):
             self._tell("on_generation", generation=self._observed(mode, images, outputs["advantages"]))
         if mode == "eval" or not self._trains["image"]:
             return outputs
-        started = time.perf_counter()
         outputs["flow_records"] = records
-        if self._regularized:
-            with self.unified.reference() as reference:
-                outputs["flow_reference_velocities"] = self._velocities(reference, records)
-        if self.args.flow_old_source == "rollout":
-            outputs["flow_old_velocities"] = torch.stack([record.velocities for record in records])
-        elif self.args.gradient_accumulation_steps % self.args.steps_per_generation:
-            # The first pass over this generation spans optimizer steps: it can't be its own old policy.
-            outputs["flow_old_velocities"] = self._velocities(self.unified, records)
-        self._metrics[mode]["time/old_and_reference"].append(time.perf_counter() - started)
+        with self._phases("old_and_reference"):
+            if self._regularized:
+                with self.unified.reference() as reference:
+                    outputs["flow_reference_velocities"] = self._velocities(reference, records)
+            if self.args.flow_old_source == "rollout":
+                outputs["flow_old_velocities"] = torch.stack([record.velocities for record in records])
+            elif self.args.gradient_accumulation_steps % self.args.steps_per_generation:
+                # The first pass over this generation spans optimizer steps: it can't be its own old policy.
+                outputs["flow_old_velocities"] = self._velocities(self.unified, records)
         return outputs
+
+    def _record_seconds(self, phase: str, seconds: float) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][f"time/{phase}"].append(seconds)
 
     @property
     def _watchers(self) -> list[Watcher]:
@@ -458,6 +463,8 @@ class UniGRPOTrainer(GRPOTrainer):
     # 5. Loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self.model.training:
+            self._phases.begin("update")  # ended by `_get_learning_rate`
         of_text = inputs
         if "text_advantages" in inputs:
             of_text = {**inputs, "advantages": inputs["text_advantages"]}
@@ -559,6 +566,7 @@ class UniGRPOTrainer(GRPOTrainer):
     def _get_learning_rate(self) -> float:
         # Called between the optimizer's step and the scheduler's: these are the rates that were used.
         groups = self.optimizer.param_groups
+        self._phases.end("update")
         self._learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in groups if "name" in group}
         return super()._get_learning_rate()
 

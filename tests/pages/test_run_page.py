@@ -46,8 +46,8 @@ def test_hostile_texts_stay_texts(tmp_path):
 def test_groups_are_sorted_by_reward(tmp_path):
     records = Records(tmp_path, "a")
     records.show(*choose(generation(["p", "q"], rewards=[0.1, 0.4, math.nan, 0.3, 0.9, 0.7, 0.8, 1.0]), 0))
-    text = Page(run_page(read_run(tmp_path))).text
-    assert re.findall(r"#(\d)", text[text.index("best first") :]) == ["1", "3", "0", "2", "7", "4", "6", "5"]
+    text = Page(run_page(read_run(tmp_path))).text.partition("best first")[2]
+    assert re.findall(r"#(\d)", text) == ["1", "3", "0", "2", "7", "4", "6", "5"]
     assert text.index("none") > text.index("0.100")
 
 
