@@ -221,6 +221,7 @@ class ReFLTrainer(Trainer):
         )
         self._system = base.default_system_prompt if args.system_prompt == "auto" else args.system_prompt
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._mode = "train"
         self._phases = Phases(self._record_seconds, shows=args.local_process_index == 0 and not args.disable_tqdm)
         self._eval_rows = 0
 
@@ -290,6 +291,7 @@ class ReFLTrainer(Trainer):
     def _states(self, mode: str, prompts: list[Any], nodes: Tensor, step: int, first_row: int) -> list[FlowRecord]:
         """Think, and denoise from the first of the nodes to the last: B records, the state in `final_latents`."""
         args, model = self.args, self.accelerator.unwrap_model(self.model)
+        self._mode = mode
         purpose = TRAIN if mode == "train" else EVAL
         rows = range(first_row, first_row + len(prompts))
         messages = [as_messages(prompt, self._system if args.thinking else None) for prompt in prompts]
@@ -309,7 +311,7 @@ class ReFLTrainer(Trainer):
                 return self.unified.rollout(conditioning, RolloutPlan(nodes, self._size), generators)
 
     def _record_seconds(self, phase: str, seconds: float) -> None:
-        self._metrics["train" if self.model.training else "eval"][f"time/{phase}"].append(seconds)
+        self._metrics[self._mode][f"time/{phase}"].append(seconds)
 
     def _score(self, images: Tensor, inputs: dict[str, Any]) -> Tensor:
         texts = [prompt_text(prompt) for prompt in inputs["prompts"]]
