@@ -99,7 +99,7 @@ def test_trackio_has_the_pictures(make_trainer):
     project = f"test-{uuid.uuid4().hex}"
     notes = run(make_trainer, "trackio", project=project)
     files = [file for file in folder.rglob("*.png") if project in str(file)]
-    found = [np.asarray(Image.open(file)) for file in files]
+    found = [np.asarray(Image.open(file).convert("RGB")) for file in files]
     expected = [*notes.trained.values(), *notes.evaluated.values()]
     assert len(found) == len(expected)
     for pixels in expected:
