@@ -385,6 +385,25 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Output folders of runs: finished, going on, or broken off.")],
+    output: Annotated[
+        str | None,
+        typer.Option(help="The page; gallery.html in the folder of a single run, comparison.html here for several."),
+    ] = None,
+) -> None:
+    """Write the page of a run, or of several side by side: pictures, curves, alarms."""
+    from .monitoring.run_page import write_report
+
+    try:
+        file = write_report(runs, output)
+    except (ValueError, OSError) as error:
+        typer.echo(f"trl-unigrpo report: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"{file}")
+
+
 @app.command("build-shapeworld")
 def build_shapeworld(
     output_dir: Annotated[str, typer.Option(help="Folder for the model.")] = "shapeworld-base",

@@ -89,8 +89,8 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     if high > low:
         return low, high
-    margin = abs(low) * 0.1 or 1.0
-    return low - margin, high + margin
+    margin = abs(low) / 10
+    return (low - margin, high + margin) if low else (0.0, 1.0)
 
 
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:

@@ -1,5 +1,6 @@
 """Templates that extend `base.html.jinja`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def page_environment(package: str | None = None) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(text=shown_text, prompt=prompt_text, readable=readable)
+    environment.filters.update(text=shown_text, prompt=prompt_text, readable=readable, zip=partial(zip, strict=True))
     environment.globals.update(chart=chart)
     return environment
 

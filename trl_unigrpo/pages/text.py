@@ -16,9 +16,9 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\uf
 _DIRECTION = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
 
-def readable(text: str) -> str:
-    """The text with control characters as visible signs (␀, ␛, ...), and as valid Unicode."""
-    text = text.replace("\r\n", "\n")
+def readable(text: Any) -> str:
+    """What `str` makes of a value, as valid Unicode, with control characters as visible signs (␀, ␛, ...)."""
+    text = str(text).replace("\r\n", "\n")
     text = _DIRECTION.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
     return _CONTROL.sub(lambda found: _sign(ord(found[0])), text)
 
