@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from looking import DESKTOP, PHONE
 
-from trl_unigrpo.evaluation.compare import compare
+from trl_unigrpo.evaluation.compare import compare_folders
 from trl_unigrpo.evaluation.page import write_comparison
 
 
@@ -20,7 +20,7 @@ def pages(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("eval")
     folders = [folder_of(root / name, 6, 1, seed=seed)[0] for seed, name in enumerate("ab")]
-    write_comparison(root, *compare(*folders))
+    write_comparison(root, *compare_folders(*folders))
     return {"one": index_of(root / "one", 6, 1), "four": index_of(root / "four", 3, 4), "both": root / "compare.html"}
 
 

@@ -112,7 +112,33 @@ def test_tiif_counts_answers_equal_to_the_files(tmp_path):
     assert reward(benchmark, short, 0.8, 0.7) == 0.5
     assert reward(benchmark, short, 0.1, 0.7) == 0
     places = [problem.split(":")[0] for problem in benchmark.problems]
-    assert places == [f"count_prompts.jsonl, line {number}" for number in (2, 3, 4, 5)]
+    assert sorted(places) == [f"count_prompts.jsonl, line {number}" for number in (2, 3, 4, 5)]
+
+
+def test_tiif_as_its_repository_has_it(tmp_path):
+    """Prompts and questions lie in two folders and belong together by type and line."""
+    prompts, asked = tmp_path / "testmini_prompts", tmp_path / "testmini_eval_prompts"
+    prompts.mkdir(), asked.mkdir()
+    for kind in ("color", "count"):
+        rows = [tiif_row(kind, ["yes"] * n, short_description=f"{kind} {n}") for n in (1, 2, 3)]
+        painted, questions = (
+            ("type", "short_description", "long_description"),
+            ("type", "yn_question_list", "yn_answer_list"),
+        )
+        write_jsonl(prompts / f"{kind}_prompts.jsonl", *({k: row[k] for k in painted} for row in rows))
+        write_jsonl(
+            asked / f"{kind}_eval_prompts.jsonl",
+            *({k: row[k] for k in questions} for row in rows[: 2 + (kind == "color")]),
+        )
+    write_jsonl(
+        asked / "twice_eval_prompts.jsonl", {"type": "color", "yn_question_list": ["x?"], "yn_answer_list": ["no"]}
+    )
+    benchmark = load_benchmark("tiif", tmp_path)
+    assert [(item.prompt, len(item.questions)) for item in benchmark.items if item.task.endswith("short")] == [
+        ("color 1", 1), ("color 2", 2), ("color 3", 3), ("count 1", 1), ("count 2", 2)
+    ]  # fmt: skip
+    assert benchmark.problems[0].startswith("twice_eval_prompts.jsonl, line 1: 'yn_answer_list' of this type")
+    assert benchmark.problems[1] == "count_prompts.jsonl, line 3: 'yn_question_list' is missing"
 
 
 def test_wise_categories_and_shares(tmp_path):

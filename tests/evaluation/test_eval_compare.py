@@ -10,7 +10,7 @@ from scipy.stats import ttest_rel
 from statsmodels.stats.multitest import multipletests
 
 from trl_unigrpo.evaluation.command import run_comparison
-from trl_unigrpo.evaluation.compare import compare
+from trl_unigrpo.evaluation.compare import compare_folders
 from trl_unigrpo.evaluation.results import append_lines, image_file, open_folder
 
 
@@ -40,7 +40,7 @@ def numbers():
 
 def test_one_picture_of_each_prompt_is_the_paired_t_test(tmp_path, numbers):
     a, b, tasks = numbers
-    report, pairs = compare(folder_of(tmp_path / "a", a, tasks), folder_of(tmp_path / "b", b, tasks))
+    report, pairs = compare_folders(folder_of(tmp_path / "a", a, tasks), folder_of(tmp_path / "b", b, tasks))
     expected = ttest_rel(b, a)
     low, high = expected.confidence_interval()
     overall = report["overall"]
@@ -56,7 +56,7 @@ def test_one_picture_of_each_prompt_is_the_paired_t_test(tmp_path, numbers):
 
 def test_pictures_of_one_prompt_are_no_independent_evidence(tmp_path, numbers):
     a, b, tasks = numbers
-    report, _ = compare(
+    report, _ = compare_folders(
         folder_of(tmp_path / "a", np.tile(a, 4), tasks, samples=4),
         folder_of(tmp_path / "b", np.tile(b, 4), tasks, samples=4),
     )
@@ -65,7 +65,7 @@ def test_pictures_of_one_prompt_are_no_independent_evidence(tmp_path, numbers):
 
 def test_means_of_tasks_are_compared_as_they_are_scored(tmp_path, numbers):
     a, b, tasks = numbers
-    report, _ = compare(
+    report, _ = compare_folders(
         folder_of(tmp_path / "a", a, tasks, overall="tasks"), folder_of(tmp_path / "b", b, tasks, overall="tasks")
     )
     differences = [(b - a)[:25], (b - a)[25:]]
@@ -79,7 +79,7 @@ def test_means_of_tasks_are_compared_as_they_are_scored(tmp_path, numbers):
 def test_what_one_side_lacks_is_left_out(tmp_path, numbers):
     a, b, tasks = (part[:6] for part in numbers)
     masked = np.where(np.arange(6) == 2, np.nan, a)
-    report, pairs = compare(folder_of(tmp_path / "a", masked, tasks), folder_of(tmp_path / "b", b[:5], tasks))
+    report, pairs = compare_folders(folder_of(tmp_path / "a", masked, tasks), folder_of(tmp_path / "b", b[:5], tasks))
     kept = [0, 1, 3, 4]
     assert len(pairs) == 4 and report["images_of_one_alone"] == 3
     assert report["overall"]["p_value"] == pytest.approx(ttest_rel(b[kept], a[kept]).pvalue, rel=1e-6)
@@ -87,7 +87,7 @@ def test_what_one_side_lacks_is_left_out(tmp_path, numbers):
 
 def test_equal_results_are_no_difference(tmp_path, numbers):
     a, _, tasks = numbers
-    report, _ = compare(folder_of(tmp_path / "a", a, tasks), folder_of(tmp_path / "b", a, tasks))
+    report, _ = compare_folders(folder_of(tmp_path / "a", a, tasks), folder_of(tmp_path / "b", a, tasks))
     assert report["overall"] | {"a": 0, "b": 0} == {
         "a": 0, "b": 0, "mean": 0.0, "ci95": [0.0, 0.0], "p_value": 1.0, "clusters": 40
     }  # fmt: skip
@@ -98,16 +98,16 @@ def test_what_cannot_be_compared(tmp_path, numbers):
     first = folder_of(tmp_path / "a", a, tasks)
     other = {"name": "geneval", "title": "GenEval", "overall": "tasks", "pooled": False}
     with pytest.raises(ValueError, match="expected one benchmark"):
-        compare(first, folder_of(tmp_path / "b", b, tasks, benchmark=other))
+        compare_folders(first, folder_of(tmp_path / "b", b, tasks, benchmark=other))
     changed = folder_of(tmp_path / "c", b, tasks)
     text = (changed / "results.jsonl").read_text().replace("prompt 3", "prompt three")
     (changed / "results.jsonl").write_text(text)
     with pytest.raises(ValueError, match="'prompt 3' in one and 'prompt three' in the other"):
-        compare(first, changed)
+        compare_folders(first, changed)
     with pytest.raises(ValueError, match="at least two"):
-        compare(first, folder_of(tmp_path / "d", b[:1], tasks))
+        compare_folders(first, folder_of(tmp_path / "d", b[:1], tasks))
     with pytest.raises(ValueError, match=r"settings\.json can't be read"):
-        compare(first, tmp_path)
+        compare_folders(first, tmp_path)
 
 
 def test_the_page_shows_both_sides_and_what_else_differs(tmp_path, numbers, capsys):

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from trl_unigrpo.evaluation import generate
 from trl_unigrpo.evaluation.benchmark import Painting
-from trl_unigrpo.evaluation.models import fingerprint, load_model
+from trl_unigrpo.evaluation.models import fingerprint, load_model, parts_of
 from trl_unigrpo.evaluation.runner import Options, run
 from trl_unigrpo.evaluation.scorers import RewardScorer
 from trl_unigrpo.shapeworld import BASE, load_base
@@ -67,6 +67,7 @@ def test_adapters_on_what_they_were_trained_on(base, tmp_path):
     assert isinstance(model, PeftModel) and same(painted(model, tokenizer), expected)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(BASE)
+    assert parts_of(str(tmp_path), None, None, None) == {"source": str(tmp_path), "base": str(BASE)}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="do not say what they were trained on: pass base"):
         load_model(str(tmp_path), **FLOAT)

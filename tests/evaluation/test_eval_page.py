@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 from hostile_results import folder_of, index_of
 
-from trl_unigrpo.evaluation.compare import compare
+from trl_unigrpo.evaluation.compare import compare_folders
 from trl_unigrpo.evaluation.page import PICTURES, write_comparison
 
 
@@ -60,7 +60,7 @@ def test_hostile_texts_are_texts(tmp_path, samples):
 
 def test_hostile_texts_are_texts_side_by_side(tmp_path):
     folders = [folder_of(tmp_path / name, 5, 1, seed=seed)[0] for seed, name in enumerate("ab")]
-    write_comparison(tmp_path / "c", *compare(*folders))
+    write_comparison(tmp_path / "c", *compare_folders(*folders))
     page = (tmp_path / "c" / "compare.html").read_text(encoding="utf-8")
     harmless(page)
     for name in ("prompt", "thinking", "question", "tag 0", "title", "name 1"):

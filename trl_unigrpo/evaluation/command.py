@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..guidance import Guidance
 from .benchmark import Benchmark, spread
 from .benchmarks import load_benchmark
-from .compare import compare, comparison_table
+from .compare import compare_folders, comparison_table
 from .page import write_comparison, write_index
 from .results import replace_file
 from .scorers import JudgeScorer, RewardScorer, Scorer, ShapeWorldScorer, detector_scorer, fitting
@@ -135,7 +135,7 @@ def evaluate(
     Returns:
         The summary.
     """
-    from .models import fingerprint, load_model
+    from .models import fingerprint, load_model, parts_of
     from .runner import Options, run, with_changes, without_long_prompts
 
     scorer = build_scorer(benchmark, judging)  # before the model, whose loading takes longer
@@ -147,7 +147,7 @@ def evaluate(
     benchmark = without_long_prompts(benchmark, loaded, tokenizer, chosen)
     for problem in benchmark.problems:
         console.print(plain(f"Left out: {problem}"), highlight=False, soft_wrap=True)
-    parts = {part: str(model[part]) for part in ("source", "base", "thinker", "painter") if model.get(part)}
+    parts = parts_of(model["source"], model["base"], model["thinker"], model["painter"])
     prints = {"dtype": str(loaded.dtype), **{part: fingerprint(source) for part, source in parts.items()}}
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
@@ -202,7 +202,7 @@ def finish(
 
 def run_comparison(first: str, second: str, folder: Path, console: Console) -> dict[str, Any]:
     """Compare two folders; write `compare.json` and `compare.html`."""
-    report, pairs = compare(first, second)
+    report, pairs = compare_folders(first, second)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / "compare.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_comparison(folder, report, pairs)

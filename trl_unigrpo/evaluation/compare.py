@@ -25,7 +25,7 @@ class Pair:
         return self.b["reward"] - self.a["reward"]
 
 
-def compare(first: str | Path, second: str | Path) -> tuple[dict[str, Any], list[Pair]]:
+def compare_folders(first: str | Path, second: str | Path) -> tuple[dict[str, Any], list[Pair]]:
     """
     The paired comparison of two folders: B minus A, over prompts that both painted and scored.
 

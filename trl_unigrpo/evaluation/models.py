@@ -66,6 +66,14 @@ def load_model(
     return model.to(where).eval(), tokenizer
 
 
+def parts_of(source: str | None, base: str | None, thinker: str | None, painter: str | None) -> dict[str, str]:
+    """What a model is made of, by the names of [`load_model`]'s arguments; of adapters also what they sit on."""
+    if source is not None and is_adapter(source) and painter is None:
+        base = base or _base_of(source)
+    given = {"source": source, "base": base, "thinker": thinker, "painter": painter}
+    return {name: part for name, part in given.items() if part is not None}
+
+
 def is_adapter(source: str) -> bool:
     return (Path(source) / ADAPTER).is_file()
 
