@@ -80,7 +80,10 @@ def test_a_judge_of_whole_prompts_and_a_reward(tmp_path):
     rewarded = invoke(*common, "--output-dir", tmp_path / "b", "--rewards", "trl_unigrpo.rewards:sharpness")
     assert (judged.exit_code, rewarded.exit_code) == (0, 0), judged.output + rewarded.output
     assert json.loads((tmp_path / "a" / "summary.json").read_text())["reward"] == pytest.approx(0.5)
-    assert json.loads((tmp_path / "b" / "summary.json").read_text())["label"] == "plain.txt (rewards sharpness)"
+    assert (
+        json.loads((tmp_path / "b" / "summary.json").read_text())["label"]
+        == "plain.txt (rewards trl_unigrpo.rewards:sharpness)"
+    )
     both = invoke("--compare", tmp_path / "a", tmp_path / "b", "--output-dir", tmp_path / "c")
     assert both.exit_code == 0 and (tmp_path / "c" / "compare.html").is_file(), both.output
 

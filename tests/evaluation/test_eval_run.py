@@ -329,3 +329,23 @@ def test_a_prompt_without_room_is_left_out_before_painting(base, asked, tmp_path
 def test_bad_options_are_refused_by_name(asked):
     with pytest.raises(ValueError, match="batch_size=0"):
         Options(replace(asked.painting, batch_size=0))
+
+
+def test_several_rewards_are_added_up_and_a_missing_one_masks(asked):
+    """As in a training; the columns of the rows reach the rewards, awaited or not."""
+    items = [replace(item, columns={"prompt": item.prompt, "size": 2.0 * i}) for i, item in enumerate(asked.items)]
+
+    async def from_column(prompts, completions, images, size, **columns):
+        return [None if value == 4 else value for value in size]
+
+    def from_text(prompts, completions, images, **columns):
+        from_text.last_error = "seen"
+        return [
+            float("nan") if "blue" in prompt else len(text) for prompt, text in zip(prompts, completions, strict=True)
+        ]
+
+    scorer = RewardScorer({"column": from_column, "text": from_text})
+    found = scorer(items, [Image.new("RGB", (4, 4))] * 4, ["", "a", "bb", "ccc"])
+    assert [score.reward for score in found] == [0.0, None, None, 9.0]
+    assert found[3].scores == {"reward": 9.0, "column": 6.0, "text": 3.0}
+    assert found[2].error == "column: no score" and found[1].error == "text: seen"

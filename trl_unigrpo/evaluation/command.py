@@ -71,7 +71,7 @@ def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
     if judging.rewards:
         from ..rewards.server import load_reward
 
-        return RewardScorer({path.partition(":")[2]: load_reward(path) for path in judging.rewards})
+        return RewardScorer({path: load_reward(path) for path in judging.rewards})
     if asked:
         return _judge(benchmark, judging)
     kind = fitting(benchmark)

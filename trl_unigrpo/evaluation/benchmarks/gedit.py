@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .rows import as_object, read_rows, reason
+from .rows import as_object, read_rows, reason, undecoded
 
 
 TASKS = (
@@ -49,7 +49,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 
         found = load_from_disk(str(path))
         for name, part in found.items() if hasattr(found, "items") else [("data", found)]:
-            for number, row in enumerate(part):
+            for number, row in enumerate(undecoded(part)):
                 yield f"{name}, row {number}", row
     else:
         yield from read_rows(path, ".parquet", ".jsonl")
