@@ -2,6 +2,7 @@
 #
 #   make demo          train the tiny model and write report.html
 #   make test          the tests, without the slow ones (make test-slow for those)
+#   make test-browser  the pages in a real browser; needs Chromium (Debian: apt-get install chromium)
 #   make VENV=path ..  use another virtual environment; a torch that is already in it is kept
 #   make PYTHON=python3.12 ..  create the environment with this Python
 
@@ -13,7 +14,7 @@ DEMO_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.trl-unigrpo-installed
 
-.PHONY: help install demo test test-slow bench lint format types docs dist clean
+.PHONY: help install demo test test-slow test-browser bench lint format types docs dist clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -36,10 +37,13 @@ demo: $(STAMP)
 
 # One thread per worker: more would fight over the same cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not browser"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
 
 bench: $(STAMP)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -91,6 +91,7 @@ MAY_IMPORT = {
 # Parts that may import everything but these.
 MAY_NOT_IMPORT = {
     "rewards": {"models", "unigrpo_trainer", "sft_trainer", "refl_trainer", "rollout"},
+    "evaluation": {"unigrpo_trainer", "sft_trainer", "refl_trainer", "monitoring", "paper"},
     "monitoring": {"unigrpo_trainer", "sft_trainer", "refl_trainer"},
 }
 

@@ -175,6 +175,148 @@ def decompose(
         raise typer.Exit(1)
 
 
+@app.command("eval")
+def evaluate(
+    benchmark: Annotated[
+        str | None, typer.Option(help="geneval or shapeworld; with --data: dpg, tiif, wise, geneval2 or gedit.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="The benchmark's file or folder.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Own prompts instead: a csv, json, jsonl, parquet or txt file.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id: a model, a checkpoint, or adapters; or 'shapeworld'.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="What adapters were trained on, if they don't say.")] = None,
+    thinker: Annotated[str | None, typer.Option(help="Language model of a pipeline.")] = None,
+    painter: Annotated[
+        str | None, typer.Option(help="diffusers pipeline, instead of a model or below adapters.")
+    ] = None,
+    output_dir: Annotated[str | None, typer.Option(help="Folder of the results; a later run goes on with it.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Pictures of each prompt; the benchmark's own.")] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Only so many prompts, spread over the tasks.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps; 50, ShapeWorld's 10.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels of a side; 1024, ShapeWorld's 48.")] = None,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance by the prompt; 1 is off.")] = 1.0,
+    image_guidance_scale: Annotated[float, typer.Option(help="Guidance by the thinking; 1 is off.")] = 1.0,
+    guidance_interval: Annotated[
+        tuple[float, float], typer.Option(help="Times at which to guide, low and high; 1 is noise.")
+    ] = (0.4, 1.0),
+    guidance_renorm: Annotated[str, typer.Option(help="global, channel or text_channel.")] = "global",
+    guidance_renorm_min: Annotated[float, typer.Option(help="Least factor of the renorm, 0 to 1.")] = 0.0,
+    timestep_shift: Annotated[float, typer.Option(help="Shift of the schedule towards noise.")] = 3.0,
+    thinking: Annotated[bool, typer.Option(help="Think before painting.")] = True,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="The most probable thinking instead of a sampled one.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Of sampled thinkings.")] = 1.0,
+    max_completion_length: Annotated[int | None, typer.Option(min=1, help="Thinking tokens; 512.")] = None,
+    system_prompt: Annotated[str, typer.Option(help="'auto' for the model's own.")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures at once; 8, ShapeWorld's 210.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of thinkings and noise; 0, ShapeWorld's 1234.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda:1 or cpu; by default a GPU if there is one.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="Name of the judge at the endpoint.")] = None,
+    judge_base_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY.")
+    ] = None,
+    judge_mode: Annotated[str, typer.Option(help="logprobs, or score for endpoints without log-probs.")] = "logprobs",
+    judge_concurrency: Annotated[int, typer.Option(min=1, help="Questions at a time.")] = 32,
+    judge_cache: Annotated[str | None, typer.Option(help="sqlite file that keeps the judge's answers.")] = None,
+    local_judge: Annotated[str | None, typer.Option(help="Folder or hub id of a judge in this process.")] = None,
+    rewards: Annotated[
+        list[str] | None, typer.Option(help="Reward functions as module:NAME instead of a judge, repeated.")
+    ] = None,
+    detector: Annotated[str | None, typer.Option(help="GenEval's Mask2Former, if not the released one.")] = None,
+    clip: Annotated[str | None, typer.Option(help="GenEval's CLIP, if not the released one.")] = None,
+    no_score: Annotated[bool, typer.Option("--no-score", help="Only paint; a later run scores.")] = False,
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Two folders of results, A and B: paired test, and both side by side."),
+    ] = None,
+    write_prompts: Annotated[
+        str | None, typer.Option(help="jsonl file to write GenEval prompts to train on to; --seed, --num-prompts.")
+    ] = None,
+) -> None:
+    """Paint a benchmark's prompts and score them; or compare two results; or write prompts to train on."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from .evaluation.command import Judging, prepare, run_comparison, write_training_prompts
+    from .evaluation.command import evaluate as run
+    from .guidance import Guidance
+    from .rewards.common import DeadRewardError
+
+    console = Console()
+    try:
+        if compare is not None:
+            run_comparison(*compare, Path(output_dir or "eval-compare"), console)
+            return
+        if write_prompts is not None:
+            number = write_training_prompts(Path(write_prompts), seed or 0, num_prompts or 100)
+            typer.echo(f"{write_prompts}: {number} prompts, none of them GenEval's.")
+            return
+        if (benchmark is None) == (prompts is None):
+            raise ValueError("Pass either --benchmark or --prompts (or --compare A B, or --write-prompts FILE).")
+        name = benchmark or "prompts"
+        chosen = prepare(name, prompts or data, num_prompts, seed)
+        guidance = Guidance(
+            guidance_scale, image_guidance_scale, guidance_interval, guidance_renorm, guidance_renorm_min
+        )
+        run(
+            chosen,
+            Judging(
+                judge_model=judge_model,
+                judge_base_url=judge_base_url,
+                judge_mode=judge_mode,
+                judge_concurrency=judge_concurrency,
+                judge_cache=judge_cache,
+                local_judge=local_judge,
+                rewards=tuple(rewards or ()),
+                detector=detector,
+                clip=clip,
+                none=no_score,
+            ),
+            Path(output_dir or f"eval-{name}"),
+            console,
+            model={
+                "source": model,
+                "base": base,
+                "thinker": thinker,
+                "painter": painter,
+                "dtype": dtype,
+                "device": device,
+            },
+            options={
+                "thinking": thinking,
+                "do_sample": not greedy,
+                "temperature": temperature,
+                "timestep_shift": timestep_shift,
+                "system_prompt": system_prompt,
+            },
+            painting={
+                "samples": samples,
+                "num_inference_steps": steps,
+                "image_size": image_size,
+                "max_completion_length": max_completion_length,
+                "batch_size": batch_size,
+                "seed": seed,
+            },
+            guidance=guidance,
+        )
+    except KeyboardInterrupt:
+        typer.echo("trl-unigrpo eval: stopped. The same command goes on where it stopped.", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, OSError, ImportError, NotImplementedError, DeadRewardError) as error:
+        typer.echo(f"trl-unigrpo eval: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
 @app.command()
 def paper(
     output_dir: Annotated[
@@ -241,6 +383,25 @@ def _seed(text: str) -> int:
     if not text.isdecimal():
         raise ValueError(f"--seeds {text}: expected whole numbers of at least 0, such as 0,1,2.")
     return int(text)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Output folders of runs: finished, going on, or broken off.")],
+    output: Annotated[
+        str | None,
+        typer.Option(help="The page; gallery.html in the folder of a single run, comparison.html here for several."),
+    ] = None,
+) -> None:
+    """Write the page of a run, or of several side by side: pictures, curves, alarms."""
+    from .monitoring.run_page import write_report
+
+    try:
+        file = write_report(runs, output)
+    except (ValueError, OSError) as error:
+        typer.echo(f"trl-unigrpo report: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"{file}")
 
 
 @app.command("build-shapeworld")

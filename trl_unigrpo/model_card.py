@@ -2,6 +2,9 @@
 
 import re
 from pathlib import Path
+from typing import Any
+
+from .models.auto import unified_model
 
 
 QUICK_START = """## Quick start
@@ -29,3 +32,11 @@ def rewrite_quick_start(readme: Path, source: str, example: str | None = None) -
         re.sub(r"## Quick start\n.*?(?=\n## )", lambda _: section, card, flags=re.DOTALL),
         encoding="utf-8",
     )
+
+
+def base_models(model: Any) -> list[str]:
+    """Names of the models that it was made of: its own, or those of a pipeline's parts."""
+    config = unified_model(model).config
+    sources = getattr(config, "sources", None) or {}
+    names = [getattr(config, "_name_or_path", ""), *sources.values()]
+    return list(dict.fromkeys(name for name in names if name))

@@ -12,7 +12,6 @@ Shapes: B images, N denoising steps, `latent` the model's own latent dimensions.
 """
 
 import math
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from .experts import freeze_experts, parameters_by_expert
 from .flow import flow_timesteps, sde_window
 from .models.auto import load_unified_model, unified_model
 from .models.unified import UnifiedModelMixin
+from .monitoring.progress import Phases
 from .prompts import as_messages, prepare_tokenizer
 from .refl import as_reward, check_rewards, image_losses, late_step_range, reward_gradient, to_unit
 from .rewards.common import prompt_text
@@ -221,6 +221,8 @@ class ReFLTrainer(Trainer):
         )
         self._system = base.default_system_prompt if args.system_prompt == "auto" else args.system_prompt
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._mode = "train"
+        self._phases = Phases(self._record_seconds, shows=args.local_process_index == 0 and not args.disable_tqdm)
         self._eval_rows = 0
 
     @property
@@ -252,9 +254,9 @@ class ReFLTrainer(Trainer):
         with self.accelerator.autocast():
             ((_, velocity),) = base.velocities(states)
             pixels = base.decode_latents(latents - t * velocity.float(), self._size, output_type="pt")
-        started = time.perf_counter()
-        rewards, loss, gradient = reward_gradient(lambda x: self._score(x, inputs), pixels, self._losses)
-        self._record("train", rewards, time.perf_counter() - started)
+        with self._phases("reward"):
+            rewards, loss, gradient = reward_gradient(lambda x: self._score(x, inputs), pixels, self._losses)
+        self._record("train", rewards)
         if step == 0 and not gradient.any():
             warnings.warn(
                 "The gradient is 0 at every pixel of the first batch, so that nothing is learned from it. A reward "
@@ -289,26 +291,27 @@ class ReFLTrainer(Trainer):
     def _states(self, mode: str, prompts: list[Any], nodes: Tensor, step: int, first_row: int) -> list[FlowRecord]:
         """Think, and denoise from the first of the nodes to the last: B records, the state in `final_latents`."""
         args, model = self.args, self.accelerator.unwrap_model(self.model)
+        self._mode = mode
         purpose = TRAIN if mode == "train" else EVAL
         rows = range(first_row, first_row + len(prompts))
         messages = [as_messages(prompt, self._system if args.thinking else None) for prompt in prompts]
-        started = time.perf_counter()
         with sampling(model), self.accelerator.autocast():
-            conditioning = think(
-                model,
-                self.processing_class,
-                messages,
-                thinking=args.thinking,
-                temperature=args.temperature,
-                max_completion_length=args.max_completion_length,
-                seed=row_generator(args.seed, THINK, purpose, step, first_row).initial_seed(),
-            )
-            thought = time.perf_counter()
+            with self._phases("think"):
+                conditioning = think(
+                    model,
+                    self.processing_class,
+                    messages,
+                    thinking=args.thinking,
+                    temperature=args.temperature,
+                    max_completion_length=args.max_completion_length,
+                    seed=row_generator(args.seed, THINK, purpose, step, first_row).initial_seed(),
+                )
             generators = [row_generator(args.seed, purpose, step, row) for row in rows]
-            records = self.unified.rollout(conditioning, RolloutPlan(nodes, self._size), generators)
-        self._metrics[mode]["time/thinking"].append(thought - started)
-        self._metrics[mode]["time/images"].append(time.perf_counter() - thought)
-        return records
+            with self._phases("paint"):
+                return self.unified.rollout(conditioning, RolloutPlan(nodes, self._size), generators)
+
+    def _record_seconds(self, phase: str, seconds: float) -> None:
+        self._metrics[self._mode][f"time/{phase}"].append(seconds)
 
     def _score(self, images: Tensor, inputs: dict[str, Any]) -> Tensor:
         texts = [prompt_text(prompt) for prompt in inputs["prompts"]]
@@ -340,12 +343,12 @@ class ReFLTrainer(Trainer):
         latents = torch.stack([record.final_latents for record in records])
         with self.accelerator.autocast():
             pixels = self.unified.decode_latents(latents, self._size, output_type="pt")
-        started = time.perf_counter()
-        rewards = self._score(to_unit(pixels), inputs)
-        self._record("eval", rewards, time.perf_counter() - started)
+        with self._phases("reward"):
+            rewards = self._score(to_unit(pixels), inputs)
+        self._record("eval", rewards)
         return self._losses(rewards[rewards.isfinite()]).mean(), None, None
 
-    def _record(self, mode: str, rewards: Tensor, seconds: float) -> None:
+    def _record(self, mode: str, rewards: Tensor) -> None:
         gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
         rewards = gather(rewards.detach().float())
         counts = rewards.isfinite()
@@ -356,7 +359,6 @@ class ReFLTrainer(Trainer):
             )
         self._metrics[mode]["reward"] += rewards[counts].tolist()
         self._metrics[mode]["reward/frac_none"].append(1 - counts.float().mean().item())
-        self._metrics[mode]["time/reward"].append(seconds)
 
     def _means(self, mode: str) -> dict[str, float]:
         means = {name: sum(values) / len(values) for name, values in self._metrics[mode].items() if values}

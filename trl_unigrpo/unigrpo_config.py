@@ -178,6 +178,8 @@ class UniGRPOConfig(GRPOConfig):
             `"raise"`, `"warn"`, or `"off"`.
         log_completions_images (`bool`, *optional*, defaults to `True`):
             With `log_completions`, also write the images to parquet files beside TRL's.
+        gallery_steps (`int`, *optional*, defaults to `50`):
+            Show a generation in `gallery.html` every so many optimizer steps; 0 for no gallery.
     """
 
     # Other defaults for TRL's parameters
@@ -332,6 +334,10 @@ class UniGRPOConfig(GRPOConfig):
         default=True,
         metadata={"help": "With log_completions, write the images to parquet files beside TRL's."},
     )
+    gallery_steps: int = field(
+        default=50,
+        metadata={"help": "Show a generation in gallery.html every so many optimizer steps; 0: no gallery."},
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -410,6 +416,7 @@ class UniGRPOConfig(GRPOConfig):
             "flow_regularizer_weight",
             "noise_level",
             "process_reward_weight",
+            "gallery_steps",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")

@@ -16,7 +16,6 @@ Shapes: B trajectories, K stochastic steps, `latent` the model's own latent dime
 
 import copy
 import math
-import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +46,9 @@ from .models.quantization import keep_trainable_layout
 from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin
 from .monitoring.events import Generation, Update, Watcher
 from .monitoring.expected import ExpectedCost
+from .monitoring.gallery import Gallery
 from .monitoring.images import pixel_spread, write_completion_images
+from .monitoring.progress import Phases
 from .monitoring.signals import SaveOnSignal
 from .monitoring.trust import TrustChecks
 from .packing import pack, return_velocity
@@ -180,6 +181,7 @@ class UniGRPOTrainer(GRPOTrainer):
         self._flow_metrics: dict[str, list[float]] = {}  # of the optimizer step in progress
         self._scored: tuple[list[dict[str, Any]], Tensor] = ([], torch.empty(0))  # see `_observed`
         self._images: deque[Any] = deque(maxlen=args.generation_batch_size)
+        self._phases = Phases(self._record_seconds, shows=args.local_process_index == 0 and not args.disable_tqdm)
 
         super().__init__(
             model=model,
@@ -189,7 +191,7 @@ class UniGRPOTrainer(GRPOTrainer):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             reward_processing_classes=reward_processing_classes,
-            callbacks=[*(callbacks or []), SaveOnSignal(), ExpectedCost()],
+            callbacks=[*(callbacks or []), Gallery(), SaveOnSignal(), ExpectedCost()],
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=target_experts(peft_config, base, self._trains),
@@ -249,15 +251,19 @@ class UniGRPOTrainer(GRPOTrainer):
     # 2. Images
 
     def _generate(self, prompts: list[Any]) -> Any:
-        outputs = super()._generate(prompts)
+        with self._phases("think"):
+            outputs = super()._generate(prompts)
         prompt_ids, completion_ids, extra_fields = generation_fields(outputs)
         conditioning = Conditioning(prompt_ids, completion_ids if self.args.thinking else [[] for _ in prompt_ids])
         if self._guidance() is not None:
             prompts = self._with_system_prompt(prompts)
             conditioning.system_ids = system_ids(self._tokenizer, prompts, **self.chat_template_kwargs)
         conditioning.prompts = prompts
-        with profiling_context(self, "image_rollout"):
+        with profiling_context(self, "image_rollout"), self._phases("paint"):
             self._records, images = self._paint(conditioning)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        number = len(images) * self.accelerator.num_processes
+        metrics["images/per_second"].append(number / metrics["time/paint"][-1])
         extra_fields["images"] = images  # becomes an argument of every reward function
         return outputs
 
@@ -265,7 +271,6 @@ class UniGRPOTrainer(GRPOTrainer):
     def _paint(self, conditioning: Conditioning) -> tuple[list[FlowRecord], list[Any]]:
         """Sample one image per thinking: records of B rollouts and B PIL images."""
         args, mode = self.args, "train" if self.model.training else "eval"
-        started = time.perf_counter()
         trains = mode == "train" and self._trains["image"]
         stochastic = trains and self._objective.stochastic
         size = (args.image_size, args.image_size)
@@ -297,7 +302,6 @@ class UniGRPOTrainer(GRPOTrainer):
                 images += base.decode_latents(latents, size)
         spread = torch.tensor(pixel_spread(images), device=self.accelerator.device)
         self._metrics[mode]["images/pixel_std"].append(self.accelerator.gather(spread).mean().item())
-        self._metrics[mode]["time/images"].append(time.perf_counter() - started)
         if trains:
             records = self._objective.states(records, generators)
             one_window = stochastic and args.sde_window_scope == "generation"
@@ -343,8 +347,8 @@ class UniGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         if "images" not in inputs[0]:
             raise TRLChangedError("extra fields that _generate returns do not reach the rewards")
-        started = time.perf_counter()
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with self._phases("reward"):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode = "train" if self.model.training else "eval"
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
         of_images, failed = mask_failed_rewards(rewards[:, ~self._is_process], group_size)
@@ -366,7 +370,6 @@ class UniGRPOTrainer(GRPOTrainer):
                 "count. The metric `reward/frac_none` has their share."
             )
         self._metrics[mode]["reward/frac_none"].append(failed)
-        self._metrics[mode]["time/reward"].append(time.perf_counter() - started)
         logged = {name: values for name, values in self._pending_extra_logs.items() if len(values) == len(prompts)}
         extra = [dict(zip(logged, values, strict=True)) for values in zip(*logged.values(), strict=True)]
         rows = zip(prompts, completions, extra or [{}] * len(prompts), strict=True)
@@ -394,18 +397,21 @@ class UniGRPOTrainer(GRPOTrainer):
             self._tell("on_generation", generation=self._observed(mode, images, outputs["advantages"]))
         if mode == "eval" or not self._trains["image"]:
             return outputs
-        started = time.perf_counter()
         outputs["flow_records"] = records
-        if self._regularized:
-            with self.unified.reference() as reference:
-                outputs["flow_reference_velocities"] = self._velocities(reference, records)
-        if self.args.flow_old_source == "rollout":
-            outputs["flow_old_velocities"] = torch.stack([record.velocities for record in records])
-        elif self.args.gradient_accumulation_steps % self.args.steps_per_generation:
-            # The first pass over this generation spans optimizer steps: it can't be its own old policy.
-            outputs["flow_old_velocities"] = self._velocities(self.unified, records)
-        self._metrics[mode]["time/old_and_reference"].append(time.perf_counter() - started)
+        with self._phases("old_and_reference"):
+            if self._regularized:
+                with self.unified.reference() as reference:
+                    outputs["flow_reference_velocities"] = self._velocities(reference, records)
+            if self.args.flow_old_source == "rollout":
+                outputs["flow_old_velocities"] = torch.stack([record.velocities for record in records])
+            elif self.args.gradient_accumulation_steps % self.args.steps_per_generation:
+                # The first pass over this generation spans optimizer steps: it can't be its own old policy.
+                outputs["flow_old_velocities"] = self._velocities(self.unified, records)
         return outputs
+
+    def _record_seconds(self, phase: str, seconds: float) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][f"time/{phase}"].append(seconds)
 
     @property
     def _watchers(self) -> list[Watcher]:
@@ -414,13 +420,16 @@ class UniGRPOTrainer(GRPOTrainer):
     def _tell(self, event: str, **what: Any) -> None:
         """Call an event of all watchers, as TRL's own events are called."""
         for watcher in self._watchers:
-            getattr(watcher, event)(self.args, self.state, self.control, model=self.model, **what)
+            callbacks = self.callback_handler.callbacks
+            getattr(watcher, event)(self.args, self.state, self.control, model=self.model, callbacks=callbacks, **what)
 
     def _observed(self, mode: str, images: Sequence[Any], advantages: Tensor) -> Generation:
         """The generation batch of all processes, of which this one has its rewards from `_calculate_rewards`."""
         rows, rewards = self._scored
         rows = gather_object(rows)
         columns = sorted({name for row in rows for name in row["extra"]})
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        weighted = weighted.masked_fill(rewards[:, ~self._is_process].isnan().all(dim=1), torch.nan)
         return Generation(
             mode=mode,
             group_size=self.num_generations if mode == "train" else self.num_generations_eval,
@@ -430,6 +439,7 @@ class UniGRPOTrainer(GRPOTrainer):
             rewards={name: rewards[:, i].tolist() for i, name in enumerate(self.reward_func_names)},
             advantages=self.accelerator.gather(advantages).tolist(),
             extra={name: [row["extra"].get(name) for row in rows] for name in columns},
+            reward=weighted.tolist(),
         )
 
     @torch.no_grad()
@@ -453,6 +463,8 @@ class UniGRPOTrainer(GRPOTrainer):
     # 5. Loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self.model.training:
+            self._phases.begin("update")  # ended by `_get_learning_rate`
         of_text = inputs
         if "text_advantages" in inputs:
             of_text = {**inputs, "advantages": inputs["text_advantages"]}
@@ -554,6 +566,7 @@ class UniGRPOTrainer(GRPOTrainer):
     def _get_learning_rate(self) -> float:
         # Called between the optimizer's step and the scheduler's: these are the rates that were used.
         groups = self.optimizer.param_groups
+        self._phases.end("update")
         self._learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in groups if "name" in group}
         return super()._get_learning_rate()
 

@@ -43,7 +43,7 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(make_
         if key.split("/")[0] in {name.split("/")[0] for name in LOGGED_METRICS} and "/" in key
     }
     assert ours == set(LOGGED_METRICS)
-    assert {"eval_reward", "eval_images/pixel_std", "eval_reward/frac_none", "eval_time/images"} <= set(evaluated)
+    assert {"eval_reward", "eval_images/pixel_std", "eval_reward/frac_none", "eval_time/paint"} <= set(evaluated)
 
 
 def test_metrics_mean_what_they_say(make_trainer, train):

@@ -591,7 +591,7 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(tmp_p
     assert set(log) - {"loss", "grad_norm", "learning_rate", "epoch", "step"} == set(REFL_METRICS)
     assert all(math.isfinite(log[name]) for name in REFL_METRICS)
     assert 0 <= log["refl/clamped"] < 1
-    assert {"eval_reward", "eval_reward/frac_none", "eval_time/images"} <= set(trainer.evaluate())
+    assert {"eval_reward", "eval_reward/frac_none", "eval_time/paint"} <= set(trainer.evaluate())
 
 
 # Wrong use

@@ -45,6 +45,7 @@ def generate(
     system_prompt: str = "auto",
     batch_size: int = 8,
     seed: int = 0,
+    first_row: int = 0,
 ) -> list[Sample]:
     """
     Sample one thinking and one image per prompt; the images by the ODE.
@@ -60,6 +61,8 @@ def generate(
         system_prompt: "auto" for the model's own, "" for none.
         batch_size: prompts at once.
         seed: of the thinkings and of each image's noise. Image noise depends on the prompt's place in the list alone.
+        first_row: place of the first prompt in a longer list. A list cut into whole batches gives the same samples
+            as the list at once.
 
     Raises:
         ValueError: for guidance by a thinking that there is not.
@@ -89,9 +92,11 @@ def generate(
             do_sample=do_sample,
             temperature=temperature,
             max_completion_length=max_completion_length,
-            seed=seed + start,
+            seed=seed + first_row + start,
         )
-        generators = [row_generator(seed, EVAL, 0, row) for row in range(start, start + len(chunk))]
+        generators = [
+            row_generator(seed, EVAL, 0, row) for row in range(first_row + start, first_row + start + len(chunk))
+        ]
         conditioning.system_ids = system_ids(tokenizer, messages) if guidance is not None else None
         records = base.rollout(conditioning, plan, generators)
         latents = torch.stack([record.final_latents for record in records])

@@ -1,11 +1,15 @@
 """Means with their uncertainty."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+
+NORMAL_95 = 1.959964
+"""Standard errors on each side of a mean in its normal 95 % interval."""
 
 
 class Interval(NamedTuple):
@@ -15,6 +19,11 @@ class Interval(NamedTuple):
     low: float
     high: float
     n: int
+
+    @property
+    def error(self) -> float:
+        """The mean's standard error."""
+        return (self.high - self.mean) / NORMAL_95
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -35,8 +44,60 @@ def mean_interval(values: ArrayLike, clusters: Sequence[Any] | None = None) -> I
     residuals = np.bincount(index, weights=x - x.mean())
     n = len(residuals)
     error = np.sqrt((residuals**2).sum() * n / max(n - 1, 1)) / len(x)
-    half = 1.959964 * float(error) if n > 1 else float("inf")
+    half = NORMAL_95 * float(error) if n > 1 else float("inf")
     return Interval(float(x.mean()), float(x.mean()) - half, float(x.mean()) + half, n)
+
+
+def stratified_interval(
+    values: ArrayLike,
+    strata: Sequence[Any],
+    clusters: Sequence[Any],
+    shares: Mapping[Any, float] | None = None,
+    weights: ArrayLike | None = None,
+) -> Interval:
+    """
+    Weighted mean of the means of strata (such as a benchmark's tasks), with a normal 95 % interval.
+
+    With value x, weight w and share s of each stratum t:
+
+        mean     = sum_t s_t mean_t,  mean_t = sum w x / sum w over the stratum
+        variance = sum over clusters of (sum_t s_t sqrt(n_t / (n_t - 1)) sum w (x - mean_t) / sum_t w)^2
+
+    the linearised variance of a mean of ratios. One stratum without weights is [`mean_interval`]; strata whose
+    clusters are apart add up their variances.
+
+    Args:
+        values: (N,) numbers.
+        strata: N labels.
+        clusters: N labels, such as prompts; a cluster may lie in several strata.
+        shares: of each stratum in the mean; the same for all without them.
+        weights: (N,) above 0, such as the number of questions that a value is the mean of.
+
+    Raises:
+        ValueError: without values, or for shares that are not those of exactly these strata.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    w = np.ones(len(x)) if weights is None else np.asarray(weights, dtype=np.float64)
+    names = list(dict.fromkeys(strata))
+    if not names:
+        raise ValueError("No values: an interval needs at least one.")
+    shares = dict.fromkeys(names, 1 / len(names)) if shares is None else shares
+    if set(shares) != set(names):
+        raise ValueError(f"Shares of {sorted(map(str, shares))} for values of {sorted(map(str, names))}.")
+    places = {name: place for place, name in enumerate(dict.fromkeys(clusters))}
+    index = np.array([places[name] for name in clusters])
+    labels = np.array([names.index(name) for name in strata])
+    mean, influence = 0.0, np.zeros(len(places))
+    for place, name in enumerate(names):
+        own = labels == place
+        center = float(np.average(x[own], weights=w[own]))
+        n = len(np.unique(index[own]))
+        scale = shares[name] * math.sqrt(n / (n - 1)) / w[own].sum() if n > 1 else math.inf
+        residuals = np.bincount(index[own], weights=w[own] * (x[own] - center), minlength=len(places))
+        influence += scale * residuals if n > 1 else np.full(len(places), math.inf)
+        mean += shares[name] * center
+    half = NORMAL_95 * math.sqrt(float((influence**2).sum()))
+    return Interval(mean, mean - half, mean + half, len(places))
 
 
 class CrossedInterval(NamedTuple):
@@ -104,6 +165,25 @@ def crossed_interval(values: ArrayLike, prompts: Sequence[Any] | None = None) ->
     half = float(t.ppf(0.975, freedom)) * error
     p_value = float(2 * t.sf(abs(mean) / error, freedom)) if error else float(mean == 0)
     return CrossedInterval(mean, mean - half, mean + half, p_value, seeds, n)
+
+
+def t_interval(interval: Interval, freedom: float) -> tuple[float, float, float]:
+    """
+    A mean's 95 % interval, and the two-sided p-value of "the mean is zero", by Student's t.
+
+    Args:
+        freedom: degrees of freedom of the interval's standard error, above 0.
+
+    Returns:
+        low, high, p-value.
+
+    Raises:
+        ImportError: without scipy.
+    """
+    t, error = _student_t(), interval.error
+    half = float(t.ppf(0.975, freedom)) * error
+    p_value = float(2 * t.sf(abs(interval.mean) / error, freedom)) if error else float(interval.mean == 0)
+    return interval.mean - half, interval.mean + half, p_value
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

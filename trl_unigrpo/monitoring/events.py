@@ -22,6 +22,7 @@ class Generation:
         rewards: function -> N numbers, NaN where it has none.
         advantages: N, of the image's rewards.
         extra: column -> N values that reward functions logged, such as a judge's answers.
+        reward: N, the weighted sum of the image's rewards that the advantages come from, NaN where there is none.
     """
 
     mode: str
@@ -32,6 +33,7 @@ class Generation:
     rewards: Mapping[str, Sequence[float]]
     advantages: Sequence[float]
     extra: Mapping[str, Sequence[Any]]
+    reward: Sequence[float] = ()
 
 
 @dataclass(frozen=True)

@@ -28,3 +28,26 @@ def write_completion_images(
 def pixel_spread(images: Sequence[Image.Image]) -> float:
     """Mean over images of the standard deviation of their pixels, in [0, 255]: near 0 where images turn blank."""
     return float(np.mean([np.asarray(image, dtype=np.float32).std() for image in images]))
+
+
+THUMBNAIL = 8  # pixels of a side
+MOST_PAIRED = 96  # images that the diversity looks at
+
+
+def diversity(images: Sequence[Image.Image], group_size: int) -> float:
+    """
+    How much the images of one prompt differ: the mean over pairs of a group of the root mean squared difference of
+    their 8 x 8 thumbnails, in [0, 1]. Of the first groups up to 96 images; NaN for groups of one.
+    """
+    groups = max(1, min(len(images), MOST_PAIRED) // group_size)
+    thumbnails_NHWC = np.stack([_thumbnail(image) for image in images[: groups * group_size]])
+    vectors_PGD = thumbnails_NHWC.reshape(-1, group_size, 3 * THUMBNAIL**2)
+    first, second = np.triu_indices(group_size, 1)
+    if not len(first):
+        return float("nan")
+    return float(np.sqrt(((vectors_PGD[:, first] - vectors_PGD[:, second]) ** 2).mean(2)).mean())
+
+
+def _thumbnail(image: Image.Image) -> np.ndarray:
+    small = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float32) / 255

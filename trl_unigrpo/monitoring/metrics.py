@@ -15,9 +15,12 @@ LOGGED_METRICS = {
     "process/reward": "mean of the process rewards' weighted sum, where there are process rewards",
     "process/frac_none": "share of thinkings without a process reward, or that one failed on",
     "process/frac_zero_std": "share of thinkings that got the same process reward as all others of their group",
-    "time/images": "seconds to sample and decode the images of a generation batch",
+    "images/per_second": "images of all processes per second of painting",
+    "time/think": "seconds to sample the thinkings of a generation batch",
+    "time/paint": "seconds to sample and decode its images",
     "time/reward": "seconds in the reward functions",
     "time/old_and_reference": "seconds for the old and reference velocities",
+    "time/update": "seconds of an optimizer step: its forward and backward passes, and the step itself",
 }
 """What [`~trl_unigrpo.UniGRPOTrainer`] logs beside TRL's metrics."""
 
@@ -27,8 +30,8 @@ REFL_METRICS = {
     "refl/step": "the step m that carried the gradient, counted from 0",
     "refl/timestep": "its time t, from 1 (noise) to 0 (image)",
     "refl/clamped": "share of pixels beyond black or white, which get no gradient",
-    "time/thinking": "seconds to sample the thinkings of a micro-batch",
-    "time/images": "seconds to denoise its images to the step m",
+    "time/think": "seconds to sample the thinkings of a micro-batch",
+    "time/paint": "seconds to denoise its images to the step m",
     "time/reward": "seconds in the reward and its gradient to the pixels",
 }
 """What [`~trl_unigrpo.ReFLTrainer`] logs beside what every [`~transformers.Trainer`] does."""

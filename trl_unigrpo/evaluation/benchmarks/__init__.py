@@ -1,0 +1,38 @@
+"""The benchmarks: own prompts, and loaders for files that the user has."""
+
+from importlib import import_module
+from pathlib import Path
+
+from ..benchmark import Benchmark
+
+
+BUILT_IN = ("geneval", "shapeworld")
+FROM_FILES = ("dpg", "tiif", "wise", "geneval2", "gedit", "prompts")
+
+
+def load_benchmark(
+    name: str, data: str | Path | None = None, num_prompts: int | None = None, seed: int | None = None
+) -> Benchmark:
+    """
+    A benchmark by its name.
+
+    Args:
+        data: its file or folder, for one of `FROM_FILES`.
+        num_prompts, seed: of ShapeWorld, whose prompts are drawn.
+
+    Raises:
+        OSError, ValueError: for an unknown name, and for data that is missing, not expected or unreadable.
+        NotImplementedError: for GEdit-Bench, whose edits no model here can paint.
+    """
+    if name not in (*BUILT_IN, *FROM_FILES):
+        raise ValueError(f"benchmark={name!r}: expected one of {', '.join((*BUILT_IN, *FROM_FILES))}.")
+    if (data is None) != (name in BUILT_IN):
+        raise ValueError(
+            f"The benchmark {name!r} needs data: the path of its file or folder."
+            if data is None
+            else f"The benchmark {name!r} is built in and takes no data, got {str(data)!r}."
+        )
+    module = import_module(f"{__name__}.{name}")
+    if name == "shapeworld":
+        return module.load(num_prompts, seed)
+    return module.load() if data is None else module.load(data)

@@ -1,0 +1,224 @@
+"""`trl-unigrpo eval`: from options to a folder of results, or from two folders to their comparison."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..guidance import Guidance
+from .benchmark import Benchmark, spread
+from .benchmarks import load_benchmark
+from .compare import compare_folders, comparison_table
+from .page import write_comparison, write_index
+from .results import replace_file
+from .scorers import JudgeScorer, RewardScorer, Scorer, ShapeWorldScorer, detector_scorer, fitting
+from .summary import plain, summarize, table
+
+
+@dataclass(frozen=True)
+class Judging:
+    """
+    What scores the pictures; without any of it, what fits the benchmark.
+
+    Attributes:
+        judge_model, judge_base_url: of [`VLMJudge`]; the key is read from OPENAI_API_KEY.
+        judge_mode, judge_concurrency, judge_cache: its arguments of these names without `judge_`.
+        local_judge: folder or hub id of a [`LocalVLMJudge`] instead.
+        rewards: reward functions, as `module:NAME`.
+        detector, clip: of GenEval's own scorer; its defaults if None.
+        none: only paint.
+    """
+
+    judge_model: str | None = None
+    judge_base_url: str | None = None
+    judge_mode: str = "logprobs"
+    judge_concurrency: int = 32
+    judge_cache: str | None = None
+    local_judge: str | None = None
+    rewards: Sequence[str] = ()
+    detector: str | None = None
+    clip: str | None = None
+    none: bool = False
+
+
+def prepare(name: str, data: str | None, num_prompts: int | None, seed: int | None) -> Benchmark:
+    """The benchmark with so many of its prompts."""
+    benchmark = load_benchmark(name, data, num_prompts, seed)
+    if name == "shapeworld" or num_prompts is None:
+        return benchmark
+    if num_prompts < 1:
+        raise ValueError(f"num_prompts={num_prompts}: expected at least 1.")
+    return replace(benchmark, items=spread(benchmark.items, num_prompts))
+
+
+def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
+    """
+    What scores this benchmark.
+
+    Raises:
+        ImportError: naming the extra to install, before anything is painted.
+        ValueError: if there is nothing to score it by, with what to pass.
+    """
+    if judging.none:
+        return None
+    asked = judging.judge_model is not None or judging.local_judge is not None
+    if sum((asked, bool(judging.rewards), judging.detector is not None)) > 1:
+        raise ValueError("Pass one of a judge, rewards and a detector: each gives other numbers.")
+    if judging.rewards:
+        from ..rewards.server import load_reward
+
+        return RewardScorer({path: load_reward(path) for path in judging.rewards})
+    if asked:
+        return _judge(benchmark, judging)
+    kind = fitting(benchmark)
+    if kind == "rule":
+        return ShapeWorldScorer()
+    if kind == "detector":
+        from ..rewards.clip import CLIP_L
+        from ..rewards.geneval import MASK2FORMER
+
+        detector = judging.detector or MASK2FORMER
+        return detector_scorer(detector, judging.clip or CLIP_L, detector)
+    wanted = "a judge (--judge-model and --judge-base-url, or --local-judge)"
+    if kind == "rewards":
+        wanted += ", or --rewards module:NAME,"
+    raise ValueError(f"{benchmark.title} needs {wanted} to score its pictures. --no-score only paints them.")
+
+
+def _judge(benchmark: Benchmark, judging: Judging) -> Scorer:
+    asker: Any
+    settings: dict[str, Any]
+    if judging.local_judge is not None:
+        from ..rewards.local_judge import LocalVLMJudge
+
+        name, settings = judging.local_judge, {"local": True}
+        asker = LocalVLMJudge(judging.local_judge)
+    else:
+        from ..rewards.judge import VLMJudge
+
+        name, settings = str(judging.judge_model), {"mode": judging.judge_mode}
+        asker = VLMJudge(
+            name,
+            judging.judge_base_url,
+            mode=judging.judge_mode,
+            concurrency=judging.judge_concurrency,
+            cache=judging.judge_cache,
+        )
+    if benchmark.metric is None:  # no questions: the judge is asked about the prompt as a whole
+        return RewardScorer({"judge": asker}, f"judge {name}", {"judge": name, **settings}, total="judge")
+    return JudgeScorer(asker, benchmark.metric, name, settings)
+
+
+def evaluate(
+    benchmark: Benchmark,
+    judging: Judging,
+    folder: Path,
+    console: Console,
+    *,
+    model: Mapping[str, str | None],
+    options: Mapping[str, Any],
+    painting: Mapping[str, int | None],
+    guidance: Guidance,
+) -> dict[str, Any]:
+    """
+    Paint, score, and write `summary.json` and `index.html`.
+
+    Args:
+        model: arguments of [`load_model`].
+        options: of [`Options`], but for guidance and painting.
+        painting: changes of the benchmark's [`Painting`].
+
+    Returns:
+        The summary.
+    """
+    from .models import fingerprint, load_model, parts_of
+    from .runner import Options, run, with_changes, without_long_prompts
+
+    scorer = build_scorer(benchmark, judging)  # before the model, whose loading takes longer
+    chosen = Options(with_changes(benchmark.painting, **painting), guidance=guidance, **options)
+    arguments: dict[str, Any] = dict(model)
+    if benchmark.name == "shapeworld" and arguments["dtype"] == "auto":
+        arguments["dtype"] = "float32"  # the demo's, on any hardware
+    loaded, tokenizer = load_model(**arguments)
+    benchmark = without_long_prompts(benchmark, loaded, tokenizer, chosen)
+    for problem in benchmark.problems:
+        console.print(plain(f"Left out: {problem}"), highlight=False, soft_wrap=True)
+    parts = parts_of(model["source"], model["base"], model["thinker"], model["painter"])
+    prints = {"dtype": str(loaded.dtype), **{part: fingerprint(source) for part, source in parts.items()}}
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *(TimeElapsedColumn(), TimeRemainingColumn()),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(benchmark.title, total=None)
+        lines = run(
+            loaded,
+            tokenizer,
+            benchmark,
+            scorer,
+            folder,
+            chosen,
+            prints,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    return finish(folder, benchmark, scorer, lines, console, " + ".join(parts.values()))
+
+
+def finish(
+    folder: Path,
+    benchmark: Benchmark,
+    scorer: Scorer | None,
+    lines: Sequence[dict[str, Any]],
+    console: Console,
+    model: str,
+) -> dict[str, Any]:
+    """Write what a whole folder of lines comes to."""
+    from .results import read_settings
+
+    label = f"{benchmark.title} ({scorer.label})" if scorer is not None else f"{benchmark.title} (not scored)"
+    summary = {
+        "model": model,
+        **summarize(read_settings(folder), lines, label),
+        "problems": list(benchmark.problems),
+        "notes": list(benchmark.notes),
+    }
+    replace_file(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_index(folder, summary, lines)
+    if summary["metrics"]:
+        console.print(table(summary))
+    if summary["unscored"] and scorer is not None:
+        why = next(line["error"] for line in lines if line["reward"] is None)
+        told = (
+            f"{summary['unscored']} of {summary['images']} pictures have no score ({why}). They are in no mean; the "
+        )
+        console.print(plain(told + "same command scores them again."), highlight=False, soft_wrap=True)
+    console.print(plain(str(folder / "index.html")), highlight=False, soft_wrap=True)
+    return summary
+
+
+def run_comparison(first: str, second: str, folder: Path, console: Console) -> dict[str, Any]:
+    """Compare two folders; write `compare.json` and `compare.html`."""
+    report, pairs = compare_folders(first, second)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "compare.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_comparison(folder, report, pairs)
+    console.print(comparison_table(report))
+    for name, values in report["different_settings"].items():
+        told = f"Different settings: {name} is {values['a']!r} in A, {values['b']!r} in B."
+        console.print(plain(told), highlight=False, soft_wrap=True)
+    console.print(plain(str(folder / "compare.html")), highlight=False, soft_wrap=True)
+    return report
+
+
+def write_training_prompts(file: Path, seed: int, per_task: int) -> int:
+    """Write GenEval rows to train on as jsonl, with the column `geneval` for `GenEvalReward`; how many there are."""
+    from .benchmarks.geneval_prompts import table_row, training_rows
+
+    rows = training_rows(seed, per_task)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, "".join(json.dumps(table_row(row)) + "\n" for row in rows))
+    return len(rows)

@@ -1,0 +1,139 @@
+"""Any model by name: a released folder or hub id, a checkpoint, an adapter, a pipeline; and what its weights are."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..models.auto import load_unified_model, read_tokenizer, unified_model
+from ..models.pipeline.loading import hardware_dtype
+
+
+ADAPTER = "adapter_config.json"
+HASHED_BYTES = 2 * 2**30
+"""Weights of more bytes are known by the names and sizes of their files."""
+
+
+def load_model(
+    source: str | None,
+    *,
+    base: str | None = None,
+    thinker: str | None = None,
+    painter: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """
+    A model that thinks and paints, and its tokenizer.
+
+    Args:
+        source: "shapeworld" for the built-in one; a folder or hub id of a model, or a folder with PEFT's adapters.
+        base: what adapters were trained on, where their own folder does not say or it has moved.
+        thinker, painter: a language model and a diffusers pipeline instead of a model, or below adapters.
+        dtype: of the weights; "auto" is bfloat16 where the hardware has it, else float32.
+        device: by default a GPU if there is one.
+
+    Raises:
+        OSError, ValueError: if there is no such model, with what to pass.
+    """
+    if source is None and painter is None:
+        raise ValueError("There is no model: pass its folder or hub id, or painter=... .")
+    kwargs: dict[str, Any] = {"dtype": hardware_dtype() if dtype == "auto" else _dtype(dtype)}
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if source is not None and not is_adapter(source):
+        if base is not None or painter is not None:
+            raise ValueError(f"{source!r} is a whole model: base, thinker and painter belong to a folder of adapters.")
+        source = _named(source)
+        model = load_unified_model(source, **kwargs)
+        return model.to(where).eval(), _tokenizer(source, model)
+    if painter is not None:
+        from ..models.pipeline import PipelineForUnifiedGeneration
+
+        model = PipelineForUnifiedGeneration.from_pretrained(thinker=thinker, painter=painter, **kwargs)
+        tokenizer = model.tokenizer
+    else:
+        below = _named(base or _base_of(str(source)))
+        model = load_unified_model(below, **kwargs)
+        tokenizer = _tokenizer(below, model)
+    if source is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, source)
+    unified_model(model)
+    return model.to(where).eval(), tokenizer
+
+
+def parts_of(source: str | None, base: str | None, thinker: str | None, painter: str | None) -> dict[str, str]:
+    """What a model is made of, by the names of [`load_model`]'s arguments; of adapters also what they sit on."""
+    if source is not None and is_adapter(source) and painter is None:
+        base = base or _base_of(source)
+    given = {"source": source, "base": base, "thinker": thinker, "painter": painter}
+    return {name: part for name, part in given.items() if part is not None}
+
+
+def is_adapter(source: str) -> bool:
+    return (Path(source) / ADAPTER).is_file()
+
+
+def _base_of(source: str) -> str:
+    base = json.loads((Path(source) / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"The adapters in {source!r} do not say what they were trained on: pass base=... .")
+    return base
+
+
+def _named(source: str) -> str:
+    if source != "shapeworld":
+        return source
+    from ..shapeworld.base import BASE
+
+    return str(BASE)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={name!r}: expected auto, float32, bfloat16 or float16.")
+    return found
+
+
+def _tokenizer(source: str, model: Any) -> PreTrainedTokenizerBase:
+    return unified_model(model).tokenizer or read_tokenizer(source)
+
+
+def fingerprint(source: str) -> dict[str, Any]:
+    """
+    What a model's weights are known by: a digest of all weight files of a folder, of their names and sizes where they
+    are more than 2 GiB, or a hub repository's revision where the cache knows it.
+    """
+    folder = Path(_named(source))
+    if not folder.is_dir():
+        return {"source": source, "revision": _revision(source)}
+    # A run's folder may hold its checkpoints, which are other models.
+    files = sorted(
+        file
+        for file in folder.rglob("*.safetensors")
+        if not any(part.startswith("checkpoint-") for part in file.relative_to(folder).parts)
+    )
+    digest = hashlib.sha256()
+    whole = sum(file.stat().st_size for file in files) <= HASHED_BYTES
+    for file in files:
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\0".encode())
+        if whole:
+            with file.open("rb") as data:
+                digest.update(hashlib.file_digest(data, "sha256").digest())
+    return {"weights_sha256" if whole else "files_sha256": digest.hexdigest()[:16]}
+
+
+def _revision(source: str) -> str | None:
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    for name in ("config.json", "llm_config.json", "model_index.json"):
+        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, local_files_only=True)
+        if file is not None:
+            return extract_commit_hash(file, None)
+    return None

@@ -1,0 +1,97 @@
+"""Pages of results: what a folder holds, and two folders side by side."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ..pages import data_uri, jpeg, render_page, write_page
+from .compare import Pair
+from .results import Line
+from .runner import read_image
+from .summary import shown
+
+
+PICTURES = 240
+"""Pictures on a page at most."""
+SIDE = 176
+"""Pixels of a picture's longer side."""
+QUESTIONS = 12
+"""Answers shown below a picture; the wrong ones first."""
+PACKAGE = "trl_unigrpo.evaluation"
+
+
+def write_index(folder: Path, summary: Mapping[str, Any], lines: Sequence[Line]) -> None:
+    """Write `index.html`: scores, and each prompt's pictures with thinkings and answers."""
+    groups: dict[int, list[Line]] = {}
+    for line in sorted(lines, key=lambda line: (line["index"], line["sample"])):
+        groups.setdefault(line["index"], []).append(line)
+    chosen = evenly(list(groups.values()), PICTURES // max(map(len, groups.values()), default=1))
+    tasks: dict[str, list[list[dict[str, Any]]]] = {}
+    for group in chosen:
+        tasks.setdefault(group[0]["tag"], []).append([card(folder, line) for line in group])
+    html = render_page(
+        "eval_index.html.jinja",
+        PACKAGE,
+        summary=summary,
+        shown=shown,
+        bounds=bounds,
+        tasks=tasks,
+        settings=json.dumps(summary["settings"], indent=2, ensure_ascii=False),
+        left_out=len(groups) - len(chosen),
+    )
+    write_page(folder / "index.html", html)
+
+
+def write_comparison(folder: Path, report: Mapping[str, Any], pairs: Sequence[Pair]) -> None:
+    """Write `compare.html`: the differences, and pairs of pictures, those that differ most first."""
+    chosen = evenly(sorted(pairs, key=lambda pair: pair.difference), PICTURES // 2)
+    ordered = sorted(chosen, key=lambda pair: -abs(pair.difference))
+    a, b = Path(report["a"]), Path(report["b"])
+    html = render_page(
+        "eval_compare.html.jinja",
+        PACKAGE,
+        report=report,
+        shown=shown,
+        bounds=bounds,
+        pairs=[
+            (pair.difference, card(a, pair.a, _from(folder, a)), card(b, pair.b, _from(folder, b))) for pair in ordered
+        ],
+        left_out=len(pairs) - len(chosen),
+    )
+    write_page(folder / "compare.html", html)
+
+
+def card(folder: Path, line: Line, prefix: str = "") -> dict[str, Any]:
+    """What a page shows of one picture; `prefix` leads from the page to the folder."""
+    file = folder / line["image"]
+    image = read_image(file) if file.is_file() else None
+    questions = sorted(line["questions"], key=lambda question: (question["earned"] is None, question["earned"] or 0))
+    return {
+        **line,
+        "picture": None if image is None else data_uri(jpeg(image, SIDE)),
+        "tiny": image is not None and max(image.size) <= SIDE // 2,
+        "file": prefix + line["image"],
+        "shown_questions": questions[:QUESTIONS],
+        "more_questions": max(0, len(questions) - QUESTIONS),
+    }
+
+
+def bounds(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def evenly(values: Sequence[Any], number: int) -> list[Any]:
+    """`number` of the values, evenly spread; all if there are not more."""
+    number = min(max(number, 1), len(values))
+    return [values[place * len(values) // number] for place in range(number)]
+
+
+def _from(folder: Path, other: Path) -> str:
+    """The URL from a page in one folder to the other folder; "" where there is none, as between Windows' drives."""
+    try:
+        return quote(Path(os.path.relpath(other, folder)).as_posix()) + "/"
+    except ValueError:
+        return ""

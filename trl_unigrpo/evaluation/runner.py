@@ -1,0 +1,282 @@
+"""Paint a benchmark and score it, picture by picture into a folder that a later run goes on with."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from ..guidance import Guidance
+from ..models.auto import unified_model
+from ..prompts import as_messages, prepare_tokenizer
+from ..rewards.questions import earned
+from .benchmark import Benchmark, Item, Painting
+from .generate import generate
+from .results import (
+    Line,
+    append_lines,
+    image_file,
+    open_folder,
+    read_lines,
+    write_lines,
+    write_metadata,
+)
+from .scorers import Score, Scorer
+
+
+IMAGE_POSITIONS = 8
+"""More than an image and the markers around it take."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    How the pictures are made; see [`generate`].
+
+    Attributes:
+        painting: samples, steps, sizes and seed; a benchmark's own by default.
+    """
+
+    painting: Painting
+    thinking: bool = True
+    do_sample: bool = True
+    temperature: float = 1.0
+    timestep_shift: float = 3.0
+    guidance: Guidance = field(default_factory=Guidance)
+    system_prompt: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self.painting).items():
+            least = 0 if name == "seed" else 1
+            if value < least:
+                raise ValueError(f"{name}={value}: expected at least {least}.")
+
+
+def with_changes(painting: Painting, **changes: int | None) -> Painting:
+    """A benchmark's defaults with what the user set."""
+    return replace(painting, **{name: value for name, value in changes.items() if value is not None})
+
+
+def settings_of(
+    benchmark: Benchmark, options: Options, scorer: Scorer | None, model: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that a folder's results depend on, as JSON can hold it."""
+    guidance = asdict(options.guidance) if options.guidance.branches else None
+    painting = {**asdict(options.painting), **{k: v for k, v in asdict(options).items() if k != "painting"}}
+    return {
+        "benchmark": {
+            "name": benchmark.name,
+            "title": benchmark.title,
+            "prompts": len(benchmark.items),
+            "digest": items_digest(benchmark.items),
+            "overall": benchmark.overall if isinstance(benchmark.overall, str) else dict(benchmark.overall),
+            "pooled": benchmark.pooled,
+        },
+        "model": dict(model),
+        "painting": {**painting, "guidance": guidance},
+        "scorer": None if scorer is None else dict(scorer.settings),
+    }
+
+
+def without_long_prompts(
+    benchmark: Benchmark, model: Any, tokenizer: PreTrainedTokenizerBase, options: Options
+) -> Benchmark:
+    """
+    The benchmark without the prompts that the model has no room for beside its longest thinking; they are among the
+    problems then. Found before anything is painted, where a batch with one of them would fail as a whole.
+    """
+    base = unified_model(model)
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return benchmark
+    tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
+    system = base.default_system_prompt if options.system_prompt == "auto" else options.system_prompt
+    room = limit - IMAGE_POSITIONS - (options.painting.max_completion_length if options.thinking else 0)
+    kept, problems = [], []
+    for item in benchmark.items:
+        messages = as_messages(item.prompt, system if options.thinking else None)
+        length = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        if length <= room:
+            kept.append(item)
+        else:
+            problems.append(
+                f"{item.key}: the prompt takes {length} tokens; of its {limit} positions the model has {room} left "
+                "beside a thinking of max_completion_length"
+            )
+    return replace(benchmark, items=tuple(kept), problems=(*benchmark.problems, *problems)) if problems else benchmark
+
+
+def items_digest(items: Sequence[Item]) -> str:
+    """16 hexadecimal digits of the SHA-256 of all prompts, tasks and questions."""
+    rows = [[item.key, item.prompt, item.task, [question.to_dict() for question in item.questions]] for item in items]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def run(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmark: Benchmark,
+    scorer: Scorer | None,
+    folder: str | Path,
+    options: Options | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
+    on_pictures: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Line]:
+    """
+    Paint and score what the folder does not have yet. Pictures without a score are scored again, not painted again.
+
+    Row r is sample r // N of prompt r % N, of N prompts: more samples leave the first ones as they are. Whole batches
+    are painted, so that a run that was stopped and goes on gives the same pictures as one that was not.
+
+    Args:
+        scorer: None only paints.
+        folder: see [`results`].
+        fingerprint: what the model's weights are known by.
+        on_pictures: called with (pictures done, pictures to do) at the start and after each batch.
+
+    Returns:
+        One line per picture, in the order of rows.
+
+    Raises:
+        DifferentSettingsError: if the folder holds results of other settings.
+        DeadRewardError: if the scorer fails batch after batch; what was painted is kept.
+    """
+    options = options or Options(benchmark.painting)
+    folder = Path(folder)
+    open_folder(folder, settings_of(benchmark, options, scorer, fingerprint or {}))
+    items, batch = benchmark.items, options.painting.batch_size
+    total = len(items) * options.painting.samples
+    done = {line["row"]: line for line in read_lines(folder) if (folder / line["image"]).is_file()}
+    write_lines(folder, done.values())  # without the line that a killed run left half written
+    if scorer is not None:
+        _score_again(folder, done, items, scorer, batch, benchmark.soft)
+    on_pictures(len(done), total)
+    for start in range(0, total, batch):
+        rows = range(start, min(start + batch, total))
+        missing = [row for row in rows if row not in done]
+        if missing:
+            lines, images = _paint(model, tokenizer, items, rows, missing, folder, options)
+            try:
+                lines = scored(lines, items, images, scorer, benchmark.soft)
+            except BaseException:  # a dead judge, or Ctrl-C while it is waited for: the painting is not lost
+                append_lines(folder, scored(lines, items, images, None, benchmark.soft))
+                raise
+            append_lines(folder, lines)
+            done.update((line["row"], line) for line in lines)
+            on_pictures(len(done), total)
+    ordered = [done[row] for row in range(total)]
+    write_lines(folder, ordered)
+    return ordered
+
+
+def _paint(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    rows: Sequence[int],
+    missing: Sequence[int],
+    folder: Path,
+    options: Options,
+) -> tuple[list[Line], list[Image.Image]]:
+    """Paint the batch of these rows; keep the pictures that are missing, with their lines."""
+    started = time.perf_counter()
+    samples = generate(
+        model,
+        [items[row % len(items)].prompt for row in rows],
+        tokenizer,
+        thinking=options.thinking,
+        do_sample=options.do_sample,
+        temperature=options.temperature,
+        max_completion_length=options.painting.max_completion_length,
+        num_inference_steps=options.painting.num_inference_steps,
+        timestep_shift=options.timestep_shift,
+        image_size=options.painting.image_size,
+        guidance=options.guidance if options.guidance.branches else None,
+        system_prompt=options.system_prompt,
+        batch_size=len(rows),
+        seed=options.painting.seed,
+        first_row=rows[0],
+    )
+    seconds = (time.perf_counter() - started) / len(rows)
+    kept = [samples[rows.index(row)] for row in missing]
+    lines = []
+    for row, sample in zip(missing, kept, strict=True):
+        item, place, number = items[row % len(items)], row % len(items), row // len(items)
+        line: Line = {
+            "row": row,
+            "key": item.key,
+            "index": place,
+            "sample": number,
+            "tag": item.task,
+            "prompt": item.prompt,
+            "cluster": item.cluster,
+            "seed": options.painting.seed,
+            "thinking": sample.thinking,
+            "image": image_file(place, number),
+        }
+        file = folder / line["image"]
+        write_metadata(folder, place, {"prompt": item.prompt, **item.columns, "tag": item.task})
+        file.parent.mkdir(exist_ok=True)
+        sample.image.save(file)
+        lines.append(line | {"seconds": round(seconds, 3)})
+    return lines, [sample.image for sample in kept]
+
+
+def scored(
+    lines: Sequence[Line], items: Sequence[Item], images: Sequence[Image.Image], scorer: Scorer | None, soft: bool
+) -> list[Line]:
+    """The lines with their scores; without a scorer with none."""
+    own = [items[line["index"]] for line in lines]
+    if scorer is None:
+        return [line | {"reward": None, "scores": {}, "questions": [], "error": "not scored"} for line in lines]
+    found = scorer(own, images, [line["thinking"] for line in lines])
+    return [
+        line
+        | {
+            "reward": score.reward,
+            "scores": dict(score.scores),
+            "questions": answered(item, score, soft),
+            "error": score.error,
+        }
+        for line, item, score in zip(lines, own, found, strict=True)
+    ]
+
+
+def answered(item: Item, score: Score, soft: bool) -> list[dict[str, Any]]:
+    """Each question with P(yes) and what that earned, None for both where there was no answer."""
+    if not score.answers:
+        return []
+    points = earned(item.questions, list(score.answers))
+    return [
+        {
+            "question": question.text,
+            "expected": question.expected,
+            "group": question.group,
+            "answer": answer,
+            "earned": point if soft or point is None else float(point >= 0.5),
+        }
+        for question, answer, point in zip(item.questions, score.answers, points, strict=True)
+    ]
+
+
+def _score_again(
+    folder: Path, done: dict[int, Line], items: Sequence[Item], scorer: Scorer, batch: int, soft: bool
+) -> None:
+    """Score the pictures on the disk that have no score."""
+    waiting = [line for _, line in sorted(done.items()) if line["reward"] is None]
+    for start in range(0, len(waiting), batch):
+        chunk = waiting[start : start + batch]
+        images = [read_image(folder / line["image"]) for line in chunk]
+        lines = scored(chunk, items, images, scorer, soft)
+        done.update((line["row"], line) for line in lines)
+        write_lines(folder, done.values())
+
+
+def read_image(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        return image.convert("RGB")

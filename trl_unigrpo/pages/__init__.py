@@ -1,0 +1,21 @@
+"""Pages that are one file: styles, curves and pictures inside, readable without a network, a server or scripts."""
+
+from .curves import Curve, Panel, chart
+from .environment import page_environment, render_page, write_page
+from .pictures import data_uri, jpeg
+from .text import prompt_text, readable, shown_text
+
+
+__all__ = [
+    "Curve",
+    "Panel",
+    "chart",
+    "data_uri",
+    "jpeg",
+    "page_environment",
+    "prompt_text",
+    "readable",
+    "render_page",
+    "shown_text",
+    "write_page",
+]
