@@ -159,8 +159,13 @@ class Gallery(Watcher):
         kept = choose_indices(generation)
         columns = generation.group_size if generation.group_size > 1 else 8
         try:
-            picture = grid([generation.images[i] for i in kept], columns)
-            log_picture(f"gallery/{generation.mode}", picture, step, args.report_to or (), self._callbacks)
+            log_picture(
+                f"gallery/{generation.mode}",
+                lambda: grid([generation.images[i] for i in kept], columns),
+                step,
+                args.report_to or (),
+                self._callbacks,
+            )
         except Exception:
             logger.exception("The gallery's pictures did not reach a tracker. Training goes on.")
 
