@@ -40,7 +40,7 @@ from .experts import check_trained, clip_by_expert, freeze_experts, split_groups
 from .flow import flow_timesteps, scale_with_latents, sde_window
 from .guidance import Guidance
 from .image_objectives import OBJECTIVES, States
-from .model_card import rewrite_quick_start
+from .model_card import rewrite_card
 from .models.auto import unified_model
 from .models.quantization import keep_trainable_layout
 from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin
@@ -637,6 +637,17 @@ class UniGRPOTrainer(GRPOTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            source = self.hub_model_id or self.args.output_dir
-            example = self.unified.quick_start(source)
-            rewrite_quick_start(Path(self.args.output_dir) / "README.md", source, example)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Gallery):
+                    callback.wait()
+            names, weights = self.reward_func_names, self.reward_weights.clone()
+            weights[self._is_process] = self._process_weights.to(weights)
+            rewrite_card(
+                Path(self.args.output_dir) / "README.md",
+                self.accelerator.unwrap_model(self.model),
+                self.args,
+                self.state.global_step,
+                rewards=dict(zip(names, weights.tolist(), strict=True)),
+                process=[name for name, of_text in zip(names, self._is_process.tolist(), strict=True) if of_text],
+                source=self.hub_model_id or self.args.output_dir,
+            )

@@ -80,3 +80,13 @@ def test_the_page_of_a_training(look, tmp_path):
         assert len(found.seen["pictures"]) == 2 * 8 + 2 * 4
         assert "Finished at step 4 of 4" in found.seen["text"]
         assert file.stat().st_size < 5_000_000
+
+
+def test_the_demo(look, tmp_path):
+    from trl_unigrpo.shapeworld import run_demo
+
+    run_demo(tmp_path, steps=1, num_prompts=7)
+    for name, says in (("report.html", "7 prompts that it never saw"), ("gallery.html", "Finished at step 2 of 2")):
+        found = look(tmp_path / name, PHONE)
+        assert found.problems() == []
+        assert says in " ".join(found.seen["text"].split()) and len(found.seen["pictures"]) >= 14

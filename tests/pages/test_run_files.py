@@ -103,6 +103,7 @@ def test_bad_lines_are_named_and_the_rest_is_read(tmp_path):
     file.write_text("\n".join(lines) + "\n")
     (tmp_path / "alarms.jsonl").write_text(
         '{"step": 3, "name": "n", "message": "m", "indices": [1, 2], "values": {"x": 1}}\n{"step": "?"}\n'
+        '{"step": 4, "mode": "eval", "alarm": "o", "message": "m", "stopped": true}\n'
     )
     (tmp_path / "gallery" / "run.json").write_text("{")
     run = read_run(tmp_path)
@@ -115,7 +116,7 @@ def test_bad_lines_are_named_and_the_rest_is_read(tmp_path):
         "alarms.jsonl, line 2",
     ]
     assert len(run.shown) == 3 and len(run.metrics) == 2 and run.info == {}
-    assert run.alarms == [Alarm(3, "n", "m", [1, 2])]
+    assert run.alarms == [Alarm(3, "n", "m", [1, 2]), Alarm(4, "o", "m", [], "eval", True)]
 
 
 def state(step, max_steps=100, **changes):

@@ -330,3 +330,11 @@ def test_wrong_arguments_are_refused(arguments, error, message):
 def test_images_must_fit_the_prompts():
     with pytest.raises(ValueError, match="Got 1 images for 2 prompts"):
         asyncio.run(QuestionReward(Judge({}))(["a", "b"], images=[RED], questions=[["a?"]] * 2))
+
+
+def test_each_images_answers_are_logged_for_galleries():
+    judge = Judge({((255, 0, 0), "a?"): 0.9, ((255, 0, 0), "b?"): 0.2, ((0, 0, 255), "a?"): 0.1})
+    logged = {}
+    rows = [["a?", {"text": "b?", "expected": "no"}], ["a?", "b?"]]
+    score(QuestionReward(judge, max_failed=0.5), [RED, BLUE], questions=rows, log_extra=logged.__setitem__)
+    assert logged == {"QuestionReward answers": ["✓ 0.90 a?\n✓ 0.80 b?", "✗ 0.10 a?\n– no answer b?"]}

@@ -167,3 +167,17 @@ def test_nothing_is_written_by_other_processes(make_trainer, tmp_path):
     gallery.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
     gallery.on_save(trainer.args, trainer.state, trainer.control)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_of_any_kind_go_through_a_training(make_trainer, tmp_path):
+    prompts = ["<script>alert(1)</script>", "a" * 300, "قطة 红猫 🐈‍⬛", "null \x00 and \x1b[31m"]
+
+    def judged(images, log_extra, **_):
+        log_extra("notes", ["</div><script>", None, "\ud83d", {"a": math.nan}] * (len(images) // 4))
+        return [float(i) for i in range(len(images))]
+
+    make_trainer(reward_funcs=judged, train_dataset=prompts_dataset(prompts), gallery_steps=1).train()
+    run = read_run(tmp_path)
+    assert {sample.prompt for sample in run.shown[0].samples} <= set(prompts)
+    html = (tmp_path / "gallery.html").read_text(encoding="utf-8")
+    assert "<script" not in html and "\x00" not in html and run.problems == []

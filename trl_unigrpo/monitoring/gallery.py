@@ -5,15 +5,14 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..__about__ import __version__
 from ..pages import jpeg, prompt_text, write_page
+from .description import describe
 from .events import Generation, Watcher
 from .images import diversity
 from .run_files import Records, Sample, Shown, read_run
@@ -28,35 +27,6 @@ SAMPLES = 48  # pictures of a generation that are kept, in whole groups but at l
 PROMPTS = 16  # prompts of an evaluation whose pictures are kept
 SIDE, QUALITY = 256, 80  # of the pictures, as JPEG
 SHARE = 0.01  # of the time that may go into pages, between the last and the next
-
-SETTINGS = (
-    "num_generations",
-    "num_iterations",
-    "generation_batch_size",
-    "learning_rate",
-    "image_learning_rate",
-    "text_weight",
-    "flow_weight",
-    "process_reward_weight",
-    "image_objective",
-    "flow_epsilon",
-    "flow_regularizer",
-    "flow_regularizer_weight",
-    "beta",
-    "image_size",
-    "num_inference_steps",
-    "guidance_scale",
-    "noise_level",
-    "sde_type",
-    "sde_window_range",
-    "sde_window_size",
-    "timestep_shift",
-    "thinking",
-    "max_completion_length",
-    "temperature",
-    "seed",
-)
-PACKAGES = ("torch", "trl", "transformers", "diffusers", "peft")
 
 
 class Gallery(Watcher):
@@ -143,6 +113,10 @@ class Gallery(Watcher):
         keep = (PROMPTS - before) * batch.group_size
         return replace(batch, images=batch.images[: max(0, keep)])
 
+    def wait(self) -> None:
+        """Return when all that was shown so far is on disk."""
+        self._worker.wait()
+
     def _finish(self, args: TrainingArguments, state: TrainerState) -> None:
         """Have all of it on disk."""
         if self._writes(args, state) and self._records is not None:
@@ -185,8 +159,13 @@ class Gallery(Watcher):
         kept = choose_indices(generation)
         columns = generation.group_size if generation.group_size > 1 else 8
         try:
-            picture = grid([generation.images[i] for i in kept], columns)
-            log_picture(f"gallery/{generation.mode}", picture, step, args.report_to or (), self._callbacks)
+            log_picture(
+                f"gallery/{generation.mode}",
+                lambda: grid([generation.images[i] for i in kept], columns),
+                step,
+                args.report_to or (),
+                self._callbacks,
+            )
         except Exception:
             logger.exception("The gallery's pictures did not reach a tracker. Training goes on.")
 
@@ -265,30 +244,3 @@ def dataset_name(metrics: dict[str, Any]) -> str:
     """Name of the evaluation's dataset where there are several, as `evaluate` puts it into its metrics; else ""."""
     prefix = next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), "eval")
     return prefix.removeprefix("eval").strip("_")
-
-
-def describe(model: Any, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """What is trained, with which settings, in JSON's types."""
-    return {
-        "method": "UniGRPO",
-        "model": _model_name(model),
-        "trained": trained_parameters(model),
-        "max_steps": state.max_steps,
-        "settings": {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)},
-        "versions": {"trl-unigrpo": __version__, **{package: version(package) for package in PACKAGES}},
-    }
-
-
-def _model_name(model: Any) -> str:
-    from ..model_card import base_models
-
-    names = [name if not Path(name).is_dir() else "/".join(Path(name).parts[-2:]) for name in base_models(model)]
-    return " + ".join(names) or type(model).__name__
-
-
-def trained_parameters(model: Any) -> str:
-    """Such as "adapters: 1.2 M of 14,000 M parameters"."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    total, trained = sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
-    kind = "adapters, " if getattr(model, "peft_config", None) else ""
-    return f"{kind}{trained / 1e6:,.3g} M of {total / 1e6:,.3g} M parameters"

@@ -80,12 +80,20 @@ def _rank(sample: Sample) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Alarm:
-    """A trust check that fired: at a step, about the samples of these indices of its generation batch."""
+    """
+    A trust check that fired: at a step, about the samples of these indices of its generation batch.
+
+    Attributes:
+        mode: "train" or "eval", what the indices count samples of.
+        stopped: whether it stopped the run.
+    """
 
     step: int
     name: str
     message: str
     indices: Sequence[int] = ()
+    mode: str = "train"
+    stopped: bool = False
 
 
 @dataclass
@@ -217,8 +225,10 @@ def read_run(folder: str | Path) -> Run:
         run.alarms = []
         for number, row in _json_lines(alarms, run.problems):
             try:
+                name = row["alarm"] if "alarm" in row else row["name"]
                 indices = [int(i) for i in row.get("indices") or ()]
-                run.alarms.append(Alarm(int(row["step"]), str(row["name"]), str(row["message"]), indices))
+                mode, stopped = str(row.get("mode", "train")), bool(row.get("stopped"))
+                run.alarms.append(Alarm(int(row["step"]), str(name), str(row["message"]), indices, mode, stopped))
             except (KeyError, TypeError, ValueError) as error:
                 run.problems.append(f"{ALARMS}, line {number}: {type(error).__name__} {error}")
     return run

@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ..pages import data_uri, render_page
-from .run_files import FOLDER, Alarm, Run, Sample, Shown
+from .run_files import FOLDER, Run, Sample, Shown
 from .run_summary import change, evaluations, panels, panels_of, series
 
 
@@ -71,17 +71,25 @@ def _view(run: Run, budget: _Budget, rows: int, columns: int) -> dict[str, Any]:
         "info": run.info,
         "step": run.step,
         "finished": run.finished,
-        "problems": run.problems[:10],
+        **trust(run),
         "change": change(run),
         "rewards": _rewards(run),
-        "alarms": run.alarms or [],
-        "alarms_left_out": max(0, len(run.alarms or []) - ALARMS),
-        "alarms_shown": (run.alarms or [])[-ALARMS:][::-1],
-        "watched": bool(run.info) or run.alarms is not None,
         "latest": {name: values[-1] for name in LATEST if (values := series(run, name)[1])},
         "evaluations": [
             _evaluation(run, name, shown, budget, rows, columns) for name, shown in evaluations(run).items() if columns
         ],
+    }
+
+
+def trust(run: Run) -> dict[str, Any]:
+    """What the macro `trusted` of run_parts.html.jinja says: the alarms, and what could not be read."""
+    alarms = run.alarms or []
+    return {
+        "alarms": alarms,
+        "alarms_left_out": max(0, len(alarms) - ALARMS),
+        "alarms_shown": alarms[-ALARMS:][::-1],
+        "watched": bool(run.info) or run.alarms is not None,
+        "problems": run.problems[:10],
     }
 
 
@@ -143,19 +151,19 @@ def _size(run: Run, samples: Iterable[Sample]) -> int:
 
 
 def _generation(run: Run, shown: Shown, groups: int | None = None) -> dict[str, Any]:
-    alarms = [alarm for alarm in run.alarms or [] if alarm.step == shown.step]
     return {
         "step": shown.step,
         "total": shown.total,
         "number": sum(map(len, shown.groups[:groups])),
         "groups": [
-            {"prompt": group[0].prompt, "samples": [_sample(run, shown, sample, alarms) for sample in group]}
+            {"prompt": group[0].prompt, "samples": [_sample(run, shown, sample) for sample in group]}
             for group in shown.groups[:groups]
         ],
     }
 
 
-def _sample(run: Run, shown: Shown, sample: Sample, alarms: Sequence[Alarm] = ()) -> dict[str, Any]:
+def _sample(run: Run, shown: Shown, sample: Sample) -> dict[str, Any]:
+    alarms = [alarm for alarm in run.alarms or [] if (alarm.step, alarm.mode) == (shown.step, shown.mode)]
     return {
         "index": sample.index,
         "prompt": sample.prompt,

@@ -2,15 +2,15 @@
 
 import importlib
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 
-CELL = 160  # pixels of a picture in the grid, at most
+CELL = 128  # pixels of a picture in the grid, at most
 GAP = 2
 
 
@@ -33,28 +33,30 @@ def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def log_picture(
-    name: str, picture: Image.Image, step: int, report_to: Iterable[str], callbacks: Iterable[TrainerCallback] = ()
+    name: str,
+    draw: Callable[[], Image.Image],
+    step: int,
+    report_to: Iterable[str],
+    callbacks: Iterable[TrainerCallback] = (),
 ) -> None:
     """
     Send a picture to the trackers that are running.
 
     Args:
         name: such as "gallery/train".
+        draw: makes the picture; not called where no tracker runs.
         report_to: of the configuration.
         callbacks: of the trainer, of which TensorBoard's has the writer.
     """
-    for callback in callbacks:
-        writer = getattr(callback, "tb_writer", None)
-        if isinstance(callback, TensorBoardCallback) and writer is not None:
-            writer.add_image(name, _pixels(picture), step, dataformats="HWC")
-    for tracker in ("wandb", "trackio"):
-        if tracker in report_to:
-            module = importlib.import_module(tracker)
-            if tracker == "trackio" or module.run is not None:
-                module.log({name: module.Image(picture), "train/global_step": step})
-
-
-def _pixels(picture: Image.Image) -> Any:
-    import numpy as np
-
-    return np.asarray(picture)
+    writers = [callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback)]
+    writers = [writer for writer in writers if writer is not None]
+    modules = {tracker: importlib.import_module(tracker) for tracker in ("wandb", "trackio") if tracker in report_to}
+    if "wandb" in modules and modules["wandb"].run is None:
+        del modules["wandb"]
+    if not writers and not modules:
+        return
+    picture = draw()
+    for writer in writers:
+        writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    for module in modules.values():
+        module.log({name: module.Image(picture), "train/global_step": step})

@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from .common import Asker, Breaker, DeadRewardError, Scores, check_images, column, finite, prompt_text
-from .questions import Question, dv_score, group_means, read_questions, weighted_mean
+from .questions import Question, dv_score, earned, group_means, read_questions, weighted_mean
 
 
 STRICT_AUDITOR = (
@@ -72,10 +72,11 @@ class QuestionReward:
         completions: Sequence[Any] | None = None,
         images: Sequence[Image.Image] = (),
         log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
         **columns: Any,
     ) -> Scores:
         """
-        Score a batch as TRL asks for it.
+        Score a batch as TRL asks for it. Each image's answers go to `log_extra`, for tables and galleries.
 
         Raises:
             TypeError, ValueError: if the images are not PIL images, one per prompt, or a row's questions can't be
@@ -97,6 +98,8 @@ class QuestionReward:
         if log_metric is not None and pairs:
             for name, value in metrics(asked, answers).items():
                 log_metric(f"{self.__name__}/{name}", value)
+        if log_extra is not None:
+            log_extra(f"{self.__name__} answers", [report(*row) for row in zip(asked, answers, strict=True)])
         self._breaker.observe(scores, last_error, log_metric)
         return scores
 
@@ -159,6 +162,15 @@ def metrics(asked: Sequence[Sequence[Question]], answers: Sequence[Scores]) -> d
                 found.setdefault(group, []).append(mean)
     means = {group: sum(values) / len(values) for group, values in found.items()}
     return {"unanswered": sum(answer is None for answer in flat) / len(flat), **means}
+
+
+def report(questions: Sequence[Question], answers: Scores) -> str:
+    """A line for each question: whether its answer is the expected one, how sure the judge is of it, the question."""
+    lines = []
+    for question, right in zip(questions, earned(questions, answers), strict=True):
+        mark = "–" if right is None else "✓" if right > 0.5 else "✗"
+        lines.append(f"{mark} {'no answer' if right is None else f'{right:.2f}'} {question.text}")
+    return "\n".join(lines)
 
 
 def _is_column(values: Any, number: int) -> bool:

@@ -39,6 +39,7 @@ from trl_unigrpo.unigrpo_trainer import UniGRPOTrainer
 
 PACKAGES = ("torch", "trl", "transformers", "diffusers", "peft", "accelerate", "datasets")
 PROMPTS_PER_GENERATION = 12
+WATCHED_PROMPTS = 48
 
 
 def demo_settings(generations: int = 140) -> dict[str, Any]:
@@ -64,6 +65,17 @@ def demo_settings(generations: int = 140) -> dict[str, Any]:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+    }
+
+
+def watched(generations: int) -> dict[str, Any]:
+    """Settings of evaluations on a few validation prompts, for the gallery: none of them changes the training."""
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": max(1, 2 * generations // 7),
+        "eval_on_start": True,
+        "num_generations_eval": 1,
+        "per_device_eval_batch_size": WATCHED_PROMPTS,
     }
 
 
@@ -104,8 +116,8 @@ def run_demo(
     output_dir: str | Path = "shapeworld-demo", steps: int = 140, seed: int = 0, num_prompts: int = 1050
 ) -> DemoResult:
     """
-    Train the base model. Writes `summary.json`, `samples_before.jsonl`, `samples_after.jsonl`, `report.html` and the
-    trained `model/` to `output_dir`.
+    Train the base model. Writes `summary.json`, `samples_before.jsonl`, `samples_after.jsonl`, `report.html`, the
+    training's `gallery.html` and the trained `model/` to `output_dir`.
 
     Args:
         steps: rollouts of 192 trajectories; each makes two optimizer steps.
@@ -137,8 +149,11 @@ def run_demo(
         trainer = UniGRPOTrainer(
             model=model,
             reward_funcs=shapeworld_reward,
-            args=UniGRPOConfig(output_dir=str(output), seed=seed, disable_tqdm=True, **demo_settings(steps)),
+            args=UniGRPOConfig(
+                output_dir=str(output), seed=seed, disable_tqdm=True, **demo_settings(steps), **watched(steps)
+            ),
             train_dataset=shapeworld_dataset("train", seed=seed),
+            eval_dataset=shapeworld_dataset("validation", WATCHED_PROMPTS),
             processing_class=tokenizer,
             callbacks=[ProgressLine(progress, steps)],
         )
@@ -192,7 +207,7 @@ def run_demo(
     write_report(output / "report.html", result, trainer.args)
     console.print(category_table(before, after))
     console.print(f"Held-out reward {reward['before']} -> {reward['after']}, gain {gain}")
-    console.print(f"Report: {output / 'report.html'}")
+    console.print(f"Report: {output / 'report.html'}, pictures of the training: {output / 'gallery.html'}")
     return result
 
 

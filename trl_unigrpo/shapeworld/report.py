@@ -1,18 +1,19 @@
-"""The demo's report: one HTML file that shows the curves, the pictures before and after, and the settings."""
+"""The demo's report: one HTML page with what changed, the pictures before and after, the curves, and the settings."""
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
-from matplotlib.figure import Figure
+from markupsafe import Markup
 from PIL import Image
+
+from trl_unigrpo.monitoring.description import SETTINGS
+from trl_unigrpo.monitoring.run_files import NoRunError, read_run
+from trl_unigrpo.monitoring.run_page import trust
+from trl_unigrpo.pages import Curve, Panel, data_uri, render_page, write_page
 
 
 if TYPE_CHECKING:
@@ -20,67 +21,43 @@ if TYPE_CHECKING:
     from trl_unigrpo.unigrpo_config import UniGRPOConfig
 
 PICTURES_PER_CATEGORY = 2
-SHOWN_SETTINGS = (
-    "num_generations",
-    "num_iterations",
-    "generation_batch_size",
-    "learning_rate",
-    "image_learning_rate",
-    "text_weight",
-    "flow_weight",
-    "flow_epsilon",
-    "flow_regularizer",
-    "flow_regularizer_weight",
-    "num_inference_steps",
-    "noise_level",
-    "sde_type",
-    "sde_window_range",
-    "sde_window_size",
-    "timestep_shift",
-    "max_completion_length",
-    "temperature",
-)
+SMOOTH = 10  # rollouts in the moving mean of the curves
 
 
 def write_report(file: Path, result: DemoResult, args: UniGRPOConfig) -> None:
-    """Write the report. It needs no other file and no network."""
+    """Write the report. It needs no other file and no network; beside the run's gallery, it names its alarms."""
     from trl_unigrpo.shapeworld.demo import category_rows
 
-    environment = Environment(
-        loader=PackageLoader("trl_unigrpo.shapeworld"), autoescape=select_autoescape(default=True)
-    )
-    html = environment.get_template("report.html.jinja").render(
+    try:
+        run = read_run(file.parent)
+    except NoRunError:
+        run = None
+    html = render_page(
+        "report.html.jinja",
+        "trl_unigrpo.shapeworld",
         summary=result.summary,
         categories=category_rows(result.before, result.after),
-        curves=curves(result.history),
+        panels=curves(result.history),
         examples=examples(result),
-        settings={name: getattr(args, name) for name in SHOWN_SETTINGS},
+        settings={name: getattr(args, name) for name in SETTINGS},
+        trust=trust(run) if run is not None else None,
+        gallery="gallery.html" if (file.parent / "gallery.html").is_file() else None,
     )
-    file.write_text(html, encoding="utf-8")
+    write_page(file, html)
 
 
-def curves(history: Sequence[dict[str, float]]) -> str:
-    """The training curves as an SVG element: reward, length of the thinking and ties to the reference, per rollout."""
+def curves(history: Sequence[dict[str, float]]) -> list[Panel]:
+    """The training curves: reward, length of the thinking and ties to the reference, per rollout."""
     panels = {
-        "reward": "reward of the rollouts",
-        "flow/velocity_mse": "velocity MSE to the reference",
-        "completions/mean_length": "thinking, tokens",
+        "reward": "Reward of the rollouts",
+        "flow/velocity_mse": "Velocity MSE to the reference",
+        "completions/mean_length": "Thinking, tokens",
     }
-    with matplotlib.rc_context({"svg.hashsalt": "trl-unigrpo", "font.size": 8}):
-        figure = Figure(figsize=(10, 2.6), layout="constrained")
-        for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-            values = np.array([row[key] for row in history if key in row])
-            axes.plot(np.arange(1, len(values) + 1), values, color="#b9c4d6", linewidth=1)
-            width = min(10, len(values))
-            if width:
-                smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-                axes.plot(np.arange(width, len(values) + 1), smooth, color="#1d4ed8", linewidth=1.8)
-            axes.set_title(title)
-            axes.set_xlabel("rollout")
-            axes.grid(alpha=0.25)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()[out.getvalue().index("<svg") :]
+    found = []
+    for key, title in panels.items():
+        values = [row[key] for row in history if key in row]
+        found.append(Panel(title, [Curve("", range(1, len(values) + 1), values, SMOOTH)], "Over rollouts."))
+    return found
 
 
 def examples(result: DemoResult) -> list[dict[str, Any]]:
@@ -91,7 +68,7 @@ def examples(result: DemoResult) -> list[dict[str, Any]]:
         if shown.setdefault(category, 0) < PICTURES_PER_CATEGORY:
             shown[category] += 1
             sides = [
-                {"thinking": e.thinking[i], "image": data_uri(e.images[i]), "reward": float(e.reward[i])}
+                {"thinking": e.thinking[i], "image": png_uri(e.images[i]), "reward": float(e.reward[i])}
                 for e in (result.before, result.after)
             ]
             rows.append(
@@ -100,8 +77,8 @@ def examples(result: DemoResult) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: list(shown).index(row["category"]))
 
 
-def data_uri(image: Image.Image) -> str:
-    """The image as a PNG inside of a URL."""
+def png_uri(image: Image.Image) -> Markup:
+    """The image, exact, inside of a URL."""
     out = io.BytesIO()
     image.save(out, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    return Markup(data_uri(out.getvalue(), "png"))
