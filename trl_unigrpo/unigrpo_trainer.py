@@ -45,6 +45,7 @@ from .model_card import rewrite_quick_start
 from .models.auto import unified_model
 from .models.quantization import keep_trainable_layout
 from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin
+from .monitoring.alarms import default_alarms
 from .monitoring.events import Generation, Update, Watcher
 from .monitoring.expected import ExpectedCost
 from .monitoring.images import pixel_spread, write_completion_images
@@ -189,7 +190,7 @@ class UniGRPOTrainer(GRPOTrainer):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             reward_processing_classes=reward_processing_classes,
-            callbacks=[*(callbacks or []), SaveOnSignal(), ExpectedCost()],
+            callbacks=[*(callbacks or []), *default_alarms(args.alarms), SaveOnSignal(), ExpectedCost()],
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=target_experts(peft_config, base, self._trains),
@@ -391,7 +392,8 @@ class UniGRPOTrainer(GRPOTrainer):
                 self._images.extend(images)
                 if self.log_multimodal:
                     self._logs["images"].extend([image] for image in images)
-            self._tell("on_generation", generation=self._observed(mode, images, outputs["advantages"]))
+            observed = self._observed(mode, images, outputs["advantages"])
+            self._tell("on_generation", generation=observed, metrics=self._metrics[mode])
         if mode == "eval" or not self._trains["image"]:
             return outputs
         started = time.perf_counter()
@@ -428,6 +430,13 @@ class UniGRPOTrainer(GRPOTrainer):
             thinking=[row["thinking"] for row in rows],
             images=images,
             rewards={name: rewards[:, i].tolist() for i, name in enumerate(self.reward_func_names)},
+            weights={
+                name: weight
+                for name, weight, process in zip(
+                    self.reward_func_names, self.reward_weights.tolist(), self._is_process.tolist(), strict=True
+                )
+                if not process
+            },
             advantages=self.accelerator.gather(advantages).tolist(),
             extra={name: [row["extra"].get(name) for row in rows] for name in columns},
         )

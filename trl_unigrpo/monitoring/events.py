@@ -1,6 +1,6 @@
 """What a run tells those who watch it, beside the events of `transformers.TrainerCallback`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ class Generation:
         thinking: N texts.
         images: N.
         rewards: function -> N numbers, NaN where it has none.
+        weights: function that judges images -> what it counts in the reward; one of weight 0 is a held-out score.
         advantages: N, of the image's rewards.
         extra: column -> N values that reward functions logged, such as a judge's answers.
     """
@@ -30,6 +31,7 @@ class Generation:
     thinking: Sequence[str]
     images: Sequence[Image.Image]
     rewards: Mapping[str, Sequence[float]]
+    weights: Mapping[str, float]
     advantages: Sequence[float]
     extra: Mapping[str, Sequence[Any]]
 
@@ -60,9 +62,15 @@ class Watcher(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         generation: Generation,
+        metrics: MutableMapping[str, list[float]],
         **kwargs: Any,
     ) -> None:
-        """Images have been painted and rewarded; nothing has been trained on them yet."""
+        """
+        Images have been painted and rewarded; nothing has been trained on them yet.
+
+        Args:
+            metrics: name -> values that the next log averages. A watcher may add some, the same in all processes.
+        """
 
     def on_update(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, update: Update, **kwargs: Any

@@ -1,0 +1,167 @@
+"""Rewards that fail, that say nothing, or that rise while another score falls."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .alarm import Alarm
+from .events import Generation
+from .image_statistics import FloatArray
+from .shift import Change, Shift
+
+
+FAILED, FAILED_GENERATIONS = 0.1, 3
+"""A tenth of the samples without a score, in three generations in a row: not a hiccup of a server."""
+FLAT, FLAT_GENERATIONS = 0.8, 5
+"""Four fifths of the groups of the last five generations without a signal: a fifth of the work trains."""
+ERRORS = 4.0
+"""Standard errors by which rewards rise, and held-out scores fall; both at once."""
+MOST_INDICES = 8
+
+
+@dataclass
+class RewardWatch:
+    """
+    What it knows between two generations; all of it can be written as JSON.
+
+    Attributes:
+        failures: share of samples without a score, in the last generations.
+        flat: (groups without a signal, groups), in the last generations.
+        train: score -> group means at the start and now, in training.
+        first_evaluation, evaluation: score -> one value per sample, of the first and of the evaluation in progress.
+        last_evaluation: the last complete one.
+    """
+
+    failures: list[float] = field(default_factory=list)
+    flat: list[list[int]] = field(default_factory=list)
+    train: dict[str, Shift] = field(default_factory=dict)
+    first_evaluation: dict[str, list[float]] = field(default_factory=dict)
+    evaluation: dict[str, list[float]] = field(default_factory=dict)
+    last_evaluation: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.train = {name: s if isinstance(s, Shift) else Shift(**s) for name, s in self.train.items()}
+
+    def look(self, generation: Generation) -> list[Alarm]:
+        """Look at a training generation."""
+        scores = _scores(generation)
+        return [*self._failed(generation), *self._flat(generation, scores), *self._held_out(generation, scores)]
+
+    def _failed(self, generation: Generation) -> list[Alarm]:
+        failed = np.isnan(np.array(list(generation.rewards.values()))).all(0)
+        self.failures = [*self.failures, float(failed.mean())][-FAILED_GENERATIONS:]
+        if len(self.failures) < FAILED_GENERATIONS or min(self.failures) < FAILED:
+            return []
+        message = (
+            f"{self.failures[-1]:.0%} of the samples have no score, and at least {FAILED:.0%} had none in each of the "
+            f"last {FAILED_GENERATIONS} generations. They train nothing: look at the reward's log or server."
+        )
+        return [Alarm("reward/failures", message, {"share": self.failures[-1]}, _places(failed))]
+
+    def _flat(self, generation: Generation, scores: Mapping[str, FloatArray]) -> list[Alarm]:
+        groups = scores[REWARD].reshape(-1, generation.group_size)
+        flat = np.array([_spread(group) <= 1e-6 * np.nanmax(np.abs(group), initial=0.0) for group in groups])
+        self.flat = [*self.flat, [int(flat.sum()), len(flat)]][-FLAT_GENERATIONS:]
+        without, whole = np.sum(self.flat, axis=0)
+        if len(self.flat) < FLAT_GENERATIONS or without < FLAT * whole:
+            return []
+        message = (
+            f"in {without} of the last {whole} groups all samples got the same reward, which trains nothing. Use "
+            "prompts that are neither too easy nor too hard, a reward with more steps, or a larger num_generations."
+        )
+        share = float(without) / float(whole)
+        return [Alarm("reward/zero_variance", message, {"share": share}, _places(flat.repeat(generation.group_size)))]
+
+    def _held_out(self, generation: Generation, scores: Mapping[str, FloatArray]) -> list[Alarm]:
+        for name, values in scores.items():
+            groups = values.reshape(-1, generation.group_size)
+            scored = groups[~np.isnan(groups).all(1)]
+            self.train.setdefault(name, Shift()).add(np.nanmean(scored, axis=1).tolist())
+        return self._gap(scores)
+
+    def evaluated(self, generation: Generation) -> None:
+        """Take in a batch of an evaluation."""
+        for name, values in _scores(generation).items():
+            self.evaluation.setdefault(name, []).extend(values.tolist())
+
+    def evaluation_ends(self) -> list[Alarm]:
+        """All of an evaluation has been taken in."""
+        self.last_evaluation, self.evaluation = self.evaluation, {}
+        self.first_evaluation = self.first_evaluation or self.last_evaluation
+        return self._gap({name: np.array(values) for name, values in self.last_evaluation.items()})
+
+    def _gap(self, scores: Mapping[str, FloatArray]) -> list[Alarm]:
+        """Whether the reward rises, in training or evaluation, while a score that trains nothing falls in one."""
+        train = {name: shift.change() for name, shift in self.train.items()}
+        evaluation = {name: self._paired(name) for name in self.first_evaluation}
+        changes = {f"{name} in training": change for name, change in train.items()}
+        changes |= {f"{name} in evaluation": change for name, change in evaluation.items()}
+        rises = {
+            name: change
+            for name, change in changes.items()
+            if change is not None and name.startswith(f"{REWARD} ") and change.errors > ERRORS
+        }
+        falls = {
+            name: change
+            for name, change in changes.items()
+            if change is not None and name != f"{REWARD} in training" and change.errors < -ERRORS
+        }
+        if not rises or not falls:
+            return []
+        said = [
+            f"{name} went from {change.before:.3g} to {change.now:.3g}" for name, change in {**rises, **falls}.items()
+        ]
+        message = (
+            f"{'; '.join(said)}. The policy learns what pleases the reward and not what the held-out score measures: "
+            "compare the pictures, stop at the best held-out score, raise flow_regularizer_weight, or train on both."
+        )
+        values = {
+            f"{name}, {when}": number
+            for name, change in {**rises, **falls}.items()
+            for when, number in (("before", change.before), ("now", change.now))
+        }
+        return [Alarm("reward/held_out", message, values, _worst(scores))]
+
+    def _paired(self, name: str) -> Change | None:
+        """The same prompts and noise, now and in the first evaluation."""
+        first, last = (np.array(found.get(name, [])) for found in (self.first_evaluation, self.last_evaluation))
+        if len(first) != len(last) or self.first_evaluation is self.last_evaluation:
+            return None
+        known = ~(np.isnan(first) | np.isnan(last))
+        difference = (last - first)[known]
+        if len(difference) < 8:
+            return None
+        error = float(difference.std(ddof=1)) / len(difference) ** 0.5
+        means = float(first[known].mean()), float(last[known].mean())
+        return Change(*means, float(difference.mean()) / max(error, 1e-9))
+
+
+REWARD = "the reward"
+"""The weighted sum that is trained on, among the scores."""
+
+
+def _scores(generation: Generation) -> dict[str, FloatArray]:
+    """The reward, and each function of weight 0 under its own name: N numbers, NaN where there is none."""
+    rewards = {name: np.array(generation.rewards[name], dtype=float) for name in generation.weights}
+    total = np.zeros(len(generation.images))
+    for name, weight in generation.weights.items():
+        total += np.nan_to_num(weight * rewards[name], nan=0.0)
+    total[np.isnan(np.array(list(rewards.values()))).all(0)] = np.nan
+    return {REWARD: total, **{name: rewards[name] for name, weight in generation.weights.items() if not weight}}
+
+
+def _spread(values: FloatArray) -> float:
+    known = values[~np.isnan(values)]
+    return float(np.ptp(known)) if len(known) else 0.0
+
+
+def _places(chosen: FloatArray) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.flatnonzero(chosen)[:MOST_INDICES])
+
+
+def _worst(scores: Mapping[str, FloatArray]) -> tuple[int, ...]:
+    """Samples of high reward and low held-out scores, by rank."""
+    ranks = {name: np.nan_to_num(values, nan=0.0).argsort().argsort() for name, values in scores.items()}
+    gap = 0 * ranks[REWARD] + sum(ranks[REWARD] - rank for name, rank in ranks.items() if name != REWARD)
+    return tuple(sorted(int(i) for i in np.argsort(-gap, kind="stable")[:MOST_INDICES])) if len(scores) > 1 else ()
