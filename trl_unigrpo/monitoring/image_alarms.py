@@ -41,8 +41,8 @@ LOOK = (
     "add a reward that sees it."
 )
 NOISY = (
-    "Look at them: if it is noise, lower image_learning_rate, or use sde_type='cps' or more num_inference_steps, which "
-    "leave less of it."
+    "Look at them: if it is noise, lower image_learning_rate, or use sde_type='cps' or more num_inference_steps: "
+    "both leave less of it."
 )
 DIVERSITY = "Diversity is what training costs first: stop earlier, or raise flow_regularizer_weight."
 RULES = {
