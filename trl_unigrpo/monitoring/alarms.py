@@ -151,7 +151,7 @@ class Alarms(Watcher, ExportableState):
     ) -> None:
         if optimizer is not None:
             rates = {group.get("name"): float(group["lr"]) for group in optimizer.param_groups}
-            self._tripwire.stepped(rates.get("image", max(rates.values())))
+            self._tripwire.stepped(rates.get("image", max(rates.values())), self._signal)
 
     # What it says
 

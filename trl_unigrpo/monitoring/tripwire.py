@@ -12,15 +12,18 @@ from .events import Update
 
 RECENT, ENOUGH = 5, 4
 """Four of the last five values have to lie beyond, so that no single spike does it."""
-BEFORE, LEAST = 50, 15
-"""Values that the last five are held against: the fifty before, and at least fifteen."""
-FACTOR = 2.0
-"""Growth that counts, where the values before vary little: verl-omni#561 went on for 20 steps after it had doubled."""
+BEFORE, SETTLED, LEAST = 50, 15, 3
+"""Values that the last five are held against: the fifty before. Below fifteen they say little, below three nothing."""
+FACTOR, EARLY_FACTOR = 2.0, 10.0
+"""Growth that counts, where the values before vary little: verl-omni#561 went on for 20 steps after it had doubled. At
+the start of a run more is needed, as everything moves and little is known."""
 SPREADS = 2.0
 """The same where they vary more, in robust standard deviations of their logarithms."""
 SKIPPED = 20
 """Steps in a row that fp16's loss scaling may skip: from 2^16 down to 1 takes 16."""
 
+LEAST_DISTANCE = 1e-6
+"""Mean square of a change of the velocities, whose own is about 1, below which it is rounding and first steps."""
 NOT_FINITE = "update/not_finite"
 """The alarm whose gradients must not reach the weights."""
 REMEDY = (
@@ -37,8 +40,8 @@ def growth(logarithms: Sequence[float]) -> float | None:
         logarithms: of a positive series, the last value last.
 
     The last five values x against those before: their median m, and s, 1.4826 times the median distance to a straight
-    line through them, so that a slow trend is no noise. Four of the five have to satisfy x - m > max(log 2, 2 s).
-    Under Gaussian noise, chance does this in 1 of 10^6 steps.
+    line through them, so that a slow trend is no noise. Four of the five have to satisfy x - m > max(log 2, 2 s);
+    with fewer than fifteen before them, x - m > max(log 10, 2 s).
     """
     values = np.asarray(logarithms[-RECENT - BEFORE :])
     before, recent = values[:-RECENT], values[-RECENT:]
@@ -49,7 +52,8 @@ def growth(logarithms: Sequence[float]) -> float | None:
     detrended = before - slope * places
     spread = 1.4826 * float(np.median(np.abs(detrended - np.median(detrended))))
     middle = float(np.median(before))
-    if int((recent - middle > max(math.log(FACTOR), SPREADS * spread)).sum()) < ENOUGH:
+    factor = FACTOR if len(before) >= SETTLED else EARLY_FACTOR
+    if int((recent - middle > max(math.log(factor), SPREADS * spread)).sum()) < ENOUGH:
         return None
     return math.exp(float(np.median(recent)) - middle)
 
@@ -61,7 +65,7 @@ class Tripwire:
 
     Attributes:
         series: name -> logarithms of its last values.
-        travelled: sum of the image expert's learning rates so far.
+        travelled: sum of the image expert's learning rates so far, where there was a signal.
         rate: the last of them.
         skipped: updates in a row that fp16's loss scaling has skipped.
     """
@@ -71,10 +75,10 @@ class Tripwire:
     rate: float = 0.0
     skipped: int = 0
 
-    def stepped(self, rate: float) -> None:
-        """An optimizer step was taken, at this learning rate of the image expert."""
+    def stepped(self, rate: float, signal: float) -> None:
+        """An optimizer step was taken, at this learning rate of the image expert; `signal` as for its update."""
         self.rate = rate
-        self.travelled += rate
+        self.travelled += rate if signal > 0 else 0
 
     def update(self, update: Update, signal: float, scaled: bool = False) -> list[Alarm]:
         """
@@ -93,7 +97,7 @@ class Tripwire:
             return [
                 Alarm(
                     NOT_FINITE,
-                    f"{', '.join(broken)} of this step: it was dropped, the weights are those of the step before. "
+                    f"{', '.join(broken)}: the step was dropped, the weights are those of the step before. "
                     "Look for a reward, a prompt or a precision that makes them; if growth came first, lower the "
                     "learning rate.",
                     stops=True,
@@ -110,7 +114,7 @@ class Tripwire:
         spread, distance = update.metrics.get("flow/log_ratio_std"), update.metrics.get("flow/velocity_mse")
         if spread is not None and self.rate > 0:
             found["flow/log_ratio_std"] = spread / self.rate
-        if distance is not None and distance > 0 and self.travelled > 0:
+        if distance is not None and distance > LEAST_DISTANCE and self.travelled > 0:
             found["flow/velocity_mse"] = math.sqrt(distance) / self.travelled
         return {name: value for name, value in found.items() if value > 0}
 
