@@ -302,7 +302,8 @@ class UniGRPOTrainer(GRPOTrainer):
         if trains:
             records = self._objective.states(records, generators)
             one_window = stochastic and args.sde_window_scope == "generation"
-            self._trust.records(records, self.num_generations, one_window)
+            noise = self._objective.transition if stochastic else None
+            self._trust.records(records, self.num_generations, one_window, noise)
             if one_window:
                 window = records[0].timesteps[None].to(self.accelerator.device)
                 self._trust.windows(self.accelerator.gather(window))

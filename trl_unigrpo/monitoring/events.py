@@ -1,7 +1,7 @@
 """What a run tells those who watch it, beside the events of `transformers.TrainerCallback`."""
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -20,9 +20,9 @@ class Generation:
         thinking: N texts.
         images: N.
         rewards: function -> N numbers, NaN where it has none.
-        weights: function that judges images -> what it counts in the reward; one of weight 0 is a held-out score.
         advantages: N, of the image's rewards.
         extra: column -> N values that reward functions logged, such as a judge's answers.
+        weights: function that judges images -> what it counts in the reward; one of weight 0 is a held-out score.
     """
 
     mode: str
@@ -31,9 +31,9 @@ class Generation:
     thinking: Sequence[str]
     images: Sequence[Image.Image]
     rewards: Mapping[str, Sequence[float]]
-    weights: Mapping[str, float]
     advantages: Sequence[float]
     extra: Mapping[str, Sequence[Any]]
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
