@@ -250,6 +250,7 @@ class UniGRPOTrainer(GRPOTrainer):
     # 2. Images
 
     def _generate(self, prompts: list[Any]) -> Any:
+        self._trust.sampling(self.generation_config, self.temperature)
         outputs = super()._generate(prompts)
         prompt_ids, completion_ids, extra_fields = generation_fields(outputs)
         conditioning = Conditioning(prompt_ids, completion_ids if self.args.thinking else [[] for _ in prompt_ids])

@@ -1,5 +1,6 @@
 """Rewards that fail, that say nothing, or that rise while another score falls."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -29,16 +30,16 @@ class RewardWatch:
         failures: share of samples without a score, in the last generations.
         flat: (groups without a signal, groups), in the last generations.
         train: score -> group means at the start and now, in training.
-        first_evaluation, evaluation: score -> one value per sample, of the first and of the evaluation in progress.
-        last_evaluation: the last complete one.
+        first_evaluation, evaluation, last_evaluation: score -> one value per sample, None where there is none, of the
+            first evaluation, of the one in progress, and of the last complete one.
     """
 
     failures: list[float] = field(default_factory=list)
     flat: list[list[int]] = field(default_factory=list)
     train: dict[str, Shift] = field(default_factory=dict)
-    first_evaluation: dict[str, list[float]] = field(default_factory=dict)
-    evaluation: dict[str, list[float]] = field(default_factory=dict)
-    last_evaluation: dict[str, list[float]] = field(default_factory=dict)
+    first_evaluation: dict[str, list[float | None]] = field(default_factory=dict)
+    evaluation: dict[str, list[float | None]] = field(default_factory=dict)
+    last_evaluation: dict[str, list[float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.train = {name: s if isinstance(s, Shift) else Shift(**s) for name, s in self.train.items()}
@@ -83,13 +84,14 @@ class RewardWatch:
     def evaluated(self, generation: Generation) -> None:
         """Take in a batch of an evaluation."""
         for name, values in _scores(generation).items():
-            self.evaluation.setdefault(name, []).extend(values.tolist())
+            known = [None if math.isnan(value) else value for value in values.tolist()]
+            self.evaluation.setdefault(name, []).extend(known)
 
     def evaluation_ends(self) -> list[Alarm]:
         """All of an evaluation has been taken in."""
         self.last_evaluation, self.evaluation = self.evaluation, {}
         self.first_evaluation = self.first_evaluation or self.last_evaluation
-        return self._gap({name: np.array(values) for name, values in self.last_evaluation.items()})
+        return self._gap({name: np.array(values, dtype=float) for name, values in self.last_evaluation.items()})
 
     def _gap(self, scores: Mapping[str, FloatArray]) -> list[Alarm]:
         """Whether the reward rises, in training or evaluation, while a score that trains nothing falls in one."""
@@ -125,7 +127,8 @@ class RewardWatch:
 
     def _paired(self, name: str) -> Change | None:
         """The same prompts and noise, now and in the first evaluation."""
-        first, last = (np.array(found.get(name, [])) for found in (self.first_evaluation, self.last_evaluation))
+        found = self.first_evaluation.get(name, []), self.last_evaluation.get(name, [])
+        first, last = (np.array(values, dtype=float) for values in found)
         if len(first) != len(last) or self.first_evaluation is self.last_evaluation:
             return None
         known = ~(np.isnan(first) | np.isnan(last))

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +77,21 @@ class TrustChecks:
                     "images of one generation have different SDE windows. Rewards would compare unequal noise."
                 )
 
+    def sampling(self, config: Any, temperature: float) -> None:
+        """
+        Thinkings are sampled as their log-probs are computed.
+
+        Args:
+            config: the sampler's, transformers' `GenerationConfig`.
+            temperature: that logits are divided by in training.
+        """
+        if self._first("sampling") and not (config.do_sample and math.isclose(config.temperature, temperature)):
+            sampled = f"at temperature {config.temperature}" if config.do_sample else "greedily"
+            self._report(
+                f"thinkings are sampled {sampled}, but trained on at temperature {temperature}: every ratio would be "
+                "biased. Set `temperature` in the configuration, and nowhere else."
+            )
+
     def windows(self, starts: Tensor) -> None:
         """`starts` (P, K): the window of each process, which must be one."""
         if self._first("windows") and (starts != starts[0]).any():
@@ -142,8 +158,10 @@ def _noise_problem(noise: Tensor, group_size: int) -> str | None:
         distances = torch.cdist(group, group).square() / group.shape[1]  # 2 for independent noise
         if (distances + 2 * torch.eye(len(group)) < 0.01).any():
             return "samples of one group share their noise: their rewards can't differ. Seed each sample on its own."
-    power = float(noise.square().mean())
-    if abs(power - 1) > 6 * math.sqrt(2 / noise.numel()) + 0.001:
+    for part in (noise, *noise.unbind(1)):  # all steps, and each of them
+        power = float(part.square().mean())
+        if abs(power - 1) <= 6 * math.sqrt(2 / part.numel()) + 0.001:
+            continue
         return (
             f"the noise of the recorded states has {power:.3g} times the power that the update takes it to have: that "
             "biases every ratio. Sampler and update must have the same num_inference_steps, schedule, sde_type and "
