@@ -42,6 +42,11 @@ def test_stationary_noise_gives_no_alarm(kind, spread):
     assert not [seed for seed in range(8) if first_alarm(np.exp(noise(kind, spread, 300, seed)))]
 
 
+def test_growth_counts_beside_the_noise_of_the_series():
+    # Values half or twice the median are nothing here: one run in forty gives an alarm.
+    assert sum(first_alarm(np.exp(noise("normal", 0.5, 300, seed))) is not None for seed in range(12)) <= 1
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.1, 0.2])
 @pytest.mark.parametrize("doubling", [2.3, 4.0])
 def test_growth_is_caught_within_five_steps_of_doubling(spread, doubling):

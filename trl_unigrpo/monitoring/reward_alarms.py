@@ -9,7 +9,7 @@ import numpy as np
 from .alarm import Alarm
 from .events import Generation
 from .image_statistics import FloatArray
-from .shift import Change, Shift
+from .shift import LIMIT, Change, Shift
 
 
 FAILED, FAILED_GENERATIONS = 0.1, 3
@@ -18,6 +18,10 @@ FLAT, FLAT_GENERATIONS = 0.8, 5
 """Four fifths of the groups of the last five generations without a signal: a fifth of the work trains."""
 ERRORS = 4.0
 """Standard errors by which rewards rise, and held-out scores fall; both at once."""
+RISEN = 2.0
+"""Standard errors that are a rise at all."""
+STALLED = 100
+"""Generations after which a reward should have risen: the public curves of unified models had by then."""
 MOST_INDICES = 8
 
 
@@ -30,6 +34,8 @@ class RewardWatch:
         failures: share of samples without a score, in the last generations.
         flat: (groups without a signal, groups), in the last generations.
         train: score -> group means at the start and now, in training.
+        best: group means of the reward where it was highest, and now.
+        generations: how many there were.
         first_evaluation, evaluation, last_evaluation: score -> one value per sample, None where there is none, of the
             first evaluation, of the one in progress, and of the last complete one.
     """
@@ -37,17 +43,33 @@ class RewardWatch:
     failures: list[float] = field(default_factory=list)
     flat: list[list[int]] = field(default_factory=list)
     train: dict[str, Shift] = field(default_factory=dict)
+    best: Shift = field(default_factory=Shift)
+    generations: int = 0
     first_evaluation: dict[str, list[float | None]] = field(default_factory=dict)
     evaluation: dict[str, list[float | None]] = field(default_factory=dict)
     last_evaluation: dict[str, list[float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.best = self.best if isinstance(self.best, Shift) else Shift(**self.best)
         self.train = {name: s if isinstance(s, Shift) else Shift(**s) for name, s in self.train.items()}
 
     def look(self, generation: Generation) -> list[Alarm]:
         """Look at a training generation."""
         scores = _scores(generation)
-        return [*self._failed(generation), *self._flat(generation, scores), *self._held_out(generation, scores)]
+        self.generations += 1
+        for name, values in scores.items():
+            groups = values.reshape(-1, generation.group_size)
+            means = np.nanmean(groups[~np.isnan(groups).all(1)], axis=1).tolist()
+            self.train.setdefault(name, Shift()).add(means)
+            if name == REWARD:
+                self.best.add(means)
+        return [
+            *self._failed(generation),
+            *self._flat(generation, scores),
+            *self._fallen(scores),
+            *self._stalled(),
+            *self._gap(scores),
+        ]
 
     def _failed(self, generation: Generation) -> list[Alarm]:
         failed = np.isnan(np.array(list(generation.rewards.values()))).all(0)
@@ -74,12 +96,31 @@ class RewardWatch:
         share = float(without) / float(whole)
         return [Alarm("reward/zero_variance", message, {"share": share}, _places(flat.repeat(generation.group_size)))]
 
-    def _held_out(self, generation: Generation, scores: Mapping[str, FloatArray]) -> list[Alarm]:
-        for name, values in scores.items():
-            groups = values.reshape(-1, generation.group_size)
-            scored = groups[~np.isnan(groups).all(1)]
-            self.train.setdefault(name, Shift()).add(np.nanmean(scored, axis=1).tolist())
-        return self._gap(scores)
+    def _fallen(self, scores: Mapping[str, FloatArray]) -> list[Alarm]:
+        change = self.best.change()
+        if change is None or change.errors > -LIMIT:
+            if change is not None and change.errors > LIMIT:
+                self.best = Shift(first=self.best.recent)
+            return []
+        message = (
+            f"the reward has fallen to {change.now:.3g} from {change.before:.3g}. Look at the pictures: if they are "
+            "broken, go on from an earlier checkpoint with lower learning rates, one SDE window per generation and groups "
+            "of 16 or more."
+        )
+        worst = np.argsort(np.nan_to_num(scores[REWARD], nan=np.inf), kind="stable")[:MOST_INDICES]
+        values = {"before": change.before, "now": change.now}
+        return [Alarm("reward/fallen", message, values, tuple(sorted(int(i) for i in worst)))]
+
+    def _stalled(self) -> list[Alarm]:
+        change = self.train[REWARD].change()
+        if self.generations < STALLED or change is None or change.errors > RISEN:
+            return []
+        message = (
+            f"after {self.generations} generations the reward is {change.now:.3g}, at the start {change.before:.3g}. "
+            "It may be too noisy, or groups too small (the paper's have 24), or learning rates too low: see "
+            "flow/clip_frac."
+        )
+        return [Alarm("reward/stalled", message, {"before": change.before, "now": change.now})]
 
     def evaluated(self, generation: Generation) -> None:
         """Take in a batch of an evaluation."""
