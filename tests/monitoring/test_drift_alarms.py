@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from trl_unigrpo.monitoring.alarm import Alarm, append_alarm, forget_alarms, rea
 from trl_unigrpo.monitoring.events import Generation
 from trl_unigrpo.monitoring.image_alarms import ImageWatch
 from trl_unigrpo.monitoring.image_statistics import image_statistics
+from trl_unigrpo.monitoring.memory import revive
 from trl_unigrpo.monitoring.reward_alarms import RewardWatch
 from trl_unigrpo.monitoring.shift import Shift
 from trl_unigrpo.monitoring.thinking_alarms import plain_text, repetition
@@ -121,7 +123,7 @@ def evaluations(trained, held_out, count=4, prompts=32):
         now = easy + i * np.array([[trained], [held_out]]) + random.normal(0, 0.01, easy.shape)
         for part in np.split(now, 4, axis=1):
             rewards = {"trained": part[0].tolist(), "held_out": part[1].tolist()}
-            watching.evaluated(generation(rewards, {"trained": 1.0, "held_out": 0.0}, 1, "eval"))
+            watching.evaluate(generation(rewards, {"trained": 1.0, "held_out": 0.0}, 1, "eval"))
         alarms = watching.evaluation_ends()
     return alarms
 
@@ -133,6 +135,20 @@ def test_evaluations_are_compared_prompt_by_prompt():
     assert evaluations(0.02, 0.01) == evaluations(0.0, -0.01) == evaluations(0.02, 0.0) == []
 
 
+def test_datasets_of_evaluation_are_told_apart():
+    watching = RewardWatch()
+    for step in range(4):
+        for dataset, prompts in (("easy", 32), ("hard", 32)):
+            change = {"easy": 0.9, "hard": 0.2}[dataset] + 0.01 * step
+            values = (change + np.random.default_rng(step).normal(0, 0.01, prompts)).tolist()
+            seen = generation({"a": values, "b": values}, {"a": 1.0, "b": 0.0}, 1, "eval")
+            object.__setattr__(seen, "prompts", [f"{dataset} {i}" for i in range(prompts)])
+            watching.evaluate(seen)
+            assert watching.evaluation_ends() == []
+            assert set(watching.evaluated) == ({"the reward", "b"} if step else set())
+    assert all(change.now - change.before == pytest.approx(0.03, abs=0.01) for change in watching.evaluated.values())
+
+
 def test_a_reward_that_rises_in_training_alone_is_said():
     random, watching, alarms = np.random.default_rng(0), RewardWatch(), []
     easy = random.uniform(0, 1, 32)
@@ -140,7 +156,7 @@ def test_a_reward_that_rises_in_training_alone_is_said():
         rewards = {"trained": (0.05 * i + random.normal(0, 0.1, 32)).tolist()}
         alarms += watching.look(generation(rewards, {"trained": 1.0}))
         values = (easy - 0.01 * i + random.normal(0, 0.01, 32)).tolist()
-        watching.evaluated(generation({"trained": values}, {"trained": 1.0}, 1, "eval"))
+        watching.evaluate(generation({"trained": values}, {"trained": 1.0}, 1, "eval"))
         alarms += watching.evaluation_ends()
     assert {"the reward in training, now", "the reward in evaluation, now"} <= set(alarms[-1].values)
 
@@ -189,3 +205,12 @@ def test_file_of_alarms_is_read_back_and_cut_where_a_run_goes_on(tmp_path):
         0,
         4,
     ]
+
+
+def test_memory_of_another_version_is_taken_as_far_as_it_goes():
+    watching = RewardWatch()
+    watching.look(generation({"a": [0.0, 1.0, 2.0, 3.0]}, {"a": 1.0}))
+    memory = json.loads(json.dumps(asdict(watching)))
+    assert revive(RewardWatch, memory) == watching
+    del memory["flat"]
+    assert revive(RewardWatch, {**memory, "gone": 1}) == replace(watching, flat=[])

@@ -13,7 +13,7 @@ def first_alarm(norms, signals=None, metrics=None, rates=None):
     """The step of the first alarm and the alarm, fed to the tripwire as a run would; None if there is none."""
     wire = Tripwire()
     for step, norm in enumerate(norms):
-        signal = 1.0 if signals is None else signals[step]
+        signal = 1.0 if signals is None else float(signals[step])
         update = Update({"image": float(norm)}, {} if metrics is None else metrics[step])
         if alarms := wire.update(update, signal):
             return step, alarms[0]
@@ -65,6 +65,11 @@ def test_single_spikes_and_slow_trends_are_no_growth():
     norms[[40, 41, 90, 91, 150]] *= 1000
     assert first_alarm(norms) is None
     assert first_alarm(np.exp(noise("normal", 0.2, 200, 0) + np.linspace(0, math.log(4), 200))) is None
+
+
+def test_growth_that_began_long_ago_is_no_noise():
+    norms = np.exp(noise("normal", 0.1, 80, 0)) * 2 ** (np.arange(80) / 20)
+    assert first_alarm(norms) is not None
 
 
 def test_divergence_from_the_first_step_is_caught_before_there_is_a_baseline():

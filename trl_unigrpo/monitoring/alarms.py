@@ -18,6 +18,7 @@ from .alarm import Alarm, append_alarm, forget_alarms
 from .events import Generation, Update, Watcher
 from .image_alarms import ImageWatch
 from .image_statistics import image_statistics
+from .memory import revive
 from .reward_alarms import RewardWatch
 from .thinking_alarms import ThinkingWatch, plain_text, repetition
 from .tripwire import NOT_FINITE, Tripwire
@@ -53,10 +54,10 @@ class Alarms(Watcher, ExportableState):
     # What survives a checkpoint
 
     def _remember(self, memory: dict[str, Any]) -> None:
-        self._tripwire = Tripwire(**memory.get("tripwire", {}))
-        self._images = ImageWatch(**memory.get("images", {}))
-        self._rewards = RewardWatch(**memory.get("rewards", {}))
-        self._thinking = ThinkingWatch(**memory.get("thinking", {}))
+        self._tripwire = revive(Tripwire, memory.get("tripwire", {}))
+        self._images = revive(ImageWatch, memory.get("images", {}))
+        self._rewards = revive(RewardWatch, memory.get("rewards", {}))
+        self._thinking = revive(ThinkingWatch, memory.get("thinking", {}))
         self._said: dict[str, int] = dict(memory.get("said", {}))  # alarm -> step
         self._signal: float = memory.get("signal", 1.0)  # root mean square of the advantages that are trained on
 
@@ -97,7 +98,7 @@ class Alarms(Watcher, ExportableState):
         for name, values in {**images, "thinking/repetition": repeated}.items():
             metrics[name] = [*metrics.get(name, []), float(values.mean())]
         if generation.mode == "eval":
-            self._rewards.evaluated(generation)
+            self._rewards.evaluate(generation)
             return
         self._signal = math.sqrt(float(np.square(generation.advantages).mean()))
         clipped = metrics["completions/clipped_ratio"][-1] if "completions/clipped_ratio" in metrics else None

@@ -7,6 +7,7 @@ import numpy as np
 
 from .alarm import Alarm
 from .image_statistics import FloatArray, ImageStatistics, near_twins
+from .memory import revive
 from .shift import LIMIT, Change, Shift
 
 
@@ -71,7 +72,7 @@ class ImageWatch:
     shifts: dict[str, Shift] = field(default_factory=lambda: {name: Shift() for name in RULES})
 
     def __post_init__(self) -> None:
-        self.shifts = {name: s if isinstance(s, Shift) else Shift(**s) for name, s in self.shifts.items()}
+        self.shifts = {name: revive(Shift, shift) for name, shift in self.shifts.items()}
         self._last: tuple[FloatArray, list[int]] = (np.zeros((0, 0)), [])
 
     def statistics(self, images: Sequence[ImageStatistics], prompts: Sequence[str]) -> dict[str, FloatArray]:

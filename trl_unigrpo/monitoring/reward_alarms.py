@@ -1,14 +1,15 @@
 """Rewards that fail, that say nothing, or that rise while another score falls."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from .alarm import Alarm
+from .evaluations import Evaluations
 from .events import Generation
 from .image_statistics import FloatArray
+from .memory import revive
 from .shift import LIMIT, Change, Shift
 
 
@@ -36,8 +37,8 @@ class RewardWatch:
         train: score -> group means at the start and now, in training.
         best: group means of the reward where it was highest, and now.
         generations: how many there were.
-        first_evaluation, evaluation, last_evaluation: score -> one value per sample, None where there is none, of the
-            first evaluation, of the one in progress, and of the last complete one.
+        evaluations: scores of the first evaluation, and of the one in progress.
+        evaluated: score -> its change in the last evaluation.
     """
 
     failures: list[float] = field(default_factory=list)
@@ -45,13 +46,13 @@ class RewardWatch:
     train: dict[str, Shift] = field(default_factory=dict)
     best: Shift = field(default_factory=Shift)
     generations: int = 0
-    first_evaluation: dict[str, list[float | None]] = field(default_factory=dict)
-    evaluation: dict[str, list[float | None]] = field(default_factory=dict)
-    last_evaluation: dict[str, list[float | None]] = field(default_factory=dict)
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    evaluated: dict[str, Change] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.best = self.best if isinstance(self.best, Shift) else Shift(**self.best)
-        self.train = {name: s if isinstance(s, Shift) else Shift(**s) for name, s in self.train.items()}
+        self.train = {name: revive(Shift, shift) for name, shift in self.train.items()}
+        self.evaluated = {name: revive(Change, change) for name, change in self.evaluated.items()}
+        self.best, self.evaluations = revive(Shift, self.best), revive(Evaluations, self.evaluations)
 
     def look(self, generation: Generation) -> list[Alarm]:
         """Look at a training generation."""
@@ -104,8 +105,8 @@ class RewardWatch:
             return []
         message = (
             f"the reward has fallen to {change.now:.3g} from {change.before:.3g}. Look at the pictures: if they are "
-            "broken, go on from an earlier checkpoint with lower learning rates, one SDE window per generation and groups "
-            "of 16 or more."
+            "broken, go on from an earlier checkpoint with lower learning rates, one SDE window per generation and "
+            "groups of 16 or more."
         )
         worst = np.argsort(np.nan_to_num(scores[REWARD], nan=np.inf), kind="stable")[:MOST_INDICES]
         values = {"before": change.before, "now": change.now}
@@ -122,24 +123,19 @@ class RewardWatch:
         )
         return [Alarm("reward/stalled", message, {"before": change.before, "now": change.now})]
 
-    def evaluated(self, generation: Generation) -> None:
+    def evaluate(self, generation: Generation) -> None:
         """Take in a batch of an evaluation."""
-        for name, values in _scores(generation).items():
-            known = [None if math.isnan(value) else value for value in values.tolist()]
-            self.evaluation.setdefault(name, []).extend(known)
+        self.evaluations.add(generation.prompts, _scores(generation))
 
     def evaluation_ends(self) -> list[Alarm]:
         """All of an evaluation has been taken in."""
-        self.last_evaluation, self.evaluation = self.evaluation, {}
-        self.first_evaluation = self.first_evaluation or self.last_evaluation
-        return self._gap({name: np.array(values, dtype=float) for name, values in self.last_evaluation.items()})
+        scores, self.evaluated = self.evaluations.end()
+        return self._gap({name: np.array(values, dtype=float) for name, values in scores.items()})
 
     def _gap(self, scores: Mapping[str, FloatArray]) -> list[Alarm]:
         """Whether the reward rises, in training or evaluation, while a score that trains nothing falls in one."""
-        train = {name: shift.change() for name, shift in self.train.items()}
-        evaluation = {name: self._paired(name) for name in self.first_evaluation}
-        changes = {f"{name} in training": change for name, change in train.items()}
-        changes |= {f"{name} in evaluation": change for name, change in evaluation.items()}
+        changes = {f"{name} in training": shift.change() for name, shift in self.train.items()}
+        changes |= {f"{name} in evaluation": change for name, change in self.evaluated.items()}
         rises = {
             name: change
             for name, change in changes.items()
@@ -166,20 +162,6 @@ class RewardWatch:
         }
         return [Alarm("reward/held_out", message, values, _worst(scores))]
 
-    def _paired(self, name: str) -> Change | None:
-        """The same prompts and noise, now and in the first evaluation."""
-        found = self.first_evaluation.get(name, []), self.last_evaluation.get(name, [])
-        first, last = (np.array(values, dtype=float) for values in found)
-        if len(first) != len(last) or self.first_evaluation is self.last_evaluation:
-            return None
-        known = ~(np.isnan(first) | np.isnan(last))
-        difference = (last - first)[known]
-        if len(difference) < 8:
-            return None
-        error = float(difference.std(ddof=1)) / len(difference) ** 0.5
-        means = float(first[known].mean()), float(last[known].mean())
-        return Change(*means, float(difference.mean()) / max(error, 1e-9))
-
 
 REWARD = "the reward"
 """The weighted sum that is trained on, among the scores."""
@@ -205,7 +187,9 @@ def _places(chosen: FloatArray) -> tuple[int, ...]:
 
 
 def _worst(scores: Mapping[str, FloatArray]) -> tuple[int, ...]:
-    """Samples of high reward and low held-out scores, by rank."""
+    """Samples of high reward and low held-out scores, by rank; none without a held-out score."""
+    if len(scores) < 2:
+        return ()
     ranks = {name: np.nan_to_num(values, nan=0.0).argsort().argsort() for name, values in scores.items()}
-    gap = 0 * ranks[REWARD] + sum(ranks[REWARD] - rank for name, rank in ranks.items() if name != REWARD)
-    return tuple(sorted(int(i) for i in np.argsort(-gap, kind="stable")[:MOST_INDICES])) if len(scores) > 1 else ()
+    gap = ranks[REWARD] * len(ranks) - np.sum(list(ranks.values()), axis=0)
+    return tuple(sorted(int(i) for i in np.argsort(-gap, kind="stable")[:MOST_INDICES]))

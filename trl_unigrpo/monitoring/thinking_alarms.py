@@ -9,6 +9,7 @@ import numpy as np
 
 from .alarm import Alarm
 from .image_statistics import FloatArray
+from .memory import revive
 from .shift import LIMIT, Shift
 
 
@@ -58,9 +59,7 @@ class ThinkingWatch:
     clipped: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.length, self.repeated = (
-            shift if isinstance(shift, Shift) else Shift(**shift) for shift in (self.length, self.repeated)
-        )
+        self.length, self.repeated = revive(Shift, self.length), revive(Shift, self.repeated)
 
     def look(self, texts: Sequence[str], found: FloatArray, group_size: int, clipped: float | None) -> list[Alarm]:
         """
