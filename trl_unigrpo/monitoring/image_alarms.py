@@ -72,7 +72,7 @@ class ImageWatch:
     shifts: dict[str, Shift] = field(default_factory=lambda: {name: Shift() for name in RULES})
 
     def __post_init__(self) -> None:
-        self.shifts = {name: revive(Shift, shift) for name, shift in self.shifts.items()}
+        self.shifts = {name: revive(Shift, self.shifts.get(name, {})) for name in RULES}
         self._last: tuple[FloatArray, list[int]] = (np.zeros((0, 0)), [])
 
     def statistics(self, images: Sequence[ImageStatistics], prompts: Sequence[str]) -> dict[str, FloatArray]:

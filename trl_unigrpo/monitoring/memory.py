@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 def revive(kind: type[T], memory: Any) -> T:
-    """A dataclass as it is, or from the dictionary that `dataclasses.asdict` made; what it no longer has is left out."""
+    """A dataclass as it is, or from what `dataclasses.asdict` made of it; what it no longer has is left out."""
     if isinstance(memory, kind):
         return memory
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
