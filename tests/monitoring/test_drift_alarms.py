@@ -214,3 +214,18 @@ def test_memory_of_another_version_is_taken_as_far_as_it_goes():
     assert revive(RewardWatch, memory) == watching
     del memory["flat"]
     assert revive(RewardWatch, {**memory, "gone": 1}) == replace(watching, flat=[])
+
+
+def test_pictures_of_one_prompt_per_generation_are_compared_with_those_before():
+    random = np.random.default_rng(0)
+    scenes = [image_statistics(Image.fromarray(picture(random).clip(0, 255).astype(np.uint8))) for _ in range(3)]
+    watching = ImageWatch()
+
+    def across(images, prompt, trains=True):
+        return watching.statistics(images, [prompt] * len(images), trains)["images/twins_across"].tolist()
+
+    assert across(scenes[:2], "a") == [0, 0]
+    assert across([scenes[1]], "b", trains=False) == [0]  # an evaluation between them
+    assert across(scenes[1:], "b") == [1, 0]
+    assert across([scenes[2]], "b") == [0]  # the same prompt again: no other one
+    assert across([scenes[0]], "c") == [0]  # only the generation before counts

@@ -162,7 +162,10 @@ def test_reward_that_fails_once_is_forgiven(make_trainer, tmp_path):
 
 def test_rewards_that_say_nothing_are_said_again_after_a_while(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(alarms, "COOL_DOWN", 9)
-    settings = {"reward_funcs": lambda images, **_: [20.1 + 4e-6 * (i % 2) for i in range(len(images))], "max_steps": 20}
+    settings = {
+        "reward_funcs": lambda images, **_: [20.1 + 4e-6 * (i % 2) for i in range(len(images))],
+        "max_steps": 20,
+    }
     make_trainer(**settings, thinking=False, text_weight=0.0, num_inference_steps=6).train()
     steps = [line["step"] for line in read_alarms(tmp_path) if line["alarm"] == "reward/zero_variance"]
     assert steps == [8, 18]  # generations are made at every second step

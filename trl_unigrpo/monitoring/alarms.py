@@ -77,7 +77,7 @@ class Alarms(Watcher, ExportableState):
     ) -> None:
         # Trainer restores callbacks only if told to, and fails to save one that the checkpoint did not have.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self._remember(saved["attributes"]["memory"])
+        self._remember(saved["attributes"]["memory"] if state.global_step else {})
         if state.is_world_process_zero:
             forget_alarms(args.output_dir, state.global_step)
 
@@ -94,10 +94,11 @@ class Alarms(Watcher, ExportableState):
     ) -> None:
         texts = [plain_text(thinking) for thinking in generation.thinking]
         repeated = np.array([repetition(text) for text in texts])
-        images = self._images.statistics(_shared_statistics(args, generation), list(map(str, generation.prompts)))
+        trains, prompts = generation.mode == "train", list(map(str, generation.prompts))
+        images = self._images.statistics(_shared_statistics(args, generation), prompts, trains)
         for name, values in {**images, "thinking/repetition": repeated}.items():
             metrics[name] = [*metrics.get(name, []), float(values.mean())]
-        if generation.mode == "eval":
+        if not trains:
             self._rewards.evaluate(generation)
             return
         self._signal = math.sqrt(float(np.square(generation.advantages).mean()))

@@ -75,20 +75,25 @@ class ImageWatch:
         self.shifts = {name: revive(Shift, self.shifts.get(name, {})) for name in RULES}
         self._last: tuple[FloatArray, list[int]] = (np.zeros((0, 0)), [])
 
-    def statistics(self, images: Sequence[ImageStatistics], prompts: Sequence[str]) -> dict[str, FloatArray]:
+    def statistics(
+        self, images: Sequence[ImageStatistics], prompts: Sequence[str], trains: bool = True
+    ) -> dict[str, FloatArray]:
         """
         Statistic -> N numbers, one per picture.
 
         Args:
-            prompts: N texts. Twins of other prompts are looked for in the generation before, too.
+            prompts: N texts.
+            trains: whether this is a training generation. In these, twins of other prompts are looked for in the one
+                before, too.
         """
         names = ("dark_share", "bright_share", "color_entropy", "edge_density", "noise")
         found = {f"images/{name}": np.array([getattr(image, name) for image in images]) for name in names}
         thumbnails, groups = np.stack([image.thumbnail for image in images]), [hash(prompt) for prompt in prompts]
-        before = self._last if len(self._last[1]) else (thumbnails[:0], [])
+        before = self._last if trains and self._last[1] else (thumbnails[:0], [])
         own, _ = near_twins(thumbnails, groups)
         _, across = near_twins(np.concatenate([thumbnails, before[0]]), groups + before[1])
-        self._last = thumbnails, groups
+        if trains:
+            self._last = thumbnails, groups
         return {**found, "images/twins": own.astype(float), "images/twins_across": across[: len(images)].astype(float)}
 
     def look(self, found: dict[str, FloatArray], group_size: int) -> list[Alarm]:
