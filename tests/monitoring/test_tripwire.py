@@ -43,8 +43,8 @@ def test_stationary_noise_gives_no_alarm(kind, spread):
 
 
 def test_growth_counts_beside_the_noise_of_the_series():
-    # Values half or twice the median are nothing here: one run in forty gives an alarm.
-    assert sum(first_alarm(np.exp(noise("normal", 0.5, 300, seed))) is not None for seed in range(12)) <= 1
+    # Half or twice the median is nothing here.
+    assert sum(first_alarm(np.exp(noise("normal", 0.8, 300, seed))) is not None for seed in range(12)) <= 1
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.1, 0.2])

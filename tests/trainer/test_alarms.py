@@ -128,6 +128,13 @@ def test_checkpoint_of_a_run_without_alarms_goes_on_with_them(make_trainer, tmp_
     assert (tmp_path / "resumed" / "checkpoint-6").is_dir()
 
 
+def test_a_second_run_of_a_trainer_starts_anew(make_trainer):
+    trainer = make_trainer(max_steps=4)
+    for _ in range(2):
+        trainer.train()
+        assert alarms_of(trainer)._rewards.generations == 2
+
+
 # Rewards
 
 
@@ -162,11 +169,11 @@ def test_reward_that_fails_once_is_forgiven(make_trainer, tmp_path):
 
 def test_rewards_that_say_nothing_are_said_again_after_a_while(make_trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(alarms, "COOL_DOWN", 9)
-    settings = {
-        "reward_funcs": lambda images, **_: [20.1 + 4e-6 * (i % 2) for i in range(len(images))],
-        "max_steps": 20,
-    }
-    make_trainer(**settings, thinking=False, text_weight=0.0, num_inference_steps=6).train()
+
+    def rounding(images, **_):
+        return [20.1 + 4e-6 * (i % 2) for i in range(len(images))]
+
+    make_trainer(reward_funcs=rounding, max_steps=20, thinking=False, text_weight=0.0).train()
     steps = [line["step"] for line in read_alarms(tmp_path) if line["alarm"] == "reward/zero_variance"]
     assert steps == [8, 18]  # generations are made at every second step
 
