@@ -9,7 +9,7 @@ import torch
 from run_folders import generation, write_run
 
 from trl_unigrpo.monitoring.gallery import choose, dataset_name
-from trl_unigrpo.monitoring.run_files import Alarm, NoRunError, Records, newest_state, plain, read_run
+from trl_unigrpo.monitoring.run_files import GivenAlarm, NoRunError, Records, newest_state, plain, read_run
 
 
 def rewards(run):
@@ -102,8 +102,8 @@ def test_bad_lines_are_named_and_the_rest_is_read(tmp_path):
     lines[1:2] = [json.dumps(broken), "[1, 2]", '{"kind": "metrics"}', "\x00\x00"]
     file.write_text("\n".join(lines) + "\n")
     (tmp_path / "alarms.jsonl").write_text(
-        '{"step": 3, "name": "n", "message": "m", "indices": [1, 2], "values": {"x": 1}}\n{"step": "?"}\n'
-        '{"step": 4, "mode": "eval", "alarm": "o", "message": "m", "stopped": true}\n'
+        '{"step": 3, "mode": "train", "alarm": "n", "message": "m", "indices": [1, 2], "values": {"x": 1}, "stopped": false}\n{"step": "?"}\n'
+        '{"step": 4, "mode": "eval", "alarm": "o", "message": "m", "indices": [], "stopped": true}\n'
     )
     (tmp_path / "gallery" / "run.json").write_text("{")
     run = read_run(tmp_path)
@@ -116,7 +116,7 @@ def test_bad_lines_are_named_and_the_rest_is_read(tmp_path):
         "alarms.jsonl, line 2",
     ]
     assert len(run.shown) == 3 and len(run.metrics) == 2 and run.info == {}
-    assert run.alarms == [Alarm(3, "n", "m", [1, 2]), Alarm(4, "o", "m", [], "eval", True)]
+    assert run.alarms == [GivenAlarm(3, "n", "m", [1, 2], "train", False), GivenAlarm(4, "o", "m", [], "eval", True)]
 
 
 def state(step, max_steps=100, **changes):
@@ -130,7 +130,7 @@ def test_without_a_gallery_the_newest_checkpoint_tells_the_curves(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state(step))
     (tmp_path / "checkpoint-last").mkdir()
     run = read_run(tmp_path)
-    assert rewards(run)[-1] == (100, 100.0) and run.finished and run.alarms is None
+    assert rewards(run)[-1] == (100, 100.0) and run.finished and run.alarms == []
     (tmp_path / "trainer_state.json").write_text(state(5))
     assert newest_state(tmp_path) == tmp_path / "trainer_state.json"
     assert not read_run(tmp_path).finished

@@ -1,9 +1,12 @@
 """What a run tells those who watch it, beside the events of `transformers.TrainerCallback`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -20,9 +23,9 @@ class Generation:
         thinking: N texts.
         images: N.
         rewards: function -> N numbers, NaN where it has none.
+        weights: function that judges images -> what it counts in the reward; one of weight 0 is a held-out score.
         advantages: N, of the image's rewards.
         extra: column -> N values that reward functions logged, such as a judge's answers.
-        reward: N, the weighted sum of the image's rewards that the advantages come from, NaN where there is none.
     """
 
     mode: str
@@ -31,9 +34,16 @@ class Generation:
     thinking: Sequence[str]
     images: Sequence[Image.Image]
     rewards: Mapping[str, Sequence[float]]
+    weights: Mapping[str, float]
     advantages: Sequence[float]
     extra: Mapping[str, Sequence[Any]]
-    reward: Sequence[float] = ()
+
+    @cached_property
+    def reward(self) -> NDArray[np.float64]:
+        """(N,) the weighted sum of the image's rewards that the advantages come from, NaN where there is none."""
+        rewards = np.array([self.rewards[name] for name in self.weights], dtype=np.float64)
+        total = np.nansum(rewards * np.array([*self.weights.values()])[:, None], axis=0)
+        return np.where(np.isnan(rewards).all(axis=0), np.nan, total)
 
 
 @dataclass(frozen=True)
@@ -62,9 +72,15 @@ class Watcher(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         generation: Generation,
+        metrics: MutableMapping[str, list[float]],
         **kwargs: Any,
     ) -> None:
-        """Images have been painted and rewarded; nothing has been trained on them yet."""
+        """
+        Images have been painted and rewarded; nothing has been trained on them yet.
+
+        Args:
+            metrics: name -> values that the next log averages. A watcher may add some, the same in all processes.
+        """
 
     def on_update(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, update: Update, **kwargs: Any

@@ -231,12 +231,12 @@ def merge(batches: Sequence[Generation]) -> Generation:
         thinking=[text for batch in batches for text in batch.thinking],
         images=[image for batch in batches for image in batch.images],
         rewards={name: [x for batch in batches for x in batch.rewards[name]] for name in batches[0].rewards},
+        weights=batches[0].weights,
         advantages=[x for batch in batches for x in batch.advantages],
         extra={
             name: [x for batch in batches for x in batch.extra.get(name, [None] * len(batch.prompts))]
             for name in sorted(names)
         },
-        reward=[x for batch in batches for x in batch.reward],
     )
 
 

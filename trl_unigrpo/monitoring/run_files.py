@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from .alarm import ALARMS_FILE
+
 
 FOLDER = "gallery"
-ALARMS = "alarms.jsonl"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _rank(sample: Sample) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class Alarm:
+class GivenAlarm:
     """
     A trust check that fired: at a step, about the samples of these indices of its generation batch.
 
@@ -105,7 +106,6 @@ class Run:
         info: of run.json; empty without one.
         metrics: one per log, each with "step".
         shown: generations in the order of their steps, training and evaluation.
-        alarms: None where no check wrote any file: the run was not watched, or nothing was found yet.
         finished: whether training came to its end.
         problems: what could not be read.
     """
@@ -114,7 +114,7 @@ class Run:
     info: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     shown: list[Shown] = field(default_factory=list)
-    alarms: list[Alarm] | None = None
+    alarms: list[GivenAlarm] = field(default_factory=list)
     finished: bool = False
     problems: list[str] = field(default_factory=list)
 
@@ -220,17 +220,14 @@ def read_run(folder: str | Path) -> Run:
             run.info = dict(json.loads(info.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             run.problems.append(f"{FOLDER}/run.json: {error}")
-    alarms = run.folder / ALARMS
-    if alarms.is_file():
-        run.alarms = []
-        for number, row in _json_lines(alarms, run.problems):
-            try:
-                name = row["alarm"] if "alarm" in row else row["name"]
-                indices = [int(i) for i in row.get("indices") or ()]
-                mode, stopped = str(row.get("mode", "train")), bool(row.get("stopped"))
-                run.alarms.append(Alarm(int(row["step"]), str(name), str(row["message"]), indices, mode, stopped))
-            except (KeyError, TypeError, ValueError) as error:
-                run.problems.append(f"{ALARMS}, line {number}: {type(error).__name__} {error}")
+    alarms = run.folder / ALARMS_FILE
+    for number, row in _json_lines(alarms, run.problems) if alarms.is_file() else ():
+        try:
+            indices = [int(i) for i in row["indices"]]
+            given = GivenAlarm(int(row["step"]), row["alarm"], row["message"], indices, row["mode"], row["stopped"])
+            run.alarms.append(given)
+        except (KeyError, TypeError, ValueError) as error:
+            run.problems.append(f"{ALARMS_FILE}, line {number}: {type(error).__name__} {error}")
     return run
 
 

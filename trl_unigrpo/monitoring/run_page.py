@@ -83,12 +83,12 @@ def _view(run: Run, budget: _Budget, rows: int, columns: int) -> dict[str, Any]:
 
 def trust(run: Run) -> dict[str, Any]:
     """What the macro `trusted` of run_parts.html.jinja says: the alarms, and what could not be read."""
-    alarms = run.alarms or []
+    alarms = run.alarms
     return {
         "alarms": alarms,
         "alarms_left_out": max(0, len(alarms) - ALARMS),
         "alarms_shown": alarms[-ALARMS:][::-1],
-        "watched": bool(run.info) or run.alarms is not None,
+        "watched": run.info.get("alarms", "off") != "off",
         "problems": run.problems[:10],
     }
 
@@ -163,7 +163,7 @@ def _generation(run: Run, shown: Shown, groups: int | None = None) -> dict[str, 
 
 
 def _sample(run: Run, shown: Shown, sample: Sample) -> dict[str, Any]:
-    alarms = [alarm for alarm in run.alarms or [] if (alarm.step, alarm.mode) == (shown.step, shown.mode)]
+    alarms = [alarm for alarm in run.alarms if (alarm.step, alarm.mode) == (shown.step, shown.mode)]
     return {
         "index": sample.index,
         "prompt": sample.prompt,
