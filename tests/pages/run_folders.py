@@ -34,7 +34,7 @@ def generation(prompts, group_size=4, mode="train", seed=0, side=64, rewards=Non
         prompts=[prompt for prompt in prompts for _ in range(group_size)],
         thinking=[f"<think>{prompts[i // group_size]} {i}</think>" for i in range(number)],
         images=[picture(side, seed * 1000 + i) for i in range(number)],
-        rewards={"judge": values, "words": [1.0] * number},
+        rewards={"judge": values, "words": [value * 0 + 1 for value in values]},
         advantages=[value - 0.5 for value in values],
         extra=extra or {},
         weights={"judge": 1.0, "words": 0.0},
@@ -45,7 +45,14 @@ def write_run(folder, steps=(0, 50, 100), prompts=HOSTILE, side=64, group_size=4
     """A finished run: logs, a generation at each of `steps`, and evaluations whose reward grows by `gain` each."""
     records = Records(folder, "first")
     records.info(
-        {"method": "UniGRPO", "model": "org/<b>model</b>", "max_steps": steps[-1], "alarms": "stop", "settings": {"a": 1}, **names}
+        {
+            "method": "UniGRPO",
+            "model": "org/<b>model</b>",
+            "max_steps": steps[-1],
+            "alarms": "stop",
+            "settings": {"a": 1},
+            **names,
+        }
     )
     records.add("start", 0)
     for number, step in enumerate(steps):

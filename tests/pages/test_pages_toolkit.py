@@ -2,7 +2,6 @@
 
 import base64
 import io
-import itertools
 import math
 import re
 from html.parser import HTMLParser
@@ -133,42 +132,47 @@ def test_a_data_uri_is_the_picture():
     assert head == "data:image/jpeg;base64" and base64.b64decode(data) == picture
 
 
-def polylines(svg):
-    return [
-        [tuple(map(float, point.split(","))) for point in points.split(" ")]
-        for points in re.findall(r'<polyline[^>]*points="([^"]*)"', svg)
-    ]
+def lines(svg):
+    """The curves of a chart, each a list of stretches of points."""
+    paths = re.findall(r'<path d="([^"]*)"[^>]*style="fill: none; stroke: var\(--c\d\)', svg)
+    stretches = [path.split("M")[1:] for path in paths]
+    return [[np.array(s.replace("L", " ").split(), dtype=float).reshape(-1, 2) for s in of] for of in stretches]
 
 
 def test_a_chart_puts_its_points_where_they_belong():
     svg = chart(Panel("t", [Curve("", [0, 10, 40], [1.0, 3.0, 2.0])]))
-    ((a, b, c),) = polylines(svg)
-    assert b[0] - a[0] == pytest.approx((c[0] - a[0]) / 4, abs=0.1)
-    assert a[1] - b[1] == pytest.approx(2 * (a[1] - c[1]), abs=0.2) and a[1] > c[1] > b[1]
-    labels = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]*)', svg)
-    for _, y, anchor, value in labels:
-        if anchor == "end":  # a label of the y axis stands at its value
-            assert float(y) - 3.5 == pytest.approx(a[1] - (float(value) - 1) / 2 * (a[1] - b[1]), abs=0.2)
+    (((a, b, c),),) = lines(svg)
+    assert b[0] - a[0] == pytest.approx((c[0] - a[0]) / 4) and a[1] - b[1] == pytest.approx(2 * (a[1] - c[1]))
+    assert a[1] > c[1] > b[1]
+    places = re.findall(r'<text style="[^"]*text-anchor: end[^"]*" x="[\d.]+" y="([\d.]+)"[^>]*>([\d.]+)<', svg)
+    assert len(places) > 2
+    below = [float(y) - (a[1] - (float(value) - 1) / 2 * (a[1] - b[1])) for y, value in places]
+    assert below == pytest.approx([below[0]] * len(below), abs=0.1)  # labels stand at their values, half a line lower
 
 
 def test_a_chart_leaves_out_what_is_not_finite():
-    svg = chart(Panel("t", [Curve("", [0, 1, 2, 3, 4], [1.0, 2.0, math.nan, 3.0, math.inf])]))
-    assert len(polylines(svg)) == 1 and svg.count("<circle") == 1
-    assert "nan" not in svg and "inf" not in svg
+    svg = chart(Panel("t", [Curve("", range(6), [1.0, 2.0, math.nan, 3.0, 4.0, math.inf])]))
+    assert [[len(stretch) for stretch in of] for of in lines(svg)] == [[2, 2]]
     assert chart(Panel("t", [Curve("", [0.0], [math.nan])])) == ""
 
 
 def test_a_flat_curve_and_a_single_point_are_drawn():
-    assert len(polylines(chart(Panel("t", [Curve("", [0, 1], [0.0, 0.0])])))) == 1
-    assert "<circle" in chart(Panel("t", [Curve("", [3], [5.0])]))
+    assert len(lines(chart(Panel("t", [Curve("", [0, 1], [0.0, 0.0])])))) == 1
+    assert "<use " in chart(Panel("t", [Curve("", [3], [5.0])]))
 
 
 def test_the_smooth_line_is_the_moving_mean():
     y = [0.0, 4.0, 2.0, 6.0, 4.0]
-    faint, smooth = polylines(chart(Panel("t", [Curve("", range(5), y, smooth=2)])))
-    between = [(a[1] + b[1]) / 2 for a, b in itertools.pairwise(faint)]
-    assert [p[1] for p in smooth] == pytest.approx(between, abs=0.1)
-    assert [p[0] for p in smooth] == [p[0] for p in faint[1:]]
+    (faint,), (smooth,) = lines(chart(Panel("t", [Curve("", range(5), y, smooth=2)])))
+    assert smooth[:, 1] == pytest.approx((faint[1:, 1] + faint[:-1, 1]) / 2)
+    assert smooth[:, 0] == pytest.approx(faint[1:, 0])
+
+
+def test_charts_of_a_page_share_no_names_and_have_its_colours():
+    first, second = (chart(Panel("t", [Curve("", [0, 1], [0.0, y])])) for y in (1.0, 2.0))
+    used = [set(re.findall(r'(?:url\(|href=")#(\w+)', svg)) for svg in (first, second)]
+    assert used[0] and not used[0] & used[1]
+    assert "#0000" not in first and "var(--line)" in first and "font-family" not in first
 
 
 def test_titles_of_charts_are_escaped():

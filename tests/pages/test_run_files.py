@@ -8,6 +8,7 @@ import pytest
 import torch
 from run_folders import generation, write_run
 
+from trl_unigrpo.monitoring.alarm import Alarm, append_alarm
 from trl_unigrpo.monitoring.gallery import choose, dataset_name
 from trl_unigrpo.monitoring.run_files import GivenAlarm, NoRunError, Records, newest_state, plain, read_run
 
@@ -101,10 +102,10 @@ def test_bad_lines_are_named_and_the_rest_is_read(tmp_path):
     del broken["samples"][0]["prompt"]
     lines[1:2] = [json.dumps(broken), "[1, 2]", '{"kind": "metrics"}', "\x00\x00"]
     file.write_text("\n".join(lines) + "\n")
-    (tmp_path / "alarms.jsonl").write_text(
-        '{"step": 3, "mode": "train", "alarm": "n", "message": "m", "indices": [1, 2], "values": {"x": 1}, "stopped": false}\n{"step": "?"}\n'
-        '{"step": 4, "mode": "eval", "alarm": "o", "message": "m", "indices": [], "stopped": true}\n'
-    )
+    append_alarm(tmp_path, 3, "train", Alarm("n", "m", {"x": 1}, (1, 2)), stopped=False)
+    with (tmp_path / "alarms.jsonl").open("a") as alarms:
+        alarms.write('{"step": "?"}\n')
+    append_alarm(tmp_path, 4, "eval", Alarm("o", "m"), stopped=True)
     (tmp_path / "gallery" / "run.json").write_text("{")
     run = read_run(tmp_path)
     assert [problem.split(":")[0] for problem in run.problems] == [

@@ -1,16 +1,22 @@
-"""Curves as small SVG charts that follow the page's colours, light or dark, and fit a phone."""
+"""Curves as small charts that follow the page's colours, light or dark, and fit a phone."""
 
+import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import matplotlib
 from markupsafe import Markup
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 
-WIDTH, HEIGHT = 320, 150
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 20
-COLOURS = 6  # classes c0 ... c5 of the base template
+SIZE = 3.3, 1.6  # inches
+FEW = 20  # points that are marked each
+# Colours that stand for the page's own, which it may change from light to dark.
+COLOURS = {f"#00000{i + 1}": f"var(--c{i})" for i in range(6)} | {"#00000a": "var(--soft)", "#00000b": "var(--line)"}
+CURVES, SOFT, LINE = list(COLOURS)[:6], "#00000a", "#00000b"
 
 
 @dataclass(frozen=True)
@@ -40,37 +46,32 @@ class Panel:
 
 
 def chart(panel: Panel) -> Markup:
-    """The panel as an SVG element with at most four ticks on each axis; empty without a finite point."""
-    points = [
-        (x, y) for c in panel.curves for x, y in zip(c.x, c.y, strict=True) if math.isfinite(x) and math.isfinite(y)
-    ]
-    if not points:
+    """The panel as an SVG element; empty without a finite point."""
+    drawn = [_finite(curve) for curve in panel.curves]
+    if not any(math.isfinite(y) for _, ys in drawn for y in ys):
         return Markup("")
-    x_low, x_high = _span([x for x, _ in points])
-    y_low, y_high = _span([y for _, y in points])
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        right = LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-        down = HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
-        return round(right, 1), round(down, 1)
-
-    parts = [
-        Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, panel.title)
-    ]
-    for value in _ticks(y_low, y_high):
-        _, y = place(x_low, value)
-        parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, y, y))
-        parts.append(Markup('<text x="{}" y="{}" text-anchor="end">{:.4g}</text>').format(LEFT - 5, y + 3.5, value))
-    for value in _ticks(x_low, x_high, whole=True):
-        x, _ = place(value, y_low)
-        parts.append(Markup('<text x="{}" y="{}" text-anchor="middle">{:.6g}</text>').format(x, HEIGHT - 4, value))
-    for i, curve in enumerate(panel.curves):
-        faint = curve.smooth > 1
-        parts += _lines([place(x, y) if math.isfinite(y) else None for x, y in _pairs(curve)], i, faint)
-        if faint:
-            xs, means = moving_mean(curve.x, curve.y, curve.smooth)
-            parts += _lines([place(x, y) for x, y in zip(xs, means, strict=True)], i, False)
-    return Markup("").join([*parts, Markup("</svg>")])
+    with matplotlib.rc_context({"svg.hashsalt": repr(panel), "svg.fonttype": "none", "font.size": 8}):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.subplots()
+        for i, (curve, (x, y)) in enumerate(zip(panel.curves, drawn, strict=True)):
+            colour = CURVES[i % len(CURVES)]
+            faint = {"alpha": 0.35, "linewidth": 0.8} if curve.smooth > 1 else {"linewidth": 1.4}
+            axes.plot(x, y, color=colour, marker="o" if len(x) < FEW else None, markersize=2.5, **faint)
+            if curve.smooth > 1:
+                axes.plot(*moving_mean(curve.x, curve.y, curve.smooth), color=colour, linewidth=1.4)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(color=LINE, linewidth=0.6)
+        axes.tick_params(length=0, labelcolor=SOFT)
+        axes.spines[:].set_visible(False)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = out.getvalue()
+    svg = re.sub("|".join(COLOURS), lambda found: COLOURS[found[0]], svg[svg.index("<svg") :])
+    svg = re.sub("<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font-family: [^;]*; ?", "", svg)  # the page's own
+    opening = Markup('<svg class="chart" role="img" aria-label="{}" ').format(panel.title)
+    return opening + Markup(re.sub(r'^<svg |(width|height)="[\d.]+pt" ', "", svg))
 
 
 def moving_mean(x: Sequence[float], y: Sequence[float], width: int) -> tuple[list[float], list[float]]:
@@ -81,37 +82,7 @@ def moving_mean(x: Sequence[float], y: Sequence[float], width: int) -> tuple[lis
     return [points[i - 1][0] for i in ends], [sum(b for _, b in points[i - width : i]) / width for i in ends]
 
 
-def _pairs(curve: Curve) -> list[tuple[float, float]]:
-    return list(zip(curve.x, curve.y, strict=True))
-
-
-def _span(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    if high > low:
-        return low, high
-    margin = abs(low) / 10
-    return (low - margin, high + margin) if low else (0.0, 1.0)
-
-
-def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    return [float(t) for t in MaxNLocator(4, integer=whole).tick_values(low, high) if low <= t <= high]
-
-
-def _lines(points: Sequence[tuple[float, float] | None], colour: int, faint: bool) -> list[Markup]:
-    """The points as polylines, one for each stretch without a gap; a point alone as a dot."""
-    kind = f"c{colour % COLOURS}" + (" faint" if faint else "")
-    stretches: list[list[tuple[float, float]]] = [[]]
-    for point in points:
-        if point is None:
-            stretches.append([])
-        else:
-            stretches[-1].append(point)
-    found = []
-    for stretch in filter(None, stretches):
-        if len(stretch) == 1:
-            x, y = stretch[0]
-            found.append(Markup('<circle class="{}" cx="{}" cy="{}" r="2.5"/>').format(kind, x, y))
-        else:
-            path = " ".join(f"{x:g},{y:g}" for x, y in stretch)
-            found.append(Markup('<polyline class="{}" points="{}"/>').format(kind, path))
-    return found
+def _finite(curve: Curve) -> tuple[list[float], list[float]]:
+    """Its points, those that are not finite as gaps."""
+    finite = [math.isfinite(a) and math.isfinite(b) for a, b in zip(curve.x, curve.y, strict=True)]
+    return list(curve.x), [y if ok else math.nan for y, ok in zip(curve.y, finite, strict=True)]
