@@ -116,7 +116,7 @@ def test_alarms_lead_the_page_and_mark_their_pictures(tmp_path):
     assert "images <dark> at step 50: half are black" in " ".join(text.split())
     assert text.count("⚠ images <dark>") == 1
     assert text.index("half are black") < text.index("Curves") and "No alarm" not in text
-    (tmp_path / "alarms.jsonl").write_text(json.dumps({**alarm, "mode": "eval", "stopped": True, "name": "x"}) + "\n")
+    (tmp_path / "alarms.jsonl").write_text(json.dumps({**alarm, "mode": "eval", "stopped": True, "alarm": "x"}) + "\n")
     text = Page(run_page(read_run(tmp_path))).text
     assert "x at step 50 (evaluation), where it stopped the run: half" in " ".join(text.split())
     assert text.count("⚠ x") == 1 and text.index("⚠ x") < text.index("Groups of one prompt")

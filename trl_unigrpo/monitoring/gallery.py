@@ -3,7 +3,7 @@
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Gallery(Watcher):
         state: TrainerState,
         control: TrainerControl,
         generation: Generation,
+        metrics: MutableMapping[str, list[float]],
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:

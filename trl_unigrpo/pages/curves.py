@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from markupsafe import Markup
@@ -55,8 +56,8 @@ def chart(panel: Panel) -> Markup:
         axes = figure.subplots()
         for i, (curve, (x, y)) in enumerate(zip(panel.curves, drawn, strict=True)):
             colour = CURVES[i % len(CURVES)]
-            faint = {"alpha": 0.35, "linewidth": 0.8} if curve.smooth > 1 else {"linewidth": 1.4}
-            axes.plot(x, y, color=colour, marker="o" if len(x) < FEW else None, markersize=2.5, **faint)
+            style: dict[str, Any] = {"alpha": 0.35, "linewidth": 0.8} if curve.smooth > 1 else {"linewidth": 1.4}
+            axes.plot(x, y, color=colour, marker="o" if len(x) < FEW else None, markersize=2.5, **style)
             if curve.smooth > 1:
                 axes.plot(*moving_mean(curve.x, curve.y, curve.smooth), color=colour, linewidth=1.4)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
