@@ -72,6 +72,14 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - started
 
 
+def machine() -> str:
+    """Name of the processor, where the system tells it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def measure(number: int, size: int, repeats: int) -> dict[str, float]:
     """Part -> median of its CPU seconds."""
     generations = [generation(number, size, seed) for seed in range(repeats)]
@@ -110,7 +118,7 @@ def main() -> None:
     result = {
         "date": date.today().isoformat(),
         "command": " ".join(["python", "benchmarks/monitoring.py", *sys.argv[1:]]),
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("numpy", "pillow")},
         "pictures": arguments.pictures,

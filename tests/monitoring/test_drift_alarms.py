@@ -63,6 +63,18 @@ def test_sound_pictures_of_ever_new_prompts_give_no_alarm(prompts):
         assert watch(lambda values, rollout, random: values, 60 if prompts < 12 else 25, prompts, seed=seed) == {}
 
 
+def test_prompts_of_other_light_are_no_drift():
+    # Night and day by chance: means of eight prompts differ by more than an alarm takes, but not by more than chance.
+    tones = np.random.default_rng(1).choice([0.2, 1.8], 300)
+    assert watch(lambda values, rollout, random: values * tones[rollout], 120, prompts=1) == {}
+
+
+def test_a_change_that_nobody_sees_is_no_drift():
+    scene = picture(np.random.default_rng(0))
+    found = watch(lambda values, rollout, random: scene * (0.97 if rollout > 20 else 1.0) + random.normal(), 40)
+    assert found == {}
+
+
 @pytest.mark.parametrize("prompts", [1, 4])
 def test_pictures_that_darken_and_lose_detail_are_seen_early(prompts):
     found = watch(lambda values, rollout, random: hacked(values, rollout / 100), 60, prompts)

@@ -15,7 +15,7 @@ def gray(values):
 
 
 def test_shares_of_dark_and_bright():
-    values = np.full((512, 512), 128)
+    values = np.full((512, 512), 100)
     values[:128] = 40  # a quarter of the rows below 63.75
     values[-64:] = 200  # an eighth above 191.25
     found = image_statistics(gray(values))
@@ -28,6 +28,8 @@ def test_entropy_of_colours_that_are_known():
     colors = [(r, g, b) for r in (16, 240) for g in (16, 240) for b in (16, 240)]
     blocks = np.array(colors, dtype=np.uint8).reshape(2, 4, 3).repeat(256, 0).repeat(128, 1)
     assert image_statistics(Image.fromarray(blocks)).color_entropy == pytest.approx(3)
+    steps = np.arange(16, 256, 32).repeat(64)  # one grey of each of the eight steps
+    assert image_statistics(gray(np.tile(steps, (512, 1)))).color_entropy == pytest.approx(3)
     seven_eighths = np.zeros((512, 512, 3), dtype=np.uint8)
     seven_eighths[:64] = 255
     expected = -(7 / 8 * math.log2(7 / 8) + 1 / 8 * math.log2(1 / 8))
@@ -90,3 +92,5 @@ def test_twins_are_copies_and_not_relatives():
     own, across = near_twins(thumbnails, [0, 1, 2, 3, 4, 5, 0, 7, 5])
     assert own.tolist() == [True, False, False, False, False, False, True, False, False]
     assert across.tolist() == [False, True, False, False, False, False, False, True, False]
+    grays = np.stack([image_statistics(gray(np.full((64, 64), value))).thumbnail for value in (100, 104, 110)])
+    assert near_twins(grays, [0, 0, 0])[0].tolist() == [True, True, False]
