@@ -265,7 +265,7 @@ class UniGRPOTrainer(GRPOTrainer):
             self._records, images = self._paint(conditioning)
         metrics = self._metrics["train" if self.model.training else "eval"]
         number = len(images) * self.accelerator.num_processes
-        metrics["images/per_second"].append(number / metrics["time/paint"][-1])
+        metrics["time/images_per_second"].append(number / metrics["time/paint"][-1])
         extra_fields["images"] = images  # becomes an argument of every reward function
         return outputs
 

@@ -70,7 +70,7 @@ def test_times_of_a_step(make_trainer):
     trainer.train()
     first, second = trainer.state.log_history[:2]
     assert 0.3 <= first["time/reward"] < 0.4 and first["time/paint"] >= 0.2
-    assert first["images/per_second"] == pytest.approx(8 / first["time/paint"])
+    assert first["time/images_per_second"] == pytest.approx(8 / first["time/paint"])
     parts = ("think", "paint", "reward", "old_and_reference", "update")
     assert sum(first[f"time/{part}"] for part in parts) == pytest.approx(first["step_time"], rel=0.25)
     assert second["time/update"] < first["step_time"] - 0.5 and "time/reward" not in second

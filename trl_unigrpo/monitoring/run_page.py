@@ -98,7 +98,7 @@ LATEST = (
     "flow/velocity_mse",
     "flow/clip_frac",
     "images/diversity",
-    "images/per_second",
+    "time/images_per_second",
     "step_time",
     "reward/frac_none",
 )
