@@ -96,6 +96,8 @@ def random_trainer(load: Workload, device: torch.device, folder: str) -> UniGRPO
         flow_regularizer="velocity_mse" if load.reference else "none",
         gradient_checkpointing=load.gradient_checkpointing,
         trust_checks="off",  # random weights prove nothing
+        alarms="off",
+        gallery_steps=0,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

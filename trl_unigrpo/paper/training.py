@@ -118,6 +118,8 @@ def configuration(method: str) -> type:
 def trainer_arguments(system: System, settings: Settings, output_dir: str, seed: int) -> Any:
     """The configuration of a run. Raises a ValueError for settings that the trainer doesn't know or refuses."""
     known = {name: value for name, value in settings.items() if name not in NO_SETTING_OF[system.method]}
+    if system.method == "unigrpo":  # all see as many pictures, whatever becomes of them
+        known |= {"alarms": "off", "gallery_steps": 0}
     try:
         return configuration(system.method)(output_dir=output_dir, seed=seed, disable_tqdm=True, **known)
     except (TypeError, ValueError) as error:
