@@ -142,10 +142,10 @@ def _dtype_problem(records: Sequence[FlowRecord]) -> str | None:
 
 
 def _noise(records: Sequence[FlowRecord], transition: Callable[[States], Transition]) -> Tensor:
-    """(N, K, n) the noise of the recorded steps, of at most 1024 numbers each: eps = (x_next - a x - b v) / std."""
+    """(N, K, n) the noise of the recorded steps, of at most 8192 numbers each: eps = (x_next - a x - b v) / std."""
 
     def some(name: str) -> Tensor:
-        return torch.stack([getattr(record, name).flatten(1)[:, :1024] for record in records]).double().cpu()
+        return torch.stack([getattr(record, name).flatten(1)[:, :8192] for record in records]).double().cpu()
 
     times = (torch.stack([getattr(r, name) for r in records]).cpu() for name in ("timesteps", "next_timesteps"))
     states = States(some("latents"), some("next_latents"), some("velocities"), *times)
