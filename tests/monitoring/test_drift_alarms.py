@@ -161,6 +161,16 @@ def test_datasets_of_evaluation_are_told_apart():
     assert all(change.now - change.before == pytest.approx(0.03, abs=0.01) for change in watching.evaluated.values())
 
 
+@pytest.mark.parametrize(("slope", "stalls"), [(0.0, True), (-0.001, True), (0.01, False)])
+def test_a_reward_that_does_not_rise_is_said_after_a_hundred_generations(slope, stalls):
+    random, watching, steps = np.random.default_rng(0), RewardWatch(), []
+    for step in range(101):
+        values = (slope * step + random.normal(0, 0.5, 32)).tolist()
+        alarms = watching.look(generation({"a": values}, {"a": 1.0}))
+        steps += [step] * any(alarm.name == "reward/stalled" for alarm in alarms)
+    assert steps == ([99, 100] if stalls else [])
+
+
 def test_a_reward_that_rises_in_training_alone_is_said():
     random, watching, alarms = np.random.default_rng(0), RewardWatch(), []
     easy = random.uniform(0, 1, 32)

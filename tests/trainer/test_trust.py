@@ -1,13 +1,17 @@
 """The start-up checks, each on a run that is broken on purpose."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_unified import tiny_bagel
 
+from trl_unigrpo.flow import flow_timesteps
+from trl_unigrpo.image_objectives import FlowGRPO
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.monitoring.trust import TrustChecks, TrustError
+from trl_unigrpo.rollout import RolloutPlan, sample_latents
 
 
 class RoundedRecords(BagelForUnifiedGeneration):
@@ -100,6 +104,23 @@ def test_regulariser_without_gradient_is_found(make_trainer):
     trainer._objective.regularizer = torch.no_grad()(trainer._objective.regularizer)
     with pytest.raises(TrustError, match="regulariser has no gradient"):
         trainer.train()
+
+
+def test_one_step_more_or_less_than_the_paper_s_25_is_found():
+    # verl-omni#279 at a real size: only the first step's noise differs, by 4 %.
+    plan = RolloutPlan(flow_timesteps(25, 3), (512, 512), torch.tensor([0, 1, 2]))
+    generators = [torch.Generator().manual_seed(seed) for seed in range(24)]
+    records = sample_latents(lambda x, t: -x, (64, 128), plan, generators, [None] * 24)
+
+    def check(num_inference_steps):
+        args = SimpleNamespace(num_inference_steps=num_inference_steps, timestep_shift=3, sde_type="sde")
+        args.noise_level = 0.8
+        TrustChecks("raise").records(records, 24, True, FlowGRPO(args, 1e-6).transition)
+
+    check(25)
+    for steps in (24, 26):
+        with pytest.raises(TrustError, match="times the power.*num_inference_steps"):
+            check(steps)
 
 
 def test_windows_of_processes_are_compared():
