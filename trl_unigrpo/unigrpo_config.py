@@ -61,6 +61,7 @@ _CHOICES = {
     "flow_old_source": ("recompute", "rollout"),
     "flow_context_grad": ("detach", "full"),
     "trust_checks": ("raise", "warn", "off"),
+    "alarms": ("stop", "warn", "off"),
 }
 
 _EPSILON = {"flow_grpo": 1e-6, "fpo": 1e-4, "awm": 1e-4, "nft": 1e-6}
@@ -176,6 +177,10 @@ class UniGRPOConfig(GRPOConfig):
         trust_checks (`str`, *optional*, defaults to `"raise"`):
             If a start-up check fails (rollout and training velocities differ, noise repeats in a group, ...):
             `"raise"`, `"warn"`, or `"off"`.
+        alarms (`str`, *optional*, defaults to `"stop"`):
+            What watches the whole run: drifting pictures, failing rewards, thinkings that repeat themselves, updates
+            that grow. `"stop"` warns, and for the last of these saves a checkpoint and stops; `"warn"` only warns;
+            `"off"` measures nothing.
         log_completions_images (`bool`, *optional*, defaults to `True`):
             With `log_completions`, also write the images to parquet files beside TRL's.
         gallery_steps (`int`, *optional*, defaults to `50`):
@@ -329,6 +334,10 @@ class UniGRPOConfig(GRPOConfig):
     trust_checks: str = field(
         default="raise",
         metadata={"help": "If a start-up check fails: 'raise', 'warn' or 'off'."},
+    )
+    alarms: str = field(
+        default="stop",
+        metadata={"help": "While training: 'stop' (updates that grow end the run), 'warn' or 'off'."},
     )
     log_completions_images: bool = field(
         default=True,

@@ -44,6 +44,7 @@ from .model_card import rewrite_card
 from .models.auto import unified_model
 from .models.quantization import keep_trainable_layout
 from .models.unified import Conditioning, FlowInputs, UnifiedModelMixin
+from .monitoring.alarms import default_alarms
 from .monitoring.events import Generation, Update, Watcher
 from .monitoring.expected import ExpectedCost
 from .monitoring.gallery import Gallery
@@ -191,7 +192,7 @@ class UniGRPOTrainer(GRPOTrainer):
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
             reward_processing_classes=reward_processing_classes,
-            callbacks=[*(callbacks or []), Gallery(), SaveOnSignal(), ExpectedCost()],
+            callbacks=[*(callbacks or []), *default_alarms(args.alarms), Gallery(), SaveOnSignal(), ExpectedCost()],
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=target_experts(peft_config, base, self._trains),
@@ -251,6 +252,7 @@ class UniGRPOTrainer(GRPOTrainer):
     # 2. Images
 
     def _generate(self, prompts: list[Any]) -> Any:
+        self._trust.sampling(self.generation_config, self.temperature)
         with self._phases("think"):
             outputs = super()._generate(prompts)
         prompt_ids, completion_ids, extra_fields = generation_fields(outputs)
@@ -305,7 +307,8 @@ class UniGRPOTrainer(GRPOTrainer):
         if trains:
             records = self._objective.states(records, generators)
             one_window = stochastic and args.sde_window_scope == "generation"
-            self._trust.records(records, self.num_generations, one_window)
+            noise = self._objective.transition if stochastic else None
+            self._trust.records(records, self.num_generations, one_window, noise)
             if one_window:
                 window = records[0].timesteps[None].to(self.accelerator.device)
                 self._trust.windows(self.accelerator.gather(window))
@@ -394,7 +397,8 @@ class UniGRPOTrainer(GRPOTrainer):
                 self._images.extend(images)
                 if self.log_multimodal:
                     self._logs["images"].extend([image] for image in images)
-            self._tell("on_generation", generation=self._observed(mode, images, outputs["advantages"]))
+            observed = self._observed(mode, images, outputs["advantages"])
+            self._tell("on_generation", generation=observed, metrics=self._metrics[mode])
         if mode == "eval" or not self._trains["image"]:
             return outputs
         outputs["flow_records"] = records
@@ -437,6 +441,13 @@ class UniGRPOTrainer(GRPOTrainer):
             thinking=[row["thinking"] for row in rows],
             images=images,
             rewards={name: rewards[:, i].tolist() for i, name in enumerate(self.reward_func_names)},
+            weights={
+                name: weight
+                for name, weight, process in zip(
+                    self.reward_func_names, self.reward_weights.tolist(), self._is_process.tolist(), strict=True
+                )
+                if not process
+            },
             advantages=self.accelerator.gather(advantages).tolist(),
             extra={name: [row["extra"].get(name) for row in rows] for name in columns},
             reward=weighted.tolist(),

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from peft import LoraConfig
+from test_alarms import DIVERGING, alarms_of
 from test_passes import assert_same_update
 from tiny_unified import FixedTexts, build_trainer, redness, tiny_bagel, weights
 
+from trl_unigrpo.monitoring.alarm import read_alarms
 from trl_unigrpo.rewards import thinking_reward
 
 
@@ -56,6 +58,14 @@ def run(folder, case, per_device_train_batch_size):
     return trainer, before, weights(trainer.model)
 
 
+def diverge(folder, per_device_train_batch_size):
+    """A run that the tripwire stops."""
+    trainer = build_trainer(folder, per_device_train_batch_size=per_device_train_batch_size, **DIVERGING)
+    trainer.train()
+    memory = alarms_of(trainer).state()["attributes"]["memory"]
+    return {"step": trainer.state.global_step, "memory": memory, "log": trainer.state.log_history[0]}
+
+
 def worker(rank, port, folder):
     import os
 
@@ -69,6 +79,7 @@ def worker(rank, port, folder):
         windows = [r.timesteps for batch in trainer._buffered_inputs for r in batch.get("flow_records", [])]
         prompts = [batch["prompt_ids"] for batch in trainer._buffered_inputs]
         results[case] = {"weights": after, "windows": windows, "prompts": prompts, "log": trainer.state.log_history}
+    results["diverging"] = diverge(f"{folder}/diverging", 2)
     torch.save(results, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -109,3 +120,15 @@ def test_each_process_saves_its_own_rollouts(two_processes):
     for case in ("full", "lora"):
         names = {file.name for file in (folder / case / "checkpoint-3").glob("rollouts_*")}
         assert names == {"rollouts_0.pt", "rollouts_1.pt"}
+
+
+def test_processes_stop_together_and_know_the_same(two_processes, tmp_path):
+    folder, (first, second) = two_processes
+    one, two = diverge(tmp_path, 4), first["diverging"]
+    assert two["step"] == second["diverging"]["step"] == one["step"] < 25
+    assert two["memory"] == second["diverging"]["memory"]
+    for name, shift in one["memory"]["images"]["shifts"].items():
+        assert two["memory"]["images"]["shifts"][name]["first"] == pytest.approx(shift["first"], abs=1e-3), name
+    assert second["diverging"]["log"]["images/noise"] == pytest.approx(one["log"]["images/noise"], rel=1e-3)
+    assert (folder / "diverging" / f"checkpoint-{one['step']}" / "model.safetensors").is_file()
+    assert len(read_alarms(folder / "diverging")) == len(read_alarms(tmp_path)) == 1  # not one of each process

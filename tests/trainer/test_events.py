@@ -51,7 +51,7 @@ def test_a_generation_holds_what_the_rewards_saw(make_trainer):
         assert isinstance(found, Generation) and list(found.prompts) == prompts and list(found.thinking) == completions
         assert all(a is b for a, b in zip(found.images, images, strict=True))
         assert math.isnan(found.rewards["by_place"][0])
-        # A sample that one function failed on counts for none; a group (here of one) without any is another case.
+        # A sample that one function failed on counts for none; a group (here of one) without a score is another case.
         assert math.isnan(found.rewards["constant"][0]) == (found.mode == "train")
         assert found.rewards["by_place"][1:] == [float(i) for i in range(1, n)]
         assert found.extra["answer"] == [f"{text} {i}" for i, text in enumerate(completions)]

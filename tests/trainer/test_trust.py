@@ -83,7 +83,7 @@ def test_broken_run_goes_on_where_told_to(make_trainer, cls, message):
 def test_sound_run_passes_and_each_check_runs_once(make_trainer):
     trainer = make_trainer()
     trainer.train()
-    assert trainer._trust._done == {"weights", "records", "windows", "velocities", "regularizer"}
+    assert trainer._trust._done == {"weights", "sampling", "records", "windows", "velocities", "regularizer"}
 
 
 def test_dropout_is_found(make_trainer):

@@ -47,6 +47,7 @@ def describe(model: Any, args: TrainingArguments, state: TrainerState) -> dict[s
         "model": model_name(model),
         "trained": trained_parameters(model),
         "max_steps": state.max_steps,
+        "alarms": getattr(args, "alarms", "off"),
         "settings": {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)},
         "versions": {"trl-unigrpo": __version__, **{package: version(package) for package in PACKAGES}},
     }

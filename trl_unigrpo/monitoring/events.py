@@ -1,7 +1,7 @@
 """What a run tells those who watch it, beside the events of `transformers.TrainerCallback`."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -23,6 +23,7 @@ class Generation:
         advantages: N, of the image's rewards.
         extra: column -> N values that reward functions logged, such as a judge's answers.
         reward: N, the weighted sum of the image's rewards that the advantages come from, NaN where there is none.
+        weights: function that judges images -> what it counts in the reward; one of weight 0 is a held-out score.
     """
 
     mode: str
@@ -34,6 +35,7 @@ class Generation:
     advantages: Sequence[float]
     extra: Mapping[str, Sequence[Any]]
     reward: Sequence[float] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,15 @@ class Watcher(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         generation: Generation,
+        metrics: MutableMapping[str, list[float]],
         **kwargs: Any,
     ) -> None:
-        """Images have been painted and rewarded; nothing has been trained on them yet."""
+        """
+        Images have been painted and rewarded; nothing has been trained on them yet.
+
+        Args:
+            metrics: name -> values that the next log averages. A watcher may add some, the same in all processes.
+        """
 
     def on_update(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, update: Update, **kwargs: Any

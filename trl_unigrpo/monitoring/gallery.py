@@ -3,7 +3,7 @@
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,18 +65,18 @@ class Gallery(Watcher):
         state: TrainerState,
         control: TrainerControl,
         generation: Generation,
+        metrics: MutableMapping[str, list[float]],
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
+        if getattr(args, "gallery_steps", 0) > 0 and generation.group_size > 1:
+            metrics["images/diversity"].append(diversity(generation.images, generation.group_size))
         if not self._writes(args, state):
             return
         self._callbacks = callbacks
         if generation.mode == "eval":
             self._evaluated.append(self._few_images(generation))
             return
-        records, step = self._open(args), state.global_step
-        spread = diversity(generation.images, generation.group_size)
-        self._worker.do(lambda: records.add("metrics", step, values={"images/diversity": spread}))
         if self._due(args, state):
             self._show(args, state, generation, "")
 

@@ -88,7 +88,7 @@ def trust(run: Run) -> dict[str, Any]:
         "alarms": alarms,
         "alarms_left_out": max(0, len(alarms) - ALARMS),
         "alarms_shown": alarms[-ALARMS:][::-1],
-        "watched": bool(run.info) or run.alarms is not None,
+        "watched": run.info.get("alarms", "off") != "off" or run.alarms is not None,
         "problems": run.problems[:10],
     }
 

@@ -2,12 +2,15 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..flow import Transition
+from ..flow.transition import expand_left
+from ..image_objectives import States
 from ..rollout import FlowRecord
 
 
@@ -50,14 +53,44 @@ class TrustChecks:
                 "adapters."
             )
 
-    def records(self, records: Sequence[FlowRecord], group_size: int, one_window: bool) -> None:
-        """States in float32, noise of its own for each sample of a group, and one window if there should be one."""
+    def records(
+        self,
+        records: Sequence[FlowRecord],
+        group_size: int,
+        one_window: bool,
+        transition: Callable[[States], Transition] | None = None,
+    ) -> None:
+        """
+        States in float32; and, in every generation, one window if there should be one, and noise of its own for each
+        sample of a group, as strong as the update takes it to be.
+
+        Args:
+            transition: of the update, where steps are noisy.
+        """
         if self._first("records"):
-            self._report(_dtype_problem(records) or _noise_problem(records, group_size))
-            if one_window and any(not torch.equal(r.timesteps, records[0].timesteps) for r in records):
+            self._report(_dtype_problem(records))
+        if self.mode != "off" and transition is not None:
+            self._report(_noise_problem(_noise(records, transition), group_size))
+        if self.mode != "off" and one_window:
+            if any(not torch.equal(r.timesteps, records[0].timesteps) for r in records):
                 self._report(
                     "images of one generation have different SDE windows. Rewards would compare unequal noise."
                 )
+
+    def sampling(self, config: Any, temperature: float) -> None:
+        """
+        Thinkings are sampled as their log-probs are computed.
+
+        Args:
+            config: the sampler's, transformers' `GenerationConfig`.
+            temperature: that logits are divided by in training.
+        """
+        if self._first("sampling") and not (config.do_sample and math.isclose(config.temperature, temperature)):
+            sampled = f"at temperature {config.temperature}" if config.do_sample else "greedily"
+            self._report(
+                f"thinkings are sampled {sampled}, but trained on at temperature {temperature}: every ratio would be "
+                "biased. Set `temperature` in the configuration, and nowhere else."
+            )
 
     def windows(self, starts: Tensor) -> None:
         """`starts` (P, K): the window of each process, which must be one."""
@@ -108,9 +141,30 @@ def _dtype_problem(records: Sequence[FlowRecord]) -> str | None:
     return None
 
 
-def _noise_problem(records: Sequence[FlowRecord], group_size: int) -> str | None:
-    for start in range(0, len(records), group_size):
-        group = torch.stack([r.next_latents.flatten() for r in records[start : start + group_size]])
-        if len(torch.unique(group, dim=0)) < len(group):
+def _noise(records: Sequence[FlowRecord], transition: Callable[[States], Transition]) -> Tensor:
+    """(N, K, n) the noise of the recorded steps, of at most 1024 numbers each: eps = (x_next - a x - b v) / std."""
+
+    def some(name: str) -> Tensor:
+        return torch.stack([getattr(record, name).flatten(1)[:, :1024] for record in records]).double().cpu()
+
+    times = (torch.stack([getattr(r, name) for r in records]).cpu() for name in ("timesteps", "next_timesteps"))
+    states = States(some("latents"), some("next_latents"), some("velocities"), *times)
+    a, b, std = (expand_left(x, states.latents) for x in transition(states))
+    return (states.next_latents - a * states.latents - b * states.velocities) / std
+
+
+def _noise_problem(noise: Tensor, group_size: int) -> str | None:
+    for group in noise.flatten(1).split(group_size):
+        distances = torch.cdist(group, group).square() / group.shape[1]  # 2 for independent noise
+        if (distances + 2 * torch.eye(len(group)) < 0.01).any():
             return "samples of one group share their noise: their rewards can't differ. Seed each sample on its own."
+    for part in (noise, *noise.unbind(1)):  # all steps, and each of them
+        power = float(part.square().mean())
+        if abs(power - 1) <= 6 * math.sqrt(2 / part.numel()) + 0.001:
+            continue
+        return (
+            f"the noise of the recorded states has {power:.3g} times the power that the update takes it to have: that "
+            "biases every ratio. Sampler and update must have the same num_inference_steps, schedule, sde_type and "
+            "noise_level."
+        )
     return None

@@ -1,0 +1,191 @@
+"""Alarms: a callback that watches a whole run for what has ruined public ones, and says what to do."""
+
+import logging
+import math
+from collections.abc import MutableMapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from ..experts import clip_by_expert
+from ..models.auto import unified_model
+from .alarm import Alarm, append_alarm, forget_alarms
+from .events import Generation, Update, Watcher
+from .image_alarms import ImageWatch
+from .image_statistics import image_statistics
+from .memory import revive
+from .reward_alarms import RewardWatch
+from .thinking_alarms import ThinkingWatch, plain_text, repetition
+from .tripwire import NOT_FINITE, Tripwire
+
+
+logger = logging.getLogger(__name__)
+
+COOL_DOWN = 50
+"""Optimizer steps for which an alarm that was given is not given again."""
+
+
+def default_alarms(mode: str) -> list["Alarms"]:
+    """The alarms of a run, by its `alarms`."""
+    return [] if mode == "off" else [Alarms(mode)]
+
+
+class Alarms(Watcher, ExportableState):
+    """
+    Watches updates, pictures, rewards and thinkings. An alarm is a line in the log and in `alarms.jsonl` in the output
+    folder (see [`append_alarm`]).
+
+    What it knows of the start of the run is saved in the checkpoint's `trainer_state.json` and comes back on resuming.
+
+    Args:
+        mode: "stop", or "warn" to go on whatever happens.
+    """
+
+    def __init__(self, mode: str = "stop"):
+        self.mode = mode
+        self._remember({})
+        self._updates_told = 0
+
+    # What survives a checkpoint
+
+    def _remember(self, memory: dict[str, Any]) -> None:
+        self._tripwire = revive(Tripwire, memory.get("tripwire", {}))
+        self._images = revive(ImageWatch, memory.get("images", {}))
+        self._rewards = revive(RewardWatch, memory.get("rewards", {}))
+        self._thinking = revive(ThinkingWatch, memory.get("thinking", {}))
+        self._said: dict[str, int] = dict(memory.get("said", {}))  # alarm -> step
+        self._signal: float = memory.get("signal", 1.0)  # root mean square of the advantages that are trained on
+
+    def state(self) -> dict[str, Any]:
+        memory = {
+            "tripwire": asdict(self._tripwire),
+            "images": asdict(self._images),
+            "rewards": asdict(self._rewards),
+            "thinking": asdict(self._thinking),
+            "said": dict(self._said),
+            "signal": self._signal,
+        }
+        return {"args": {"mode": self.mode}, "attributes": {"memory": memory}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Trainer restores callbacks only if told to, and fails to save one that the checkpoint did not have.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self._remember(saved["attributes"]["memory"] if state.global_step else {})
+        if state.is_world_process_zero:
+            forget_alarms(args.output_dir, state.global_step)
+
+    # What it sees
+
+    def on_generation(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        generation: Generation,
+        metrics: MutableMapping[str, list[float]],
+        **kwargs: Any,
+    ) -> None:
+        texts = [plain_text(thinking) for thinking in generation.thinking]
+        repeated = np.array([repetition(text) for text in texts])
+        trains, prompts = generation.mode == "train", list(map(str, generation.prompts))
+        images = self._images.statistics(_shared_statistics(args, generation), prompts, trains)
+        for name, values in {**images, "thinking/repetition": repeated}.items():
+            metrics[name] = [*metrics.get(name, []), float(values.mean())]
+        if not trains:
+            self._rewards.evaluate(generation)
+            return
+        self._signal = math.sqrt(float(np.square(generation.advantages).mean()))
+        clipped = metrics["completions/clipped_ratio"][-1] if "completions/clipped_ratio" in metrics else None
+        found = [
+            *self._images.look(images, generation.group_size),
+            *self._rewards.look(generation),
+            *self._thinking.look(texts, repeated, generation.group_size, clipped),
+        ]
+        self._give(found, args, state, control)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._give(self._rewards.evaluation_ends(), args, state, control, mode="eval")
+
+    def on_update(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        update: Update,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._updates_told = state.global_step + 1
+        found = self._tripwire.update(update, self._signal, scaled=args.fp16)
+        if any(alarm.name == NOT_FINITE for alarm in found):
+            model.zero_grad(set_to_none=True)  # optimizers skip what has none, momentum and weight decay included
+        self._give(found, args, state, control)
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._updates_told <= state.global_step and not args.fp16:  # nobody clipped: max_grad_norm is 0
+            norms = clip_by_expert(unified_model(model), model, math.inf)
+            update = Update({name: norm.item() for name, norm in norms.items()}, {})
+            self.on_update(args, state, control, update=update, model=model)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if optimizer is not None:
+            rates = {group.get("name"): float(group["lr"]) for group in optimizer.param_groups}
+            self._tripwire.stepped(rates.get("image", max(rates.values())), self._signal)
+
+    # What it says
+
+    def _give(
+        self,
+        found: list[Alarm],
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        mode: str = "train",
+    ) -> None:
+        for alarm in found:
+            stops = alarm.stops and self.mode == "stop"
+            if not stops and state.global_step < self._said.get(alarm.name, -COOL_DOWN) + COOL_DOWN:
+                continue
+            self._said[alarm.name] = state.global_step
+            if stops:
+                control.should_training_stop = True
+                control.should_save = args.save_strategy != "no"
+            if state.is_world_process_zero:
+                append_alarm(args.output_dir, state.global_step, mode, alarm, stops)
+                logger.warning("Step %d, %s%s", state.global_step, alarm, _stopping(args) if stops else "")
+
+
+def _stopping(args: TrainingArguments) -> str:
+    if args.save_strategy == "no":
+        return " The run stops here, without a checkpoint, as save_strategy is 'no'."
+    return " A checkpoint is saved and the run stops here."
+
+
+def _shared_statistics(args: TrainingArguments, generation: Generation) -> list[Any]:
+    """Statistics of all images, of which each process measures its part."""
+    size = -(-len(generation.images) // args.world_size)
+    part = generation.images[args.process_index * size :][:size]
+    return gather_object([image_statistics(image) for image in part])

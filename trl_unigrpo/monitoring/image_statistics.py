@@ -1,0 +1,120 @@
+"""What pictures look like, in a few numbers: those that reward hacking moved in public runs.
+
+Shapes: N pictures.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+WORKING_SIDE = 128
+"""Pixels of the shorter side of the copy that all but the noise is measured on: averages of blocks, so that shares,
+colours and edges stay what they are, at a sixteenth of the time for 512 pixels."""
+NOISE_SIDE = 512
+"""Noise is measured on the pixels themselves, as blocks would average it away: this many a side, in the middle."""
+THUMBNAIL_SIDE = 8
+DARK, BRIGHT = 0.25, 0.75
+EDGE = 0.1
+TWIN_DISTANCE = 5 / 255
+
+
+@dataclass(frozen=True)
+class ImageStatistics:
+    """
+    Of one picture, whose values go from 0 (black) to 1 (white).
+
+    Attributes:
+        dark_share: share of pixels darker than a quarter, in [0, 1].
+        bright_share: share of pixels brighter than three quarters, in [0, 1].
+        color_entropy: bits of the histogram of 8 x 8 x 8 colours, in [0, 9].
+        edge_density: share of pixels at which brightness changes by more than 0.1, in [0, 1].
+        noise: standard deviation of the noise, by Immerkaer's estimate.
+        thumbnail: (192,) colours of 8 x 8 blocks.
+    """
+
+    dark_share: float
+    bright_share: float
+    color_entropy: float
+    edge_density: float
+    noise: float
+    thumbnail: FloatArray
+
+
+def image_statistics(image: Image.Image) -> ImageStatistics:
+    """Measure a picture of any size and mode; parts that are transparent count as they are stored."""
+    rgb = image.convert("RGB")
+    small = rgb.reduce(max(1, min(rgb.size) // WORKING_SIDE))
+    colors = np.asarray(small)
+    luma = np.asarray(small.convert("L"), dtype=np.float64) / 255
+    thumbnail = small.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
+    return ImageStatistics(
+        dark_share=float((luma < DARK).mean()),
+        bright_share=float((luma > BRIGHT).mean()),
+        color_entropy=_color_entropy(colors),
+        edge_density=_edge_density(luma),
+        noise=noise_residual(rgb),
+        thumbnail=np.asarray(thumbnail, dtype=np.float64).flatten() / 255,
+    )
+
+
+def _color_entropy(colors: NDArray[np.uint8]) -> float:
+    red, green, blue = np.moveaxis(colors >> 5, -1, 0).astype(np.int64)
+    counts = np.bincount((red << 6 | green << 3 | blue).ravel())
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log2(share)).sum()) + 0.0
+
+
+def _edge_density(luma: FloatArray) -> float:
+    """Of the changes to the right and downwards, where both neighbours exist."""
+    if min(luma.shape) < 2:
+        return 0.0
+    right, down = np.diff(luma, axis=1)[:-1], np.diff(luma, axis=0)[:, :-1]
+    return float((right**2 + down**2 > EDGE**2).mean())
+
+
+def noise_residual(image: Image.Image) -> float:
+    """
+    Standard deviation of the noise of a picture, in [0, 1]: what second differences across and along leave of it.
+
+        sigma = sqrt(pi / 2) / 6 * mean |L|,   L = picture convolved with [1 -2 1]^T [1 -2 1]
+
+    L has no answer to flat areas, slopes and straight edges along an axis, and sum of squares 36. Exact for white
+    Gaussian noise; noise of high frequency ("blue") counts more. Other edges and fine texture count too, so that it
+    says something only beside the same model's earlier pictures. Source: J. Immerkaer, Fast noise variance estimation,
+    Computer Vision and Image Understanding 64 (1996).
+    """
+    width, height = image.size
+    left, top = max(0, width - NOISE_SIDE) // 2, max(0, height - NOISE_SIDE) // 2
+    pixels = image.crop((left, top, min(width, left + NOISE_SIDE), min(height, top + NOISE_SIDE))).convert("L")
+    values = np.asarray(pixels, dtype=np.int16)
+    if min(values.shape) < 3:
+        return 0.0
+    answer = np.diff(np.diff(values, n=2, axis=0), n=2, axis=1)
+    return math.sqrt(math.pi / 2) / 6 * float(np.abs(answer).mean()) / 255
+
+
+def near_twins(thumbnails: FloatArray, groups: Sequence[int]) -> tuple[BoolArray, BoolArray]:
+    """
+    Pictures that nearly repeat another one: the root mean square of what their thumbnails differ by is below 5/255.
+
+    Args:
+        thumbnails: (N, 192).
+        groups: N numbers, the same for pictures of one prompt.
+
+    Returns:
+        (N,) whether a picture has a twin of its own prompt, and (N,) whether it has one of another.
+    """
+    squares = (thumbnails**2).sum(1)
+    distances = squares[:, None] + squares - 2 * thumbnails @ thumbnails.T
+    near = distances < thumbnails.shape[1] * TWIN_DISTANCE**2
+    same = np.equal.outer(groups, groups)
+    own = near & same & ~np.eye(len(thumbnails), dtype=bool)
+    return own.any(1), (near & ~same).any(1)

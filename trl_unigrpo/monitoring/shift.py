@@ -1,0 +1,53 @@
+"""Whether a number is another one now than at the start of the run, beyond what prompts differ by."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+SPAN = 8
+"""Groups at the start and now, at least: all of the first and of the last generation, if these have more."""
+LIMIT = 5.0
+"""Standard errors. By Student's t with 14 degrees of freedom, chance goes beyond in 2 of 10,000 comparisons."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """
+    Attributes:
+        before, now: means at the start and now.
+        errors: now - before, in standard errors.
+    """
+
+    before: float
+    now: float
+    errors: float
+
+
+@dataclass
+class Shift:
+    """
+    Means of groups, one per prompt, since prompts differ more than the samples of one do: a run with one prompt per
+    generation needs eight generations to know its start, one with eight prompts a single one.
+    """
+
+    first: list[float] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
+
+    def add(self, means: Sequence[float]) -> None:
+        """The means of a generation's groups."""
+        if len(self.first) < SPAN:
+            self.first += means
+        else:
+            self.recent = [*self.recent, *means][-max(SPAN, len(means)) :]
+
+    def change(self) -> Change | None:
+        """None until there are as many groups as a comparison takes."""
+        if len(self.recent) < SPAN:
+            return None
+        samples = np.array(self.first), np.array(self.recent)
+        before, now = (float(sample.mean()) for sample in samples)
+        error = math.sqrt(sum(float(sample.var(ddof=1)) / len(sample) for sample in samples))
+        return Change(before, now, (now - before) / max(error, 1e-9))
