@@ -44,16 +44,8 @@ def generation(prompts, group_size=4, mode="train", seed=0, side=64, rewards=Non
 def write_run(folder, steps=(0, 50, 100), prompts=HOSTILE, side=64, group_size=4, gain=0.1, evaluated=True, **names):
     """A finished run: logs, a generation at each of `steps`, and evaluations whose reward grows by `gain` each."""
     records = Records(folder, "first")
-    records.info(
-        {
-            "method": "UniGRPO",
-            "model": "org/<b>model</b>",
-            "max_steps": steps[-1],
-            "alarms": "stop",
-            "settings": {"a": 1},
-            **names,
-        }
-    )
+    info = {"method": "UniGRPO", "model": "org/<b>model</b>", "max_steps": steps[-1], "alarms": "stop"}
+    records.info({**info, "settings": {"a": 1}, **names})
     records.add("start", 0)
     for number, step in enumerate(steps):
         answers = {"judge answers": [f"yes 0.93 {prompts[0]}"] * (2 * group_size)}

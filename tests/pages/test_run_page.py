@@ -128,7 +128,12 @@ def test_a_folder_of_logs_alone_claims_nothing_of_alarms(tmp_path):
         json.dumps({"log_history": history, "max_steps": 10, "global_step": 10})
     )
     text = Page(run_page(read_run(tmp_path))).text
-    assert "No alarms watched" in text and "No alarm was" not in text and "Finished" in text
+    assert "Nobody watched it" in text and "No alarm was" not in text and "Finished" in text
+
+
+def test_a_run_whose_alarms_were_off_is_not_called_quiet(tmp_path):
+    text = Page(run_page(read_run(write_run(tmp_path, alarms="off")))).text
+    assert "Nobody watched it" in text and "No alarm was" not in text
 
 
 def test_missing_pictures_and_paths_that_lead_out(tmp_path):

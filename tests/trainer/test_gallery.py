@@ -181,3 +181,16 @@ def test_texts_of_any_kind_go_through_a_training(make_trainer, tmp_path):
     assert {sample.prompt for sample in run.shown[0].samples} <= set(prompts)
     html = (tmp_path / "gallery.html").read_text(encoding="utf-8")
     assert "<script" not in html and "\x00" not in html and run.problems == []
+
+
+def test_alarms_of_a_training_are_on_its_page(make_trainer, tmp_path):
+    """Half of the rewards fail: whichever alarms that raises stand on the page as they stand in alarms.jsonl."""
+
+    def fails(images, **_):
+        return [float(i) if i % 2 else None for i in range(len(images))]
+
+    make_trainer(reward_funcs=fails, gallery_steps=1, max_steps=8, alarms="warn").train()
+    alarms = read_run(tmp_path).alarms
+    assert any("none" in alarm.name or "fail" in alarm.name for alarm in alarms)
+    html = (tmp_path / "gallery.html").read_text(encoding="utf-8")
+    assert all(alarm.name in html for alarm in alarms) and "No alarm was raised" not in html

@@ -97,7 +97,7 @@ class Alarms(Watcher, ExportableState):
         trains, prompts = generation.mode == "train", list(map(str, generation.prompts))
         images = self._images.statistics(_shared_statistics(args, generation), prompts, trains)
         for name, values in {**images, "thinking/repetition": repeated}.items():
-            metrics[name] = [*metrics.get(name, []), float(values.mean())]
+            metrics.setdefault(name, []).append(float(values.mean()))
         if not trains:
             self._rewards.evaluate(generation)
             return

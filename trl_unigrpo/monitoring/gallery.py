@@ -69,15 +69,14 @@ class Gallery(Watcher):
         callbacks: Sequence[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
+        if getattr(args, "gallery_steps", 0) > 0 and generation.group_size > 1:
+            metrics.setdefault("images/diversity", []).append(diversity(generation.images, generation.group_size))
         if not self._writes(args, state):
             return
         self._callbacks = callbacks
         if generation.mode == "eval":
             self._evaluated.append(self._few_images(generation))
             return
-        records, step = self._open(args), state.global_step
-        spread = diversity(generation.images, generation.group_size)
-        self._worker.do(lambda: records.add("metrics", step, values={"images/diversity": spread}))
         if self._due(args, state):
             self._show(args, state, generation, "")
 

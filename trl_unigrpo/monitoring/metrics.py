@@ -11,6 +11,7 @@ LOGGED_METRICS = {
     "learning_rate/text": "learning rate that the text expert was stepped with",
     "learning_rate/image": "learning rate that the image expert was stepped with",
     "images/pixel_std": "mean standard deviation of an image's pixels, 0 to 127.5; near 0 where images turn blank",
+    "images/diversity": "mean distance between the thumbnails of a prompt's images, 0 to 1; where there is a gallery",
     "images/dark_share": "share of an image's pixels that are darker than a quarter, 0 to 1",
     "images/bright_share": "share of an image's pixels that are brighter than three quarters, 0 to 1",
     "images/color_entropy": "bits of the histogram of an image's colours, 8 steps each of red, green and blue; 0 to 9",
