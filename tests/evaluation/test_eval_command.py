@@ -135,7 +135,12 @@ def test_ctrl_c_leaves_a_folder_that_goes_on(tmp_path):
     command = [sys.executable, "-m", "trl_unigrpo.cli", "eval", "--benchmark", "shapeworld", "--model", "shapeworld"]
     command += ["--num-prompts", "700", "--batch-size", "70", "--output-dir", str(tmp_path), "--device", "cpu"]
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background have it ignored
     )
     results = tmp_path / "results.jsonl"
     while process.poll() is None and not (results.is_file() and results.stat().st_size):

@@ -231,7 +231,7 @@ def test_a_run_of_the_search_is_scored_in_one_mode_on_validation_prompts(tmp_pat
     scale = Scale(1, 7, "validation")
     settings = run_settings(SYSTEMS["sft"], {}, scale, candidate=2)
     result = run(Job("sft", 100, 2), tmp_path, scale, settings)
-    assert result["settings"]["learning_rate"] == 2e-4 and result["split"] == "validation"
+    assert result["settings"]["learning_rate"] == 1e-4 and result["split"] == "validation"
     assert list(result["evaluations"]) == ["sampled"] and result["diversity"] is None
     assert {trace["prompt"] for trace in result["traces"]} == set(shapeworld_dataset("validation", 7, 1234)["prompt"])
     assert (tmp_path / "search" / "sft" / "2" / "run.json").is_file()

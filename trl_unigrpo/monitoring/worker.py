@@ -20,7 +20,7 @@ class Worker:
 
     def __init__(self, what: str, waiting: int = 4):
         self.what = what
-        self._queue: queue.Queue[Callable[[], None]] = queue.Queue(waiting)
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(waiting)
         self._thread: threading.Thread | None = None
 
     def do(self, work: Callable[[], None]) -> None:
@@ -32,15 +32,16 @@ class Worker:
         self._queue.put(work)
 
     def wait(self) -> None:
-        """Return when all work is done."""
-        self._queue.join()
+        """Return when all work is done. The thread ends with it: it would keep alive what it worked on."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
 
     def _run(self) -> None:
-        while True:
-            work = self._queue.get()
+        for work in iter(self._queue.get, None):
             try:
                 work()
             except Exception:
                 logger.exception("%s failed. Training goes on.", self.what)
-            finally:
-                self._queue.task_done()
+            del work  # while it waits for the next
