@@ -28,7 +28,7 @@ from trl.trainer.utils import get_config_model_id
 from .adapters import target_experts
 from .arguments import check_lengths, load_tokenizer
 from .dataset_checks import check_columns
-from .evaluation.generate import think
+from .evaluation.sampling import think
 from .experts import freeze_experts, parameters_by_expert
 from .flow import flow_timesteps, sde_window
 from .models.auto import load_unified_model, unified_model

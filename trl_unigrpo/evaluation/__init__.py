@@ -2,21 +2,24 @@
 
 from typing import TYPE_CHECKING
 
-from ..guidance import Guidance
 from ..lazy import lazy_names
-from .generate import Sample, generate
 
 
 if TYPE_CHECKING:
+    from ..guidance import Guidance
     from .benchmarks import load_benchmark
     from .benchmarks.geneval_prompts import geneval_dataset
     from .compare import compare_folders
     from .models import load_model
     from .runner import Options, run
+    from .sampling import Sample, generate
 
 _HOME_OF = {
+    "Guidance": "sampling",
     "Options": "runner",
+    "Sample": "sampling",
     "compare_folders": "compare",
+    "generate": "sampling",
     "geneval_dataset": "benchmarks.geneval_prompts",
     "load_benchmark": "benchmarks",
     "load_model": "models",

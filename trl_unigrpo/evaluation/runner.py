@@ -16,7 +16,6 @@ from ..models.auto import unified_model
 from ..prompts import as_messages, prepare_tokenizer
 from ..rewards.questions import earned
 from .benchmark import Benchmark, Item, Painting
-from .generate import generate
 from .results import (
     Line,
     append_lines,
@@ -26,6 +25,7 @@ from .results import (
     write_lines,
     write_metadata,
 )
+from .sampling import generate
 from .scorers import Score, Scorer
 
 
