@@ -21,6 +21,7 @@ from trl_unigrpo.paper.systems import (
     select,
 )
 from trl_unigrpo.paper.training import rollouts, run_settings, trainer_arguments
+from trl_unigrpo.unigrpo_config import UniGRPOConfig
 
 
 SEARCHED = [system for system in GRID if system.candidates]
@@ -142,7 +143,7 @@ def test_jobs_come_seed_by_seed_and_after_their_starts():
 
 def test_selection():
     assert [system.name for system in select(["figure5", "base"])] == [
-        *("base", "no_regularizer", "latent_kl", "latent_kl_matched")
+        *("base", "no_regularizer", "latent_kl", "latent_kl_matched", "velocity_mse_10", "velocity_mse_100")
     ]
     assert not [system for system in select([]) if system.hidden]
     assert select(["guided_base"]) == [SYSTEMS["guided_base"]]
@@ -166,3 +167,9 @@ def test_matched_kl_weight():
     average = sum(sum(divergences[k] for k in window) / 3 for window in windows) / 3
     assert matched_kl_weight() * average == pytest.approx(1.5e-5 * dv**2, rel=1e-9)
     assert settings_of("latent_kl_matched")["flow_regularizer_weight"] == matched_kl_weight()
+
+
+@pytest.mark.parametrize("factor", [10, 100])
+def test_weights_of_the_regularizer_are_multiples_of_the_default(factor):
+    weight = settings_of(f"velocity_mse_{factor}")["flow_regularizer_weight"]
+    assert weight == pytest.approx(factor * UniGRPOConfig(output_dir="").flow_regularizer_weight)

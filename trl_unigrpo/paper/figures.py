@@ -59,6 +59,8 @@ COLORS = {
     "no_regularizer": "#000000",
     "latent_kl": "#0072b2",
     "latent_kl_matched": "#56b4e9",
+    "velocity_mse_10": "#cc79a7",
+    "velocity_mse_100": "#009e73",
     "guidance_off": "#d55e00",
     "guidance_on": "#0072b2",
 }

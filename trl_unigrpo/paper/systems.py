@@ -153,6 +153,12 @@ GRID = (
     System("latent_kl_matched", "latent KL, matched weight", "figure5", "unigrpo",
            {"flow_regularizer": "latent_kl", "flow_regularizer_weight": matched_kl_weight}, takes=("unigrpo",)),
 
+    # Added when the weight of the paper had been seen to hold little here.
+    System("velocity_mse_10", "velocity MSE, weight x 10", "figure5", "unigrpo", {"flow_regularizer_weight": 1.5e-4},
+           takes=("unigrpo",)),
+    System("velocity_mse_100", "velocity MSE, weight x 100", "figure5", "unigrpo", {"flow_regularizer_weight": 1.5e-3},
+           takes=("unigrpo",)),
+
     System("guided_base", "Base, for guidance", "figure4", "sft", {"context_dropout": 0.1}, ("guided", "sampled"),
            SCALES, takes=("sft",), hidden=True),
     System("guidance_off", "trained without guidance", "figure4", "unigrpo", {"guidance_scale": 1.0}, GUIDED,
