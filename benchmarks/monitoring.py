@@ -1,11 +1,12 @@
-"""CPU time of the alarms of one training step, against the share that they may have.
+"""CPU time of the alarms and the gallery of one generation, against the share that they may have.
 
     python benchmarks/monitoring.py
 
 24 pictures of 512 x 512 pixels and their thinkings of 300 words, a generation of one prompt, in one thread:
-statistics, twins, rewards, thinkings; and the tripwire of the two updates that are made of it. Such a generation takes
-at least 23 s on a large GPU (docs/doctor.md); about 1 % of it, 0.25 s, is for alarms and galleries together, half of
-that for the alarms.
+statistics, twins, rewards, thinkings; the tripwire of the two updates that are made of it; the gallery's pictures and
+its page. Such a generation takes at least 23 s on a large GPU (docs/doctor.md); about 1 % of it, 0.25 s, is for alarms
+and galleries together. The gallery shows one generation in 25 (`gallery_steps=50`, two steps each), and works beside
+the training, in a thread of its own.
 """
 
 import argparse
@@ -31,12 +32,16 @@ from transformers import TrainerControl, TrainerState
 from trl_unigrpo import UniGRPOConfig
 from trl_unigrpo.monitoring.alarms import Alarms
 from trl_unigrpo.monitoring.events import Generation, Update
+from trl_unigrpo.monitoring.gallery import Gallery
 from trl_unigrpo.monitoring.image_statistics import image_statistics
+from trl_unigrpo.monitoring.metrics import LOGGED_METRICS
+from trl_unigrpo.monitoring.run_page import write_report
 from trl_unigrpo.monitoring.thinking_alarms import repetition
 
 
 RESULTS = Path(__file__).parent / "results" / "monitoring.json"
-LIMIT = 0.125  # seconds
+LIMIT = 0.25  # seconds
+SHOWN = 25  # generations of which one is shown
 
 
 def picture(random: np.random.Generator, size: int) -> Image.Image:
@@ -83,10 +88,13 @@ def machine() -> str:
 def measure(number: int, size: int, repeats: int) -> dict[str, float]:
     """Part -> median of its CPU seconds."""
     generations = [generation(number, size, seed) for seed in range(repeats)]
-    parts: dict[str, list[float]] = {"statistics of the pictures": [], "repetition of the thinkings": [], "all": []}
+    names = ("alarms: pictures", "alarms: thinkings", "alarms", "gallery: a shown generation", "gallery: a page")
+    parts: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        args = UniGRPOConfig(output_dir=folder, num_generations=number, report_to="none", use_cpu=True, bf16=False)
-        state, control, alarms = TrainerState(), TrainerControl(), Alarms()
+        settings = {"num_generations": number, "report_to": "none", "use_cpu": True, "bf16": False}
+        args = UniGRPOConfig(output_dir=folder, gallery_steps=1, **settings)
+        state, control, alarms, gallery = TrainerState(max_steps=10**6), TrainerControl(), Alarms(), Gallery()
+        state.is_world_process_zero = True
         alarms.on_train_begin(args, state, control)
         update = Update({"text": 0.3, "image": 0.005}, {"flow/velocity_mse": 0.01, "flow/log_ratio_std": 1e-5})
 
@@ -95,11 +103,20 @@ def measure(number: int, size: int, repeats: int) -> dict[str, float]:
             for _ in range(args.num_iterations):
                 alarms.on_update(args, state, control, update=update)
 
-        for seen in generations:
-            parts["statistics of the pictures"].append(seconds(lambda: [image_statistics(i) for i in seen.images]))  # noqa: B023
-            parts["repetition of the thinkings"].append(seconds(lambda: [repetition(t) for t in seen.thinking]))  # noqa: B023
-            parts["all"].append(seconds(lambda: step(seen)))  # noqa: B023
-    return {name: statistics.median(values) for name, values in parts.items()}
+        def show(seen: Generation) -> None:
+            gallery.on_generation(args, state, control, generation=seen, metrics={})
+            gallery.on_log(args, state, control, logs=dict.fromkeys(LOGGED_METRICS, 0.5))
+            gallery.wait()
+
+        for state.global_step, seen in enumerate(generations):
+            parts["alarms: pictures"].append(seconds(lambda: [image_statistics(i) for i in seen.images]))  # noqa: B023
+            parts["alarms: thinkings"].append(seconds(lambda: [repetition(t) for t in seen.thinking]))  # noqa: B023
+            parts["alarms"].append(seconds(lambda: step(seen)))  # noqa: B023
+            parts["gallery: a shown generation"].append(seconds(lambda: show(seen)))  # noqa: B023
+            parts["gallery: a page"].append(seconds(lambda: write_report([folder])))
+    found = {name: statistics.median(values) for name, values in parts.items()}
+    shown = found["gallery: a shown generation"] + found["gallery: a page"]
+    return {**found, "all, on average over generations": found["alarms"] + shown / SHOWN}
 
 
 def main() -> None:
