@@ -135,8 +135,9 @@ def label_right(axes: Axes, labels: Sequence[Label], gap: float) -> None:
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, written as numbers."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    """Ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, or a few even ones, as numbers."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high > 10 * low else MaxNLocator(4))
     axis.set_major_formatter(FormatStrFormatter("%g"))
     axis.set_minor_formatter(NullFormatter())
 
