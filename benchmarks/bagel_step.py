@@ -38,7 +38,7 @@ from trl_unigrpo.estimate import Workload, estimate_memory, floor_flops, overhea
 from trl_unigrpo.estimate.counting import count_flops
 from trl_unigrpo.estimate.dry_run import random_trainer
 from trl_unigrpo.estimate.flops import image_forward, logits_forward, packed_forward, text_forward
-from trl_unigrpo.estimate.hardware import device_name, matmul_rate, synchronize, versions
+from trl_unigrpo.estimate.hardware import device_name, machine_versions, matmul_rate, synchronize
 from trl_unigrpo.flow import clipped_surrogate, log_ratio, transition, velocity_mse
 from trl_unigrpo.models.bagel import BagelConfig
 from trl_unigrpo.models.unified import Conditioning
@@ -435,7 +435,8 @@ def main(argv: list[str] | None = None) -> dict:
     for name, piece in pieces.items():
         config = tiny_config() if arguments.tiny else released_config()
         result = measure(name, piece, config, device, count=arguments.tiny, plain=not arguments.no_plain)
-        result["date"], result["hardware"], result["versions"] = str(date.today()), device_name(device), versions()
+        result["date"], result["hardware"] = str(date.today()), device_name(device)
+        result["versions"] = machine_versions()
         result["command"] = shlex.join(["python", *sys.argv])
         written[name] = result
         tables.append(table(name, result, f"{name} on {result['hardware']}"))

@@ -16,7 +16,7 @@ from trl_unigrpo.estimate import Workload, estimate, estimate_memory, released_c
 from trl_unigrpo.estimate.advice import advise
 from trl_unigrpo.estimate.doctor import run_doctor
 from trl_unigrpo.estimate.dry_run import dry_run, random_trainer
-from trl_unigrpo.estimate.hardware import copy_rate, matmul_rate, versions
+from trl_unigrpo.estimate.hardware import copy_rate, machine_versions, matmul_rate
 from trl_unigrpo.monitoring.expected import ExpectedCost, expected_cost
 
 
@@ -181,7 +181,7 @@ def test_rates_are_measured():
 
 def test_versions_name_what_is_missing(monkeypatch):
     monkeypatch.setattr("trl_unigrpo.estimate.hardware.PACKAGES", ("torch", "no-such-package"))
-    found = versions()
+    found = machine_versions()
     assert found["torch"] == torch.__version__ and found["no-such-package"] == "not installed"
 
 

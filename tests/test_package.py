@@ -84,7 +84,7 @@ MAY_IMPORT = {
     "flow": {"flow"},
     "guidance.py": {"flow"},
     "image_objectives.py": {"flow", "rollout"},
-    "models": {"estimate", "flow", "guidance", "models", "rollout"},
+    "models": {"estimate", "flow", "guidance", "messages", "models", "rollout"},
     "rollout.py": {"flow", "guidance", "models"},
     "unigrpo_config.py": {"flow"},
 }

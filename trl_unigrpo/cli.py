@@ -17,9 +17,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# What a bug report needs: the packages whose version changes what training does.
-REPORTED_PACKAGES = ("torch", "trl", "transformers", "diffusers", "peft", "accelerate", "datasets")
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -42,16 +39,11 @@ def options(
 def version() -> None:
     """Show the versions of this package and of those it builds on."""
     import platform
-    from importlib.metadata import PackageNotFoundError
-    from importlib.metadata import version as version_of
 
-    typer.echo(f"trl-unigrpo {__version__}")
-    typer.echo(f"python {platform.python_version()}")
-    for package in REPORTED_PACKAGES:
-        try:
-            typer.echo(f"{package} {version_of(package)}")
-        except PackageNotFoundError:
-            typer.echo(f"{package} not installed")
+    from .versions import versions
+
+    for package, found in {"python": platform.python_version(), **versions()}.items():
+        typer.echo(f"{package} {found}")
 
 
 @app.command()

@@ -31,12 +31,12 @@ from .dataset_checks import check_columns
 from .evaluation.sampling import think
 from .experts import freeze_experts, parameters_by_expert
 from .flow import flow_timesteps, sde_window
+from .messages import user_text
 from .models.auto import load_unified_model, unified_model
 from .models.unified import UnifiedModelMixin
 from .monitoring.progress import Phases
 from .prompts import as_messages, prepare_tokenizer
 from .refl import as_reward, check_rewards, image_losses, late_step_range, reward_gradient, to_unit
-from .rewards.common import prompt_text
 from .rollout import FlowRecord, RolloutPlan
 from .seeding import EVAL, THINK, TRAIN, WINDOW, row_generator
 
@@ -314,7 +314,7 @@ class ReFLTrainer(Trainer):
         self._metrics[self._mode][f"time/{phase}"].append(seconds)
 
     def _score(self, images: Tensor, inputs: dict[str, Any]) -> Tensor:
-        texts = [prompt_text(prompt) for prompt in inputs["prompts"]]
+        texts = [user_text(prompt) for prompt in inputs["prompts"]]
         return check_rewards(self.reward(images, texts, **inputs["columns"]), images)
 
     def _losses(self, rewards: Tensor) -> Tensor:

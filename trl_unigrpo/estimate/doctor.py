@@ -10,7 +10,7 @@ from rich.table import Table
 from ..models.bagel.configuration import BagelConfig
 from .advice import advise
 from .flops import overhead_flops
-from .hardware import copy_rate, device_name, matmul_rate, versions
+from .hardware import copy_rate, device_name, machine_versions, matmul_rate
 from .memory import RESIDENT
 from .report import Estimate, estimate
 from .sizes import parameter_counts, released_config
@@ -70,7 +70,7 @@ def run_doctor(
 
 def _machine(device: torch.device, memory: float | None, tflops: float | None, bandwidth: float | None) -> Table:
     table = Table("machine", "", title="Machine")
-    for name, found in versions().items():
+    for name, found in machine_versions().items():
         table.add_row(name, found)
     table.add_row("GPU", device_name(device) if device.type == "cuda" else "none found")
     if memory:

@@ -3,25 +3,15 @@
 import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..__about__ import __version__
+from ..versions import versions
 
 
-PACKAGES = ("torch", "trl", "transformers", "peft", "diffusers", "accelerate", "bitsandbytes")
-
-
-def versions() -> dict[str, str]:
+def machine_versions() -> dict[str, str]:
     """Versions of what a step's cost depends on, "not installed" where it isn't."""
-    found = {"trl-unigrpo": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return {**found, "CUDA": torch.version.cuda or "none"}
+    return {"python": platform.python_version(), **versions("bitsandbytes"), "CUDA": torch.version.cuda or "none"}
 
 
 def device_name(device: torch.device) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..files import replace_file
 from ..guidance import Guidance
 from .benchmark import Benchmark, spread
 from .benchmarks import load_benchmark
 from .compare import compare_folders, comparison_table
 from .page import write_comparison, write_index
-from .results import replace_file
 from .scorers import JudgeScorer, RewardScorer, Scorer, ShapeWorldScorer, detector_scorer, fitting
 from .summary import plain, summarize, table
 

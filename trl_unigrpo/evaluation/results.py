@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..files import replace_file
+
 
 SETTINGS, RESULTS = "settings.json", "results.jsonl"
 
@@ -119,12 +121,6 @@ def append_lines(folder: Path, lines: Iterable[Line]) -> None:
 
 def _as_text(line: Line) -> str:
     return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def replace_file(file: Path, text: str) -> None:
-    fresh = file.with_name(f".{file.name}.new")
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(file)
 
 
 def image_file(place: int, sample: int) -> str:

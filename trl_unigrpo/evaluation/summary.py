@@ -2,19 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from ..__about__ import __version__
 from ..pages.text import readable
+from ..versions import versions
 from .results import Line
 from .statistics import Interval, mean_interval, stratified_interval
-
-
-PACKAGES = ("torch", "trl", "transformers", "diffusers", "peft", "accelerate", "datasets")
 
 
 def summarize(settings: Mapping[str, Any], lines: Sequence[Line], label: str = "") -> dict[str, Any]:
@@ -48,7 +44,7 @@ def summarize(settings: Mapping[str, Any], lines: Sequence[Line], label: str = "
         "metrics": metrics,
         "questions": question_groups(lines),
         "seconds_per_image": sum(line["seconds"] for line in lines) / len(lines) if lines else None,
-        "versions": {"trl-unigrpo": __version__, **{package: version(package) for package in PACKAGES}},
+        "versions": versions(),
         "settings": dict(settings),
     }
 

@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..files import replace_file
+
 
 ALARMS_FILE = "alarms.jsonl"
+MOST_INDICES = 8
+"""Pictures that an alarm names at most."""
 
 
 @dataclass(frozen=True)
@@ -73,4 +77,4 @@ def forget_alarms(output_dir: str | Path, step: int) -> None:
     file = Path(output_dir) / ALARMS_FILE
     if file.is_file():
         kept = [line for line in read_alarms(output_dir) if line["step"] < step]
-        file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        replace_file(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))

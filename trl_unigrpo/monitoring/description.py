@@ -1,13 +1,12 @@
 """What a run trains, in words and numbers for pages and cards."""
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
-from ..__about__ import __version__
 from ..models.auto import unified_model
+from ..versions import versions
 
 
 SETTINGS = (
@@ -37,7 +36,6 @@ SETTINGS = (
     "temperature",
     "seed",
 )
-PACKAGES = ("torch", "trl", "transformers", "diffusers", "peft")
 
 
 def describe(model: Any, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
@@ -49,7 +47,7 @@ def describe(model: Any, args: TrainingArguments, state: TrainerState) -> dict[s
         "max_steps": state.max_steps,
         "alarms": getattr(args, "alarms", "off"),
         "settings": {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)},
-        "versions": {"trl-unigrpo": __version__, **{package: version(package) for package in PACKAGES}},
+        "versions": versions(),
     }
 
 

@@ -5,13 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .alarm import Alarm
+from .alarm import MOST_INDICES, Alarm
 from .image_statistics import FloatArray, ImageStatistics, near_twins
 from .memory import revive
 from .shift import LIMIT, Change, Shift
-
-
-MOST_INDICES = 8
 
 
 @dataclass(frozen=True)

@@ -54,15 +54,20 @@ def image_statistics(image: Image.Image) -> ImageStatistics:
     small = rgb.reduce(max(1, min(rgb.size) // WORKING_SIDE))
     colors = np.asarray(small)
     luma = np.asarray(small.convert("L"), dtype=np.float64) / 255
-    thumbnail = small.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
     return ImageStatistics(
         dark_share=float((luma < DARK).mean()),
         bright_share=float((luma > BRIGHT).mean()),
         color_entropy=_color_entropy(colors),
         edge_density=_edge_density(luma),
         noise=noise_residual(rgb),
-        thumbnail=np.asarray(thumbnail, dtype=np.float64).flatten() / 255,
+        thumbnail=thumbnail(small),
     )
+
+
+def thumbnail(image: Image.Image) -> FloatArray:
+    """(192,) colours of 8 x 8 blocks, in [0, 1]."""
+    small = image.convert("RGB").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float64).flatten() / 255
 
 
 def _color_entropy(colors: NDArray[np.uint8]) -> float:

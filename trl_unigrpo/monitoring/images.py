@@ -9,6 +9,8 @@ from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from .image_statistics import thumbnail
+
 
 def write_completion_images(
     output_dir: str | Path,
@@ -30,7 +32,6 @@ def pixel_spread(images: Sequence[Image.Image]) -> float:
     return float(np.mean([np.asarray(image, dtype=np.float32).std() for image in images]))
 
 
-THUMBNAIL = 8  # pixels of a side
 MOST_PAIRED = 96  # images that the diversity looks at
 
 
@@ -40,14 +41,9 @@ def diversity(images: Sequence[Image.Image], group_size: int) -> float:
     their 8 x 8 thumbnails, in [0, 1]. Of the first groups up to 96 images; NaN for groups of one.
     """
     groups = max(1, min(len(images), MOST_PAIRED) // group_size)
-    thumbnails_NHWC = np.stack([_thumbnail(image) for image in images[: groups * group_size]])
-    vectors_PGD = thumbnails_NHWC.reshape(-1, group_size, 3 * THUMBNAIL**2)
+    thumbnails_ND = np.stack([thumbnail(image) for image in images[: groups * group_size]])
+    vectors_PGD = thumbnails_ND.reshape(-1, group_size, thumbnails_ND.shape[1])
     first, second = np.triu_indices(group_size, 1)
     if not len(first):
         return float("nan")
     return float(np.sqrt(((vectors_PGD[:, first] - vectors_PGD[:, second]) ** 2).mean(2)).mean())
-
-
-def _thumbnail(image: Image.Image) -> np.ndarray:
-    small = image.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return np.asarray(small, dtype=np.float32) / 255

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .alarm import Alarm
+from .alarm import MOST_INDICES, Alarm
 from .evaluations import Evaluations
 from .events import Generation
 from .image_statistics import FloatArray
@@ -23,7 +23,6 @@ RISEN = 2.0
 """Standard errors that are a rise at all."""
 STALLED = 100
 """Generations after which a reward should have risen: the public curves of unified models had by then."""
-MOST_INDICES = 8
 
 
 @dataclass

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..files import replace_file
 from .alarm import ALARMS_FILE
 
 
@@ -146,10 +147,7 @@ class Records:
 
     def info(self, info: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(plain(info), indent=2) + "\n"
-        fresh = self.folder / ".run.json.new"
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(self.folder / "run.json")
+        replace_file(self.folder / "run.json", json.dumps(plain(info), indent=2) + "\n")
 
     def add(self, kind: str, step: int, **values: Any) -> None:
         """Write a line, whole and at once."""

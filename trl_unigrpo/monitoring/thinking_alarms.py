@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .alarm import Alarm
+from .alarm import MOST_INDICES, Alarm
 from .image_statistics import FloatArray
 from .memory import revive
 from .shift import LIMIT, Shift
@@ -20,7 +20,6 @@ SHRUNK = 0.5
 """Share of its length at the start below which a thinking has shrunk."""
 CLIPPED, CLIPPED_RISE, CLIPPED_GENERATIONS = 0.5, 0.25, 3
 """Half of the thinkings cut off, a quarter more than at the start, in three generations in a row."""
-MOST_INDICES = 8
 
 _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 

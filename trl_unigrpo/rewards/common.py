@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from ..messages import user_text
+
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +98,7 @@ class ImageReward(ABC):
             DeadRewardError: after `max_dead_batches` batches without any score.
         """
         check_images(images, len(prompts))
-        texts = list(map(prompt_text, prompts))
+        texts = list(map(user_text, prompts))
         try:
             scores = [finite(score) for score in self.score(images, texts, columns)]
         except RuntimeError as error:
@@ -123,19 +125,6 @@ def check_images(images: Sequence[Any], number: int) -> None:
     for image in images:
         if not isinstance(image, Image.Image):
             raise TypeError(f"Got an image of type {type(image).__name__}, expected a PIL image.")
-
-
-def prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    """The text of a plain prompt, or of the last user message of a conversation."""
-    if isinstance(prompt, str):
-        return prompt
-    for message in reversed(prompt):
-        if message.get("role") == "user":
-            content = message["content"]
-            if isinstance(content, str):
-                return content
-            return " ".join(part.get("text", "") for part in content if part.get("type") == "text")
-    raise ValueError(f"{prompt!r} has no message of the user: expected a string, or a conversation with one.")
 
 
 def column(columns: dict[str, Any], name: str, reward: str) -> Sequence[Any]:

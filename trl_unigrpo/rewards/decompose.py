@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .common import prompt_text
+from ..messages import user_text
 from .questions import Question, read_questions
 
 
@@ -166,7 +166,7 @@ def finished(output: Path) -> set[str]:
 def _prompt(row: Row) -> str:
     if row.get("prompt") is None:
         raise ValueError(f"There is no prompt (the row has: {', '.join(sorted(row)) or 'nothing'}).")
-    text = prompt_text(row["prompt"])
+    text = user_text(row["prompt"])
     if not text.strip():
         raise ValueError("The prompt is empty.")
     return text

@@ -13,7 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from .common import Breaker, Scores, check_images, column, finite, prompt_text, to_rgb
+from ..messages import user_text
+from .common import Breaker, Scores, check_images, column, finite, to_rgb
 from .judge_answers import VERDICT_FORMAT, verdict_score, yes_probability
 from .judge_cache import AnswerCache
 from .judge_client import Endpoint, Session, endpoint_url, explain
@@ -146,7 +147,7 @@ class VLMJudge:
             TypeError, ValueError: if images or columns are missing or wrong.
         """
         check_images(images, len(prompts))
-        texts = list(map(prompt_text, prompts))
+        texts = list(map(user_text, prompts))
         named = {name: column(columns, name, self.__name__) for name in self._places}
         asked = [
             self._fill(self.template, prompt=text, **{name: str(values[i]) for name, values in named.items()})

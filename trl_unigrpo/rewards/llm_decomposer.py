@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from .common import prompt_text
+from ..messages import user_text
 from .questions import Question, read_questions
 
 
@@ -116,7 +116,7 @@ class LLMDecomposer:
         failure: Exception | None = None
         for _ in range(self.attempts):
             try:
-                return await self._ask(prompt_text(row["prompt"]))
+                return await self._ask(user_text(row["prompt"]))
             except APIError as error:  # the client has repeated the request itself
                 raise DecompositionError(reason(error)) from None
             except Exception as error:  # of whatever form an endpoint's garbage is

@@ -6,7 +6,8 @@ from typing import Any
 
 from PIL import Image
 
-from .common import Asker, Breaker, DeadRewardError, Scores, check_images, column, finite, prompt_text
+from ..messages import user_text
+from .common import Asker, Breaker, DeadRewardError, Scores, check_images, column, finite
 from .questions import Question, dv_score, earned, group_means, read_questions, weighted_mean
 
 
@@ -86,7 +87,7 @@ class QuestionReward:
         per_row = {name: values for name, values in columns.items() if _is_column(values, len(prompts))}
         asked = [
             self._questions(
-                {name: values[i] for name, values in per_row.items()}, f"row {i} of a batch ({prompt_text(prompt)!r})"
+                {name: values[i] for name, values in per_row.items()}, f"row {i} of a batch ({user_text(prompt)!r})"
             )
             for i, prompt in enumerate(prompts)
         ]

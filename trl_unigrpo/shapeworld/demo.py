@@ -6,7 +6,6 @@ import json
 import time
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from rich.table import Table
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from trl_unigrpo.__about__ import __version__
 from trl_unigrpo.evaluation.statistics import Interval, mean_interval
 from trl_unigrpo.shapeworld.base import load_base
 from trl_unigrpo.shapeworld.dataset import shapeworld_dataset
@@ -35,9 +33,9 @@ from trl_unigrpo.shapeworld.report import write_report
 from trl_unigrpo.shapeworld.verifier import shapeworld_reward
 from trl_unigrpo.unigrpo_config import UniGRPOConfig
 from trl_unigrpo.unigrpo_trainer import UniGRPOTrainer
+from trl_unigrpo.versions import versions
 
 
-PACKAGES = ("torch", "trl", "transformers", "diffusers", "peft", "accelerate", "datasets")
 PROMPTS_PER_GENERATION = 12
 WATCHED_PROMPTS = 48
 
@@ -199,7 +197,7 @@ def run_demo(
         "steps": steps,
         "seed": seed,
         "threads": torch.get_num_threads(),
-        "versions": {"trl-unigrpo": __version__, **{package: version(package) for package in PACKAGES}},
+        "versions": versions(),
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     history = [row for row in trainer.state.log_history if "reward" in row]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trl_unigrpo.rewards.common import prompt_text
+from trl_unigrpo.messages import user_text
 from trl_unigrpo.shapeworld.grammar import parse_prompt
 from trl_unigrpo.shapeworld.render import CELL_SIZE, IMAGE_SIZE, TEMPLATES
 from trl_unigrpo.shapeworld.verifier import MAX_CELL_ERROR
@@ -62,7 +62,7 @@ def soft_shapeworld_reward(
     """
     if len(prompts) != len(pixels):
         raise ValueError(f"{len(pixels)} images for {len(prompts)} prompts: expected one image per prompt")
-    specs = [parse_prompt(prompt_text(prompt)) for prompt in prompts]
+    specs = [parse_prompt(user_text(prompt)) for prompt in prompts]
     return expected_score(specs, cell_probabilities(pixels, temperature))
 
 

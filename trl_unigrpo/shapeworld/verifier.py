@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from trl_unigrpo.rewards.common import prompt_text
+from trl_unigrpo.messages import user_text
 from trl_unigrpo.shapeworld.grammar import parse_prompt
 from trl_unigrpo.shapeworld.render import CELL_SIZE, IMAGE_SIZE, TEMPLATES
 from trl_unigrpo.shapeworld.world import (
@@ -148,6 +148,6 @@ def shapeworld_reward(
     """
     if len(prompts) != len(images):
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts: expected one image per prompt")
-    specs = [parse_prompt(prompt_text(prompt)) for prompt in prompts]
+    specs = [parse_prompt(user_text(prompt)) for prompt in prompts]
     cells, _ = read_cells(images_to_array(images))
     return [float(value) for value in score(specs, cells).score]

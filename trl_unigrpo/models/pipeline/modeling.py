@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
+from ...messages import user_text
 from ..auto import read_tokenizer
 from ..quantization import keep_trainable_layout
 from ..unified import Conditioning, FlowInputs, UnifiedModelMixin, UnifiedOutput
@@ -254,7 +255,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
                 "or conversations."
             )
         rows = zip(conditioning.prompts, conditioning.completion_ids, strict=True)
-        return [self._painter_prompt(_user_text(prompt), self._answer(ids)) for prompt, ids in rows]
+        return [self._painter_prompt(user_text(prompt), self._answer(ids)) for prompt, ids in rows]
 
     def _answer(self, completion_ids: Sequence[int]) -> str:
         ids = list(completion_ids)
@@ -375,11 +376,3 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return self._recomputes
 
     is_activation_checkpointing = is_gradient_checkpointing
-
-
-def _user_text(prompt: Any) -> str:
-    """The last thing that the user says in a prompt."""
-    if isinstance(prompt, str):
-        return prompt
-    content = next(message["content"] for message in reversed(prompt) if message["role"] == "user")
-    return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content).strip()

@@ -1,0 +1,17 @@
+"""Prompts as datasets have them: texts, or conversations."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def user_text(prompt: str | Sequence[dict[str, Any]]) -> str:
+    """The text of a plain prompt, or of the last user message of a conversation; ValueError if it has none."""
+    if isinstance(prompt, str):
+        return prompt
+    for message in reversed(prompt):
+        if message.get("role") == "user":
+            content = message["content"]
+            if isinstance(content, str):
+                return content
+            return " ".join(part.get("text", "") for part in content if part.get("type") == "text")
+    raise ValueError(f"{prompt!r} has no message of the user: expected a string, or a conversation with one.")
