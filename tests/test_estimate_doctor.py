@@ -16,8 +16,9 @@ from trl_unigrpo.estimate import Workload, estimate, estimate_memory, released_c
 from trl_unigrpo.estimate.advice import advise
 from trl_unigrpo.estimate.doctor import run_doctor
 from trl_unigrpo.estimate.dry_run import dry_run, random_trainer
-from trl_unigrpo.estimate.hardware import copy_rate, machine_versions, matmul_rate
+from trl_unigrpo.estimate.hardware import copy_rate, matmul_rate
 from trl_unigrpo.monitoring.expected import ExpectedCost, expected_cost
+from trl_unigrpo.versions import versions
 
 
 TINY = Path(__file__).parent / "fixtures" / "bagel" / "tiny_bagel"
@@ -179,9 +180,8 @@ def test_rates_are_measured():
     assert 1e7 < copy_rate(device, 2**20) < 1e14
 
 
-def test_versions_name_what_is_missing(monkeypatch):
-    monkeypatch.setattr("trl_unigrpo.estimate.hardware.PACKAGES", ("torch", "no-such-package"))
-    found = machine_versions()
+def test_versions_name_what_is_missing():
+    found = versions("no-such-package")
     assert found["torch"] == torch.__version__ and found["no-such-package"] == "not installed"
 
 
