@@ -98,7 +98,8 @@ def test_tables_hold_the_numbers_of_the_results(output, page, renderer):
     found = results["systems"]["unigrpo"]["modes"]["sampled"]
     assert row["system"] == "unigrpo" and row["thinking"] == "yes" and row["seeds"] == "5"
     assert row["reward, sampled"].startswith(f"{found['reward']['mean']:.3f}")
-    assert len(table[1]) == len(header) == 8
+    assert (row["strict"], row["plan"]) == ("0.500", "0.600")
+    assert len(table[1]) == len(header) == 9
     claims = cells(page, "Claims and verdicts", renderer)
     assert [line[1] for line in claims[1:]] == [of["verdict"] for of in results["claims"]]
     assert {len(line) for line in claims} == {3}

@@ -36,7 +36,7 @@ def emphasized(row: Row, cells: list[str]) -> list[str]:
 
 def table1(results: Mapping[str, Any]) -> str:
     """Every system in every way to paint, against UniGRPO."""
-    header = ["system", "thinking", "reward, sampled", "minus UniGRPO", "Holm p", "greedy", "strict", "seeds"]
+    header = ["system", "thinking", "reward, sampled", "minus UniGRPO", "Holm p", "greedy", "strict", "plan", "seeds"]
     lines = []
     for row in rows(results, "table1"):
         _, system, mode = row
@@ -48,6 +48,7 @@ def table1(results: Mapping[str, Any]) -> str:
             *_difference(found),
             number(greedy["mean"]) if greedy else NONE,
             number(found["strict"]),
+            number(found["plan"]),
             str(len(found["seeds"])) if system["trained"] else NONE,
         ]
         lines.append(emphasized(row, cells))
