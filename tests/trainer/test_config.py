@@ -50,7 +50,27 @@ DEFAULTS = {
     "adam_epsilon": 1e-15,
     "trust_checks": "raise",
     "ddp_find_unused_parameters": False,
+    # Of this project: the paper says nothing of them, or has another setting only.
+    "max_completion_length": 512,
+    "per_device_train_batch_size": 4,
+    "log_multimodal": True,
+    "log_completions_images": True,
+    "gallery_steps": 50,
+    "alarms": "stop",
+    "guidance_scale": 1.0,
+    "image_batch_size": None,
+    "thinking": True,
+    "system_prompt": "auto",
+    "process_reward_weight": 0.0,
+    "image_objective": "flow_grpo",
+    "matching_samples": 8,
+    "nft_beta": 1.0,
 }
+
+
+def test_every_field_of_this_project_has_its_default_here():
+    of_the_machine, below = {"bf16", "dataloader_pin_memory"}, {"gradient_accumulation_steps"}
+    assert set(UniGRPOConfig.__annotations__) - of_the_machine - below <= set(DEFAULTS)
 
 
 def test_defaults(tmp_path):
