@@ -173,3 +173,7 @@ def test_matched_kl_weight():
 def test_weights_of_the_regularizer_are_multiples_of_the_default(factor):
     weight = settings_of(f"velocity_mse_{factor}")["flow_regularizer_weight"]
     assert weight == pytest.approx(factor * UniGRPOConfig(output_dir="").flow_regularizer_weight)
+
+
+def test_wider_clip_range_is_ten_times_the_default():
+    assert settings_of("clip_10")["flow_epsilon"] == pytest.approx(10 * UniGRPOConfig(output_dir="").flow_epsilon)

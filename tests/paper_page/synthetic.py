@@ -142,6 +142,7 @@ def write_run(output: Path, world: World, system: str, seed: int, rewards: dict[
             for i in range(1, generations + 1):
                 reward = world.means["base"] + (goal - world.means["base"]) * i / generations
                 row = {"rollouts": 192 * i, "reward": round(reward, 5), "picture_error": error, "cpu_seconds": 5.0 * i}
+                row["clip_frac"] = 0.1 + 0.02 * seed + 0.1 * (2 * i > generations)
                 out.write(json.dumps(row) + "\n")
 
 

@@ -110,6 +110,8 @@ def test_rollouts_of_the_stages_add_up(results):
 
 def test_costs_add_up(results):
     assert results["systems"]["unigrpo"]["train_cpu_seconds"] == pytest.approx(102)
+    assert results["systems"]["unigrpo"]["clip_frac"] == pytest.approx(0.1 + 0.02 * 2 + 0.1 / 2)  # five seeds
+    assert results["systems"]["base"]["clip_frac"] is None
     seeds = {name: of for name, of in full_grid().items() if name != "base"}
     assert results["machine"]["runs"] == sum(map(len, seeds.values())) + 1
     assert results["machine"]["train_cpu_seconds"] == sum(100 + seed for of in seeds.values() for seed in of)

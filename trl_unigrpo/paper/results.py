@@ -104,6 +104,9 @@ def system_summary(system: str, scores: Scores) -> dict[str, Any]:
         "rollouts": record["rollouts"] + sum(run.record["rollouts"] for run in scores.starts(system)[:1]),
         "rollouts_of_start": sum(run.record["rollouts"] for run in scores.starts(system)[:1]),
         "train_cpu_seconds": round(seconds or 0.0, 1),
+        "clip_frac": significant(
+            mean(row["clip_frac"] for run in runs for row in run.history if "clip_frac" in row), 3
+        ),
         "settings": {key: value for key, value in sorted(record["settings"].items()) if key != "seed"},
         "modes": {mode: mode_summary(system, mode, scores) for mode in modes},
         "diversity": {

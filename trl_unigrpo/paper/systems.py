@@ -174,6 +174,8 @@ GRID = (
            takes=("unigrpo",)),
     System("lambda_0.3", "lambda 0.3", "ablations", "unigrpo", {"flow_weight": 0.3}, takes=("unigrpo",)),
     System("lambda_3", "lambda 3", "ablations", "unigrpo", {"flow_weight": 3.0}, takes=("unigrpo",)),
+    # Whether it is the clip range that holds UniGRPO back.
+    System("clip_10", "clip range x 10", "ablations", "unigrpo", {"flow_epsilon": 1e-5}, takes=("unigrpo",)),
     System("unifpo_8", "UniFPO, 8 points per image", "ablations", "unigrpo", {**FPO, "matching_samples": 8},
            takes=("unifpo",)),
     System("one_epoch", "one pass over each rollout", "ablations", "unigrpo", {"num_iterations": 1},

@@ -108,7 +108,17 @@ def ablation_table(results: Mapping[str, Any]) -> str:
     if not shown:
         return ""
     own = [row for row in rows(results, "table1") if row[0] == REFERENCE[0]]
-    header = ["run", "changed", "reward, sampled", "minus UniGRPO", "Holm p", *PICTURES, "CPU seconds", "seeds"]
+    header = [
+        "run",
+        "changed",
+        "reward, sampled",
+        "minus UniGRPO",
+        "Holm p",
+        "clipped",
+        *PICTURES,
+        "CPU seconds",
+        "seeds",
+    ]
     lines = []
     for row in own + shown:
         _, system, mode = row
@@ -118,6 +128,7 @@ def ablation_table(results: Mapping[str, Any]) -> str:
             changed(system["settings"], own[0][1]["settings"]) if own else NONE,
             interval(found["reward"]),
             *_difference(found),
+            number(system["clip_frac"], 2),
             *_pictures(row),
             f"{system['train_cpu_seconds']:,.0f}",
             str(len(found["seeds"])),
