@@ -89,10 +89,11 @@ def side_name(side: tuple[str, str]) -> str:
 
 
 def system_summary(system: str, scores: Scores) -> dict[str, Any]:
-    """One system: what it is, what it cost, and what it scored in each mode."""
+    """One system: what it is, what it cost with the stage before it, and what it scored in each mode."""
     runs = scores.runs(system)
     record = runs[0].record
-    seconds = mean(run.record["train_cpu_seconds"] for run in runs)
+    starts = scores.starts(system)
+    seconds = [mean(run.record["train_cpu_seconds"] for run in stage) or 0.0 for stage in (starts, runs)]
     diversities = [run.record["diversity"] for run in runs if run.record.get("diversity")]
     modes = list(dict.fromkeys(mode for run in runs for mode in run.record["evaluations"]))
     return {
@@ -101,9 +102,8 @@ def system_summary(system: str, scores: Scores) -> dict[str, Any]:
         "start": record["start"] or "base",
         "seeds": [run.seed for run in runs],
         "trained": scores.trained(system),
-        "rollouts": record["rollouts"] + sum(run.record["rollouts"] for run in scores.starts(system)[:1]),
-        "rollouts_of_start": sum(run.record["rollouts"] for run in scores.starts(system)[:1]),
-        "train_cpu_seconds": round(seconds or 0.0, 1),
+        "rollouts": sum(run.record["rollouts"] for run in (*starts[:1], runs[0])),
+        "train_cpu_seconds": round(sum(seconds), 1),
         "clip_frac": significant(
             mean(row["clip_frac"] for run in runs for row in run.history if "clip_frac" in row), 3
         ),
