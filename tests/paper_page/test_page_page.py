@@ -100,7 +100,7 @@ def test_tables_hold_the_numbers_of_the_results(output, page, renderer):
     assert row["reward, sampled"].startswith(f"{found['reward']['mean']:.3f}")
     assert len(table[1]) == len(header) == 7
     row = dict(zip(table[20], table[39], strict=True))
-    assert (row["strict"], row["plan"], row["distinct pictures"]) == ("0.500", "0.600", "0.90")
+    assert (row["system"], row["strict"], row["plan"], row["clipped"]) == ("unigrpo", "0.500", "0.600", "0.19")
     claims = cells(page, "Claims and verdicts", renderer)
     assert [line[1] for line in claims[1:]] == [of["verdict"] for of in results["claims"]]
     assert {len(line) for line in claims} == {3}

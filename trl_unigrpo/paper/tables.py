@@ -43,7 +43,8 @@ def table1(results: Mapping[str, Any]) -> str:
         found = system["modes"][mode]
         greedy = system["modes"].get("greedy", {}).get("reward") if mode == "sampled" else None
         cells = [
-            *_who(row),
+            escape(system["title"]),
+            "yes" if mode == "sampled" else "no",
             interval(found["reward"]),
             *_difference(found),
             number(greedy["mean"]) if greedy else NONE,
@@ -53,21 +54,17 @@ def table1(results: Mapping[str, Any]) -> str:
     return markdown_table(header, lines, text_columns=2)
 
 
-def picture_table(results: Mapping[str, Any]) -> str:
-    """What plans and pictures of Table 1's systems are worth, and what training them cost."""
-    header = ["system", "thinking", "strict", "plan", *PICTURES, "CPU seconds"]
+def details_table(results: Mapping[str, Any], *groups: str) -> str:
+    """What plans and pictures are worth, and what training cost."""
+    header = ["system", "strict", "plan", "clipped", *PICTURES, "CPU seconds"]
     lines = []
-    for row in rows(results, "table1"):
-        _, system, mode = row
+    for row in rows(results, *groups):
+        name, system, mode = row
         found = system["modes"][mode]
         cost = f"{system['train_cpu_seconds']:,.0f}" if system["trained"] else NONE
-        cells = [*_who(row), number(found["strict"]), number(found["plan"]), *_pictures(row), cost]
-        lines.append(emphasized(row, cells))
-    return markdown_table(header, lines, text_columns=2)
-
-
-def _who(row: Row) -> list[str]:
-    return [escape(row[1]["title"]), "yes" if row[2] == "sampled" else "no"]
+        measures = [number(found["strict"]), number(found["plan"]), number(system["clip_frac"], 2), *_pictures(row)]
+        lines.append(emphasized(row, [escape(title(results, (name, mode))), *measures, cost]))
+    return markdown_table(header, lines)
 
 
 def _pictures(row: Row) -> list[str]:
@@ -98,8 +95,9 @@ def category_table(results: Mapping[str, Any]) -> str:
         found = row[1]["modes"][row[2]]["categories"]
         cells = [interval(found[category], digits=2) if found[category] else NONE for category in categories]
         best = [bool(found[of]) and found[of]["mean"] == max(means[of]) for of in categories]
-        lines.append([*_who(row), *(f"**{cell}**" if bold else cell for cell, bold in zip(cells, best, strict=True))])
-    return markdown_table(["system", "thinking", *(escape(of.replace("_", " ")) for of in categories)], lines, 2)
+        marked = (f"**{cell}**" if bold else cell for cell, bold in zip(cells, best, strict=True))
+        lines.append([escape(title(results, (row[0], row[2]))), *marked])
+    return markdown_table(["system", *(escape(of.replace("_", " ")) for of in categories)], lines)
 
 
 def ablation_table(results: Mapping[str, Any]) -> str:
@@ -128,9 +126,6 @@ def ablation_table(results: Mapping[str, Any]) -> str:
             changed(system["settings"], own[0][1]["settings"]) if own else NONE,
             interval(found["reward"]),
             *_difference(found),
-            number(system["clip_frac"], 2),
-            *_pictures(row),
-            f"{system['train_cpu_seconds']:,.0f}",
             str(len(found["seeds"])),
         ]
         lines.append(emphasized(row, cells))
@@ -141,7 +136,7 @@ def changed(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
     """The settings that differ from a reference, those it does not have included."""
     return (
         ", ".join(
-            f"{escape(key)} = {escape(value)}"
+            f"{escape(key)} = {escape(f'{value:.3g}' if isinstance(value, float) else value)}"
             for key, value in settings.items()
             if key not in reference or reference[key] != value
         )
