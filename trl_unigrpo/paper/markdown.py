@@ -32,9 +32,12 @@ def _escaped(c: str) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """A table; the first `text_columns` columns are text, the others numbers. Cells are Markdown."""
+    """A table; the first `text_columns` columns are text, the others numbers. Cells are Markdown, one for each column."""
     marks = ["---" if i < text_columns else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, marks, *rows))
+    lines = ["| " + " | ".join(row) + " |" for row in (header, marks)]
+    for row in rows:
+        lines.append("| " + " | ".join(cell for cell, _ in zip(row, header, strict=True)) + " |")
+    return "\n".join(lines)
 
 
 def number(value: float | None, digits: int = 3, significant: bool = False) -> str:

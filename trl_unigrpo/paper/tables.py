@@ -106,17 +106,7 @@ def ablation_table(results: Mapping[str, Any]) -> str:
     if not shown:
         return ""
     own = [row for row in rows(results, "table1") if row[0] == REFERENCE[0]]
-    header = [
-        "run",
-        "changed",
-        "reward, sampled",
-        "minus UniGRPO",
-        "Holm p",
-        "clipped",
-        *PICTURES,
-        "CPU seconds",
-        "seeds",
-    ]
+    header = ["run", "changed", "reward, sampled", "minus UniGRPO", "Holm p", "seeds"]
     lines = []
     for row in own + shown:
         _, system, mode = row
