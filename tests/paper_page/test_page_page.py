@@ -266,7 +266,14 @@ def test_the_page_links_to_shapeworld_where_that_page_is(output, tmp_path):
 def test_numbers_as_text():
     assert interval({"mean": -0.0004, "low": -0.0104, "high": 0.0096}, "+") == "+0.000\u00a0±\u00a00.010"
     assert interval({"mean": 0.5, "low": 0.25, "high": 0.75}, digits=2) == "0.50\u00a0±\u00a00.25"
-    assert [rate(value) for value in (3e-4, 7.5e-5, 5e-5, 1.5, 4.0)] == ["3e-4", "7.5e-5", "5e-5", "1.5", "4"]
+    assert [rate(value) for value in (3e-4, 7.5e-5, 3.75e-5, 5e-5, 1.5, 4.0)] == [
+        "3e-4",
+        "7.5e-5",
+        "3.75e-5",
+        "5e-5",
+        "1.5",
+        "4",
+    ]
     assert [number(None), number(0.12345), number(0.00309, 3, True)] == ["–", "0.123", "0.00309"]
     assert [cpu_time(5400), cpu_time(90)] == ["1.5 CPU hours", "2 CPU minutes"]
     assert [p_value(0.0004), p_value(0.04), p_value(1.0)] == ["&lt;\u00a00.001", "0.04", "1"]

@@ -32,7 +32,7 @@ def _escaped(c: str) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """A table; the first `text_columns` columns are text, the others numbers. Cells are Markdown, one for each column."""
+    """A table; the first `text_columns` columns are text, the others numbers. Cells are Markdown, one a column."""
     marks = ["---" if i < text_columns else "---:" for i in range(len(header))]
     lines = ["| " + " | ".join(row) + " |" for row in (header, marks)]
     for row in rows:
@@ -52,7 +52,7 @@ def cpu_time(seconds: float) -> str:
 
 def rate(value: float) -> str:
     """A learning rate such as 1.5e-4; larger numbers as they are."""
-    digits, _, power = f"{value:.1e}".partition("e")
+    digits, _, power = f"{value:.2e}".partition("e")
     return f"{float(digits):g}e{int(power)}" if value < 0.01 else f"{value:g}"
 
 
