@@ -247,6 +247,15 @@ def test_commentary_goes_under_its_section(output):
     assert "Ignored" not in page and page.count("An *explanation*.") == 1
 
 
+def test_commentary_speaks_of_the_whole_grid_and_stands_on_its_page_alone(page, tmp_path):
+    remarks = [line for body in read_commentary().values() for line in body.splitlines() if line]
+    assert remarks and all(line in page for line in remarks)
+    write_world(tmp_path, World(num_prompts=14), systems=("base", "unigrpo"), seeds=(0,))
+    collect(tmp_path)
+    part = write_page(tmp_path).read_text(encoding="utf-8")
+    assert not any(line in part for line in remarks)
+
+
 def test_commentary_with_a_number_is_refused():
     with pytest.raises(ValueError, match=r"section 'table', holds the number '0\.9,'"):
         read_commentary("## table\n\nReward is 0.9, which is much.\n")

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from trl_unigrpo.paper import tables
 from trl_unigrpo.paper.figures import write_figures
 from trl_unigrpo.paper.markdown import cpu_time, escape
+from trl_unigrpo.paper.order import ORDER
 
 
 HEADING = re.compile(r"^## (\S+)$", re.MULTILINE)
@@ -22,6 +23,8 @@ HEADING = re.compile(r"^## (\S+)$", re.MULTILINE)
 def write_page(output: Path, page: Path | None = None) -> Path:
     """
     Write the page and its figures from `<output>/results.json`, and return the page's file.
+
+    The remarks written by hand stand on it only where every system of the grid was run, as they speak of all.
 
     Args:
         output: the folder of the runs, after `collect`; pictures of the traces are cut from its strips.
@@ -37,9 +40,9 @@ def write_page(output: Path, page: Path | None = None) -> Path:
     page = output / "paper.md" if page is None else page
     figures = write_figures(results, output, page.with_suffix(""))
     beside = (page.parent / "shapeworld.md").is_file()
-    text = render(
-        results, figures, page.stem, read_commentary(), "[ShapeWorld](shapeworld.md)" if beside else "ShapeWorld"
-    )
+    whole = set(ORDER) <= set(results["systems"])
+    commentary = {name: remark * whole for name, remark in read_commentary().items()}  # they speak of the full grid
+    text = render(results, figures, page.stem, commentary, "[ShapeWorld](shapeworld.md)" if beside else "ShapeWorld")
     page.write_text(text, encoding="utf-8")
     return page
 
