@@ -34,16 +34,37 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from trl_unigrpo import UniGRPOTrainer
-from trl_unigrpo.estimate import Workload, estimate_memory, floor_flops, overhead_flops, released_config
+from trl_unigrpo.estimate import (
+    Workload,
+    estimate_memory,
+    floor_flops,
+    overhead_flops,
+    released_config,
+)
 from trl_unigrpo.estimate.counting import count_flops
-from trl_unigrpo.estimate.dry_run import random_trainer
-from trl_unigrpo.estimate.flops import image_forward, logits_forward, packed_forward, text_forward
-from trl_unigrpo.estimate.hardware import device_name, machine_versions, matmul_rate, synchronize
-from trl_unigrpo.flow import clipped_surrogate, log_ratio, transition, velocity_mse
+from trl_unigrpo.estimate.flops import (
+    image_forward,
+    logits_forward,
+    packed_forward,
+    text_forward,
+)
+from trl_unigrpo.estimate.hardware import (
+    device_name,
+    machine_versions,
+    matmul_rate,
+    synchronize,
+)
+from trl_unigrpo.flow import (
+    clipped_surrogate,
+    log_ratio,
+    transition,
+    velocity_mse,
+)
+from trl_unigrpo.flow.sampler import FlowRecord, RolloutPlan
 from trl_unigrpo.models.bagel import BagelConfig
-from trl_unigrpo.models.unified import Conditioning
-from trl_unigrpo.rollout import FlowRecord, RolloutPlan
+from trl_unigrpo.models.contract import Conditioning
 from trl_unigrpo.seeding import TRAIN, row_generator
+from trl_unigrpo.trainers.dry_run import random_trainer
 
 
 RESULTS = Path(__file__).parent / "results" / "bagel_step.json"

@@ -24,10 +24,10 @@ from transformers import PrinterCallback
 from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
 from trl_unigrpo.estimate import Workload, floor_flops
 from trl_unigrpo.estimate.counting import count_flops
+from trl_unigrpo.experiments.base.build import untrained_model
+from trl_unigrpo.experiments.demo.demo import quiet
 from trl_unigrpo.models.bagel import BagelConfig, BagelForUnifiedGeneration, LatentCodec
 from trl_unigrpo.models.patch_autoencoder import PatchAutoencoderKL
-from trl_unigrpo.shapeworld.build import untrained_model
-from trl_unigrpo.shapeworld.demo import quiet
 from trl_unigrpo.shapeworld.tokenizer import shapeworld_tokenizer
 
 

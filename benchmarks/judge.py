@@ -126,7 +126,7 @@ def pictures(number: int, side: int = 768) -> list[Image.Image]:
 
 def measure(questions: int, per_picture: int, seconds: float, share: float, concurrency: int) -> dict[str, Any]:
     from trl_unigrpo.rewards import VLMJudge
-    from trl_unigrpo.rewards.judge import data_url
+    from trl_unigrpo.rewards.judge.vlm_judge import data_url
 
     images = pictures(-(-questions // per_picture))
     with server(seconds, share) as url:

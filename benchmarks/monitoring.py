@@ -32,11 +32,11 @@ from transformers import TrainerControl, TrainerState
 from trl_unigrpo import UniGRPOConfig
 from trl_unigrpo.monitoring.alarms import Alarms
 from trl_unigrpo.monitoring.events import Generation, Update
-from trl_unigrpo.monitoring.gallery import Gallery
 from trl_unigrpo.monitoring.image_statistics import image_statistics
 from trl_unigrpo.monitoring.metrics import LOGGED_METRICS
-from trl_unigrpo.monitoring.run_page import write_report
 from trl_unigrpo.monitoring.thinking_alarms import repetition
+from trl_unigrpo.reporting.gallery import Gallery
+from trl_unigrpo.reporting.run_page import write_report
 
 
 RESULTS = Path(__file__).parent / "results" / "monitoring.json"

@@ -22,14 +22,24 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PrinterCallback, Qwen3Config, Qwen3ForCausalLM
 
-from trl_unigrpo import UnifiedSFTConfig, UnifiedSFTTrainer, UniGRPOConfig, UniGRPOTrainer
-from trl_unigrpo.evaluation.statistics import mean_interval
+from trl_unigrpo import (
+    UnifiedSFTConfig,
+    UnifiedSFTTrainer,
+    UniGRPOConfig,
+    UniGRPOTrainer,
+)
+from trl_unigrpo.experiments.demo.demo import quiet
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration, PipelineUnifiedConfig
-from trl_unigrpo.shapeworld import demo_settings, load_base, shapeworld_dataset, shapeworld_reward
+from trl_unigrpo.shapeworld import (
+    demo_settings,
+    load_base,
+    shapeworld_dataset,
+    shapeworld_reward,
+)
 from trl_unigrpo.shapeworld.corpus import pretraining_corpus
-from trl_unigrpo.shapeworld.demo import quiet
 from trl_unigrpo.shapeworld.evaluate import evaluate_model
 from trl_unigrpo.shapeworld.tokenizer import shapeworld_tokenizer
+from trl_unigrpo.statistics import mean_interval
 
 
 RESULTS = Path(__file__).parent / "results" / "pipeline_shapeworld.json"

@@ -36,9 +36,9 @@ from transformers import (
 )
 
 from trl_unigrpo.estimate.counting import count_flops
+from trl_unigrpo.flow.sampler import RolloutPlan
+from trl_unigrpo.models.contract import Conditioning
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration, PipelineUnifiedConfig
-from trl_unigrpo.models.unified import Conditioning
-from trl_unigrpo.rollout import RolloutPlan
 
 
 RESULTS = Path(__file__).parent / "results" / "pipeline_step.json"

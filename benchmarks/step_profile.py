@@ -22,8 +22,13 @@ from rich.table import Table
 from transformers import PrinterCallback
 
 from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
-from trl_unigrpo.shapeworld import demo_settings, load_base, shapeworld_dataset, shapeworld_reward
-from trl_unigrpo.shapeworld.demo import quiet
+from trl_unigrpo.experiments.demo.demo import quiet
+from trl_unigrpo.shapeworld import (
+    demo_settings,
+    load_base,
+    shapeworld_dataset,
+    shapeworld_reward,
+)
 
 
 RESULTS = Path(__file__).parent / "results" / "step_profile.json"

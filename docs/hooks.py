@@ -1,6 +1,7 @@
 """Turns TRL's form of docstring, `Parameters:` with groups marked by `>`, into tables.
 
-A page writes `{{ parameters trl_unigrpo/unigrpo_config.py UniGRPOConfig }}`. The source is parsed, not imported.
+A page writes `{{ parameters trl_unigrpo/trainers/unigrpo_config.py UniGRPOConfig }}`. The source is parsed, not
+imported.
 """
 
 import ast

@@ -19,7 +19,7 @@ from datasets import load_dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_unigrpo import PipelineForUnifiedGeneration, UniGRPOConfig, UniGRPOTrainer
-from trl_unigrpo.unigrpo_config import SINGLE_GPU
+from trl_unigrpo.trainers.unigrpo_config import SINGLE_GPU
 
 
 ADAPTERS = {"use_peft": True, "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0}

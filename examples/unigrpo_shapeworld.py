@@ -8,7 +8,12 @@ Any field of UniGRPOConfig is an option, or an entry of a YAML file given by --c
 from trl import TrlParser
 
 from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
-from trl_unigrpo.shapeworld import BASE, demo_settings, shapeworld_dataset, shapeworld_reward
+from trl_unigrpo.shapeworld import (
+    BASE,
+    demo_settings,
+    shapeworld_dataset,
+    shapeworld_reward,
+)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,18 @@ from trl_unigrpo.estimate import (
     released_config,
 )
 from trl_unigrpo.estimate.counting import count_flops
-from trl_unigrpo.estimate.dry_run import random_trainer
-from trl_unigrpo.estimate.flops import image_forward, logits_forward, packed_forward, text_forward
+from trl_unigrpo.estimate.flops import (
+    image_forward,
+    logits_forward,
+    packed_forward,
+    text_forward,
+)
 from trl_unigrpo.estimate.memory import saved_by_layer, weight_memory
 from trl_unigrpo.estimate.random_model import random_bagel
 from trl_unigrpo.estimate.vae import vae_decode, vae_parameters
 from trl_unigrpo.models.bagel import BagelConfig
-from trl_unigrpo.models.unified import ContextRow, FlowInputs
+from trl_unigrpo.models.contract import ContextRow, FlowInputs
+from trl_unigrpo.trainers.dry_run import random_trainer
 
 
 RELEASED_KEYS = Path(__file__).parent / "fixtures" / "bagel" / "released_keys.txt"

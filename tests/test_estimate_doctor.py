@@ -11,14 +11,19 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from trl_unigrpo.__about__ import versions
 from trl_unigrpo.cli import app
-from trl_unigrpo.estimate import Workload, estimate, estimate_memory, released_config
+from trl_unigrpo.cli.doctor import run_doctor
+from trl_unigrpo.estimate import (
+    Workload,
+    estimate,
+    estimate_memory,
+    released_config,
+)
 from trl_unigrpo.estimate.advice import advise
-from trl_unigrpo.estimate.doctor import run_doctor
-from trl_unigrpo.estimate.dry_run import dry_run, random_trainer
 from trl_unigrpo.estimate.hardware import copy_rate, matmul_rate
 from trl_unigrpo.monitoring.expected import ExpectedCost, expected_cost
-from trl_unigrpo.versions import versions
+from trl_unigrpo.trainers.dry_run import dry_run, random_trainer
 
 
 TINY = Path(__file__).parent / "fixtures" / "bagel" / "tiny_bagel"

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from trl_unigrpo.estimate import Workload, estimate_memory
-from trl_unigrpo.estimate.dry_run import random_trainer
 from trl_unigrpo.models.bagel import BagelConfig
+from trl_unigrpo.trainers.dry_run import random_trainer
 
 
 class LiveBytes(TorchDispatchMode):

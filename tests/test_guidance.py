@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 
 from trl_unigrpo.flow import flow_timesteps
-from trl_unigrpo.guidance import RENORMS, Guidance, guide, guide_where_covered
-from trl_unigrpo.rollout import RolloutPlan, sample_latents
+from trl_unigrpo.flow.guidance import (
+    RENORMS,
+    Guidance,
+    guide,
+    guide_where_covered,
+)
+from trl_unigrpo.flow.sampler import RolloutPlan, sample_latents
 
 
 SHAPE = (3, 4)  # three tokens of four numbers

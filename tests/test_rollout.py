@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trl_unigrpo.flow import cps_transition, flow_timesteps, sde_transition
-from trl_unigrpo.rollout import RolloutPlan, sample_latents
+from trl_unigrpo.flow.sampler import RolloutPlan, sample_latents
 
 
 SHAPE = (3, 4)

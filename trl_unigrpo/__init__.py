@@ -11,24 +11,24 @@ from .lazy import lazy_names
 
 if TYPE_CHECKING:
     from .models.bagel import BagelConfig, BagelForUnifiedGeneration
+    from .models.contract import UnifiedModelMixin
     from .models.pipeline import PipelineForUnifiedGeneration
-    from .models.unified import UnifiedModelMixin
-    from .refl_trainer import ReFLConfig, ReFLTrainer
-    from .sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
-    from .unigrpo_config import UniGRPOConfig
-    from .unigrpo_trainer import UniGRPOTrainer
+    from .trainers.refl_trainer import ReFLConfig, ReFLTrainer
+    from .trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
+    from .trainers.unigrpo_config import UniGRPOConfig
+    from .trainers.unigrpo_trainer import UniGRPOTrainer
 
 _HOME_OF = {
     "BagelConfig": "models.bagel",
     "BagelForUnifiedGeneration": "models.bagel",
     "PipelineForUnifiedGeneration": "models.pipeline",
-    "ReFLConfig": "refl_trainer",
-    "ReFLTrainer": "refl_trainer",
-    "UnifiedModelMixin": "models.unified",
-    "UnifiedSFTConfig": "sft_trainer",
-    "UnifiedSFTTrainer": "sft_trainer",
-    "UniGRPOConfig": "unigrpo_config",
-    "UniGRPOTrainer": "unigrpo_trainer",
+    "ReFLConfig": "trainers.refl_trainer",
+    "ReFLTrainer": "trainers.refl_trainer",
+    "UnifiedModelMixin": "models.contract",
+    "UnifiedSFTConfig": "trainers.sft_trainer",
+    "UnifiedSFTTrainer": "trainers.sft_trainer",
+    "UniGRPOConfig": "trainers.unigrpo_config",
+    "UniGRPOTrainer": "trainers.unigrpo_trainer",
 }
 
 __all__ = [

@@ -6,9 +6,9 @@ import pytest
 from looking import DESKTOP, PHONE
 from run_folders import HOSTILE, write_run
 
-from trl_unigrpo.monitoring.run_files import read_run
-from trl_unigrpo.monitoring.run_page import comparison_page, run_page, write_report
-from trl_unigrpo.pages import readable, write_page
+from trl_unigrpo.reporting.pages import readable, write_page
+from trl_unigrpo.reporting.run_files import read_run
+from trl_unigrpo.reporting.run_page import comparison_page, run_page, write_report
 
 
 pytestmark = pytest.mark.browser
@@ -83,7 +83,7 @@ def test_the_page_of_a_training(look, tmp_path):
 
 
 def test_the_demo(look, tmp_path):
-    from trl_unigrpo.shapeworld import run_demo
+    from trl_unigrpo.experiments.demo import run_demo
 
     run_demo(tmp_path, steps=1, num_prompts=7)
     for name, says in (("report.html", "7 prompts that it never saw"), ("gallery.html", "Finished at step 2 of 2")):

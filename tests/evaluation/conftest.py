@@ -8,7 +8,7 @@ import torch
 
 from trl_unigrpo.evaluation.benchmark import Benchmark, Item, Painting
 from trl_unigrpo.evaluation.metrics import accuracy
-from trl_unigrpo.rewards.questions import Question
+from trl_unigrpo.rewards.questions.question import Question
 from trl_unigrpo.shapeworld import load_base
 
 

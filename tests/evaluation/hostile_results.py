@@ -6,7 +6,12 @@ import numpy as np
 from PIL import Image
 
 from trl_unigrpo.evaluation.page import write_index
-from trl_unigrpo.evaluation.results import append_lines, image_file, open_folder, read_settings
+from trl_unigrpo.evaluation.results import (
+    append_lines,
+    image_file,
+    open_folder,
+    read_settings,
+)
 from trl_unigrpo.evaluation.summary import summarize
 
 

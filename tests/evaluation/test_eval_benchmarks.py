@@ -11,7 +11,7 @@ from trl_unigrpo.evaluation.benchmark import Item, spread
 from trl_unigrpo.evaluation.benchmarks import load_benchmark, wise
 from trl_unigrpo.evaluation.metrics import all_correct
 from trl_unigrpo.evaluation.scorers import question_score
-from trl_unigrpo.rewards.questions import Question
+from trl_unigrpo.rewards.questions.question import Question
 
 
 DPG_COLUMNS = ("item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed")

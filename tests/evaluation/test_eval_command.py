@@ -126,13 +126,22 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
         "--prompts", "p.txt", "--model", "x", "--judge-model", "m", "--judge-base-url", "http://localhost/v1"
     )
     assert judge.exit_code == 1 and "trl-unigrpo[judge]" in judge.output
-    monkeypatch.setattr("trl_unigrpo.rewards.geneval.find_spec", lambda name: None)
+    monkeypatch.setattr("trl_unigrpo.rewards.geneval.geneval_reward.find_spec", lambda name: None)
     detector = invoke("--benchmark", "geneval", "--model", "x")
     assert detector.exit_code == 1 and "trl-unigrpo[eval]" in detector.output
 
 
 def test_ctrl_c_leaves_a_folder_that_goes_on(tmp_path):
-    command = [sys.executable, "-m", "trl_unigrpo.cli", "eval", "--benchmark", "shapeworld", "--model", "shapeworld"]
+    command = [
+        sys.executable,
+        "-m",
+        "trl_unigrpo.cli",
+        "eval",
+        "--benchmark",
+        "shapeworld",
+        "--model",
+        "shapeworld",
+    ]
     command += ["--num-prompts", "700", "--batch-size", "70", "--output-dir", str(tmp_path), "--device", "cpu"]
     process = subprocess.Popen(
         command,
@@ -159,7 +168,7 @@ def test_training_prompts_are_written(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "train" / "geneval.jsonl").read_text().splitlines()]
     assert 40 < len(rows) <= 50 and {"prompt", "tag", "geneval"} == set(rows[0])
     assert json.loads(rows[0]["geneval"])["prompt"] == rows[0]["prompt"]
-    from trl_unigrpo.prompt_files import load_prompts
+    from trl_unigrpo.shapeworld.prompt_files import load_prompts
 
     assert load_prompts(str(tmp_path / "train" / "geneval.jsonl"), "train")["prompt"] == [
         row["prompt"] for row in rows
@@ -169,7 +178,7 @@ def test_training_prompts_are_written(tmp_path):
 def test_decomposed_prompts_can_be_evaluated(tmp_path):
     """What `trl-unigrpo decompose` writes is what `--prompts` reads."""
     from trl_unigrpo.evaluation.benchmarks import load_benchmark
-    from trl_unigrpo.rewards.decompose import run
+    from trl_unigrpo.rewards.questions.decompose import run
 
     row = {
         "prompt": "a photo of a red dog",

@@ -18,7 +18,7 @@ from trl_unigrpo.evaluation.benchmarks.geneval_prompts import (
     training_rows,
 )
 from trl_unigrpo.rewards import GenEvalReward
-from trl_unigrpo.rewards.geneval_rules import Detection, read_row
+from trl_unigrpo.rewards.geneval.rules import Detection, read_row
 
 
 def article(words):

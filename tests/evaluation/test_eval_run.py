@@ -14,12 +14,17 @@ from trl_unigrpo.evaluation.benchmark import Item, Painting, spread
 from trl_unigrpo.evaluation.benchmarks import load_benchmark
 from trl_unigrpo.evaluation.results import DifferentSettingsError, read_lines
 from trl_unigrpo.evaluation.runner import Options, run, without_long_prompts
-from trl_unigrpo.evaluation.scorers import JudgeScorer, RewardScorer, ShapeWorldScorer, detector_scorer
+from trl_unigrpo.evaluation.scorers import (
+    JudgeScorer,
+    RewardScorer,
+    ShapeWorldScorer,
+    detector_scorer,
+)
 from trl_unigrpo.evaluation.summary import summarize
-from trl_unigrpo.guidance import Guidance
+from trl_unigrpo.flow.guidance import Guidance
 from trl_unigrpo.rewards import VLMJudge
 from trl_unigrpo.rewards.common import DeadRewardError
-from trl_unigrpo.rewards.geneval_rules import Detection
+from trl_unigrpo.rewards.geneval.rules import Detection
 from trl_unigrpo.shapeworld import evaluate_model
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from statsmodels.regression.linear_model import WLS
 
-from trl_unigrpo.evaluation.statistics import mean_interval, stratified_interval
+from trl_unigrpo.statistics import mean_interval, stratified_interval
 
 
 def data(crossing, tasks=3, clusters=12, per_cluster=4):

@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from trl_unigrpo.flow import line_state, line_times, matching_log_ratio, nft_loss, shift_timesteps
+from trl_unigrpo.flow import (
+    line_state,
+    line_times,
+    matching_log_ratio,
+    nft_loss,
+    shift_timesteps,
+)
 
 
 def random(*shape, seed=0, count=3):

@@ -7,11 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from trl_unigrpo.flow import flow_timesteps, log_ratio, scale_with_latents, sde_transition
+from trl_unigrpo.flow import (
+    flow_timesteps,
+    log_ratio,
+    scale_with_latents,
+    sde_transition,
+)
+from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.bagel.vision import UNDERSTANDING_MODULES
+from trl_unigrpo.models.contract import Conditioning, ContextRow, FlowInputs
 from trl_unigrpo.models.memory import fitting
-from trl_unigrpo.models.unified import Conditioning, ContextRow, FlowInputs
-from trl_unigrpo.rollout import RolloutPlan
 
 
 START, END, PAD = 375, 376, 374

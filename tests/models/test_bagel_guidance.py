@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from trl_unigrpo.flow import flow_timesteps
-from trl_unigrpo.guidance import Guidance, guide
+from trl_unigrpo.flow.guidance import Guidance, guide
+from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.models.bagel.segments import ContextImage
-from trl_unigrpo.models.unified import Conditioning, UnifiedModelMixin
-from trl_unigrpo.rollout import RolloutPlan
+from trl_unigrpo.models.contract import Conditioning, UnifiedModelMixin
 
 
 TOLERANCE = 1e-4  # of max(1, largest recorded entry)

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from trl_unigrpo.models.bagel.attention import Layout, attend_streams
 from trl_unigrpo.models.bagel.segments import text_segments
-from trl_unigrpo.models.unified import ContextRow, FlowInputs
+from trl_unigrpo.models.contract import ContextRow, FlowInputs
 
 
 TOLERANCE = 1e-4  # of max(1, largest recorded entry)

@@ -9,7 +9,12 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from trl_unigrpo.models.bagel import BagelConfig, BagelProcessor
-from trl_unigrpo.models.bagel.processing import ResizeRule, resized, to_pixels, to_rgb
+from trl_unigrpo.models.bagel.processing import (
+    ResizeRule,
+    resized,
+    to_pixels,
+    to_rgb,
+)
 from trl_unigrpo.shapeworld.tokenizer import shapeworld_tokenizer
 
 

@@ -7,11 +7,11 @@ from test_bagel import END, PAD, SIZE, START, assert_equal, assert_same_gradient
 from torch import Tensor
 
 from trl_unigrpo.flow import flow_timesteps
+from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.bagel import BagelProcessor
 from trl_unigrpo.models.bagel.attention import ROWWISE_QUERIES, Layout, attend_streams
 from trl_unigrpo.models.bagel.segments import ContextImage, segments
-from trl_unigrpo.models.unified import Conditioning, ContextRow, FlowInputs
-from trl_unigrpo.rollout import RolloutPlan
+from trl_unigrpo.models.contract import Conditioning, ContextRow, FlowInputs
 
 
 IMAGE = 386  # the placeholder

@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_cosmos3 import parts, tiny_cosmos3
 from tiny_painters import PROMPTS, generators, painted_from
 
+from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
-from trl_unigrpo.rollout import RolloutPlan
 
 
 SIZE = (16, 16)

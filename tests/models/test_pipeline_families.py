@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_painters import PROMPTS, generators, painted_from, unified
 from tiny_pipelines import FAMILIES
 
-from trl_unigrpo.rollout import RolloutPlan
+from trl_unigrpo.flow.sampler import RolloutPlan
 
 
 STEPS = 4

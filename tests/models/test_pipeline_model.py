@@ -11,10 +11,10 @@ from tiny_pipelines import FAMILIES, TinyPipeline, qwen3, sd3, tokenizer, vae
 from transformers.utils import is_torchvision_available
 
 from trl_unigrpo.evaluation import generate
+from trl_unigrpo.flow.sampler import RolloutPlan
+from trl_unigrpo.models.contract import Conditioning
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration, PipelineUnifiedConfig, painter
 from trl_unigrpo.models.pipeline.painter import ReplayError
-from trl_unigrpo.models.unified import Conditioning
-from trl_unigrpo.rollout import RolloutPlan
 
 
 # What the painter is told

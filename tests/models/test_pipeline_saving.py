@@ -9,10 +9,10 @@ from tiny_painters import PROMPTS, generators, painted_from, tiny_model
 from tiny_pipelines import FAMILIES, qwen3, tokenizer
 from transformers import AutoModelForCausalLM
 
+from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models import load_unified_model
-from trl_unigrpo.models.auto import model_skeleton
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
-from trl_unigrpo.rollout import RolloutPlan
+from trl_unigrpo.models.registry import model_skeleton
 
 
 STEPS = 3

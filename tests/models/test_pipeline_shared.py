@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_painters import PROMPTS, generators, painted_from, tiny_model
 from tiny_pipelines import FAMILIES, sd3
 
+from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
-from trl_unigrpo.rollout import RolloutPlan
 
 
 SHARED = ["flux2_klein", "qwen_image", "z_image", "ovis_image", "hunyuan_image", "lumina2", "sana"]

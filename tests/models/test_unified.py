@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from trl_unigrpo.flow import flow_timesteps
-from trl_unigrpo.models.unified import Conditioning, ContextRow, UnifiedOutput
-from trl_unigrpo.rollout import RolloutPlan
+from trl_unigrpo.flow.sampler import RolloutPlan
+from trl_unigrpo.models.contract import Conditioning, ContextRow, UnifiedOutput
 
 
 IDS = torch.tensor([[375, 10, 11, 12, 376]])

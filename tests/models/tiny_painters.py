@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from tiny_pipelines import FAMILIES, TinyPipeline, qwen3, tokenizer
 
+from trl_unigrpo.models.contract import Conditioning
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration, PipelineUnifiedConfig
-from trl_unigrpo.models.unified import Conditioning
 
 
 PROMPTS = ["a red cube", "two cats on a long wooden bench", "sun", "a photo of a bird"]

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_unigrpo.monitoring.alarm import Alarm, append_alarm, forget_alarms, read_alarms
+from trl_unigrpo.monitoring.alarm import (
+    Alarm,
+    append_alarm,
+    forget_alarms,
+    read_alarms,
+)
 from trl_unigrpo.monitoring.events import Generation
 from trl_unigrpo.monitoring.image_alarms import ImageWatch
 from trl_unigrpo.monitoring.image_statistics import image_statistics

@@ -4,8 +4,8 @@ import numpy as np
 from PIL import Image
 
 from trl_unigrpo.monitoring.events import Generation
-from trl_unigrpo.monitoring.gallery import choose
-from trl_unigrpo.monitoring.run_files import Records
+from trl_unigrpo.reporting.gallery import choose
+from trl_unigrpo.reporting.run_files import Records
 
 
 HOSTILE = [

@@ -11,7 +11,7 @@ import pytest
 from jinja2 import UndefinedError
 from PIL import Image
 
-from trl_unigrpo.pages import (
+from trl_unigrpo.reporting.pages import (
     Curve,
     Panel,
     chart,

@@ -9,8 +9,15 @@ import torch
 from run_folders import generation, write_run
 
 from trl_unigrpo.monitoring.alarm import Alarm, append_alarm
-from trl_unigrpo.monitoring.gallery import choose, dataset_name
-from trl_unigrpo.monitoring.run_files import GivenAlarm, NoRunError, Records, newest_state, plain, read_run
+from trl_unigrpo.reporting.gallery import choose, dataset_name
+from trl_unigrpo.reporting.run_files import (
+    GivenAlarm,
+    NoRunError,
+    Records,
+    newest_state,
+    plain,
+    read_run,
+)
 
 
 def rewards(run):

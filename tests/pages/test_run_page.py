@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 from run_folders import HOSTILE, generation, write_run
 
-from trl_unigrpo.evaluation.statistics import mean_interval
-from trl_unigrpo.monitoring.gallery import choose
-from trl_unigrpo.monitoring.run_files import Records, Run, read_run
-from trl_unigrpo.monitoring.run_page import comparison_page, run_page, spread, unique_names, write_report
-from trl_unigrpo.monitoring.run_summary import change, training_change
-from trl_unigrpo.pages import readable
+from trl_unigrpo.reporting.gallery import choose
+from trl_unigrpo.reporting.pages import readable
+from trl_unigrpo.reporting.run_files import Records, Run, read_run
+from trl_unigrpo.reporting.run_page import (
+    comparison_page,
+    run_page,
+    spread,
+    unique_names,
+    write_report,
+)
+from trl_unigrpo.reporting.run_summary import change, training_change
+from trl_unigrpo.statistics import mean_interval
 
 
 class Page(HTMLParser):

@@ -5,10 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from trl_unigrpo.paper.chosen import choose, choose_from_folders, load_chosen, read_entries, write_entries
-from trl_unigrpo.paper.jobs import search_jobs
-from trl_unigrpo.paper.runner import describe
-from trl_unigrpo.paper.systems import RATES, SYSTEMS
+from trl_unigrpo.experiments.paper.chosen import (
+    choose,
+    choose_from_folders,
+    load_chosen,
+    read_entries,
+    write_entries,
+)
+from trl_unigrpo.experiments.paper.jobs import search_jobs
+from trl_unigrpo.experiments.paper.runner import describe
+from trl_unigrpo.experiments.paper.systems import RATES, SYSTEMS
 
 
 PROMPTS = [f"prompt {index}" for index in range(200)]

@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from trl_unigrpo.cli import app
-from trl_unigrpo.paper.chosen import load_chosen, read_entries
-from trl_unigrpo.paper.jobs import Job
-from trl_unigrpo.paper.runner import IGNORED, Options, renew_starts
-from trl_unigrpo.paper.systems import QUICK_SYSTEMS, SYSTEMS, Scale
-from trl_unigrpo.paper.training import run_settings
+from trl_unigrpo.experiments.paper.chosen import load_chosen, read_entries
+from trl_unigrpo.experiments.paper.jobs import Job
+from trl_unigrpo.experiments.paper.runner import IGNORED, Options, renew_starts
+from trl_unigrpo.experiments.paper.systems import QUICK_SYSTEMS, SYSTEMS, Scale
+from trl_unigrpo.experiments.paper.training import run_settings
 
 
 CHOICE = {

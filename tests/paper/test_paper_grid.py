@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from trl_unigrpo.paper.chosen import read_entries
-from trl_unigrpo.paper.jobs import grid_jobs, search_jobs
-from trl_unigrpo.paper.systems import (
+from trl_unigrpo.experiments.paper.chosen import read_entries
+from trl_unigrpo.experiments.paper.jobs import grid_jobs, search_jobs
+from trl_unigrpo.experiments.paper.systems import (
     CHOSEN,
     FULL,
     GRID,
@@ -20,8 +20,8 @@ from trl_unigrpo.paper.systems import (
     matched_kl_weight,
     select,
 )
-from trl_unigrpo.paper.training import rollouts, run_settings, trainer_arguments
-from trl_unigrpo.unigrpo_config import UniGRPOConfig
+from trl_unigrpo.experiments.paper.training import rollouts, run_settings, trainer_arguments
+from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
 
 SEARCHED = [system for system in GRID if system.candidates]

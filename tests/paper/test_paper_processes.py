@@ -11,9 +11,15 @@ import time
 
 import pytest
 
-from trl_unigrpo.paper.jobs import Job, check_same, grid_jobs, seconds_left, write_once
-from trl_unigrpo.paper.processes import run_all, take
-from trl_unigrpo.paper.systems import SYSTEMS
+from trl_unigrpo.experiments.paper.jobs import (
+    Job,
+    check_same,
+    grid_jobs,
+    seconds_left,
+    write_once,
+)
+from trl_unigrpo.experiments.paper.processes import run_all, take
+from trl_unigrpo.experiments.paper.systems import SYSTEMS
 
 
 NAMES = ("base", "sft", "unigrpo", "text_grpo")

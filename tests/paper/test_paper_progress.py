@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
-from trl_unigrpo.paper.jobs import Job
-from trl_unigrpo.paper.progress import Display, duration, last_row
+from trl_unigrpo.experiments.paper.jobs import Job
+from trl_unigrpo.experiments.paper.progress import Display, duration, last_row
 
 
 JOB = Job("unigrpo", 2)

@@ -13,12 +13,29 @@ import torch
 from PIL import Image
 
 from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
-from trl_unigrpo.paper.jobs import Job
-from trl_unigrpo.paper.run import run
-from trl_unigrpo.paper.scoring import evaluate, strip, summary, trace_rows, traces
-from trl_unigrpo.paper.systems import SYSTEMS, Scale
-from trl_unigrpo.paper.training import HistoryFile, make_trainer, picture_error_reward, rollouts, run_settings
-from trl_unigrpo.shapeworld import load_base, picture_error, shapeworld_dataset, shapeworld_reward
+from trl_unigrpo.experiments.paper.jobs import Job
+from trl_unigrpo.experiments.paper.run import run
+from trl_unigrpo.experiments.paper.scoring import (
+    evaluate,
+    strip,
+    summary,
+    trace_rows,
+    traces,
+)
+from trl_unigrpo.experiments.paper.systems import SYSTEMS, Scale
+from trl_unigrpo.experiments.paper.training import (
+    HistoryFile,
+    make_trainer,
+    picture_error_reward,
+    rollouts,
+    run_settings,
+)
+from trl_unigrpo.shapeworld import (
+    load_base,
+    picture_error,
+    shapeworld_dataset,
+    shapeworld_reward,
+)
 from trl_unigrpo.shapeworld.evaluate import Evaluation
 from trl_unigrpo.shapeworld.grammar import CATEGORIES
 
@@ -48,7 +65,15 @@ def process(output, *options):
     """The run as the command starts it."""
     file = output / "choice.json"
     file.write_text(json.dumps({name: {"settings": settings} for name, settings in CHOICE.items()}))
-    command = [sys.executable, "-m", "trl_unigrpo.paper.run", str(output), JOB.system, "--seed", str(JOB.seed)]
+    command = [
+        sys.executable,
+        "-m",
+        "trl_unigrpo.experiments.paper.run",
+        str(output),
+        JOB.system,
+        "--seed",
+        str(JOB.seed),
+    ]
     command += ["--generations", "2", "--num-prompts", "14", "--chosen", str(file), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trl_unigrpo.paper.order import GRID, WITHOUT_THINKING, full_grid
+from trl_unigrpo.experiments.paper.order import GRID, WITHOUT_THINKING, full_grid
 from trl_unigrpo.shapeworld.grammar import CATEGORIES
 
 

@@ -11,7 +11,7 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 
-from trl_unigrpo.evaluation.statistics import crossed_interval, holm, mean_interval
+from trl_unigrpo.statistics import crossed_interval, holm, mean_interval
 
 
 def crossed(rng, seeds, prompts, seed_spread, prompt_spread, rest):

@@ -3,9 +3,18 @@
 import pytest
 from synthetic import World, planted_errors, planted_means, write_world
 
-from trl_unigrpo.paper.claims import AS_GOOD, CLAIMS, DECAY, OTHERS, SIMILAR, Judgement, Part, judged
-from trl_unigrpo.paper.order import GRID, main_mode
-from trl_unigrpo.paper.results import collect
+from trl_unigrpo.experiments.paper.claims import (
+    AS_GOOD,
+    CLAIMS,
+    DECAY,
+    OTHERS,
+    SIMILAR,
+    Judgement,
+    Part,
+    judged,
+)
+from trl_unigrpo.experiments.paper.order import GRID, main_mode
+from trl_unigrpo.experiments.paper.results import collect
 
 
 SYSTEMS = tuple(name for group in ("table1", "figure4", "figure5") for name in GRID[group])

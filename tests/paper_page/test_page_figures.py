@@ -12,9 +12,9 @@ from matplotlib.colors import to_hex, to_rgb
 from PIL import Image
 from synthetic import CATEGORIES, COLORS, World, write_world
 
-from trl_unigrpo.paper import figures
-from trl_unigrpo.paper.order import GRID, WITHOUT_THINKING
-from trl_unigrpo.paper.results import collect
+from trl_unigrpo.experiments.paper import figures
+from trl_unigrpo.experiments.paper.order import GRID, WITHOUT_THINKING
+from trl_unigrpo.experiments.paper.results import collect
 
 
 @pytest.fixture(scope="module")

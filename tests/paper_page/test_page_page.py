@@ -12,10 +12,18 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from synthetic import World, edit, write, write_world
 
-from trl_unigrpo.paper.markdown import cpu_time, escape, interval, markdown_table, number, p_value, rate
-from trl_unigrpo.paper.page import read_commentary, render, write_page
-from trl_unigrpo.paper.results import collect
-from trl_unigrpo.paper.tables import changed, unwrapped
+from trl_unigrpo.experiments.paper.markdown import (
+    cpu_time,
+    escape,
+    interval,
+    markdown_table,
+    number,
+    p_value,
+    rate,
+)
+from trl_unigrpo.experiments.paper.page import read_commentary, render, write_page
+from trl_unigrpo.experiments.paper.results import collect
+from trl_unigrpo.experiments.paper.tables import changed, unwrapped
 
 
 NASTY = "<script>alert(1)</script> | `a` **b** [c](javascript:d) &lt; {{ parameters x Y }} \\| # _e_ ![f](g)"

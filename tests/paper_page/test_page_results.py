@@ -9,12 +9,12 @@ import pytest
 from scipy.stats import ttest_1samp
 from synthetic import CATEGORIES, DIRECT, World, edit, planted_means, write, write_world
 
-from trl_unigrpo.evaluation.statistics import crossed_interval, holm
-from trl_unigrpo.paper.curves import POINTS, curve
-from trl_unigrpo.paper.loading import Run
-from trl_unigrpo.paper.order import GRID, full_grid
-from trl_unigrpo.paper.results import collect
-from trl_unigrpo.paper.systems import SYSTEMS
+from trl_unigrpo.experiments.paper.curves import POINTS, curve
+from trl_unigrpo.experiments.paper.loading import Run
+from trl_unigrpo.experiments.paper.order import GRID, full_grid
+from trl_unigrpo.experiments.paper.results import collect
+from trl_unigrpo.experiments.paper.systems import SYSTEMS
+from trl_unigrpo.statistics import crossed_interval, holm
 
 
 @pytest.fixture(scope="module")

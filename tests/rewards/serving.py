@@ -14,7 +14,7 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
-from trl_unigrpo.rewards.server import build_app, reward_name
+from trl_unigrpo.rewards.remote.server import build_app, reward_name
 
 
 HERE = Path(__file__).parent

@@ -12,9 +12,14 @@ from datasets import load_dataset
 from typer.testing import CliRunner
 
 from trl_unigrpo.cli import app
-from trl_unigrpo.rewards.decompose import decompose_rows, failures_file, prompt_hash, read_rows
-from trl_unigrpo.rewards.llm_decomposer import DecompositionError, LLMDecomposer
-from trl_unigrpo.rewards.questions import Question, read_questions
+from trl_unigrpo.cli.prompt_files import read_rows
+from trl_unigrpo.rewards.questions.decompose import (
+    decompose_rows,
+    failures_file,
+    prompt_hash,
+)
+from trl_unigrpo.rewards.questions.llm_decomposer import DecompositionError, LLMDecomposer
+from trl_unigrpo.rewards.questions.question import Question, read_questions
 
 
 def item(text, group="semantic", parents=(), expected="yes"):
@@ -383,7 +388,7 @@ def test_names_need_no_extra():
 def test_importing_the_package_of_rewards_loads_none_of_them():
     code = (
         "import sys, trl_unigrpo.rewards\n"
-        "names = 'torch', 'openai', 'pydantic', 'PIL', 'trl_unigrpo.rewards.questions'\n"
+        "names = 'torch', 'openai', 'pydantic', 'PIL', 'trl_unigrpo.rewards.questions.question'\n"
         "print([name for name in names if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_unigrpo.rewards.geneval_questions import questions_from_geneval
+from trl_unigrpo.rewards.geneval.geneval_questions import questions_from_geneval
 
 
 def asked(metadata):

@@ -18,8 +18,8 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from trl_unigrpo.rewards import VLMJudge
 from trl_unigrpo.rewards.common import DeadRewardError
-from trl_unigrpo.rewards.judge_client import redact
-from trl_unigrpo.rewards.judge_prompts import SYSTEM_PROMPT
+from trl_unigrpo.rewards.judge.client import redact
+from trl_unigrpo.rewards.judge.prompts import SYSTEM_PROMPT
 
 
 KEY = "key/with+odd=characters-1234567890"

@@ -10,8 +10,20 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from judge_server import chat
 
-from trl_unigrpo.rewards.judge_answers import VERDICT_FORMAT, NoAnswer, verdict_score, yes_probability
-from trl_unigrpo.rewards.judge_prompts import QUESTIONS, TEMPLATES, answer_word, fill, places, quoted
+from trl_unigrpo.rewards.judge.answers import (
+    VERDICT_FORMAT,
+    NoAnswer,
+    verdict_score,
+    yes_probability,
+)
+from trl_unigrpo.rewards.judge.prompts import (
+    QUESTIONS,
+    TEMPLATES,
+    answer_word,
+    fill,
+    places,
+    quoted,
+)
 
 
 def test_spellings_of_yes_and_no_are_added_up():

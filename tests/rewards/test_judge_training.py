@@ -12,7 +12,12 @@ from judge_server import ChatServer, pictures_of, text_of, yes
 from transformers import PrinterCallback, set_seed
 
 from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
-from trl_unigrpo.shapeworld import BASE, demo_settings, shapeworld_dataset, shapeworld_reward
+from trl_unigrpo.shapeworld import (
+    BASE,
+    demo_settings,
+    shapeworld_dataset,
+    shapeworld_reward,
+)
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "judge_shapeworld.py"

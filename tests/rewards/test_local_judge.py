@@ -11,7 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from trl_unigrpo.rewards import LocalVLMJudge
 from trl_unigrpo.rewards.common import DeadRewardError
-from trl_unigrpo.rewards.local_judge import answer_ids, to_image
+from trl_unigrpo.rewards.judge.local_judge import answer_ids, to_image
 from trl_unigrpo.rewards.pixels import differentiable_pixels
 
 

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from trl_unigrpo.rewards.common import DeadRewardError
-from trl_unigrpo.rewards.question_reward import DVReward, QuestionReward
-from trl_unigrpo.rewards.questions import (
+from trl_unigrpo.rewards.questions.question import (
     Question,
     dependency_mean,
     dv_score,
@@ -22,6 +21,7 @@ from trl_unigrpo.rewards.questions import (
     read_questions,
     weighted_mean,
 )
+from trl_unigrpo.rewards.questions.question_reward import DVReward, QuestionReward
 
 
 RED, BLUE = (Image.new("RGB", (2, 2), color) for color in ("red", "blue"))

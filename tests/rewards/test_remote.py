@@ -16,9 +16,10 @@ from PIL import Image
 from served_rewards import calm, patchy, redness
 from serving import TOKEN, pictures, score, scripted, serving, serving_process
 
-from trl_unigrpo.rewards import RemoteReward, remote
+from trl_unigrpo.rewards import RemoteReward
 from trl_unigrpo.rewards.common import DeadRewardError, to_rgb
-from trl_unigrpo.rewards.wire import PNG_MODES, from_png, to_png
+from trl_unigrpo.rewards.remote import remote_reward as remote
+from trl_unigrpo.rewards.remote.wire import PNG_MODES, from_png, to_png
 
 
 @pytest.fixture(autouse=True)

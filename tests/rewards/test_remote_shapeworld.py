@@ -10,8 +10,8 @@ from serving import serving
 from trl_unigrpo.rewards import RemoteReward
 from trl_unigrpo.shapeworld import load_base, shapeworld_dataset, shapeworld_reward
 from trl_unigrpo.shapeworld.render import render_images
-from trl_unigrpo.unigrpo_config import UniGRPOConfig
-from trl_unigrpo.unigrpo_trainer import UniGRPOTrainer
+from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
+from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 
 
 def test_shapeworld_scores_through_the_wire_are_the_local_ones():

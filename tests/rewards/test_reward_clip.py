@@ -9,8 +9,13 @@ from PIL import Image
 from tiny_perception import SIDE, TEXT_LENGTH, smooth_picture, tiny_clip, tiny_siglip
 from torch import nn
 
-from trl_unigrpo.rewards import ClipReward, clip_score, pick_score, siglip_score
-from trl_unigrpo.rewards.clip_embedder import prepare_pixels
+from trl_unigrpo.rewards import (
+    ClipReward,
+    clip_score,
+    pick_score,
+    siglip_score,
+)
+from trl_unigrpo.rewards.clip.embedder import prepare_pixels
 from trl_unigrpo.rewards.common import DeadRewardError
 
 

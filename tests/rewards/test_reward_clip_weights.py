@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from trl_unigrpo.rewards import aesthetic_score, hps_v2
-from trl_unigrpo.rewards.clip_weights import from_open_clip, linear_head, load_weights
+from trl_unigrpo.rewards.clip.weights import from_open_clip, linear_head, load_weights
 
 
 class Block(nn.Module):

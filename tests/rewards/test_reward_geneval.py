@@ -10,9 +10,14 @@ from tiny_perception import smooth_picture, tiny_clip, tiny_mask2former
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
 from trl_unigrpo.rewards import GenEvalReward
-from trl_unigrpo.rewards.clip_embedder import ClipEmbedder
-from trl_unigrpo.rewards.geneval import ClipColors, Mask2FormerDetector, box_of, masked_crop
-from trl_unigrpo.rewards.geneval_rules import (
+from trl_unigrpo.rewards.clip.embedder import ClipEmbedder
+from trl_unigrpo.rewards.geneval.geneval_reward import (
+    ClipColors,
+    Mask2FormerDetector,
+    box_of,
+    masked_crop,
+)
+from trl_unigrpo.rewards.geneval.rules import (
     COLORS,
     Detection,
     confident_objects,

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_unigrpo.rewards import jpeg_size, sharpness, think_format, thinking_length
+from trl_unigrpo.rewards import (
+    jpeg_size,
+    sharpness,
+    think_format,
+    thinking_length,
+)
 from trl_unigrpo.rewards.rules import length_score
 
 

@@ -21,8 +21,15 @@ from typer.testing import CliRunner
 from trl_unigrpo import __version__
 from trl_unigrpo.cli import app
 from trl_unigrpo.rewards import RemoteReward
-from trl_unigrpo.rewards.server import Limits, is_async, load_reward, load_rewards, reward_name, serve
-from trl_unigrpo.rewards.wire import is_loopback, safe_text, to_png
+from trl_unigrpo.rewards.remote.server import (
+    Limits,
+    is_async,
+    load_reward,
+    load_rewards,
+    reward_name,
+    serve,
+)
+from trl_unigrpo.rewards.remote.wire import is_loopback, safe_text, to_png
 
 
 LIMITS = Limits(max_images=4, max_body=100_000, max_pixels=64 * 64)

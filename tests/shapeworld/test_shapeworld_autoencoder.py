@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from trl_unigrpo.experiments.base.train_autoencoder import evaluate_autoencoder, random_cells, train_autoencoder
 from trl_unigrpo.models import patch_autoencoder
 from trl_unigrpo.models.patch_autoencoder import PatchAutoencoderKL
 from trl_unigrpo.shapeworld.render import render_tensor
-from trl_unigrpo.shapeworld.train_autoencoder import evaluate_autoencoder, random_cells, train_autoencoder
 
 
 @pytest.fixture(scope="module")

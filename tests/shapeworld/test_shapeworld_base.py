@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from trl_unigrpo.experiments.base.build import build_base
 from trl_unigrpo.shapeworld import load_base
 from trl_unigrpo.shapeworld.base import BASE
-from trl_unigrpo.shapeworld.build import build_base
 from trl_unigrpo.shapeworld.evaluate import evaluate_model
 from trl_unigrpo.shapeworld.tokenizer import shapeworld_tokenizer
 

@@ -5,7 +5,12 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from trl_unigrpo.shapeworld.corpus import NO_ERRORS, ErrorRates, corpus_columns, pretraining_corpus
+from trl_unigrpo.shapeworld.corpus import (
+    NO_ERRORS,
+    ErrorRates,
+    corpus_columns,
+    pretraining_corpus,
+)
 from trl_unigrpo.shapeworld.grammar import parse_prompt, split_of
 from trl_unigrpo.shapeworld.plan import parse_plan, plan_cells, score_plans
 from trl_unigrpo.shapeworld.render import render_images

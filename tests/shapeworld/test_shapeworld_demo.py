@@ -2,7 +2,8 @@
 
 import inspect
 
-from trl_unigrpo.shapeworld import demo_settings, run_demo
+from trl_unigrpo.experiments.demo import run_demo
+from trl_unigrpo.shapeworld import demo_settings
 
 
 def test_settings_are_those_that_were_measured():

@@ -7,7 +7,12 @@ from scipy.linalg import sqrtm
 
 from trl_unigrpo.evaluation import Guidance
 from trl_unigrpo.shapeworld import evaluate_model, load_base, shapeworld_dataset
-from trl_unigrpo.shapeworld.quality import clean_drawings, frechet_distance, image_tokens, latent_distance
+from trl_unigrpo.shapeworld.quality import (
+    clean_drawings,
+    frechet_distance,
+    image_tokens,
+    latent_distance,
+)
 from trl_unigrpo.shapeworld.verifier import images_to_array, shapeworld_reward
 
 

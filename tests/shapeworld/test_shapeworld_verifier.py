@@ -7,9 +7,27 @@ from PIL import Image
 
 from trl_unigrpo.shapeworld.diversity import diversity
 from trl_unigrpo.shapeworld.grammar import parse_prompt
-from trl_unigrpo.shapeworld.plan import format_plan, parse_plan, plan_cells, plan_faithfulness, score_plans
-from trl_unigrpo.shapeworld.render import BACKGROUND, PALETTE, render_images, render_tensor, shape_masks
-from trl_unigrpo.shapeworld.verifier import images_to_array, picture_error, read_cells, score, shapeworld_reward
+from trl_unigrpo.shapeworld.plan import (
+    format_plan,
+    parse_plan,
+    plan_cells,
+    plan_faithfulness,
+    score_plans,
+)
+from trl_unigrpo.shapeworld.render import (
+    BACKGROUND,
+    PALETTE,
+    render_images,
+    render_tensor,
+    shape_masks,
+)
+from trl_unigrpo.shapeworld.verifier import (
+    images_to_array,
+    picture_error,
+    read_cells,
+    score,
+    shapeworld_reward,
+)
 from trl_unigrpo.shapeworld.world import PLACES
 
 

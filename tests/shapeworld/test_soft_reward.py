@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from trl_unigrpo.shapeworld import shapeworld_dataset, shapeworld_reward, soft_shapeworld_reward
-from trl_unigrpo.shapeworld.corpus import ErrorRates, draw_plans, paint, spoil_plans
+from trl_unigrpo.shapeworld.corpus import (
+    ErrorRates,
+    draw_plans,
+    paint,
+    spoil_plans,
+)
 from trl_unigrpo.shapeworld.grammar import FAMILIES, parse_prompt, prompts_by_split
 from trl_unigrpo.shapeworld.render import TEMPLATES, render_images, render_tensor
 from trl_unigrpo.shapeworld.soft_reward import cell_probabilities, count_distribution, expected_score

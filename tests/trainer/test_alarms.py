@@ -12,7 +12,7 @@ from test_resume import run
 from tiny_unified import FixedTexts, prompts_dataset, redness, weights
 from transformers import PrinterCallback
 
-import trl_unigrpo.unigrpo_trainer as module
+import trl_unigrpo.trainers.unigrpo_trainer as module
 from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
 from trl_unigrpo.monitoring import alarms
 from trl_unigrpo.monitoring.alarm import read_alarms

@@ -7,8 +7,8 @@ from peft import LoraConfig
 from tiny_unified import prompts_dataset, tiny_bagel, tiny_tokenizer
 from transformers import ProcessorMixin, Qwen2Config, Qwen2ForCausalLM
 
-from trl_unigrpo.unigrpo_config import UniGRPOConfig
-from trl_unigrpo.unigrpo_trainer import UniGRPOTrainer
+from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
+from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 
 
 def streamed(rows):

@@ -7,8 +7,8 @@ import torch
 from tiny_unified import tiny_config
 from trl import GRPOConfig, TrlParser
 
-from trl_unigrpo import unigrpo_config
-from trl_unigrpo.unigrpo_config import UniGRPOConfig
+from trl_unigrpo.trainers import unigrpo_config
+from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
 
 # The paper's Table 3 and design.md's table.

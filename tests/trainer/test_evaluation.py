@@ -6,7 +6,8 @@ from peft import LoraConfig
 from tiny_unified import IMAGE_SIZE, PROMPTS, prompts_dataset, tiny_bagel, tiny_tokenizer, weights
 
 from trl_unigrpo.evaluation import Guidance, generate
-from trl_unigrpo.prompts import never_sampled, system_ids
+from trl_unigrpo.models.prompts import system_ids
+from trl_unigrpo.models.tokenizer import never_sampled
 
 
 def keep_images(trainer):

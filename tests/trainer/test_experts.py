@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_unified import IMAGE_SIZE, PROMPTS, moved, redness, tiny_bagel, weights
 
-from trl_unigrpo.models.unified import Conditioning
+from trl_unigrpo.models.contract import Conditioning
 from trl_unigrpo.monitoring.trust import TrustError
 
 

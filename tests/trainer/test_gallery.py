@@ -9,9 +9,9 @@ from PIL import Image
 from tiny_unified import prompts_dataset, redness
 
 from trl_unigrpo.monitoring.events import Watcher
-from trl_unigrpo.monitoring.gallery import Gallery
 from trl_unigrpo.monitoring.images import diversity
-from trl_unigrpo.monitoring.run_files import read_run
+from trl_unigrpo.reporting.gallery import Gallery
+from trl_unigrpo.reporting.run_files import read_run
 
 
 class Notes(Watcher):

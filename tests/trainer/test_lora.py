@@ -12,8 +12,8 @@ from tiny_unified import IMAGE_SIZE, moved, prompts_dataset, redness, tiny_bagel
 from torch import nn
 
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
-from trl_unigrpo.models.unified import ContextRow, FlowInputs
-from trl_unigrpo.unigrpo_trainer import UniGRPOTrainer
+from trl_unigrpo.models.contract import ContextRow, FlowInputs
+from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 
 
 RELEASED_KEYS = Path(__file__).parents[1] / "fixtures" / "bagel" / "released_keys.txt"

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from PIL import Image
 from tiny_unified import prompts_dataset, redness, tiny_bagel, tiny_tokenizer
 
-from trl_unigrpo.monitoring.run_files import read_run
-from trl_unigrpo.monitoring.run_summary import change
+from trl_unigrpo.reporting.run_files import read_run
+from trl_unigrpo.reporting.run_summary import change
 from trl_unigrpo.rewards import thinking_reward
 
 

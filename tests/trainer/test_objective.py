@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_unified import IMAGE_SIZE, FixedTexts, tiny_bagel
 
-from trl_unigrpo.models.unified import ContextRow
+from trl_unigrpo.models.contract import ContextRow
 
 
 NOISE, SHIFT, STEPS = 0.8, 3.0, 6

@@ -17,9 +17,9 @@ sys.path.append(str(Path(__file__).parent.parent / "models"))
 from tiny_painters import PROMPTS, generators, painted_from
 from tiny_pipelines import FAMILIES, qwen3, tokenizer
 
+from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
 from trl_unigrpo.models.pipeline.loading import painter_quantization
-from trl_unigrpo.rollout import RolloutPlan
 
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -20,10 +20,10 @@ from tiny_cosmos3 import tiny_cosmos3
 from tiny_painters import PROMPTS, generators, painted_from, tiny_model
 from tiny_pipelines import flux2_klein, qwen3, sd3, tokenizer
 
+from trl_unigrpo.flow.sampler import RolloutPlan
+from trl_unigrpo.models.contract import FlowInputs
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
-from trl_unigrpo.models.unified import FlowInputs
-from trl_unigrpo.rollout import RolloutPlan
-from trl_unigrpo.unigrpo_trainer import UniGRPOTrainer
+from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 
 
 def arguments(**changes):

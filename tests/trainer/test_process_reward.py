@@ -11,7 +11,7 @@ from tiny_unified import FixedTexts, prompts_dataset, redness, tiny_bagel, tiny_
 from torch import nn
 from trl.rewards import think_format_reward
 
-from trl_unigrpo.experts import expert_of
+from trl_unigrpo.models.experts import expert_of
 from trl_unigrpo.rewards import thinking_reward
 from trl_unigrpo.rewards.thinking import reward_scope
 

@@ -16,11 +16,21 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from trl_unigrpo import ReFLConfig, ReFLTrainer
 from trl_unigrpo.evaluation import generate
-from trl_unigrpo.models.unified import ContextRow
+from trl_unigrpo.models.contract import ContextRow
 from trl_unigrpo.monitoring.metrics import REFL_METRICS
-from trl_unigrpo.refl import as_reward, image_losses, late_step_range, reward_gradient
 from trl_unigrpo.rewards import ClipReward, LocalVLMJudge
-from trl_unigrpo.shapeworld import evaluate_model, load_base, shapeworld_dataset, soft_shapeworld_reward
+from trl_unigrpo.shapeworld import (
+    evaluate_model,
+    load_base,
+    shapeworld_dataset,
+    soft_shapeworld_reward,
+)
+from trl_unigrpo.trainers.refl import (
+    as_reward,
+    image_losses,
+    late_step_range,
+    reward_gradient,
+)
 
 
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)

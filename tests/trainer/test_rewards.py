@@ -7,7 +7,7 @@ from PIL import Image
 from tiny_unified import IMAGE_SIZE, prompts_dataset, redness
 from trl.rewards import think_format_reward
 
-from trl_unigrpo.scoring import mask_failed_rewards
+from trl_unigrpo.trainers.scoring import mask_failed_rewards
 
 
 CONVERSATION = [[{"role": "user", "content": "a red cat"}], [{"role": "user", "content": "a small tree"}]]

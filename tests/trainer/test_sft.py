@@ -9,8 +9,8 @@ from PIL import Image
 from tiny_unified import IMAGE_SIZE, moved, tiny_bagel, tiny_tokenizer, weights
 from transformers import TrainerCallback
 
-from trl_unigrpo.models.unified import ContextRow
-from trl_unigrpo.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
+from trl_unigrpo.models.contract import ContextRow
+from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
 
 
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)

@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_unified import prompts_dataset
 
 from trl_unigrpo.monitoring.events import Watcher
-from trl_unigrpo.monitoring.trackers import CELL, grid
+from trl_unigrpo.reporting.trackers import CELL, grid
 
 
 def grey(*levels, side=10):

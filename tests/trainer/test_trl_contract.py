@@ -7,8 +7,14 @@ import torch
 from tiny_unified import weights
 from trl import GRPOTrainer
 
-from trl_unigrpo.trl_contract import ATTRIBUTES, HOOKS, TRLChangedError, check_trl, generation_fields
-from trl_unigrpo.unigrpo_trainer import UniGRPOTrainer
+from trl_unigrpo.trainers.trl_bridge import (
+    ATTRIBUTES,
+    HOOKS,
+    TRLChangedError,
+    check_trl,
+    generation_fields,
+)
+from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 
 
 def test_installed_trl_is_the_one_expected():

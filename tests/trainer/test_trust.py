@@ -8,10 +8,10 @@ import torch
 from tiny_unified import tiny_bagel
 
 from trl_unigrpo.flow import flow_timesteps
-from trl_unigrpo.image_objectives import FlowGRPO
+from trl_unigrpo.flow.objectives import FlowGRPO
+from trl_unigrpo.flow.sampler import RolloutPlan, sample_latents
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.monitoring.trust import TrustChecks, TrustError
-from trl_unigrpo.rollout import RolloutPlan, sample_latents
 
 
 class RoundedRecords(BagelForUnifiedGeneration):

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from trl_unigrpo.models.bagel import BagelConfig, BagelForUnifiedGeneration
 from trl_unigrpo.models.bagel.autoencoder import LatentCodec, build_vae
-from trl_unigrpo.unigrpo_config import UniGRPOConfig
-from trl_unigrpo.unigrpo_trainer import UniGRPOTrainer
+from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
+from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|unknown|>")

@@ -1,6 +1,11 @@
 """What a generation costs before it runs: memory by part, FLOPs by part, the floor in seconds."""
 
-from .flops import decode_read_bytes, floor_flops, floor_seconds, overhead_flops
+from .flops import (
+    decode_read_bytes,
+    floor_flops,
+    floor_seconds,
+    overhead_flops,
+)
 from .memory import Memory, estimate_memory
 from .report import Estimate, estimate
 from .sizes import lora_parameters, parameter_counts, released_config

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..versions import versions
+from ..__about__ import versions
 
 
 def machine_versions() -> dict[str, str]:

@@ -7,7 +7,13 @@ What a forward pass saves for its backward pass follows the layers as they are w
 from dataclasses import dataclass
 
 from ..models.bagel.layers import head_size
-from .sizes import key_value_heads, linear_bytes, linear_parameters, lora_parameters, parameter_counts
+from .sizes import (
+    key_value_heads,
+    linear_bytes,
+    linear_parameters,
+    lora_parameters,
+    parameter_counts,
+)
 from .vae import vae_decode, vae_parameters
 from .workload import Workload
 

@@ -1,8 +1,10 @@
 """The whole estimate of a workload, and the line that says it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..models.bagel.modeling import BagelForUnifiedGeneration
 from .flops import floor_flops, floor_seconds
 from .memory import Memory, estimate_memory
 from .workload import Workload
@@ -34,6 +36,13 @@ def estimate(load: Workload) -> Estimate:
     return Estimate(load, estimate_memory(load), floor_flops(load))
 
 
-def estimate_run(model: Any, args: Any) -> Estimate:
-    """The estimate for a loaded BAGEL and a `UniGRPOConfig`."""
-    return estimate(Workload.of_run(model, args))
+ESTIMATES: dict[type, Callable[[Any, Any], Any]] = {
+    BagelForUnifiedGeneration: lambda model, args: estimate(Workload.of_run(model, args))
+}
+"""Model class -> the estimate of a run of that model, as it is loaded, with a `UniGRPOConfig`."""
+
+
+def estimate_run(model: Any, args: Any) -> Any:
+    """The estimate of a run: that of the model's class or the nearest of its parents, else None."""
+    found = next((ESTIMATES[parent] for parent in type(model).__mro__ if parent in ESTIMATES), None)
+    return None if found is None else found(model, args)

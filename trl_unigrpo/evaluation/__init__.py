@@ -6,20 +6,20 @@ from ..lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from ..guidance import Guidance
+    from ..flow.guidance import Guidance
+    from ..sampling import Sample, generate
     from .benchmarks import load_benchmark
     from .benchmarks.geneval_prompts import geneval_dataset
     from .compare import compare_folders
     from .models import load_model
     from .runner import Options, run
-    from .sampling import Sample, generate
 
 _HOME_OF = {
-    "Guidance": "sampling",
+    "Guidance": "..flow.guidance",
     "Options": "runner",
-    "Sample": "sampling",
+    "Sample": "..sampling",
     "compare_folders": "compare",
-    "generate": "sampling",
+    "generate": "..sampling",
     "geneval_dataset": "benchmarks.geneval_prompts",
     "load_benchmark": "benchmarks",
     "load_model": "models",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..rewards.common import Scores
-from ..rewards.questions import Question
+from ..rewards.questions.question import Question
 
 
 Metric = Callable[[Sequence[Question], Scores], dict[str, float | None]]

@@ -9,13 +9,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..files import replace_file
-from ..guidance import Guidance
+from ..flow.guidance import Guidance
+from ..monitoring.files import replace_file
 from .benchmark import Benchmark, spread
 from .benchmarks import load_benchmark
 from .compare import compare_folders, comparison_table
 from .page import write_comparison, write_index
-from .scorers import JudgeScorer, RewardScorer, Scorer, ShapeWorldScorer, detector_scorer, fitting
+from .scorers import (
+    JudgeScorer,
+    RewardScorer,
+    Scorer,
+    ShapeWorldScorer,
+    detector_scorer,
+    fitting,
+)
 from .summary import plain, summarize, table
 
 
@@ -69,7 +76,7 @@ def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
     if sum((asked, bool(judging.rewards), judging.detector is not None)) > 1:
         raise ValueError("Pass one of a judge, rewards and a detector: each gives other numbers.")
     if judging.rewards:
-        from ..rewards.server import load_reward
+        from ..rewards.remote.server import load_reward
 
         return RewardScorer({path: load_reward(path) for path in judging.rewards})
     if asked:
@@ -78,8 +85,8 @@ def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
     if kind == "rule":
         return ShapeWorldScorer()
     if kind == "detector":
-        from ..rewards.clip import CLIP_L
-        from ..rewards.geneval import MASK2FORMER
+        from ..rewards.clip.clip_reward import CLIP_L
+        from ..rewards.geneval.geneval_reward import MASK2FORMER
 
         detector = judging.detector or MASK2FORMER
         return detector_scorer(detector, judging.clip or CLIP_L, detector)
@@ -93,12 +100,12 @@ def _judge(benchmark: Benchmark, judging: Judging) -> Scorer:
     asker: Any
     settings: dict[str, Any]
     if judging.local_judge is not None:
-        from ..rewards.local_judge import LocalVLMJudge
+        from ..rewards.judge.local_judge import LocalVLMJudge
 
         name, settings = judging.local_judge, {"local": True}
         asker = LocalVLMJudge(judging.local_judge)
     else:
-        from ..rewards.judge import VLMJudge
+        from ..rewards.judge.vlm_judge import VLMJudge
 
         name, settings = str(judging.judge_model), {"mode": judging.judge_mode}
         asker = VLMJudge(
@@ -136,7 +143,12 @@ def evaluate(
         The summary.
     """
     from .models import fingerprint, load_model, parts_of
-    from .runner import Options, run, with_changes, without_long_prompts
+    from .runner import (
+        Options,
+        run,
+        with_changes,
+        without_long_prompts,
+    )
 
     scorer = build_scorer(benchmark, judging)  # before the model, whose loading takes longer
     chosen = Options(with_changes(benchmark.painting, **painting), guidance=guidance, **options)

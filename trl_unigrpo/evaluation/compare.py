@@ -7,9 +7,19 @@ from typing import Any
 
 from rich.table import Table
 
-from .results import Line, differences, read_lines, read_settings
-from .statistics import holm, stratified_interval, t_interval
-from .summary import clusters_of, plain, shown, weights_of
+from ..statistics import holm, stratified_interval, t_interval
+from .results import (
+    Line,
+    differences,
+    read_lines,
+    read_settings,
+)
+from .summary import (
+    clusters_of,
+    plain,
+    shown,
+    weights_of,
+)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 
 from ..rewards.common import Scores
-from ..rewards.questions import Question, dependency_mean, earned, exam_points, geometric_mean, weighted_mean
+from ..rewards.questions.question import (
+    Question,
+    dependency_mean,
+    earned,
+    exam_points,
+    geometric_mean,
+    weighted_mean,
+)
 
 
 def accuracy(questions: Sequence[Question], answers: Scores) -> dict[str, float | None]:

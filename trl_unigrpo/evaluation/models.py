@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..models.auto import load_unified_model, read_tokenizer, unified_model
 from ..models.pipeline.loading import hardware_dtype
+from ..models.registry import load_unified_model, unified_model
+from ..models.tokenizer import read_tokenizer
 
 
 ADAPTER = "adapter_config.json"

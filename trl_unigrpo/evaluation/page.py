@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..pages import data_uri, jpeg, render_page, write_page
+from ..reporting.pages import (
+    data_uri,
+    jpeg,
+    render_page,
+    write_page,
+)
 from .compare import Pair
 from .results import Line
 from .runner import read_image
@@ -20,7 +25,6 @@ SIDE = 176
 """Pixels of a picture's longer side."""
 QUESTIONS = 12
 """Answers shown below a picture; the wrong ones first."""
-PACKAGE = "trl_unigrpo.evaluation"
 
 
 def write_index(folder: Path, summary: Mapping[str, Any], lines: Sequence[Line]) -> None:
@@ -34,7 +38,6 @@ def write_index(folder: Path, summary: Mapping[str, Any], lines: Sequence[Line])
         tasks.setdefault(group[0]["tag"], []).append([card(folder, line) for line in group])
     html = render_page(
         "eval_index.html.jinja",
-        PACKAGE,
         summary=summary,
         shown=shown,
         bounds=bounds,
@@ -52,7 +55,6 @@ def write_comparison(folder: Path, report: Mapping[str, Any], pairs: Sequence[Pa
     a, b = Path(report["a"]), Path(report["b"])
     html = render_page(
         "eval_compare.html.jinja",
-        PACKAGE,
         report=report,
         shown=shown,
         bounds=bounds,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
+from ..monitoring.files import replace_file
 
 
 SETTINGS, RESULTS = "settings.json", "results.jsonl"

@@ -11,10 +11,12 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from ..guidance import Guidance
-from ..models.auto import unified_model
-from ..prompts import as_messages, prepare_tokenizer
-from ..rewards.questions import earned
+from ..flow.guidance import Guidance
+from ..models.prompts import as_messages
+from ..models.registry import unified_model
+from ..models.tokenizer import prepare_tokenizer
+from ..rewards.questions.question import earned
+from ..sampling import generate
 from .benchmark import Benchmark, Item, Painting
 from .results import (
     Line,
@@ -25,7 +27,6 @@ from .results import (
     write_lines,
     write_metadata,
 )
-from .sampling import generate
 from .scorers import Score, Scorer
 
 

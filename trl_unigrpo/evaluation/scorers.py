@@ -8,7 +8,12 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from ..rewards.common import Asker, Breaker, Scores, finite
+from ..rewards.common import (
+    Asker,
+    Breaker,
+    Scores,
+    finite,
+)
 from .benchmark import Benchmark, Item, Metric
 
 
@@ -186,7 +191,7 @@ def detector_scorer(detector: Any, colors: Any, name: str) -> RewardScorer:
         detector, colors: see [`GenEvalReward`].
         name: of the detector, for the label.
     """
-    from ..rewards.geneval import GenEvalReward
+    from ..rewards.geneval.geneval_reward import GenEvalReward
 
     reward = GenEvalReward(metadata_column="row", detector=detector, colors=colors)
 

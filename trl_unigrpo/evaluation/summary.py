@@ -7,10 +7,10 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from ..pages.text import readable
-from ..versions import versions
+from ..__about__ import versions
+from ..reporting.pages.text import readable
+from ..statistics import Interval, mean_interval, stratified_interval
 from .results import Line
-from .statistics import Interval, mean_interval, stratified_interval
 
 
 def summarize(settings: Mapping[str, Any], lines: Sequence[Line], label: str = "") -> dict[str, Any]:

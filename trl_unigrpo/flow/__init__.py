@@ -4,10 +4,28 @@ Read in this order: `schedule` (which times, which steps are noisy), `transition
 `objective` (ratio, clip, regularisers), `matching` (objectives without noisy steps).
 """
 
-from .matching import line_state, line_times, matching_log_ratio, nft_loss
-from .objective import clipped_surrogate, latent_kl, log_ratio, scale_with_latents, velocity_mse
+from .matching import (
+    line_state,
+    line_times,
+    matching_log_ratio,
+    nft_loss,
+)
+from .ratio import (
+    clipped_surrogate,
+    latent_kl,
+    log_ratio,
+    scale_with_latents,
+    velocity_mse,
+)
 from .schedule import flow_timesteps, sde_window, shift_timesteps
-from .transition import Transition, cps_transition, ode_transition, sde_transition, step, transition
+from .transition import (
+    Transition,
+    cps_transition,
+    ode_transition,
+    sde_transition,
+    step,
+    transition,
+)
 
 
 __all__ = [

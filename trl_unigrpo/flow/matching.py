@@ -8,7 +8,7 @@ image alone, whatever sampler made it.
 import torch
 from torch import Tensor
 
-from .objective import _latent_mean, _same_float
+from .ratio import _latent_mean, _same_float
 from .schedule import shift_timesteps
 from .transition import expand_left
 

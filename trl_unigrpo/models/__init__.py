@@ -1,6 +1,6 @@
 """Unified models, and the contract that makes one."""
 
-from .auto import load_unified_model, unified_model
+from .registry import load_unified_model, unified_model
 
 
 __all__ = ["load_unified_model", "unified_model"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import replace_file
+from .files import replace_file
 
 
 ALARMS_FILE = "alarms.jsonl"

@@ -12,8 +12,8 @@ from accelerate.utils import gather_object
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from ..experts import clip_by_expert
-from ..models.auto import unified_model
+from ..models.experts import clip_by_expert
+from ..models.registry import unified_model
 from .alarm import Alarm, append_alarm, forget_alarms
 from .events import Generation, Update, Watcher
 from .image_alarms import ImageWatch

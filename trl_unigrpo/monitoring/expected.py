@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..models.auto import unified_model
+from ..estimate.hardware import copy_rate, matmul_rate
+from ..estimate.report import estimate_run
+from ..models.registry import unified_model
 
 
 logger = logging.getLogger(__name__)
@@ -16,8 +18,7 @@ class ExpectedCost(TrainerCallback):
     """
     On a GPU, print the least seconds per generation and the peak of memory that the model estimates.
 
-    A model may offer `estimate(args)`, which returns something with `memory.peak` in bytes and
-    `floor_seconds(flops_per_second, bytes_per_second)`; others are skipped. Never stops a run.
+    Models whose class has no estimate (`trl_unigrpo.estimate.report.ESTIMATES`) are skipped. Never stops a run.
     """
 
     def on_train_begin(
@@ -34,8 +35,6 @@ class ExpectedCost(TrainerCallback):
             print(line, flush=True)
 
     def _line(self, model: Any, args: TrainingArguments) -> str | None:
-        from ..estimate.hardware import copy_rate, matmul_rate
-
         total = torch.cuda.get_device_properties(args.device).total_memory
         rates = matmul_rate(args.device, size=4096), copy_rate(args.device, size=2**26)
         return expected_cost(model, args, *rates, total)
@@ -43,16 +42,15 @@ class ExpectedCost(TrainerCallback):
 
 def expected_cost(model: Any, args: Any, flops_per_second: float, bytes_per_second: float, memory: int) -> str | None:
     """
-    The line to print, or None if the model offers no estimate.
+    The line to print, or None if the model's class has no estimate.
 
     Args:
         flops_per_second, bytes_per_second: what the device reaches.
         memory: of the device, in bytes.
     """
-    estimate = getattr(unified_model(model), "estimate", None)
-    if estimate is None:
+    found = estimate_run(unified_model(model), args)
+    if found is None:
         return None
-    found = estimate(args)
     seconds = found.floor_seconds(flops_per_second, bytes_per_second)
     return (
         f"Expected: at least {seconds:.3g} s per generation and its {args.num_iterations} optimizer steps at "

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..flow import Transition
+from ..flow.objectives import States
+from ..flow.sampler import FlowRecord
 from ..flow.transition import expand_left
-from ..image_objectives import States
-from ..rollout import FlowRecord
 
 
 class TrustError(RuntimeError):

@@ -9,16 +9,22 @@ from ..lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .clip import ClipReward, aesthetic_score, clip_score, hps_v2, pick_score, siglip_score
-    from .decompose import decompose_rows
-    from .geneval import GenEvalReward
-    from .geneval_questions import questions_from_geneval
-    from .judge import VLMJudge
-    from .llm_decomposer import LLMDecomposer
-    from .local_judge import LocalVLMJudge
+    from .clip.clip_reward import (
+        ClipReward,
+        aesthetic_score,
+        clip_score,
+        hps_v2,
+        pick_score,
+        siglip_score,
+    )
+    from .geneval.geneval_questions import questions_from_geneval
+    from .geneval.geneval_reward import GenEvalReward
+    from .judge.local_judge import LocalVLMJudge
+    from .judge.vlm_judge import VLMJudge
     from .ocr import OCRReward
-    from .question_reward import STRICT_AUDITOR, DVReward, QuestionReward
-    from .questions import (
+    from .questions.decompose import decompose_rows
+    from .questions.llm_decomposer import LLMDecomposer
+    from .questions.question import (
         Question,
         dependency_mean,
         dv_score,
@@ -27,40 +33,46 @@ if TYPE_CHECKING:
         read_questions,
         weighted_mean,
     )
-    from .remote import RemoteReward
-    from .rules import jpeg_size, sharpness, think_format, thinking_length
+    from .questions.question_reward import STRICT_AUDITOR, DVReward, QuestionReward
+    from .remote.remote_reward import RemoteReward
+    from .rules import (
+        jpeg_size,
+        sharpness,
+        think_format,
+        thinking_length,
+    )
     from .thinking import thinking_reward
 
 _HOME_OF = {
-    "STRICT_AUDITOR": "question_reward",
-    "ClipReward": "clip",
-    "DVReward": "question_reward",
-    "GenEvalReward": "geneval",
-    "LLMDecomposer": "llm_decomposer",
-    "LocalVLMJudge": "local_judge",
+    "STRICT_AUDITOR": "questions.question_reward",
+    "ClipReward": "clip.clip_reward",
+    "DVReward": "questions.question_reward",
+    "GenEvalReward": "geneval.geneval_reward",
+    "LLMDecomposer": "questions.llm_decomposer",
+    "LocalVLMJudge": "judge.local_judge",
     "OCRReward": "ocr",
-    "Question": "questions",
-    "QuestionReward": "question_reward",
-    "RemoteReward": "remote",
-    "VLMJudge": "judge",
-    "aesthetic_score": "clip",
-    "clip_score": "clip",
-    "decompose_rows": "decompose",
-    "dependency_mean": "questions",
-    "dv_score": "questions",
-    "exam_points": "questions",
-    "geometric_mean": "questions",
-    "hps_v2": "clip",
+    "Question": "questions.question",
+    "QuestionReward": "questions.question_reward",
+    "RemoteReward": "remote.remote_reward",
+    "VLMJudge": "judge.vlm_judge",
+    "aesthetic_score": "clip.clip_reward",
+    "clip_score": "clip.clip_reward",
+    "decompose_rows": "questions.decompose",
+    "dependency_mean": "questions.question",
+    "dv_score": "questions.question",
+    "exam_points": "questions.question",
+    "geometric_mean": "questions.question",
+    "hps_v2": "clip.clip_reward",
     "jpeg_size": "rules",
-    "pick_score": "clip",
-    "questions_from_geneval": "geneval_questions",
-    "read_questions": "questions",
+    "pick_score": "clip.clip_reward",
+    "questions_from_geneval": "geneval.geneval_questions",
+    "read_questions": "questions.question",
     "sharpness": "rules",
-    "siglip_score": "clip",
+    "siglip_score": "clip.clip_reward",
     "think_format": "rules",
     "thinking_length": "rules",
     "thinking_reward": "thinking",
-    "weighted_mean": "questions",
+    "weighted_mean": "questions.question",
 }
 
 __all__ = [

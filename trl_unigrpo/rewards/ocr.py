@@ -7,7 +7,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from .common import ImageReward, Scores, column, to_rgb
+from .common import (
+    ImageReward,
+    Scores,
+    column,
+    to_rgb,
+)
 
 
 # Straight or curly quotation marks. An apostrophe inside of a word is none.

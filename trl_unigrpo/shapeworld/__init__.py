@@ -8,18 +8,17 @@ from ..lazy import lazy_names
 if TYPE_CHECKING:
     from .base import BASE, load_base
     from .dataset import shapeworld_dataset
-    from .demo import demo_settings, run_demo
     from .evaluate import evaluate_model
+    from .settings import demo_settings
     from .soft_reward import soft_shapeworld_reward
     from .verifier import picture_error, shapeworld_reward
 
 _PUBLIC = {
     "BASE": "base",
-    "demo_settings": "demo",
+    "demo_settings": "settings",
     "evaluate_model": "evaluate",
     "load_base": "base",
     "picture_error": "verifier",
-    "run_demo": "demo",
     "shapeworld_dataset": "dataset",
     "shapeworld_reward": "verifier",
     "soft_shapeworld_reward": "soft_reward",
@@ -31,7 +30,6 @@ __all__ = [
     "evaluate_model",
     "load_base",
     "picture_error",
-    "run_demo",
     "shapeworld_dataset",
     "shapeworld_reward",
     "soft_shapeworld_reward",

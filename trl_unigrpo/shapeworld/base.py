@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
+from ..models.bagel import BagelForUnifiedGeneration
 
 
 BASE = Path(__file__).parent / "weights"

@@ -15,10 +15,10 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from trl_unigrpo.shapeworld.dataset import check_split
-from trl_unigrpo.shapeworld.grammar import sampling_weights
-from trl_unigrpo.shapeworld.render import render_images
-from trl_unigrpo.shapeworld.world import (
+from .dataset import check_split
+from .grammar import sampling_weights
+from .render import render_images
+from .world import (
     COLORS,
     EMPTY,
     MAX_GROUPS,

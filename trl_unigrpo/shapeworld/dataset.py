@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 from datasets import Dataset
 
-from trl_unigrpo.shapeworld.grammar import CATEGORIES, SPLITS, prompts_by_split, sampling_weights
-from trl_unigrpo.shapeworld.world import PromptSpec
+from .grammar import (
+    CATEGORIES,
+    SPLITS,
+    prompts_by_split,
+    sampling_weights,
+)
+from .world import PromptSpec
 
 
 def check_split(split: str) -> dict[str, PromptSpec]:

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trl_unigrpo.shapeworld.world import COLORS, NUM_CELLS, IntArray, cell_colors
+from .world import (
+    COLORS,
+    NUM_CELLS,
+    IntArray,
+    cell_colors,
+)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from trl_unigrpo.evaluation import Guidance, generate
-from trl_unigrpo.shapeworld.dataset import shapeworld_dataset
-from trl_unigrpo.shapeworld.diversity import Diversity, diversity
-from trl_unigrpo.shapeworld.grammar import parse_prompt
-from trl_unigrpo.shapeworld.plan import score_plans
-from trl_unigrpo.shapeworld.render import IMAGE_SIZE
-from trl_unigrpo.shapeworld.verifier import images_to_array, picture_error, read_cells, score
-from trl_unigrpo.shapeworld.world import NUM_CELLS
+from ..flow.guidance import Guidance
+from ..sampling import generate
+from .dataset import shapeworld_dataset
+from .diversity import Diversity, diversity
+from .grammar import parse_prompt
+from .plan import score_plans
+from .render import IMAGE_SIZE
+from .verifier import (
+    images_to_array,
+    picture_error,
+    read_cells,
+    score,
+)
+from .world import NUM_CELLS
 
 
 NUM_INFERENCE_STEPS = 10

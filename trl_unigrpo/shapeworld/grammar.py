@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import permutations, product
 
-from trl_unigrpo.shapeworld.world import (
+from .world import (
     COLORS,
     CORNERS,
     FEATURES,

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trl_unigrpo.shapeworld.verifier import ScoreArray, score
-from trl_unigrpo.shapeworld.world import (
+from .verifier import ScoreArray, score
+from .world import (
     COLORS,
     EMPTY,
     MAX_OBJECTS,

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from trl_unigrpo.models.auto import unified_model
-from trl_unigrpo.shapeworld.corpus import NO_ERRORS, draw_plans, paint
-from trl_unigrpo.shapeworld.grammar import parse_prompt
-from trl_unigrpo.shapeworld.render import render_images
-from trl_unigrpo.shapeworld.verifier import images_to_array
-from trl_unigrpo.shapeworld.world import encode_specs
+from ..models.registry import unified_model
+from .corpus import NO_ERRORS, draw_plans, paint
+from .grammar import parse_prompt
+from .render import render_images
+from .verifier import images_to_array
+from .world import encode_specs
 
 
 FloatArray = NDArray[np.float64]

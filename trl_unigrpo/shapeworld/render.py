@@ -7,7 +7,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from trl_unigrpo.shapeworld.world import COLORS, GRID, NUM_CELLS, NUM_CODES, SHAPES, IntArray
+from .world import (
+    COLORS,
+    GRID,
+    NUM_CELLS,
+    NUM_CODES,
+    SHAPES,
+    IntArray,
+)
 
 
 FloatArray = NDArray[np.float32]

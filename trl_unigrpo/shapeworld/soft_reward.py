@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trl_unigrpo.messages import user_text
-from trl_unigrpo.shapeworld.grammar import parse_prompt
-from trl_unigrpo.shapeworld.render import CELL_SIZE, IMAGE_SIZE, TEMPLATES
-from trl_unigrpo.shapeworld.verifier import MAX_CELL_ERROR
-from trl_unigrpo.shapeworld.world import (
+from ..messages import user_text
+from .grammar import parse_prompt
+from .render import CELL_SIZE, IMAGE_SIZE, TEMPLATES
+from .verifier import MAX_CELL_ERROR
+from .world import (
     EMPTY,
     GRID,
     NUM_CODES,

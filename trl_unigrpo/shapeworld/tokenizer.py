@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from trl_unigrpo.shapeworld.world import WORDS
+from .world import WORDS
 
 
 PAD_TOKEN = "<|endoftext|>"

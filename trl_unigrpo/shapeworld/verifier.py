@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from trl_unigrpo.messages import user_text
-from trl_unigrpo.shapeworld.grammar import parse_prompt
-from trl_unigrpo.shapeworld.render import CELL_SIZE, IMAGE_SIZE, TEMPLATES
-from trl_unigrpo.shapeworld.world import (
+from ..messages import user_text
+from .grammar import parse_prompt
+from .render import CELL_SIZE, IMAGE_SIZE, TEMPLATES
+from .world import (
     GRID,
     NUM_CELLS,
     RELATION_TABLE,

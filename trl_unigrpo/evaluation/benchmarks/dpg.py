@@ -4,10 +4,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...rewards.questions import Question, evaluation_order
+from ...rewards.questions.question import Question, evaluation_order
 from ..benchmark import Benchmark, Item, Painting
 from ..metrics import dependency_score
-from .rows import Found, as_object, read_rows, reason
+from .rows import (
+    Found,
+    as_object,
+    read_rows,
+    reason,
+)
 
 
 def load(path: str | Path) -> Benchmark:

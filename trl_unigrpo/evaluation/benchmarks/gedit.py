@@ -4,7 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .rows import as_object, read_rows, reason, undecoded
+from .rows import (
+    as_object,
+    read_rows,
+    reason,
+    undecoded,
+)
 
 
 TASKS = (

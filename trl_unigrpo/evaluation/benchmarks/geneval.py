@@ -1,6 +1,6 @@
 """GenEval: are the objects there, how many, where, in which colour?"""
 
-from ...rewards.geneval_questions import questions_from_geneval
+from ...rewards.geneval.geneval_questions import questions_from_geneval
 from ..benchmark import Benchmark, Item, Painting
 from ..metrics import all_correct
 from .geneval_prompts import benchmark_rows

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...rewards.questions import Question
+from ...rewards.questions.question import Question
 from ..benchmark import Benchmark, Item
 from ..metrics import soft_tifa
 from .rows import parse, read_rows

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...rewards.geneval_rules import COLORS, RELATIONS
+from ...rewards.geneval.rules import COLORS, RELATIONS
 
 
 Row = dict[str, Any]

@@ -4,10 +4,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...rewards.questions import read_questions
+from ...rewards.questions.question import read_questions
 from ..benchmark import Benchmark, Item, Painting
 from ..metrics import accuracy
-from .rows import FORMATS, as_object, parse, read_rows
+from .rows import (
+    FORMATS,
+    as_object,
+    parse,
+    read_rows,
+)
 
 
 def load(path: str | Path) -> Benchmark:

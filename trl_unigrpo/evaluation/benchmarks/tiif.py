@@ -4,10 +4,17 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...rewards.questions import Question
+from ...rewards.questions.question import Question
 from ..benchmark import Benchmark, Item
 from ..metrics import accuracy
-from .rows import Found, as_object, parse, read_rows, reason, texts
+from .rows import (
+    Found,
+    as_object,
+    parse,
+    read_rows,
+    reason,
+    texts,
+)
 
 
 FOLDERS = ("testmini_prompts", "testmini_eval_prompts")

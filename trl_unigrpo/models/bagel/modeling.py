@@ -14,15 +14,39 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..contract import (
+    Conditioning,
+    ContextRow,
+    FlowInputs,
+    UnifiedModelMixin,
+    UnifiedOutput,
+)
 from ..memory import fitting, free_memory
-from ..unified import Conditioning, ContextRow, FlowInputs, UnifiedModelMixin, UnifiedOutput
-from .attention import Context, Layout, causal_mask, left_padded
+from .attention import (
+    Context,
+    Layout,
+    causal_mask,
+    left_padded,
+)
 from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
 from .configuration import BagelConfig
-from .layers import BagelLayer, BagelPositionTable, BagelRMSNorm, BagelTimeEmbedder, head_size, rotary_tables
+from .layers import (
+    BagelLayer,
+    BagelPositionTable,
+    BagelRMSNorm,
+    BagelTimeEmbedder,
+    head_size,
+    rotary_tables,
+)
 from .loading import load_checkpoint
 from .processing import check_tokenizer
-from .segments import ContextImage, Segments, padded, segments, text_segments
+from .segments import (
+    ContextImage,
+    Segments,
+    padded,
+    segments,
+    text_segments,
+)
 from .vision import UNDERSTANDING_MODULES, BagelPerceptron, BagelVisionTower
 
 
@@ -529,12 +553,6 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         return self.codec
 
     # For the trainer
-
-    def estimate(self, args: Any) -> Any:
-        """Memory, FLOPs and the floor in seconds of a run of this model, as it is loaded, with a `UniGRPOConfig`."""
-        from ...estimate.report import estimate_run
-
-        return estimate_run(self, args)
 
     @property
     def default_system_prompt(self) -> str | None:

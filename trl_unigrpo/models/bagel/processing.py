@@ -9,8 +9,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..auto import read_tokenizer
-from .configuration import SPECIAL_TOKENS, THINK_ANSWER_SYSTEM_PROMPT, THINK_SYSTEM_PROMPT, BagelConfig
+from ..tokenizer import read_tokenizer
+from .configuration import (
+    SPECIAL_TOKENS,
+    THINK_ANSWER_SYSTEM_PROMPT,
+    THINK_SYSTEM_PROMPT,
+    BagelConfig,
+)
 
 
 THINK_PROMPTS = {"image": THINK_SYSTEM_PROMPT, "answer": THINK_ANSWER_SYSTEM_PROMPT}

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..unified import ContextRow
+from ..contract import ContextRow
 
 
 @dataclass

@@ -16,14 +16,25 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...messages import user_text
-from ..auto import read_tokenizer
+from ..contract import (
+    Conditioning,
+    FlowInputs,
+    UnifiedModelMixin,
+    UnifiedOutput,
+)
 from ..quantization import keep_trainable_layout
-from ..unified import Conditioning, FlowInputs, UnifiedModelMixin, UnifiedOutput
+from ..tokenizer import read_tokenizer
 from .blocks import linear_names, recomputed_blocks
 from .checks import check_pipeline, check_thinker
 from .configuration import PipelineUnifiedConfig
 from .latents import LatentMap
-from .loading import hardware_dtype, load_painter, load_thinker, local_folder, painters_own_thinker
+from .loading import (
+    hardware_dtype,
+    load_painter,
+    load_thinker,
+    local_folder,
+    painters_own_thinker,
+)
 from .painter import Encodings, Painter
 from .saving import quick_start, save_adapters
 from .sharing import share_weights, whole_state

@@ -1,0 +1,87 @@
+"""`trl-unigrpo train`: UniGRPO from the command line or a YAML file, as `trl grpo` does GRPO."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl.rewards import think_format_reward
+
+from ..trainers.unigrpo_config import UniGRPOConfig
+from ..trainers.unigrpo_trainer import UniGRPOTrainer
+from .prompt_files import load_prompts
+
+
+@dataclass
+class TrainArguments:
+    r"""
+    What to train on.
+
+    Parameters:
+        dataset_name (`str`): hub id or folder of a dataset, a csv, json, jsonl, parquet or txt file, or `shapeworld`.
+        dataset_config (`str`, *optional*): configuration of a hub dataset.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`): split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`): split to evaluate on, if `eval_strategy` says so.
+        reward_funcs (`list[str]`): import paths of reward functions (`my_rewards.redness`), or `think_format_reward`.
+    """
+
+    dataset_name: str = field(
+        metadata={"help": "Hub id or folder of a dataset, a csv/json/jsonl/parquet/txt file, or 'shapeworld'."}
+    )
+    reward_funcs: list[str] = field(metadata={"help": "Import paths of reward functions, such as my_rewards.redness."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+
+
+def load_reward(path: str) -> Callable[..., Any]:
+    """The reward function at a dotted import path; modules in the working directory are found."""
+    if path == "think_format_reward":
+        return think_format_reward
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(
+            f"reward_funcs: {path!r} is no import path. Write it as module.function, such as my_rewards.redness."
+        )
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"reward_funcs: can't import {path!r} ({error}). Is the module in the working directory or installed?"
+        ) from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse arguments and the file named by `--config`, train, and save to `output_dir`."""
+    parser = TrlParser((TrainArguments, UniGRPOConfig, ModelConfig), prog="trl-unigrpo train")
+    script, args, model = parser.parse_args_and_config(
+        list(argv) if argv is not None else None, fail_with_unknown_args=True
+    )
+    if model.model_name_or_path is None:
+        raise SystemExit("trl-unigrpo train: --model_name_or_path is missing: a folder, a hub id, or 'shapeworld'.")
+    source = model.model_name_or_path
+    if source == "shapeworld":
+        from ..shapeworld import BASE
+
+        source = str(BASE)
+    rewards = [load_reward(path) for path in script.reward_funcs]
+    evaluates = args.eval_strategy != "no"
+    trainer = UniGRPOTrainer(
+        model=source,
+        reward_funcs=rewards,
+        args=args,
+        train_dataset=load_prompts(script.dataset_name, script.dataset_train_split, script.dataset_config),
+        eval_dataset=load_prompts(script.dataset_name, script.dataset_test_split, script.dataset_config)
+        if evaluates
+        else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)

@@ -1,0 +1,1 @@
+"""Experiments on the built-in world, on top of all else."""

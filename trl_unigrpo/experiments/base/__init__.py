@@ -1,0 +1,1 @@
+"""How the tiny model that training starts from was made."""

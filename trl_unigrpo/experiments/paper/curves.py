@@ -1,0 +1,64 @@
+"""Training curves: mean over seeds, thinned to what a figure shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .loading import FloatArray, Run
+
+
+POINTS = 48
+
+
+def curve(runs: Sequence[Run], starts: Sequence[Run] = ()) -> dict[str, Any] | None:
+    """
+    The curve of one system; None where no run logged a reward.
+
+    Args:
+        runs: of the system, one per seed.
+        starts: of the system from whose model it starts: its rollouts and seconds come before.
+
+    Returns:
+        Lists of at most `POINTS` numbers, each over a block of rollout batches: `rollouts` and `cpu_seconds` at its
+        end, `reward` with the `low` and `high`est seed, and `picture_error` where it was logged; and `seeds`.
+    """
+    logged = [run for run in runs if any("reward" in row for row in run.history)]
+    if not logged:
+        return None
+    before = {run.seed: run.record for run in starts}
+    tables = []
+    for run in logged:
+        rows = [row for row in run.history if "reward" in row]
+        start = before.get(run.seed, {"rollouts": 0, "train_cpu_seconds": 0.0})
+        tables.append(
+            {
+                "rollouts": np.array([row["rollouts"] for row in rows]) + start["rollouts"],
+                "cpu_seconds": np.array([row["cpu_seconds"] for row in rows]) + start["train_cpu_seconds"],
+                "reward": np.array([row["reward"] for row in rows]),
+                "picture_error": np.array([row.get("picture_error", np.nan) for row in rows]),
+            }
+        )
+    length = min(len(table["reward"]) for table in tables)
+    blocks = np.array_split(np.arange(length), min(length, POINTS))
+
+    def by_seed(key: str, last: bool = False) -> FloatArray:
+        """(seeds, blocks)."""
+        return np.array([[table[key][block[-1:] if last else block].mean() for block in blocks] for table in tables])
+
+    reward, error = by_seed("reward"), by_seed("picture_error")
+    return {
+        "seeds": len(tables),
+        "rollouts": [round(value) for value in by_seed("rollouts", last=True).mean(0)],
+        "cpu_seconds": [round(value, 1) for value in by_seed("cpu_seconds", last=True).mean(0).tolist()],
+        "reward": _listed(reward.mean(0)),
+        "low": _listed(reward.min(0)),
+        "high": _listed(reward.max(0)),
+        "picture_error": None if np.isnan(error).any() else _listed(error.mean(0)),
+    }
+
+
+def _listed(values: FloatArray) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]

@@ -1,0 +1,309 @@
+"""From run folders to results.json, the one place from which the page takes its numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ...monitoring.files import replace_file
+from ...statistics import CrossedInterval, holm
+from .claims import CLAIMS, COMPARISONS, REFERENCE
+from .curves import curve
+from .loading import (
+    MEASURES,
+    Run,
+    read_prompts,
+    read_runs,
+)
+from .order import GRID, full_grid
+from .scores import Scores
+from .search import read_search
+
+
+Results = dict[str, Any]
+
+TRACED = ("base", "sft", "unigrpo")
+"""The systems whose thinkings and pictures stand side by side, as in the paper's Figures 2 and 6 to 8."""
+
+FAMILIES = {"table1": "table1", "figure5": "ablations", "ablations": "ablations"}
+"""Groups that are compared with UniGRPO -> the table in which they stand, for Holm's correction."""
+COMPARED = ("sampled", "direct")
+"""The modes that are compared with UniGRPO's sampled one."""
+
+
+def collect(output: Path, expected: Mapping[str, Sequence[int]] | None = None) -> Results:
+    """
+    Everything that the page shows, from the run folders below `output`; also written to `<output>/results.json`.
+
+    The same folders give the same bytes. Runs that cannot be used are named under `problems` and left out.
+
+    Args:
+        expected: system -> seeds that the grid has, to say what is missing; the full grid's without it.
+
+    Raises:
+        FileNotFoundError: without prompts.json.
+        ValueError: without a single run that can be used.
+    """
+    prompts = read_prompts(output)
+    runs, problems = read_runs(output, prompts)
+    if not runs:
+        reasons = "".join(f"\n  {problem.run}: {problem.why}" for problem in problems)
+        raise ValueError(
+            f"{output} holds no finished run, so there is nothing to show. Start some: trl-unigrpo paper.{reasons}"
+        )
+    scores = Scores(runs, prompts)
+    search, search_seconds = read_search(output)
+    systems = {name: system_summary(name, scores) for name in scores.systems}
+    correct_p_values(systems)
+    results: Results = {
+        "prompts": {
+            "number": len(prompts.texts),
+            "different": len(set(prompts.texts)),
+            "categories": {name: prompts.categories.count(name) for name in prompts.kinds},
+        },
+        "systems": systems,
+        "comparisons": {
+            f"{side_name(left)} - {side_name(right)}": interval_record(difference)
+            for left, right in COMPARISONS
+            if (difference := scores.difference(left, right))
+        },
+        "curves": {name: found for name, of in scores.by_system.items() if (found := curve(of, scores.starts(name)))},
+        "figure4": guidance_summary(systems),
+        "figure5": regularizer_summary(systems, scores),
+        "search": search,
+        "traces": traces(scores),
+        "machine": machine_summary(runs, search_seconds),
+        "missing": missing(scores, full_grid() if expected is None else expected),
+        "problems": [asdict(problem) for problem in problems],
+    }
+    results["claims"] = [
+        {"id": claim.id, "text": claim.text, "where": claim.where, **claim.judge(results)._asdict()}
+        for claim in CLAIMS
+    ]
+    write_json(output / "results.json", results)
+    return results
+
+
+def side_name(side: tuple[str, str]) -> str:
+    """A system and the mode in which it is evaluated, as one word."""
+    return "/".join(side)
+
+
+def system_summary(system: str, scores: Scores) -> dict[str, Any]:
+    """One system: what it is, what it cost with the stage before it, and what it scored in each mode."""
+    runs = scores.runs(system)
+    record = runs[0].record
+    starts = scores.starts(system)
+    seconds = [mean(run.record["train_cpu_seconds"] for run in stage) or 0.0 for stage in (starts, runs)]
+    diversities = [run.record["diversity"] for run in runs if run.record.get("diversity")]
+    modes = list(dict.fromkeys(mode for run in runs for mode in run.record["evaluations"]))
+    return {
+        "title": record["title"],
+        "group": "hidden" if system in GRID["hidden"] else record["group"],
+        "start": record["start"] or "base",
+        "seeds": [run.seed for run in runs],
+        "trained": scores.trained(system),
+        "rollouts": sum(run.record["rollouts"] for run in (*starts[:1], runs[0])),
+        "train_cpu_seconds": round(sum(seconds), 1),
+        "clip_frac": significant(
+            mean(row["clip_frac"] for run in runs for row in run.history if "clip_frac" in row), 3
+        ),
+        "settings": {key: value for key, value in sorted(record["settings"].items()) if key != "seed"},
+        "modes": {mode: mode_summary(system, mode, scores) for mode in modes},
+        "diversity": {
+            key: significant(mean(of[key] for of in diversities), 4)
+            for key in (diversities[0] if diversities else {})
+            if all(key in of for of in diversities)
+        },
+    }
+
+
+def mode_summary(system: str, mode: str, scores: Scores) -> dict[str, Any]:
+    """One system in one mode; measures other than the reward are means over seeds."""
+    evaluations = [run.record["evaluations"][mode] for run in scores.runs(system, mode)]
+    measures = {key: [of[key] for of in evaluations if of.get(key) is not None] for key in MEASURES}
+    errors = measures["picture_error"]
+    own_interval = evaluations[0].get("picture_error_interval")
+    reward = scores.mean(system, mode)
+    summary: dict[str, Any] = {
+        "seeds": [run.seed for run in scores.runs(system, mode)],
+        "reward": interval_record(reward) if reward else None,
+        **{key: significant(mean(values), 4) for key, values in measures.items()},
+        "picture_error_range": [significant(of, 4) for of in (min(errors), max(errors))] if len(errors) > 1 else None,
+        "picture_error_interval": [significant(of, 4) for of in own_interval] if own_interval else None,
+        "categories": {
+            category: interval_record(found) if (found := scores.mean(system, mode, category)) else None
+            for category in scores.prompts.kinds
+        },
+    }
+    group = scores.runs(system)[0].record["group"]
+    if mode in COMPARED and group in FAMILIES and system not in (REFERENCE[0], *GRID["hidden"]):
+        difference = scores.difference((system, mode), REFERENCE)
+        summary["difference"] = interval_record(difference) | {"family": FAMILIES[group]} if difference else None
+    return summary
+
+
+def correct_p_values(systems: Mapping[str, Any]) -> None:
+    """Add `p_holm` to the differences to UniGRPO, within their family."""
+    differences = [
+        mode["difference"] for of in systems.values() for mode in of["modes"].values() if mode.get("difference")
+    ]
+    for family in dict.fromkeys(of["family"] for of in differences):
+        members = [of for of in differences if of["family"] == family]
+        for member, corrected in zip(members, holm([of["p"] for of in members]), strict=True):
+            member["p_holm"] = significant(corrected, 3)
+
+
+def guidance_summary(systems: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Figure 4: guidance in training and in evaluation; None without a run of either."""
+    trained = {name: systems[name] for name in ("guidance_off", "guidance_on") if name in systems}
+    if not trained:
+        return None
+    return {
+        "guidance_scale": next(
+            (
+                of["settings"]["guidance_scale"]
+                for of in trained.values()
+                if of["settings"].get("guidance_scale", 1) != 1
+            ),
+            None,
+        ),
+        "cells": {
+            name: {mode: of["modes"][mode]["reward"] for mode in ("sampled", "guided") if mode in of["modes"]}
+            for name, of in trained.items()
+        },
+    }
+
+
+def regularizer_summary(systems: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
+    """Figure 5: reward and picture error, the latter also as a multiple of UniGRPO's, which has the velocity MSE."""
+    shown = [name for name, of in systems.items() if of["group"] == "figure5" or name in ("base", REFERENCE[0])]
+    return {
+        name: {
+            "title": systems[name]["title"],
+            "reward": systems[name]["modes"]["sampled"]["reward"],
+            "picture_error": systems[name]["modes"]["sampled"]["picture_error"],
+            "picture_error_range": systems[name]["modes"]["sampled"]["picture_error_range"],
+            "latent_distance": systems[name]["modes"]["sampled"]["latent_distance"],
+            "picture_error_ratio": error_ratio(scores, name) if name not in ("base", REFERENCE[0]) else None,
+        }
+        for name in shown
+        if "sampled" in systems[name]["modes"]
+    }
+
+
+def error_ratio(scores: Scores, system: str) -> dict[str, Any] | None:
+    """
+    Picture error divided by UniGRPO's: geometric mean over common seeds, with a t interval of its logarithm.
+
+    With one seed there is a ratio and no interval.
+    """
+    errors = [
+        {run.seed: run.record["evaluations"]["sampled"].get("picture_error") for run in scores.runs(name, "sampled")}
+        for name in (system, REFERENCE[0])
+    ]
+    logs = [math.log(errors[0][seed] / other) for seed, other in errors[1].items() if other and errors[0].get(seed)]
+    if not logs:
+        return None
+    low = high = None
+    if len(logs) > 1:
+        from scipy.stats import ttest_1samp  # crossed_interval has said already if it is missing
+
+        low, high = (math.exp(end) for end in ttest_1samp(logs, 0.0).confidence_interval(0.95))
+    ratio = {"ratio": math.exp(sum(logs) / len(logs)), "low": low, "high": high}
+    return {**{key: significant(value, 4) for key, value in ratio.items()}, "seeds": len(logs)}
+
+
+def traces(scores: Scores) -> list[dict[str, Any]]:
+    """
+    The fixed prompts with the thinking, the reward and the place of the picture of each of `TRACED`.
+
+    `strip` is the file below the output folder, `index` the picture's place in it.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for system in TRACED:
+        run = next((run for run in scores.runs(system) if run.record.get("traces")), None)
+        for index, trace in enumerate(run.record["traces"] if run else []):
+            row = rows.setdefault(trace["prompt"], {"prompt": trace["prompt"], "category": trace["category"]})
+            row.setdefault("samples", {})[system] = {
+                "thinking": trace["thinking"],
+                "reward": significant(trace["reward"], 4),
+                "picture_error": significant(trace.get("picture_error"), 4),
+                "strip": f"{run.name}/strip.png" if run else None,
+                "index": index,
+            }
+    return list(rows.values())
+
+
+def machine_summary(runs: Sequence[Run], search_seconds: float) -> dict[str, Any]:
+    """Where and when the runs were made and what they cost."""
+    records = [run.record for run in runs]
+    packages = sorted({package for record in records for package in record["versions"]})
+    return {
+        "machines": sorted({record["machine"] for record in records}),
+        "threads": sorted({record["threads"] for record in records}),
+        "dates": [min(record["date"] for record in records), max(record["date"] for record in records)],
+        "versions": {
+            package: sorted({str(record["versions"][package]) for record in records if package in record["versions"]})
+            for package in packages
+        },
+        "runs": len(runs),
+        "train_cpu_seconds": round(sum(record["train_cpu_seconds"] for record in records)),
+        "cpu_seconds": round(sum(record["cpu_seconds"] for record in records)),
+        "search_cpu_seconds": round(search_seconds),
+    }
+
+
+def missing(scores: Scores, expected: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """
+    What the grid has and the folders do not.
+
+    Returns:
+        `seeds`: system -> {"expected", "missing"}, lists of seeds, where some are missing; `modes`: system -> mode ->
+        seeds that lack an evaluation which other seeds of the system have.
+    """
+    seeds = {
+        system: {"expected": list(wanted), "missing": [seed for seed in wanted if seed not in found]}
+        for system, wanted in expected.items()
+        for found in [{run.seed for run in scores.runs(system)}]
+        if not found.issuperset(wanted)
+    }
+    modes: dict[str, dict[str, list[int]]] = {}
+    for system, runs in scores.by_system.items():
+        for mode in dict.fromkeys(mode for run in runs for mode in run.record["evaluations"]):
+            without = [run.seed for run in runs if mode not in run.record["evaluations"]]
+            if without:
+                modes.setdefault(system, {})[mode] = without
+    return {"seeds": seeds, "modes": modes}
+
+
+def interval_record(interval: CrossedInterval) -> dict[str, Any]:
+    """An interval for results.json. `seeds` is 1 where it is over prompts alone."""
+    return {
+        "mean": round(interval.mean, 4),
+        "low": round(interval.low, 4),
+        "high": round(interval.high, 4),
+        "p": significant(interval.p_value, 3),
+        "seeds": interval.seeds,
+        "prompts": interval.prompts,
+    }
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """The mean, None of nothing."""
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def significant(value: float | None, digits: int) -> float | None:
+    """Rounded to a number of significant digits."""
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    replace_file(file, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,280 @@
+"""The page's tables, as Markdown that both GitHub and mkdocs render."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .claims import REFERENCE, reward, title
+from .markdown import (
+    NONE,
+    escape,
+    interval,
+    markdown_table,
+    number,
+    p_value,
+    rate,
+)
+from .order import main_mode
+
+
+RATES = {"learning_rate": "text_weight", "image_learning_rate": "flow_weight"}
+"""Learning rate -> the weight that is 0 where it trains nothing."""
+PICTURES = ("picture error", "latent distance", "distinct pictures")
+
+Row = tuple[str, Mapping[str, Any], str]
+"""A system's name, what results.json holds of it, and the mode in which it is evaluated."""
+
+
+def rows(results: Mapping[str, Any], *groups: str) -> list[Row]:
+    """The table rows of some groups, in the page's order."""
+    return [
+        (name, system, mode)
+        for name, system in results["systems"].items()
+        if system["group"] in groups
+        for mode in ("direct", "sampled")
+        if (system["modes"].get(mode) or {}).get("reward")
+    ]
+
+
+def emphasized(row: Row, cells: list[str]) -> list[str]:
+    """UniGRPO's row is bold."""
+    return [f"**{cell}**" for cell in cells] if row[0] == REFERENCE[0] else cells
+
+
+def table1(results: Mapping[str, Any]) -> str:
+    """Every system in every way to paint, against UniGRPO."""
+    header = ["system", "thinking", "reward, sampled", "minus UniGRPO", "Holm p", "greedy", "seeds"]
+    lines = []
+    for row in rows(results, "table1"):
+        _, system, mode = row
+        found = system["modes"][mode]
+        greedy = system["modes"].get("greedy", {}).get("reward") if mode == "sampled" else None
+        cells = [
+            escape(system["title"]),
+            "yes" if mode == "sampled" else "no",
+            interval(found["reward"]),
+            *_difference(found),
+            number(greedy["mean"]) if greedy else NONE,
+            str(len(found["seeds"])) if system["trained"] else NONE,
+        ]
+        lines.append(emphasized(row, cells))
+    return markdown_table(header, lines, text_columns=2)
+
+
+def details_table(results: Mapping[str, Any], *groups: str) -> str:
+    """What plans and pictures are worth, and what training cost."""
+    header = ["system", "strict", "plan", "clipped", *PICTURES, "CPU seconds"]
+    lines = []
+    for row in rows(results, *groups):
+        name, system, mode = row
+        found = system["modes"][mode]
+        cost = f"{system['train_cpu_seconds']:,.0f}" if system["trained"] else NONE
+        measures = [number(found["strict"]), number(found["plan"]), number(system["clip_frac"], 2), *_pictures(row)]
+        lines.append(emphasized(row, [escape(title(results, (name, mode))), *measures, cost]))
+    return markdown_table(header, lines)
+
+
+def _pictures(row: Row) -> list[str]:
+    """The columns of `PICTURES`."""
+    name, system, mode = row
+    found = system["modes"][mode]
+    # Diversity is measured once per run, in the system's own way to paint.
+    distinct = system["diversity"].get("distinct_pictures") if mode == main_mode(name) else None
+    distance = number(found["latent_distance"], 3, significant=True)
+    return [number(found["picture_error"], 4), distance, number(distinct, 2)]
+
+
+def _difference(found: Mapping[str, Any]) -> list[str]:
+    difference = found.get("difference")
+    return [interval(difference, "+"), p_value(difference["p_holm"])] if difference else [NONE, NONE]
+
+
+def category_table(results: Mapping[str, Any]) -> str:
+    """Mean reward by category; the highest of each column is bold."""
+    categories = list(results["prompts"]["categories"])
+    shown = rows(results, "table1")
+    means = {
+        category: [of["mean"] for _, system, mode in shown if (of := system["modes"][mode]["categories"][category])]
+        for category in categories
+    }
+    lines = []
+    for row in shown:
+        found = row[1]["modes"][row[2]]["categories"]
+        cells = [interval(found[category], digits=2) if found[category] else NONE for category in categories]
+        best = [bool(found[of]) and found[of]["mean"] == max(means[of]) for of in categories]
+        marked = (f"**{cell}**" if bold else cell for cell, bold in zip(cells, best, strict=True))
+        lines.append([escape(title(results, (row[0], row[2]))), *marked])
+    return markdown_table(["system", *(escape(of.replace("_", " ")) for of in categories)], lines)
+
+
+def ablation_table(results: Mapping[str, Any]) -> str:
+    """What each ablation changed, and what that changed. Nothing without any of them."""
+    shown = [row for row in rows(results, "figure5", "ablations") if row[2] == "sampled"]
+    if not shown:
+        return ""
+    own = [row for row in rows(results, "table1") if row[0] == REFERENCE[0]]
+    header = ["run", "changed", "reward, sampled", "minus UniGRPO", "Holm p", "seeds"]
+    lines = []
+    for row in own + shown:
+        _, system, mode = row
+        found = system["modes"][mode]
+        cells = [
+            escape(system["title"]),
+            changed(system["settings"], own[0][1]["settings"]) if own else NONE,
+            interval(found["reward"]),
+            *_difference(found),
+            str(len(found["seeds"])),
+        ]
+        lines.append(emphasized(row, cells))
+    return markdown_table(header, lines, text_columns=2)
+
+
+def changed(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    """The settings that differ from a reference, those it does not have included."""
+    return (
+        ", ".join(
+            f"{escape(key)} = {escape(f'{value:.3g}' if isinstance(value, float) else value)}"
+            for key, value in settings.items()
+            if key not in reference or reference[key] != value
+        )
+        or NONE
+    )
+
+
+def guidance_table(results: Mapping[str, Any]) -> str:
+    """Figure 4's two by two."""
+    figure = results["figure4"]
+    lines = []
+    for name, cells in figure["cells"].items():
+        values = [cells.get(mode) for mode in ("sampled", "guided")]
+        lines.append([escape(results["systems"][name]["title"]), *(interval(of) if of else NONE for of in values)])
+    return markdown_table(["trained", "evaluated without guidance", "evaluated with guidance"], lines)
+
+
+def regularizer_table(results: Mapping[str, Any]) -> str:
+    """Figure 5's numbers."""
+    lines = []
+    for found in results["figure5"].values():
+        ratio = found["picture_error_ratio"]
+        spread = f" [{ratio['low']:.3g}, {ratio['high']:.3g}]" if ratio and ratio["low"] is not None else ""
+        lines.append(
+            [
+                escape(found["title"]),
+                interval(found["reward"]) if found["reward"] else NONE,
+                number(found["picture_error"], 4),
+                f"x {ratio['ratio']:.3g}{spread}" if ratio else NONE,
+                number(found["latent_distance"], 3, significant=True),
+            ]
+        )
+    return markdown_table(
+        ["run", "reward, sampled", "picture error", "as a multiple of UniGRPO's", "latent distance"], lines
+    )
+
+
+def search_table(results: Mapping[str, Any]) -> str:
+    """Each method's candidates with their validation rewards; the chosen one is bold."""
+    entries = results["search"]
+    width = max((len(of["candidates"]) for of in entries.values()), default=0)
+    lines = []
+    for name, entry in entries.items():
+        system = results["systems"].get(name)
+        cells = [escape(system["title"] if system else name), " / ".join(map(escape, _searched(entry)))]
+        for i, of in enumerate(entry["candidates"]):
+            rates = " / ".join(rate(of["settings"][key]) for key in _searched(entry))
+            text = f"{rates}: {of['reward']:.3f}" + " ≈" * (i in entry["as_good"])
+            cells.append(
+                f"**{text}**" + " (edge)" * bool(entry["at_edge"]) if of["settings"] == entry["chosen"] else text
+            )
+        lines.append(cells + [NONE] * (width - len(entry["candidates"])))
+    return markdown_table(["method", "rates", *(f"candidate {i + 1}" for i in range(width))], lines, 2)
+
+
+def _searched(entry: Mapping[str, Any]) -> list[str]:
+    """The settings among which was searched; one of two that always go together."""
+    columns = {key: [of["settings"][key] for of in entry["candidates"]] for key in entry["candidates"][0]["settings"]}
+    return [key for i, key in enumerate(columns) if columns[key] not in list(columns.values())[:i]]
+
+
+def claims_table(results: Mapping[str, Any]) -> str:
+    """The paper's claims and what happened here."""
+    lines = [
+        [
+            f"{escape(of['text'])} ({escape(of['where'])})",
+            f"**{of['verdict']}**",
+            "<br>".join(escape(part) for part in of["sentence"].split("; ")),
+        ]
+        for of in results["claims"]
+    ]
+    return markdown_table(["the paper", "here", "numbers"], lines, text_columns=3)
+
+
+def seed_lines(results: Mapping[str, Any]) -> list[str]:
+    """What is missing: systems without a run, systems without some of their seeds, and evaluations."""
+    alike: dict[str, list[str]] = {}
+    for name, of in results["missing"]["seeds"].items():
+        done = len(of["expected"]) - len(of["missing"])
+        seeds = "seed" if len(of["expected"]) == 1 else "seeds"
+        lacking = f" (without {', '.join(map(str, of['missing']))})" if done else ""
+        alike.setdefault(f"{done} of {len(of['expected'])} {seeds}{lacking}", []).append(f"`{name}`")
+    lines = [f"{what}: {', '.join(names)}" for what, names in alike.items()]
+    for name, modes in results["missing"]["modes"].items():
+        for mode, seeds_without in modes.items():
+            lines.append(f"`{name}`: no evaluation `{mode}` of seeds {', '.join(map(str, seeds_without))}")
+    return lines
+
+
+def above_unigrpo(results: Mapping[str, Any]) -> str:
+    """The rows of Table 1 that are above UniGRPO, intervals apart."""
+    own = reward(results, REFERENCE)
+    if own is None:
+        return "not known, UniGRPO was not measured"
+    shown = [(name, mode) for name, _, mode in rows(results, "table1")]
+    return ", ".join(escape(title(results, of)) for of in shown if reward(results, of)["low"] > own["high"]) or "none"
+
+
+def rate_table(results: Mapping[str, Any]) -> str:
+    """The learning rates that each system of Table 1 was trained with."""
+    lines = [
+        [
+            escape(of["title"]),
+            *(
+                rate(of["settings"][key]) if key in of["settings"] and of["settings"].get(weight, 1) else NONE
+                for key, weight in RATES.items()
+            ),
+        ]
+        for of in results["systems"].values()
+        if of["group"] == "table1" and of["trained"]
+    ]
+    return markdown_table(["system", "learning rate", "of the image expert"], lines)
+
+
+def unequal_rollouts(results: Mapping[str, Any]) -> str:
+    """The systems of Table 1 that did not train on as many rollouts as UniGRPO, with their numbers."""
+    systems = results["systems"]
+    own = systems.get(REFERENCE[0], {}).get("rollouts")
+    return ", ".join(
+        f"{escape(of['title'])} ({of['rollouts']:,})"
+        for of in systems.values()
+        if of["group"] == "table1" and of["trained"] and of["rollouts"] != own
+    )
+
+
+def trace_titles(results: Mapping[str, Any], trace: Mapping[str, Any]) -> list[str]:
+    return [escape(results["systems"][system]["title"]) for system in trace["samples"]]
+
+
+def trace_table(results: Mapping[str, Any], trace: Mapping[str, Any]) -> str:
+    """What each system thought of one prompt, and what its picture scored."""
+    lines = [
+        [name, escape(unwrapped(of["thinking"])) or NONE, number(of["reward"], 2), number(of["picture_error"], 4)]
+        for name, of in zip(trace_titles(results, trace), trace["samples"].values(), strict=True)
+    ]
+    return markdown_table(["", "thinking", "reward", "picture error"], lines, text_columns=2)
+
+
+def unwrapped(thinking: str) -> str:
+    """A thinking without its tags; with them if it was never closed."""
+    text = thinking.strip()
+    closed = text.startswith("<think>") and text.endswith("</think>")
+    return text.removeprefix("<think>").removesuffix("</think>").strip() if closed else text

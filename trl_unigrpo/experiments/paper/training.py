@@ -1,0 +1,196 @@
+"""From a system of the grid to a trainer: its settings in full, and the public trainer that they configure."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
+
+from ...shapeworld import (
+    demo_settings,
+    picture_error,
+    shapeworld_dataset,
+    shapeworld_reward,
+    soft_shapeworld_reward,
+)
+from ...shapeworld.corpus import NO_ERRORS, pretraining_corpus
+from ...trainers.refl_trainer import ReFLConfig, ReFLTrainer
+from ...trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
+from ...trainers.unigrpo_config import UniGRPOConfig
+from ...trainers.unigrpo_trainer import UniGRPOTrainer
+from .systems import Scale, Settings, System
+
+
+NO_SETTING_OF = {
+    "sft": ("corpus_errors", "guidance_scale", "eval_guidance_scale"),
+    "refl": (),
+    "unigrpo": ("eval_guidance_scale",),
+}
+"""Entries of a run's settings that speak of its data and of how it is scored, not of its trainer."""
+
+CORPUS_SEED = 1000
+"""Added to a run's seed: the base model was trained on the corpus of seed 0."""
+
+LOGGED = {
+    "reward": "reward",
+    "rewards/picture_error_reward/mean": "picture_error",
+    "flow/velocity_mse": "velocity_mse",
+    "flow/latent_kl": "latent_kl",
+    "flow/clip_frac": "clip_frac",
+    "entropy": "entropy",
+    "completions/mean_length": "length",
+    "loss/text": "text_loss",
+    "loss/flow": "flow_loss",
+}
+"""The trainers' metrics -> their names in `history.jsonl`."""
+
+
+def method_settings(method: str, generations: int) -> dict[str, Any]:
+    """What all systems of a method share. 192 pictures per generation: one rollout, or two batches of 96."""
+    demo = demo_settings(generations)
+    if method == "unigrpo":
+        return {**demo, "reward_weights": [1.0, 0.0]}
+    shared = {name: demo[name] for name in ("lr_scheduler_type", "logging_steps", "save_strategy", "report_to")}
+    shared |= {"per_device_train_batch_size": demo["per_device_train_batch_size"] // 2, "max_steps": 2 * generations}
+    if method == "refl":
+        sampling = ("max_completion_length", "num_inference_steps", "image_size", "adam_beta2")
+        return {**shared, **{name: demo[name] for name in sampling}}
+    # As the base model was trained.
+    times = {"noise_draws": 3, "timestep_sampling": "uniform", "timestep_shift": 4.0}
+    return {**shared, **times, "adam_beta2": 0.98, "weight_decay": 0.01}
+
+
+def run_settings(
+    system: System, chosen: Mapping[str, Settings], scale: Scale, candidate: int | None = None
+) -> dict[str, Any]:
+    """
+    Every setting of a run, as JSON has them; {} for the base model.
+
+    Args:
+        chosen: the search's choice for each of `system.chosen`.
+        candidate: the index of the candidate to try instead of the choice for the system itself.
+
+    Raises:
+        ValueError: where a choice is missing.
+    """
+    if system.method == "none":
+        return {}
+    needed = system.chosen if candidate is None else system.takes
+    if missing := [name for name in needed if name not in chosen]:
+        raise ValueError(
+            f"{system.name} needs the search's choice for {', '.join(missing)}. Make it first: "
+            f"trl-unigrpo paper --search --only {','.join(missing)}"
+        )
+    half = scale.generations // 2
+    generations = {"whole": scale.generations, "first half": half, "second half": scale.generations - half}
+    settings = method_settings(system.method, generations[system.part])
+    for name in needed:
+        settings |= chosen[name]
+    settings |= {name: value() if callable(value) else value for name, value in system.settings.items()}
+    if candidate is not None:
+        settings |= system.candidates[candidate]
+    if system.method == "unigrpo":  # each rollout makes `num_iterations` steps
+        settings["max_steps"] = generations[system.part] * passes(settings)
+    return json.loads(json.dumps(settings))
+
+
+def passes(settings: Settings) -> int:
+    """Optimizer steps per rollout batch of a run of `UniGRPOTrainer`; 1 of any other."""
+    return settings.get("num_iterations", 2) if "num_generations" in settings else 1
+
+
+def rollouts(settings: Settings) -> int:
+    """Pictures that a run sees."""
+    return settings["max_steps"] * settings["per_device_train_batch_size"] // passes(settings) if settings else 0
+
+
+def configuration(method: str) -> type:
+    """The class of a method's configuration."""
+    return {"sft": UnifiedSFTConfig, "refl": ReFLConfig, "unigrpo": UniGRPOConfig}[method]
+
+
+def trainer_arguments(system: System, settings: Settings, output_dir: str, seed: int) -> Any:
+    """The configuration of a run. Raises a ValueError for settings that the trainer doesn't know or refuses."""
+    known = {name: value for name, value in settings.items() if name not in NO_SETTING_OF[system.method]}
+    if system.method == "unigrpo":  # all see as many pictures, whatever becomes of them
+        known |= {"alarms": "off", "gallery_steps": 0}
+    try:
+        return configuration(system.method)(output_dir=output_dir, seed=seed, disable_tqdm=True, **known)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{system.name}: {error}") from error
+
+
+def picture_error_reward(
+    prompts: Sequence[Any], completions: Sequence[Any], images: Sequence[Image.Image], **kwargs: Any
+) -> list[float]:
+    """Picture errors as a reward function of weight 0: it is logged, and nothing is trained on it."""
+    return picture_error(images).tolist()
+
+
+class HistoryFile(TrainerCallback):
+    """
+    Writes one line of JSON per rollout batch as soon as it has been trained on: `LOGGED`, "rollouts" (pictures so far)
+    and "cpu_seconds" (of training so far), to five digits. What each pass logs is that of the last pass: in the first,
+    the ratio is 1.
+    """
+
+    def __init__(self, file: Path, settings: Settings):
+        self.file = file
+        self.passes = passes(settings)
+        self.batch = settings["per_device_train_batch_size"]
+        self.row: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.process_time()
+        self.file.write_text("", encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.row |= {LOGGED[name]: value for name, value in (logs or {}).items() if name in LOGGED}
+        if state.global_step % self.passes or not self.row:
+            return
+        # In the order of LOGGED, without what has no value, such as the entropy of no thinking.
+        known = {name: self.row[name] for name in LOGGED.values() if math.isfinite(self.row.get(name, math.nan))}
+        rollouts = state.global_step // self.passes * self.batch
+        row = {"rollouts": rollouts, **known, "cpu_seconds": time.process_time() - self.started}
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({name: digits(value) for name, value in row.items()}) + "\n")
+        self.row = {}
+
+
+def digits(value: float, number: int = 5) -> float:
+    """The number to so many significant digits; whole numbers stay whole."""
+    return value if isinstance(value, int) else float(f"{value:.{number}g}")
+
+
+def make_trainer(
+    system: System,
+    settings: Settings,
+    seed: int,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> Trainer:
+    """The trainer of a run, which writes `history.jsonl` into its folder."""
+    args = trainer_arguments(system, settings, str(folder), seed)
+    common: dict[str, Any] = {"model": model, "args": args, "processing_class": tokenizer}
+    common["callbacks"] = [HistoryFile(folder / "history.jsonl", settings)]
+    trainer: Trainer
+    if system.method == "sft":
+        rates = None if settings.get("corpus_errors", True) else NO_ERRORS
+        corpus = pretraining_corpus(rollouts(settings), CORPUS_SEED + seed, rates)
+        trainer = UnifiedSFTTrainer(train_dataset=corpus, **common)
+    elif system.method == "refl":
+        dataset = shapeworld_dataset("train", seed=seed)
+        trainer = ReFLTrainer(reward=soft_shapeworld_reward, train_dataset=dataset, **common)
+    else:
+        rewards = [shapeworld_reward, picture_error_reward]
+        dataset = shapeworld_dataset("train", seed=seed)
+        trainer = UniGRPOTrainer(reward_funcs=rewards, train_dataset=dataset, **common)
+    trainer.remove_callback(PrinterCallback)
+    return trainer

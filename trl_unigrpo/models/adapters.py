@@ -1,0 +1,131 @@
+"""Adapters: where they go, in which precision they are kept, and which of them is the reference."""
+
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from .contract import UnifiedModelMixin
+from .registry import unified_model
+
+
+def target_experts(peft_config: PeftConfig | None, model: Any, trains: Mapping[str, bool]) -> PeftConfig | None:
+    """The adapters' configuration, checked; without `target_modules` they go to the experts that are trained."""
+    if peft_config is None:
+        return None
+    base = unified_model(model)
+    if getattr(peft_config, "target_modules", ...) is None:
+        experts = "both" if all(trains.values()) else next(name for name, on in trains.items() if on)
+        peft_config = copy.deepcopy(peft_config)
+        peft_config.target_modules = base.default_lora_targets(experts)
+    check_targets(peft_config, base)
+    return peft_config
+
+
+def check_targets(peft_config: PeftConfig, base: UnifiedModelMixin) -> None:
+    """
+    Raise ValueError for names in `target_modules`, `modules_to_save`, `rank_pattern` or `alpha_pattern` that match no
+    module, and for modules that belong to neither expert.
+
+    Only the names of the model's modules are looked at: weights may be on the meta device.
+    """
+    remedy = (
+        "Leave target_modules unset, and adapters go to the linear layers of the experts that are trained; or pass a "
+        f"regular expression of whole names, such as {base.default_lora_targets('both')!r}."
+    )
+    targets = getattr(peft_config, "target_modules", None)
+    adapted = matched_modules(peft_config, base) if targets is not None else []
+    if isinstance(targets, str):
+        lost = [] if adapted else [targets]
+    else:
+        lost = [target for target in targets or [] if not _ends_in(adapted, target)]
+    if lost:
+        raise ValueError(f"peft_config: target_modules {_listing(lost)} match no module of the model. {remedy}")
+
+    kept = [name for name, _ in base.named_modules()]
+    lost = [name for name in getattr(peft_config, "modules_to_save", None) or [] if not _ends_in(kept, name)]
+    if lost:
+        raise ValueError(
+            f"peft_config: modules_to_save {_listing(lost)} match no module of the model. Take the names from "
+            "model.named_modules()."
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(peft_config, field, None) or {}
+        lost = [key for key in patterns if targets and all(get_pattern_key([key], name) != key for name in adapted)]
+        if lost:
+            raise ValueError(
+                f"peft_config: {field} {_listing(lost)} match none of the adapted modules, which are "
+                f"{_listing(adapted)}. A key is the end of a module's name, or a regular expression of all of it."
+            )
+
+    frozen = [name for name in adapted if name.split(".")[0] in base.frozen_modules]
+    if frozen:
+        raise ValueError(
+            f"peft_config: target_modules match {len(frozen)} modules of {' and '.join(base.frozen_modules)}, which "
+            f"are not trained: {_listing(frozen)}. {remedy}"
+        )
+
+
+def matched_modules(peft_config: PeftConfig, base: UnifiedModelMixin) -> list[str]:
+    """Names of the modules that `target_modules` match, as PEFT understands it."""
+    modules = dict(base.named_modules())
+    if str(peft_config.target_modules).lower() == "all-linear":
+        head = base.get_output_embeddings()
+        peft_config = copy.copy(peft_config)
+        peft_config.target_modules = {
+            name for name, module in modules.items() if isinstance(module, nn.Linear) and module is not head
+        }
+    return [name for name in modules if name and check_target_module_exists(peft_config, name)]
+
+
+def _ends_in(names: Collection[str], ending: str) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for name in names)
+
+
+def _listing(names: Collection[str], limit: int = 4) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(map(repr, list(names)[:limit]))
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The data of the weights that are trained, by name; no copies."""
+    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def keep_adapters_in_float32(model: nn.Module, masters: Mapping[str, Tensor]) -> None:
+    """
+    Hold adapters in float32, whatever the base has: in bfloat16 small updates would round to nothing.
+
+    Args:
+        model: the adapted model.
+        masters: weights of adapters that the user brought, from before TRL rounded those on a quantised base.
+    """
+    for name, parameter in model.named_parameters():
+        if name in masters and parameter.dtype != masters[name].dtype:
+            parameter.data = masters[name].to(parameter.device)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            for layers in (getattr(module, name) for name in module.adapter_layer_names):
+                for parameter in layers.parameters():
+                    if parameter.dtype in (torch.bfloat16, torch.float16):
+                        parameter.data = parameter.data.float()
+
+
+def add_reference_adapter(model: PeftModel) -> None:
+    """Keep a frozen copy, named "ref", of the adapter that a model comes with: the policy where training starts."""
+    if "ref" in model.peft_config:
+        return
+    active = model.active_adapter
+    model.add_adapter("ref", model.peft_config[active])
+    for name, parameter in model.named_parameters():
+        if f".{active}." in name:
+            model.get_parameter(name.replace(f".{active}.", ".ref.")).data.copy_(parameter.data)
+    for name, parameter in model.named_parameters():
+        if ".ref." in name:
+            parameter.requires_grad_(False)

@@ -1,0 +1,72 @@
+"""Which weights belong to which expert: freezing, learning rates, clipping."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .contract import UnifiedModelMixin
+
+
+EXPERTS = ("text", "image")
+
+
+def expert_of(base: UnifiedModelMixin, name: str) -> str:
+    """The expert, "text" or "image", that a parameter of this name belongs to."""
+    return EXPERTS[base.is_image_parameter(name)]
+
+
+def freeze_experts(base: UnifiedModelMixin, model: nn.Module, trains: Mapping[str, bool]) -> None:
+    """Take the weights of the experts that are not trained out of training."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not trains[expert_of(base, name)]:
+            parameter.requires_grad_(False)
+
+
+def split_groups(
+    base: UnifiedModelMixin,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    image_learning_rate: float,
+) -> None:
+    """Split each parameter group of a fresh optimizer by expert; the image expert's get their own learning rate."""
+    image = {parameter for name, parameter in model.named_parameters() if base.is_image_parameter(name)}
+    groups = []
+    for group in optimizer.param_groups:
+        for name, rate in zip(EXPERTS, (group["lr"], image_learning_rate), strict=True):
+            parameters = [p for p in group["params"] if (p in image) == (name == "image")]
+            if parameters:
+                groups.append({**group, "params": parameters, "lr": rate, "name": name})
+    optimizer.param_groups[:] = groups
+
+
+def check_trained(base: UnifiedModelMixin, model: nn.Module, trains: Mapping[str, bool]) -> None:
+    """Raise ValueError if an expert that is to be trained has no weights to train."""
+    trained = parameters_by_expert(base, model)
+    for name, weight in zip(EXPERTS, ("text_weight", "flow_weight"), strict=True):
+        if trains[name] and name not in trained:
+            raise ValueError(
+                f"{weight} is above 0, but the {name} expert has no trainable weights. Set {weight}=0, leave the "
+                "peft_config's target_modules unset, or load the adapter with is_trainable=True."
+            )
+
+
+def parameters_by_expert(base: UnifiedModelMixin, model: nn.Module) -> dict[str, list[Tensor]]:
+    """The trained parameters of each expert that has any."""
+    experts: dict[str, list[Tensor]] = {name: [] for name in EXPERTS}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            experts[expert_of(base, name)].append(parameter)
+    return {name: parameters for name, parameters in experts.items() if parameters}
+
+
+def clip_by_expert(base: UnifiedModelMixin, model: nn.Module, max_norm: float) -> dict[str, Tensor]:
+    """
+    Scale the gradients of each expert to a norm of at most `max_norm`; returns the norms before.
+
+    One norm for both would be the text's: the image's gradients are orders of magnitude smaller.
+    """
+    return {
+        name: nn.utils.clip_grad_norm_(parameters, max_norm)
+        for name, parameters in parameters_by_expert(base, model).items()
+    }

@@ -1,0 +1,66 @@
+"""Find the class of a unified model by its name, and check that a model is one."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file
+
+from .contract import UnifiedModelMixin
+
+
+def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
+    """
+    Load a unified model from a folder or a hub id.
+
+    BAGEL is known by its `llm_config.json`; other models are found through transformers' auto classes, where a third
+    party registers its own with `AutoModelForCausalLM.register`. Never runs code from a repository.
+    """
+    from . import pipeline  # noqa: F401 - registers its classes
+    from .bagel import BagelForUnifiedGeneration
+
+    if _is_released_bagel(source, _hub_arguments(kwargs)):
+        return BagelForUnifiedGeneration.from_pretrained(source, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **kwargs)
+
+
+def model_skeleton(source: str, **kwargs: Any) -> PreTrainedModel:
+    """
+    The modules of what [`load_unified_model`] would load, on the meta device: no weights are read. Only pipelines are
+    loaded, as they have no other form.
+    """
+    from .bagel import BagelConfig, BagelForUnifiedGeneration
+    from .pipeline import PipelineUnifiedConfig
+
+    hub = _hub_arguments(kwargs)
+    with torch.device("meta"):
+        if _is_released_bagel(source, hub):
+            return BagelForUnifiedGeneration(BagelConfig.from_pretrained(source, **hub))
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **hub)
+        if not isinstance(config, PipelineUnifiedConfig):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return load_unified_model(source, **kwargs)
+
+
+def _is_released_bagel(source: str, hub: dict[str, Any]) -> bool:
+    return cached_file(source, "llm_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in ("cache_dir", "revision", "token") if kwargs.get(key)}
+
+
+def unified_model(model: Any) -> UnifiedModelMixin:
+    """
+    The unified model inside a possibly adapted one.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, UnifiedModelMixin):
+        raise TypeError(
+            f"{type(base).__name__} is not a unified model: it paints no images. Pass a model that implements "
+            "trl_unigrpo.models.contract.UnifiedModelMixin, such as BagelForUnifiedGeneration."
+        )
+    return base

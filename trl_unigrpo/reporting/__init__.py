@@ -1,0 +1,1 @@
+"""What shows a run: galleries, pages, run files, trackers, the model card."""

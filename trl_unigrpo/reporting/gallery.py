@@ -1,0 +1,251 @@
+"""The gallery of a run: `<output_dir>/gallery.html`, and the files that it is made of."""
+
+import logging
+import time
+import uuid
+from collections.abc import MutableMapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..monitoring.events import Generation, Watcher
+from ..monitoring.images import diversity
+from .description import describe
+from .pages import jpeg, prompt_text, write_page
+from .run_files import (
+    Records,
+    Sample,
+    Shown,
+    read_run,
+)
+from .run_page import run_page
+from .trackers import grid, log_picture
+from .worker import Worker
+
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = 48  # pictures of a generation that are kept, in whole groups but at least one
+PROMPTS = 16  # prompts of an evaluation whose pictures are kept
+SIDE, QUALITY = 256, 80  # of the pictures, as JPEG
+SHARE = 0.01  # of the time that may go into pages, between the last and the next
+
+
+class Gallery(Watcher):
+    """
+    Keeps what a run painted and logged, and a page of it. The first process writes; nothing of it can stop a run.
+
+    Every `gallery_steps` optimizer steps the page gets the generation of the time, at the end the last one, and each
+    evaluation. It shows groups sorted by reward, the evaluation's prompts over time, curves and alarms.
+
+    Pictures are encoded, and the page is written, in a thread of their own.
+    """
+
+    def __init__(self) -> None:
+        self._records: Records | None = None
+        self._worker = Worker("The gallery")
+        self._last_shown: int | None = None
+        self._evaluated: list[Generation] = []  # the batches of the evaluation in progress
+        self._callbacks: Sequence[TrainerCallback] = ()
+        self._page_cost, self._page_time = 0.0, 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if not self._writes(args, state):
+            return
+        records = self._open(args)
+        self._last_shown = None
+        info = describe(model, args, state)
+        self._worker.do(lambda: records.info(info))
+        start = state.global_step
+        self._worker.do(lambda: records.add("start", start))
+
+    def on_generation(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        generation: Generation,
+        metrics: MutableMapping[str, list[float]],
+        callbacks: Sequence[TrainerCallback] = (),
+        **kwargs: Any,
+    ) -> None:
+        if getattr(args, "gallery_steps", 0) > 0 and generation.group_size > 1:
+            metrics.setdefault("images/diversity", []).append(diversity(generation.images, generation.group_size))
+        if not self._writes(args, state):
+            return
+        self._callbacks = callbacks
+        if generation.mode == "eval":
+            self._evaluated.append(self._few_images(generation))
+            return
+        if self._due(args, state):
+            self._show(args, state, generation, "")
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        batches, self._evaluated = self._evaluated, []
+        if batches and self._writes(args, state):
+            self._show(args, state, merge(batches), dataset_name(metrics or {}))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if logs and self._writes(args, state):
+            records, step, values = self._open(args), state.global_step, dict(logs)
+            self._worker.do(lambda: records.add("metrics", step, values=values))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._finish(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._writes(args, state):
+            records, step = self._open(args), state.global_step
+            if step >= state.max_steps:
+                self._worker.do(lambda: records.add("end", step))
+            self._finish(args, state)
+            records.close()
+
+    def _few_images(self, batch: Generation) -> Generation:
+        """The batch without the images that will not be shown: those of a long evaluation would fill the memory."""
+        before = sum(len(earlier.prompts) // earlier.group_size for earlier in self._evaluated)
+        keep = (PROMPTS - before) * batch.group_size
+        return replace(batch, images=batch.images[: max(0, keep)])
+
+    def wait(self) -> None:
+        """Return when all that was shown so far is on disk."""
+        self._worker.wait()
+
+    def _finish(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Have all of it on disk."""
+        if self._writes(args, state) and self._records is not None:
+            self._worker.do(lambda: self._write_page(args, at_once=True))
+            self._worker.wait()
+
+    def _writes(self, args: TrainingArguments, state: TrainerState) -> bool:
+        return state.is_world_process_zero and getattr(args, "gallery_steps", 0) > 0
+
+    def _open(self, args: TrainingArguments) -> Records:
+        if self._records is None:
+            self._records = Records(args.output_dir, uuid.uuid4().hex[:12])
+        return self._records
+
+    def _due(self, args: Any, state: TrainerState) -> bool:
+        """Whether the generation before this step is shown: the first in each `gallery_steps`, and the run's last."""
+        step, last = state.global_step, self._last_shown
+        of_generation = max(1, args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps)
+        due = last is None or step // args.gallery_steps > last // args.gallery_steps
+        if due or step + of_generation >= state.max_steps:
+            self._last_shown = step
+            return True
+        return False
+
+    def _show(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        generation: Generation,
+        dataset: str,
+    ) -> None:
+        records, step = self._open(args), state.global_step
+
+        def work() -> None:
+            shown, pictures = choose(generation, step, dataset)
+            records.show(shown, pictures)
+            self._write_page(args)
+
+        self._worker.do(work)
+        kept = choose_indices(generation)
+        columns = generation.group_size if generation.group_size > 1 else 8
+        try:
+            log_picture(
+                f"gallery/{generation.mode}",
+                lambda: grid([generation.images[i] for i in kept], columns),
+                step,
+                args.report_to or (),
+                self._callbacks,
+            )
+        except Exception:
+            logger.exception("The gallery's pictures did not reach a tracker. Training goes on.")
+
+    def _write_page(self, args: TrainingArguments, at_once: bool = False) -> None:
+        started = time.perf_counter()
+        if not at_once and started - self._page_time < self._page_cost / SHARE:
+            return
+        output = Path(args.output_dir)
+        write_page(output / "gallery.html", run_page(read_run(output)))
+        self._page_time = time.perf_counter()
+        self._page_cost = self._page_time - started
+
+
+def choose_indices(generation: Generation) -> list[int]:
+    """Samples whose pictures are kept: the first groups of a training's batch, the first prompts of an evaluation."""
+    size, total = generation.group_size, len(generation.prompts)
+    if generation.mode == "eval":
+        return list(range(0, total, size))[:PROMPTS]
+    return list(range(min(total, max(1, SAMPLES // size) * size)))
+
+
+def choose(generation: Generation, step: int, dataset: str = "") -> tuple[Shown, dict[str, bytes]]:
+    """What the gallery keeps of a generation, and its pictures: file in the folder `gallery` -> JPEG."""
+    kept = choose_indices(generation)
+    place = "-".join(filter(None, [generation.mode, _file_name(dataset), f"{step:06d}"]))
+    pictures = {f"pictures/{place}-{i:04d}.jpg": jpeg(generation.images[i], SIDE, QUALITY) for i in kept}
+    names = dict(zip(kept, pictures, strict=True))
+    # Of an evaluation all numbers are kept, as two of them are compared prompt by prompt.
+    chosen = range(len(generation.prompts)) if generation.mode == "eval" else kept
+    samples = [
+        Sample(
+            index=i,
+            prompt=prompt_text(generation.prompts[i]),
+            thinking=generation.thinking[i],
+            reward=_finite(generation.reward[i]),
+            advantage=_finite(generation.advantages[i]) or 0.0,
+            rewards={name: _finite(values[i]) for name, values in generation.rewards.items()},
+            extra={name: values[i] for name, values in generation.extra.items() if i in names},
+            picture=names.get(i),
+        )
+        for i in chosen
+    ]
+    side = max(generation.images[0].size)
+    total = len(generation.prompts)
+    return Shown(step, generation.mode, dataset, generation.group_size, total, side, samples), pictures
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _file_name(text: str) -> str:
+    return "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in text)[:40]
+
+
+def merge(batches: Sequence[Generation]) -> Generation:
+    """The batches of an evaluation as one."""
+    names = {name for batch in batches for name in batch.extra}
+    return Generation(
+        mode=batches[0].mode,
+        group_size=batches[0].group_size,
+        prompts=[prompt for batch in batches for prompt in batch.prompts],
+        thinking=[text for batch in batches for text in batch.thinking],
+        images=[image for batch in batches for image in batch.images],
+        rewards={name: [x for batch in batches for x in batch.rewards[name]] for name in batches[0].rewards},
+        weights=batches[0].weights,
+        advantages=[x for batch in batches for x in batch.advantages],
+        extra={
+            name: [x for batch in batches for x in batch.extra.get(name, [None] * len(batch.prompts))]
+            for name in sorted(names)
+        },
+    )
+
+
+def dataset_name(metrics: dict[str, Any]) -> str:
+    """Name of the evaluation's dataset where there are several, as `evaluate` puts it into its metrics; else ""."""
+    prefix = next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), "eval")
+    return prefix.removeprefix("eval").strip("_")

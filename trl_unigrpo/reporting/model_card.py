@@ -1,0 +1,156 @@
+"""The model card of a trained model: TRL's, with pictures, rewards, settings, and an example that paints."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from ..models.registry import unified_model
+from .description import (
+    SETTINGS,
+    base_models,
+    is_folder,
+    short_name,
+    trained_parameters,
+)
+from .pages import readable
+from .run_files import (
+    FOLDER,
+    NoRunError,
+    Run,
+    Sample,
+    read_run,
+)
+from .run_summary import change, evaluations
+from .trackers import grid
+
+
+QUICK_START = """## Quick start
+
+```python
+{imports}
+
+{loading}
+sample = generate(model, prompts=["A red cube on a blue table"])[0]
+print(sample.thinking)
+sample.image.save("image.png")
+```
+
+"""
+PICTURE = "before_after.jpg"
+COLUMNS = 6  # prompts in the picture of the card
+
+
+def rewrite_card(
+    readme: Path, model: Any, args: Any, step: int, rewards: Mapping[str, float], process: Sequence[str], source: str
+) -> None:
+    """
+    Turn the card that TRL wrote into one of a model that paints; its metadata, links to trackers and citations stay.
+
+    Args:
+        readme: the card; the picture goes beside it, made from the gallery there.
+        rewards: function -> weight.
+        process: those of them that score the thinking alone.
+        source: where others will load the model from.
+    """
+    if not readme.is_file():
+        return
+    card = ModelCard(readme.read_text(encoding="utf-8"))
+    sections = _sections(card.text)
+    try:
+        run = read_run(readme.parent)
+    except NoRunError:
+        run = Run(readme.parent)
+    bases = base_models(model)
+    on_hub = [name for name in bases if not is_folder(name)]
+    data: Any = card.data
+    data.base_model = on_hub[0] if len(on_hub) == 1 else on_hub or None
+    data.pipeline_tag = "text-to-image"
+    own = unified_model(model)
+    environment = Environment(
+        loader=PackageLoader("trl_unigrpo.reporting"),
+        autoescape=False,  # Markdown: what comes from outside goes through `_code`
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    text = environment.get_template("model_card.md.jinja").render(
+        model_name=data.model_name or readme.resolve().parent.name,
+        model_class=type(own).__name__,
+        bases=[{"name": _code(short_name(name)), "link": name in on_hub} for name in bases],
+        paper_id="2603.23500",
+        trained=trained_parameters(model),
+        step=step,
+        picture=_picture(run, readme.parent),
+        quick_start=own.quick_start(source) or quick_start(model, source),
+        rewards=[
+            {"name": _code(name), "weight": f"{weight:g}", "note": " (of the thinking)" * (name in process)}
+            for name, weight in rewards.items()
+        ],
+        change=change(run),
+        alarms=len(run.alarms or []),
+        training=sections.get("Training procedure", "## Training procedure\n"),
+        settings={name: getattr(args, name) for name in SETTINGS if hasattr(args, name)},
+        framework=sections.get("Framework versions", ""),
+        citations=sections.get("Citations", ""),
+    )
+    card.text = re.sub(r"\n{3,}", "\n\n", text)
+    card.save(readme)
+
+
+def quick_start(model: Any, source: str) -> str:
+    """An example that thinks and paints with this package; adapters are put on their base model by PEFT."""
+    imports = ["from trl_unigrpo.evaluation import generate", "from trl_unigrpo.models import load_unified_model"]
+    loading = f'model = load_unified_model("{source}")'
+    if getattr(model, "peft_config", None):
+        imports.insert(0, "from peft import PeftModel")
+        base = (base_models(model) or ["the-base-model"])[0]
+        loading = f'model = PeftModel.from_pretrained(load_unified_model("{base}"), "{source}")'
+    return QUICK_START.format(imports="\n".join(imports), loading=loading)
+
+
+def _sections(text: str) -> dict[str, str]:
+    """Title -> section with its title, of the card's second and third level, each without those below it."""
+    parts = re.split(r"^(?=#{2,3} )", text, flags=re.MULTILINE)
+    return {part.splitlines()[0].lstrip("# "): part.rstrip() + "\n" for part in parts if part.startswith("#")}
+
+
+def _code(text: str) -> str:
+    """A text for `...` in Markdown: one line, at most 200 characters, without the marks that would end it."""
+    return " ".join(readable(text).replace("`", "'").split())[:200]
+
+
+def _picture(run: Run, folder: Path) -> dict[str, Any] | None:
+    """Write the pictures of the first evaluation above those of the last, or of the last generation; and its title."""
+    evaluated = next((shown for shown in evaluations(run).values() if len(shown) > 1), None)
+    trained = [shown for shown in run.shown if shown.mode == "train"]
+    if evaluated is not None:
+        rows = [evaluated[0].samples, evaluated[-1].samples]
+        title = f"Before training (above) and at step {evaluated[-1].step} (below), from the same noise"
+        if evaluated[0].step:
+            title = title.replace("Before training", f"At step {evaluated[0].step}")
+    elif trained:
+        rows, title = [trained[-1].groups[0]], f"A group of one prompt at step {trained[-1].step}, the best first"
+    else:
+        return None
+    shown = [[sample for sample in row if sample.picture is not None][:COLUMNS] for row in rows]
+    images = [_opened(run, sample) for row in shown for sample in row]
+    if not images or len({len(row) for row in shown}) > 1 or None in images:
+        return None
+    columns = len(shown[0])
+    grid([image for image in images if image is not None], columns).save(folder / PICTURE, quality=85)
+    prompts = list(dict.fromkeys(_code(sample.prompt) for sample in shown[0]))
+    return {"file": PICTURE, "title": title, "prompts": prompts}
+
+
+def _opened(run: Run, sample: Sample) -> Image.Image | None:
+    try:
+        with Image.open(run.folder / FOLDER / str(sample.picture)) as image:
+            return image.convert("RGB")
+    except OSError:
+        return None

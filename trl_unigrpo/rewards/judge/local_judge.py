@@ -1,0 +1,230 @@
+"""A vision-language model in this process as the judge of pictures."""
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..common import (
+    ImageReward,
+    Scores,
+    finite,
+    to_rgb,
+)
+from ..pixels import differentiable_pixels
+from .prompts import (
+    QUESTIONS,
+    SYSTEM_PROMPT,
+    TEMPLATES,
+    answer_word,
+    fill,
+    places,
+)
+
+
+class LocalVLMJudge(ImageReward):
+    """
+    Scores images by P(yes) / (P(yes) + P(no)) of a transformers image-text-to-text model: one forward, no sampling.
+
+    An [`ImageReward`], an [`Asker`], and differentiable in the pixels. The questions are those of [`VLMJudge`].
+
+    ```python
+    judge = LocalVLMJudge("llava-hf/llava-1.5-7b-hf", device="cuda", dtype="bfloat16")
+    trainer = UniGRPOTrainer(model, reward_funcs=judge, ...)
+    ```
+
+    Args:
+        model: folder or hub id of an image-text-to-text model, or the model itself. Its weights are frozen.
+        processor: needed with a model that is no name.
+        template: what is asked about an image, with the place `{prompt}`.
+        question_template: how [`ask`] puts a question, with the place `{question}`.
+        system_prompt: "" for none.
+        dtype: of the weights, as "bfloat16" or `torch.bfloat16`; "auto" for the checkpoint's.
+        device: where it computes; by default the GPU if there is one.
+        batch_size: images at once.
+        max_side: larger images are scaled down to so many pixels before the model's own processor; None for never.
+        offload: keep the weights in the CPU's memory between uses.
+        name, max_dead_batches: see [`ImageReward`].
+
+    Raises:
+        ValueError: if an argument is wrong, or the vocabulary has no token for yes or for no.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any = None,
+        *,
+        template: str = TEMPLATES["logprobs"],
+        question_template: str = QUESTIONS["logprobs"],
+        system_prompt: str = SYSTEM_PROMPT,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        batch_size: int = 8,
+        max_side: int | None = 768,
+        offload: bool = True,
+        name: str | None = None,
+        max_dead_batches: int = 3,
+    ):
+        super().__init__(name, max_dead_batches)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: expected at least 1.")
+        for argument, text, place in (
+            ("template", template, "prompt"),
+            ("question_template", question_template, "question"),
+        ):
+            if places(text) != {place}:
+                raise ValueError(f"{argument}={text!r}: expected the place {{{place}}} alone.")
+        if isinstance(model, str):
+            from transformers import AutoModelForImageTextToText, AutoProcessor
+
+            processor = processor or AutoProcessor.from_pretrained(model)
+            model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
+        elif processor is None:
+            raise ValueError("processor is missing: pass the model's processor with the model, or the model's name.")
+        elif dtype != "auto":
+            model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        self.model, self.processor = model.eval().requires_grad_(False), processor
+        self.template, self.question_template, self.system_prompt = template, question_template, system_prompt
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.batch_size, self.max_side, self.offload = batch_size, max_side, offload
+        self._words = answer_ids(processor.tokenizer)
+        self._turn = threading.Lock()
+        if not offload:
+            self.model.to(self.device)
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any]) -> Scores:
+        return self._probabilities(images, [fill(self.template, {"prompt": prompt}) for prompt in prompts])
+
+    async def ask(self, pairs: Sequence[tuple[Image.Image, str]]) -> Scores:
+        """P(yes) in [0, 1] for each (image, question), computed in a thread, so that other rewards can go on."""
+        images, questions = [image for image, _ in pairs], [question for _, question in pairs]
+        return await asyncio.to_thread(self._probabilities, images, self._questions(questions))
+
+    def differentiable(self, pixels: Tensor, questions: Sequence[str]) -> Tensor:
+        """
+        P(yes) for each image, with a gradient to its pixels.
+
+        The weights stay on the device, for the backward pass: call [`release`] after it.
+
+        Args:
+            pixels: (B, 3, H, W) in [0, 1].
+            questions: B texts, put as [`ask`] puts them.
+
+        Returns:
+            (B,) in [0, 1].
+
+        Raises:
+            ValueError: if there is not one question per image, or the model's image processor does more than resize,
+                crop, rescale and normalise.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) != len(questions):
+            raise ValueError(
+                f"Got pixels of shape {tuple(pixels.shape)} and {len(questions)} questions: expected (B, 3, H, W) and "
+                "as many questions."
+            )
+        self.model.to(self.device)
+        # The processor lays out the text and says what the model expects to see; the pixels take another way.
+        inputs = self._inputs([to_image(image) for image in pixels.detach()], self._questions(questions))
+        seen = differentiable_pixels(pixels, self.processor.image_processor)
+        expected = inputs["pixel_values"].shape
+        if seen.shape != expected:
+            raise ValueError(
+                f"The model reads pixels of shape {tuple(expected)}, not {tuple(seen.shape)}: its image processor "
+                f"({type(self.processor.image_processor).__name__}) cuts images into pieces: no gradient through that."
+            )
+        inputs["pixel_values"] = seen.to(self.device, self.model.dtype)
+        return self._log_odds(inputs).sigmoid().to(pixels)
+
+    def release(self) -> None:
+        """Move the weights back to the CPU, with `offload=True`."""
+        if self.offload and self.device.type != "cpu":
+            self.model.to("cpu")
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def _loaded(self) -> Iterator[None]:
+        with self._turn:
+            self.model.to(self.device)
+            try:
+                yield
+            finally:
+                self.release()
+
+    def _questions(self, questions: Sequence[str]) -> list[str]:
+        return [fill(self.question_template, {"question": question}) for question in questions]
+
+    def _probabilities(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Scores:
+        scores: Scores = []
+        with self._loaded(), torch.no_grad():
+            for start in range(0, len(images), self.batch_size):
+                batch = slice(start, start + self.batch_size)
+                shown = [to_rgb(image, self.max_side) for image in images[batch]]
+                try:
+                    found = self._log_odds(self._inputs(shown, texts[batch])).sigmoid()
+                    if not found.isfinite().all():
+                        self.last_error = f"The model answers NaN in {self.model.dtype}: try another dtype."
+                    scores += map(finite, found.tolist())
+                except torch.OutOfMemoryError as error:  # another batch may fit
+                    self.last_error = f"{error} Lower batch_size={self.batch_size} or max_side={self.max_side}."
+                    scores += [None] * len(shown)
+        return scores
+
+    def _inputs(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
+        """The model's inputs, padded on the right: positions are then those of a row alone."""
+        messages: list[list[dict[str, Any]]] = []
+        for image, text in zip(images, texts, strict=True):
+            content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+            messages.append([{"role": "user", "content": content}])
+            if self.system_prompt:
+                system = {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]}
+                messages[-1].insert(0, system)
+        inputs = self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "right"},
+        )
+        return inputs.to(self.device, self.model.dtype)
+
+    def _log_odds(self, inputs: Any) -> Tensor:
+        """log(P(yes) / P(no)) of the next token, (B,): no other token matters, so no softmax is needed."""
+        last = inputs["attention_mask"].sum(1) - 1
+        kept, place = last.unique(return_inverse=True)
+        logits = self.model(**inputs, logits_to_keep=kept).logits
+        logits = logits[torch.arange(len(place), device=logits.device), place]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        yes, no = (logits[:, self._words[word]].logsumexp(1) for word in ("yes", "no"))
+        return yes - no
+
+
+def answer_ids(tokenizer: Any) -> dict[str, list[int]]:
+    """
+    All tokens that spell yes and no, by word.
+
+    Raises:
+        ValueError: if the vocabulary has none for one of them.
+    """
+    ids: dict[str, list[int]] = {"yes": [], "no": []}
+    for token, index in tokenizer.get_vocab().items():
+        if word := answer_word(token):
+            ids[word].append(index)
+    if missing := [word for word, found in ids.items() if not found]:
+        raise ValueError(
+            f"The tokenizer {type(tokenizer).__name__} has no token for {missing[0]!r}: this model can't be "
+            "asked for one."
+        )
+    return ids
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Pixels (3, H, W) in [0, 1] as an image of 8 bits."""
+    rows = (pixels.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    return Image.fromarray(rows.cpu().numpy())

@@ -1,0 +1,1 @@
+"""Rewards made of yes-no questions about an image."""

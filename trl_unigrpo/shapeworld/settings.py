@@ -1,0 +1,35 @@
+"""The settings that ShapeWorld's tiny model is trained with."""
+
+from typing import Any
+
+from .evaluate import MAX_COMPLETION_LENGTH, NUM_INFERENCE_STEPS
+from .render import IMAGE_SIZE
+
+
+PROMPTS_PER_GENERATION = 12
+
+
+def demo_settings(generations: int = 140) -> dict[str, Any]:
+    """
+    The demo's settings: the paper's, but for sizes and learning rates, which were chosen on validation prompts.
+
+    Args:
+        generations: rollouts of 12 prompts x 16 trajectories, each trained on twice.
+    """
+    return {
+        "max_steps": 2 * generations,
+        "num_generations": 16,
+        "per_device_train_batch_size": 16 * PROMPTS_PER_GENERATION,
+        "max_completion_length": MAX_COMPLETION_LENGTH,
+        "image_size": IMAGE_SIZE,
+        "num_inference_steps": NUM_INFERENCE_STEPS,
+        "eval_num_inference_steps": NUM_INFERENCE_STEPS,
+        "learning_rate": 3e-4,
+        "image_learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "adam_beta2": 0.99,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }

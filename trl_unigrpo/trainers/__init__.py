@@ -1,0 +1,1 @@
+"""Trainers and their configurations: UniGRPO, supervised fine-tuning, ReFL."""

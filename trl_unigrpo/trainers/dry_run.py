@@ -1,0 +1,144 @@
+"""One real step of a workload with random weights: what the closed forms leave out shows here."""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast, PrinterCallback
+
+from ..estimate.hardware import synchronize
+from ..estimate.random_model import random_bagel
+from ..estimate.sizes import parameter_counts
+from ..estimate.workload import Workload
+from ..models.bagel.configuration import BagelConfig
+from .unigrpo_config import UniGRPOConfig
+from .unigrpo_trainer import UniGRPOTrainer
+
+
+SPECIAL = {"<|im_start|>": 0, "<|im_end|>": 1, "<|vision_start|>": 2, "<|vision_end|>": 3, "<|pad|>": 4, "<|unk|>": 5}
+MARKERS = 3  # around a prompt: its chunk's two, and the one that opens the thinking
+CPU_PARAMETERS = 50_000_000
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Seconds of one generation with its passes, and the most memory allocated (None on a CPU)."""
+
+    seconds: float
+    peak_bytes: int | None
+
+
+def word_tokenizer(config: BagelConfig) -> PreTrainedTokenizerFast:
+    """A tokenizer with a word for every row of the vocabulary; its special tokens become the configuration's."""
+    words = {f"word{i}": i for i in range(len(SPECIAL), config.llm_config.vocab_size)}
+    tokenizer = Tokenizer(WordLevel({**SPECIAL, **words}, unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    for field in ("im_start", "im_end", "vision_start", "vision_end"):
+        setattr(config, f"{field}_token_id", SPECIAL[f"<|{field}|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        unk_token="<|unk|>",
+        additional_special_tokens=["<|im_start|>", "<|vision_start|>", "<|vision_end|>"],
+    )
+
+
+def alternating_reward(prompts: list[Any], completions: list[Any], images: list[Any], **columns: Any) -> list[float]:
+    return [float(i % 2) for i in range(len(prompts))]
+
+
+def random_trainer(load: Workload, device: torch.device, folder: str) -> UniGRPOTrainer:
+    """
+    The trainer of a workload of one prompt, over random weights made on the device; `train()` runs one generation
+    and its passes. Every thinking has its full length.
+
+    Raises:
+        ValueError: for more than one prompt, or one too short for its markers.
+    """
+    if load.num_prompts != 1 or load.prompt_length <= MARKERS:
+        raise ValueError(
+            f"num_prompts={load.num_prompts}, prompt_length={load.prompt_length}: a dry run takes one prompt of more "
+            f"than {MARKERS} tokens."
+        )
+    tokenizer = word_tokenizer(load.config)
+    torch.manual_seed(0)
+    frozen = torch.bfloat16 if load.weight_bytes == 2 else torch.float32
+    model = random_bagel(load.config, device, frozen, load.quantization)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    args = UniGRPOConfig(
+        output_dir=folder,
+        max_steps=load.num_iterations,
+        bf16=load.half,
+        use_cpu=device.type == "cpu",
+        image_size=load.image_size,
+        num_inference_steps=load.num_inference_steps,
+        sde_window_size=load.sde_window_size,
+        sde_window_range=[0, min(max(5, load.sde_window_size), load.num_inference_steps - 1)],
+        image_batch_size=load.image_batch_size,
+        num_generations=load.num_generations,
+        num_iterations=load.num_iterations,
+        per_device_train_batch_size=load.scored_at_once,
+        max_completion_length=load.completion_length,
+        generation_kwargs={
+            "min_new_tokens": load.completion_length - 1,
+            "forced_eos_token_id": tokenizer.eos_token_id,
+        },
+        system_prompt="",
+        flow_regularizer="velocity_mse" if load.reference else "none",
+        gradient_checkpointing=load.gradient_checkpointing,
+        trust_checks="off",  # random weights prove nothing
+        alarms="off",
+        gallery_steps=0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    prompt = " ".join([f"word{len(SPECIAL)}"] * (load.prompt_length - MARKERS))
+    text, image = load.lora_ranks or (0, 0)
+    adapters = None
+    if load.lora_ranks is not None:
+        adapters = LoraConfig(r=max(text, image), rank_pattern={r".*_moe_gen.*": image, r".*_proj$": text})
+    trainer = UniGRPOTrainer(
+        model=model,
+        reward_funcs=alternating_reward,
+        args=args,
+        train_dataset=Dataset.from_dict({"prompt": [prompt]}),
+        processing_class=tokenizer,
+        peft_config=adapters,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def dry_run(load: Workload, device: torch.device) -> DryRun:
+    """
+    Run one generation and its passes.
+
+    Raises:
+        ValueError: on a CPU, for a model that is not tiny.
+    """
+    parameters = sum(parameter_counts(load.config).values())
+    if device.type == "cpu" and parameters > CPU_PARAMETERS:
+        raise ValueError(
+            f"A dry run of {parameters / 1e9:.1f} G parameters needs a GPU; without one, models of at most "
+            f"{CPU_PARAMETERS / 1e6:.0f} M parameters run. Leave out --dry-run, or pass a smaller --model."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = random_trainer(load, device, folder)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        synchronize(device)
+        started = time.perf_counter()
+        trainer.train()
+        synchronize(device)
+        seconds = time.perf_counter() - started
+    return DryRun(seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)

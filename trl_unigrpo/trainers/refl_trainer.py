@@ -1,0 +1,401 @@
+"""ReFL: the image expert climbs the gradient of a differentiable reward, through one late denoising step.
+
+Reward feedback learning, as ImageReward has it (arXiv 2304.05977) and as UniGRPO's paper compares itself to. One step:
+
+    1. sample a thinking per prompt                          no gradient        `think`
+    2. denoise from noise to a late step m by the ODE        no gradient        `_states`
+    3. one velocity, and the image that it points to         x_0 = x_m - t_m v  `compute_loss`
+    4. decode, score                                         r                  `reward_gradient`
+    5. loss = scale mean relu(margin - r)                                       `image_losses`
+
+Shapes: B images, N denoising steps, `latent` the model's own latent dimensions.
+"""
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from trl.trainer.utils import get_config_model_id
+
+from ..flow import flow_timesteps, sde_window
+from ..flow.sampler import FlowRecord, RolloutPlan
+from ..messages import user_text
+from ..models.adapters import target_experts
+from ..models.contract import UnifiedModelMixin
+from ..models.experts import freeze_experts, parameters_by_expert
+from ..models.prompts import as_messages
+from ..models.registry import load_unified_model, unified_model
+from ..models.tokenizer import prepare_tokenizer
+from ..monitoring.progress import Phases
+from ..sampling import think
+from ..seeding import (
+    EVAL,
+    THINK,
+    TRAIN,
+    WINDOW,
+    row_generator,
+)
+from .dataset_checks import check_columns
+from .refl import (
+    as_reward,
+    check_rewards,
+    image_losses,
+    late_step_range,
+    reward_gradient,
+    to_unit,
+)
+from .setup import check_lengths, load_tokenizer
+
+
+TRAINS = {"text": False, "image": True}
+
+
+@dataclass
+class ReFLConfig(TrainingArguments):
+    r"""
+    Configuration of [`ReFLTrainer`]. The loss has ImageReward's values, the images have those of [`UniGRPOConfig`].
+
+    Parameters:
+        thinking (`bool`, *optional*, defaults to `True`):
+            Whether a thinking is sampled before each image. False paints from the prompt alone.
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Most tokens of a thinking.
+        temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature of the thinkings' sampling.
+        num_inference_steps (`int`, *optional*, defaults to `25`):
+            Denoising steps N, in training and in evaluation.
+        timestep_shift (`float`, *optional*, defaults to `3.0`):
+            Shift s of the schedule t = s u / (1 + (s - 1) u), u evenly spaced from 1 to 0.
+        image_size (`int`, *optional*, defaults to `1024`):
+            Side of the square images, in pixels.
+        late_steps (`float`, *optional*, defaults to `0.25`):
+            Share of the denoising steps, the last ones, of which one is drawn for each optimizer step: m uniform in
+            {ceil((1 - late_steps) N), .., N - 1}, counted from 0.
+        refl_loss (`str`, *optional*, defaults to `"hinge"`):
+            `"hinge"`, mean relu(margin - r), or `"linear"`, -mean r; each times `refl_scale`.
+        refl_margin (`float`, *optional*, defaults to `2.0`):
+            Reward above which the hinge loss leaves an image alone, in units of the reward.
+        refl_scale (`float`, *optional*, defaults to `1e-3`):
+            Factor of the loss. Adam hardly sees it, the clipping by `max_grad_norm` does.
+        system_prompt (`str`, *optional*, defaults to `"auto"`):
+            System prompt of prompts that bring none: `"auto"` is the model's own, which asks it to think, `""` none.
+            Without thinking there is none.
+        adam_epsilon (`float`, *optional*, defaults to `1e-15`):
+            Adam's epsilon: the gradients are far below 1e-8.
+    """
+
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Rewards may ask for any column."})
+    dataloader_pin_memory: bool = field(
+        default=True, metadata={"help": "Pin the data loaders' memory, where there is a GPU."}
+    )
+    adam_epsilon: float = field(default=1e-15, metadata={"help": "Adam's epsilon; the gradients are far below 1e-8."})
+    thinking: bool = field(default=True, metadata={"help": "Sample a thinking before each image."})
+    max_completion_length: int = field(default=512, metadata={"help": "Most tokens of a thinking."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the thinkings' sampling."})
+    num_inference_steps: int = field(default=25, metadata={"help": "Denoising steps."})
+    timestep_shift: float = field(default=3.0, metadata={"help": "Shift of the timestep schedule."})
+    image_size: int = field(default=1024, metadata={"help": "Side of the square images, in pixels."})
+    late_steps: float = field(
+        default=0.25, metadata={"help": "Share of the steps, the last ones, of which one gets the gradient."}
+    )
+    refl_loss: str = field(default="hinge", metadata={"help": "'hinge' or 'linear'."})
+    refl_margin: float = field(default=2.0, metadata={"help": "Reward above which the hinge loss is 0."})
+    refl_scale: float = field(default=1e-3, metadata={"help": "Factor of the loss."})
+    system_prompt: str = field(default="auto", metadata={"help": "'auto': the model's own; '': none."})
+
+    def __post_init__(self) -> None:
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        if self.refl_loss not in ("hinge", "linear"):
+            raise ValueError(f"refl_loss={self.refl_loss!r}: expected one of 'hinge', 'linear'.")
+        if not math.isfinite(self.refl_margin):
+            raise ValueError(f"refl_margin={self.refl_margin}: expected a finite number, in units of the reward.")
+        for name in ("max_completion_length", "num_inference_steps", "image_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
+        for name in ("temperature", "timestep_shift", "refl_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
+        late_step_range(self.num_inference_steps, self.late_steps)
+        for name in ("deepspeed", "fsdp"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not supported: images are painted outside of its wrapper. "
+                    "Use one process, or several with DistributedDataParallel (`accelerate launch`)."
+                )
+        super().__post_init__()
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`prompts`, a list, and `columns`, the lists of all others by name."""
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+    return {"prompts": [row["prompt"] for row in rows], "columns": columns}
+
+
+def check_names(columns: Mapping[str, Sequence[str]]) -> None:
+    """Raise ValueError if a dataset, by its name, has a column that the reward's own arguments leave no room for."""
+    for part, names in columns.items():
+        for name in {"pixels", "prompts"}.intersection(names):
+            raise ValueError(
+                f"{part} has a column {name!r}, a name that is taken: rewards get the images as `pixels` and the "
+                f"prompts as `prompts`. Rename it: dataset.rename_column({name!r}, ...)."
+            )
+
+
+class ReFLTrainer(Trainer):
+    """
+    Trainer for reward feedback learning (ReFL, arXiv 2304.05977) of a unified model's image expert.
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from .. import ReFLConfig, ReFLTrainer
+    from ..rewards import pick_score
+
+    trainer = ReFLTrainer(
+        model="ByteDance-Seed/BAGEL-7B-MoT",
+        reward=pick_score(scale=100 / 26),
+        args=ReFLConfig("bagel-refl", image_size=512, learning_rate=1e-4, bf16=True, gradient_checkpointing=True),
+        train_dataset=load_dataset("csv", data_files="prompts.csv", split="train"),
+        peft_config=LoraConfig(r=32),
+    )
+    trainer.train()
+    ```
+
+    Several processes work as DistributedDataParallel; DeepSpeed and FSDP are refused.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`): a unified model, or the folder or hub id of one.
+        reward: an object with `differentiable(pixels, prompts)`, such as `ClipReward`, or a function
+            `reward(pixels, prompts, **columns)`. Pixels are (B, 3, H, W) in [0, 1], prompts plain texts, columns the
+            dataset's others; it returns (B,), NaN for an image that can't be scored.
+        args ([`ReFLConfig`]): configuration.
+        train_dataset, eval_dataset: rows with a column `prompt`, a string or a conversation.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; from the model's folder by default.
+        peft_config (`PeftConfig`, *optional*): adapters. Without `target_modules` they go to the image expert's linear
+            layers.
+    """
+
+    args: ReFLConfig
+    # `compute_loss` returns the mean of a micro-batch.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward: Any,
+        args: ReFLConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        self.reward = as_reward(reward)
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if dataset is not None:
+                check_names(check_columns(dataset, name, ("prompt",)))
+        source = model if isinstance(model, str) else None
+        if isinstance(model, str):
+            frozen_in_bf16 = args.bf16 and peft_config is not None
+            model = load_unified_model(model, dtype=torch.bfloat16 if frozen_in_bf16 else torch.float32)
+        base = unified_model(model)
+        check_lengths(args, base)
+        base.latent_shape((args.image_size, args.image_size))  # raises for a size that the model can't paint
+        tokenizer = processing_class or base.tokenizer or load_tokenizer(source or get_config_model_id(model.config))
+        tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
+        base.check_tokenizer(tokenizer)
+        if peft_config is not None:
+            if hasattr(model, "peft_config"):
+                raise ValueError("peft_config is given, but the model has adapters already. Leave one of them out.")
+            set_seed(args.seed)  # adapters start at random
+            model = get_peft_model(model, target_experts(peft_config, base, TRAINS))
+        freeze_experts(base, model, TRAINS)
+        if not parameters_by_expert(base, model):
+            raise ValueError(
+                "The image expert has no trainable weights. Leave the peft_config's target_modules unset, load the "
+                "adapter with is_trainable=True, or unfreeze the model."
+            )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            data_collator=collate,
+            **kwargs,
+        )
+        self._system = base.default_system_prompt if args.system_prompt == "auto" else args.system_prompt
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._mode = "train"
+        self._phases = Phases(self._record_seconds, shows=args.local_process_index == 0 and not args.disable_tqdm)
+        self._eval_rows = 0
+
+    @property
+    def unified(self) -> UnifiedModelMixin:
+        """The unified model, out of any wrapper."""
+        return unified_model(self.accelerator.unwrap_model(self.model))
+
+    # Training
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        batches, number = super().get_batch_samples(*args, **kwargs)
+        # The place in the optimizer step, so that noise does not depend on how the step is cut into micro-batches.
+        return [{**batch, "micro_step": place} for place, batch in enumerate(batches)], number
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        args, base, step = self.args, self.unified, self.state.global_step
+        steps = late_step_range(args.num_inference_steps, args.late_steps)
+        (m,) = sde_window(steps, size=1, seed=(args.seed, WINDOW, step))
+        nodes = self._nodes
+        batches = inputs["micro_step"] * self.accelerator.num_processes + self.accelerator.process_index
+        records = self._states("train", inputs["prompts"], nodes[: m + 1], step, batches * args.train_batch_size)
+        states = [
+            replace(record, latents=record.final_latents[None], timesteps=nodes[m : m + 1].float())
+            for record in records
+        ]
+        latents, t = torch.stack([record.final_latents for record in records]), nodes[m].item()
+        with self.accelerator.autocast():
+            ((_, velocity),) = base.velocities(states)
+            pixels = base.decode_latents(latents - t * velocity.float(), self._size, output_type="pt")
+        with self._phases("reward"):
+            rewards, loss, gradient = reward_gradient(lambda x: self._score(x, inputs), pixels, self._losses)
+        self._record("train", rewards)
+        if step == 0 and not gradient.any():
+            warnings.warn(
+                "The gradient is 0 at every pixel of the first batch, so that nothing is learned from it. A reward "
+                "that rounds or compares has no other gradient, nor has a hinge loss above its margin "
+                f"(refl_margin={args.refl_margin})."
+            )
+        for name, value in (("refl/step", m), ("refl/timestep", t), ("refl/clamped", clamped_share(pixels))):
+            self._metrics["train"][name].append(value)
+        # The loss' value, with the gradient that was computed at the pixels.
+        loss = loss + ((pixels - pixels.detach()) * gradient).sum()
+        return (loss, {"rewards": rewards}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.num_processes > 1 and self.accelerator.sync_gradients:
+            # DistributedDataParallel does this for calls of the wrapped model alone, and painting is none.
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        return loss
+
+    @property
+    def _nodes(self) -> Tensor:
+        """(N + 1,) times from 1 to 0."""
+        return flow_timesteps(self.args.num_inference_steps, self.args.timestep_shift)
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self.args.image_size, self.args.image_size
+
+    @torch.no_grad()
+    def _states(self, mode: str, prompts: list[Any], nodes: Tensor, step: int, first_row: int) -> list[FlowRecord]:
+        """Think, and denoise from the first of the nodes to the last: B records, the state in `final_latents`."""
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        self._mode = mode
+        purpose = TRAIN if mode == "train" else EVAL
+        rows = range(first_row, first_row + len(prompts))
+        messages = [as_messages(prompt, self._system if args.thinking else None) for prompt in prompts]
+        with sampling(model), self.accelerator.autocast():
+            with self._phases("think"):
+                conditioning = think(
+                    model,
+                    self.processing_class,
+                    messages,
+                    thinking=args.thinking,
+                    temperature=args.temperature,
+                    max_completion_length=args.max_completion_length,
+                    seed=row_generator(args.seed, THINK, purpose, step, first_row).initial_seed(),
+                )
+            generators = [row_generator(args.seed, purpose, step, row) for row in rows]
+            with self._phases("paint"):
+                return self.unified.rollout(conditioning, RolloutPlan(nodes, self._size), generators)
+
+    def _record_seconds(self, phase: str, seconds: float) -> None:
+        self._metrics[self._mode][f"time/{phase}"].append(seconds)
+
+    def _score(self, images: Tensor, inputs: dict[str, Any]) -> Tensor:
+        texts = [user_text(prompt) for prompt in inputs["prompts"]]
+        return check_rewards(self.reward(images, texts, **inputs["columns"]), images)
+
+    def _losses(self, rewards: Tensor) -> Tensor:
+        return image_losses(rewards, self.args.refl_loss, self.args.refl_margin, self.args.refl_scale)
+
+    # Evaluation and logs
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._eval_rows = 0
+        device = self.accelerator.device
+        # Training goes on as if there had been no evaluation.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._means("eval").items()})
+        return output
+
+    @torch.no_grad()
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss of the finished images."""
+        inputs, number = self._prepare_inputs(inputs), len(inputs["prompts"])
+        first_row = self._eval_rows + self.accelerator.process_index * number
+        self._eval_rows += number * self.accelerator.num_processes
+        records = self._states("eval", inputs["prompts"], self._nodes, 0, first_row)
+        latents = torch.stack([record.final_latents for record in records])
+        with self.accelerator.autocast():
+            pixels = self.unified.decode_latents(latents, self._size, output_type="pt")
+        with self._phases("reward"):
+            rewards = self._score(to_unit(pixels), inputs)
+        self._record("eval", rewards)
+        return self._losses(rewards[rewards.isfinite()]).mean(), None, None
+
+    def _record(self, mode: str, rewards: Tensor) -> None:
+        gather = self.accelerator.gather if mode == "train" else self.accelerator.gather_for_metrics
+        rewards = gather(rewards.detach().float())
+        counts = rewards.isfinite()
+        if not counts.all():
+            warnings.warn(
+                "Some images have no reward (NaN or infinity, or such a gradient): they don't count. The metric "
+                "`reward/frac_none` has their share."
+            )
+        self._metrics[mode]["reward"] += rewards[counts].tolist()
+        self._metrics[mode]["reward/frac_none"].append(1 - counts.float().mean().item())
+
+    def _means(self, mode: str) -> dict[str, float]:
+        means = {name: sum(values) / len(values) for name, values in self._metrics[mode].items() if values}
+        self._metrics[mode].clear()
+        return means
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._means("train"))
+        super().log(logs, start_time)
+
+
+@contextmanager
+def sampling(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode: no dropout, no gradient checkpointing."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def clamped_share(pixels: Tensor) -> float:
+    """Share of pixels outside of [-1, 1]."""
+    return (pixels.detach().abs() > 1).float().mean().item()
