@@ -1,6 +1,6 @@
 """What a run tells those who watch it, beside the events of `transformers.TrainerCallback`."""
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor
+from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..flow import Transition
+from ..flow.states import SDESteps
+from ..trajectory import Trajectory
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,45 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Rollout:
+    """
+    What one process has painted for training, before it is rewarded.
+
+    Attributes:
+        trajectories: B of them, with their images.
+        group_size: G, of one prompt side by side.
+        transition: of the update, states -> Gaussians; None where steps are not noisy.
+        windows: (P, K) times of the noisy steps of each process, where all images of a generation must have one
+            window; else None.
+    """
+
+    trajectories: Sequence[Trajectory]
+    group_size: int
+    transition: Callable[[SDESteps], Transition] | None
+    windows: Tensor | None
+
+
+@dataclass(frozen=True)
+class ImageLoss:
+    """
+    One micro-batch's loss of the image expert, before it is back-propagated.
+
+    Attributes:
+        velocity: (S, *latent) of the current weights, without gradient.
+        states: where it was predicted.
+        first_pass: whether these weights are those that the images were sampled with.
+        objective: what it is trained on.
+        regularizer: scalar with its gradient; None without one.
+    """
+
+    velocity: Tensor
+    states: Any
+    first_pass: bool
+    objective: Any
+    regularizer: Tensor | None
+
+
+@dataclass(frozen=True)
 class Update:
     """
     The gradients of one optimizer step, before it is taken.
@@ -62,9 +106,29 @@ class Update:
 
 class Watcher(TrainerCallback):
     """
-    A callback with two more events. Both are called in all processes, with the same values in each, so that what a
-    watcher asks of `control` is asked in all.
+    A callback with more events, in the order of a step. What a watcher asks of `control` must be asked in all
+    processes: `on_generation` and `on_update` are called with the same values in each.
     """
+
+    def on_ready(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """The trainer is made, and its weights are as they will be trained."""
+
+    def on_rollout_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> None:
+        """Thinkings are about to be sampled."""
+
+    def on_rollout(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, rollout: Rollout, **kwargs: Any
+    ) -> None:
+        """Images of a training's generation batch have been painted."""
 
     def on_generation(
         self,
@@ -81,6 +145,16 @@ class Watcher(TrainerCallback):
         Args:
             metrics: name -> values that the next log averages. A watcher may add some, the same in all processes.
         """
+
+    def on_image_loss(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        image_loss: ImageLoss,
+        **kwargs: Any,
+    ) -> None:
+        """Velocities of the current weights have met those of the old ones."""
 
     def on_update(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, update: Update, **kwargs: Any

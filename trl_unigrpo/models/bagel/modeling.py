@@ -14,13 +14,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..contract import (
-    Conditioning,
-    ContextRow,
-    FlowInputs,
-    UnifiedModelMixin,
-    UnifiedOutput,
-)
+from ...trajectory import Steps, Trajectory
+from ..contract import ContextRow, UnifiedModelMixin, UnifiedOutput
 from ..memory import fitting, free_memory
 from .attention import (
     Context,
@@ -30,6 +25,7 @@ from .attention import (
 )
 from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
 from .configuration import BagelConfig
+from .copies import Copies, lay_out
 from .layers import (
     BagelLayer,
     BagelPositionTable,
@@ -43,10 +39,11 @@ from .processing import check_tokenizer
 from .segments import (
     ContextImage,
     Segments,
-    padded,
+    guided_trajectory,
     segments,
     text_segments,
 )
+from .text_rows import TextRows
 from .vision import UNDERSTANDING_MODULES, BagelPerceptron, BagelVisionTower
 
 
@@ -126,6 +123,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
     packs_velocities = True
     chat_template = CHAT_TEMPLATE
     frozen_modules = ("vit_model", "connector")
+    context_types = (ContextRow, ContextImage)
 
     def __init__(self, config: BagelConfig, codec: LatentCodec | None = None):
         super().__init__(config)
@@ -204,7 +202,8 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        flow: FlowInputs | None = None,
+        steps: Steps | None = None,
+        context_grad: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | UnifiedOutput:
         """
@@ -212,10 +211,10 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
 
         Args:
             attention_mask: (B, cached + T), 1 at real tokens. Positions count the real tokens.
-            flow: if given, the output is the backbone's instead: hidden states and velocities.
+            steps, context_grad: if given, the output is the backbone's instead: hidden states and velocities.
         """
-        if flow is not None:
-            return self.base_model(input_ids, attention_mask, flow=flow)
+        if steps is not None:
+            return self.base_model(input_ids, attention_mask, steps=steps, context_grad=context_grad)
         batch, length = input_ids.shape
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.llm_config)
@@ -298,44 +297,32 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         use_cache: bool = False,
-        flow: FlowInputs | None = None,
         images: Sequence[Sequence[ContextImage]] | None = None,
     ) -> UnifiedOutput:
         """
-        Hidden states (B, T, H) of text rows in the padded layout given, and velocities of `flow` from the same call.
+        Compute hidden states (B, T, H) of text rows in the padded layout given.
 
         Args:
             attention_mask: (B, T), 1 at the real tokens of each row, which stand side by side.
-            images: for each row the images that its placeholders stand for; those of `flow` by default.
+            images: for each row the images that its placeholders stand for.
         """
         if use_cache:
             raise ValueError(
                 "The backbone has no cache: call it with use_cache=False, or the model itself to generate."
             )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        # Rows are moved to the left, where neither positions nor the causal mask need to know of padding.
-        start, lengths = attention_mask.long().argmax(1), attention_mask.sum(1).tolist()
-        if flow is not None:
-            lengths = [max(pair) for pair in zip(lengths, map(len, flow.contexts), strict=True)]
-            images = images or [row.images for row in flow.contexts]
-        column = torch.arange(max(lengths), device=input_ids.device)
-        ids = input_ids.gather(1, (start[:, None] + column).clamp(max=input_ids.shape[1] - 1))
-        if flow is not None:
-            # The context is the row itself, and the token that closes a thinking that ran out of length.
-            context, known = padded([row.ids for row in flow.contexts], len(column), ids.device)
-            ids = torch.where(known, context, ids)
-        if images is not None and any(images):
-            rows = zip(ids.cpu(), lengths, images, strict=True)
-            table = self._segments([ContextRow(row[:length], shown) for row, length, shown in rows])
-        else:
-            table = text_segments(ids, lengths)
-        hidden, velocity = self._packed(table, flow)
-        if table.text_index is not None:
-            hidden = hidden.gather(1, table.text_index[..., None].expand(-1, -1, hidden.shape[-1]))
-        back = (torch.arange(input_ids.shape[1], device=ids.device) - start[:, None]).clamp(0, hidden.shape[1] - 1)
-        hidden = hidden.gather(1, back[..., None].expand(-1, -1, hidden.shape[-1]))
-        return UnifiedOutput(last_hidden_state=hidden, velocity=velocity)
+        texts = TextRows.of(input_ids, attention_mask)
+        table = self._table(texts, images or ())
+        hidden, _ = self._packed(table)
+        return UnifiedOutput(texts.back(hidden, table.text_index))
+
+    def packed_forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, steps: Steps, context_grad: bool = False
+    ) -> UnifiedOutput:
+        copies = lay_out(steps.to(self.device), len(input_ids))
+        texts = TextRows.of(input_ids, attention_mask, copies.contexts)
+        table = self._table(texts, [row.images for row in copies.contexts])
+        hidden, velocity = self._packed(table, copies, context_grad)
+        return UnifiedOutput(texts.back(hidden, table.text_index), velocity)
 
     # Images
 
@@ -360,26 +347,30 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         )
         return self.llm2vae(gen).float()
 
-    def predict_velocities(self, flow: FlowInputs) -> Tensor:
-        _, velocity = self._packed(self._segments(flow.contexts), flow)
+    def predict_velocities(self, steps: Steps, context_grad: bool = False) -> Tensor:
+        rows = steps.row.unique(return_inverse=True)[1]
+        copies = lay_out(replace(steps.to(self.device), row=rows), int(rows.max()) + 1)
+        _, velocity = self._packed(self._segments(copies.contexts), copies, context_grad)
         assert velocity is not None
         return velocity
 
-    def _packed(self, table: Segments, flow: FlowInputs | None) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (B, U, H) of the contexts' text stream and, beside them, the velocities of K copies each."""
+    def _packed(
+        self, table: Segments, copies: Copies | None = None, context_grad: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (R, U, H) of the contexts' text stream, and the velocities (S, N, C) of copies."""
         und, gen = self._context_streams(table)
         num_text = table.ids.shape[1]
         layout = Layout(num_text, segments=table)
-        if flow is None:
+        if copies is None:
             hidden, _, _, _ = self.language_model.model(und, gen, table.positions, table.image_positions, layout)
             return hidden, None
-        copies, tokens = flow.latents.shape[1:3]
-        prefixes = list(enumerate(flow.visible_ids))
-        layout.num_images, layout.context_grad = copies, flow.context_grad
-        layout.visible = [[table.prefix_lengths[i][n] for n in row] for i, row in prefixes]
+        number, tokens = copies.latents.shape[1:3]
+        layout.num_images, layout.context_grad = number, context_grad
+        prefixes = list(zip(copies.visible, table.prefix_lengths, table.prefix_positions, strict=True))
+        layout.visible = [[lengths[n] for n in seen] for seen, lengths, _ in prefixes]
         # All tokens of a copy share the position behind what it sees.
-        at = torch.tensor([[table.prefix_positions[i][n] for n in row] for i, row in prefixes], device=und.device)
-        markers, latents = self._copy_streams(flow.latents, flow.timesteps, flow.image_size)
+        at = torch.tensor([[positions[n] for n in seen] for seen, _, positions in prefixes], device=und.device)
+        markers, latents = self._copy_streams(copies.latents, copies.timesteps, copies.image_size)
         und, gen, _, _ = self.language_model.model(
             torch.cat([und, markers], dim=1),
             latents if gen is None else torch.cat([gen, latents], dim=1),
@@ -387,8 +378,13 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
             torch.cat([table.image_positions, at.repeat_interleave(tokens, dim=1)], dim=1),
             layout,
         )
-        velocity = self.llm2vae(gen[:, layout.num_latents :]).float()
-        return und[:, :num_text], velocity.unflatten(1, (copies, tokens))
+        velocity = self.llm2vae(gen[:, layout.num_latents :]).float().unflatten(1, (number, tokens))
+        return und[:, :num_text], velocity[copies.row, copies.column]
+
+    def _table(self, texts: TextRows, images: Sequence[Sequence[ContextImage]]) -> Segments:
+        if any(images):
+            return self._segments(texts.with_images(images))
+        return text_segments(texts.ids, texts.lengths)
 
     def _segments(self, contexts: Sequence[ContextRow]) -> Segments:
         config = self.config
@@ -462,37 +458,24 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         fits = fitting(free_memory(weight.device), tokens * token)
         return None if fits is None else max(1, fits)
 
-    def contexts(self, conditioning: Conditioning) -> list[ContextRow]:
+    def contexts(self, trajectories: Sequence[Trajectory]) -> list[ContextRow]:
+        """Each prompt and all texts that follow it, closed if the last ran out of length, with the prompt's images."""
         config, rows = self.config, []
-        images = conditioning.images or [()] * len(conditioning)
-        for prompt, completion, shown in zip(
-            conditioning.prompt_ids, conditioning.completion_ids, images, strict=True
-        ):
-            row = [*prompt, *completion]
-            if not completion and row and row[-1] == config.im_start_token_id:
+        for trajectory in trajectories:
+            row, text = [*trajectory.prompt_ids, *trajectory.text_ids], trajectory.text_ids
+            if not text and row and row[-1] == config.im_start_token_id:
                 row.pop()  # the opened chunk of a thinking that does not come
             elif row and row[-1] not in (config.im_end_token_id, config.image_token_id):
                 row.append(config.im_end_token_id)
-            rows.append(ContextRow(torch.tensor(row, dtype=torch.long), shown))
+            rows.append(ContextRow(torch.tensor(row, dtype=torch.long), trajectory.images))
         return rows
 
-    def guidance_conditioning(self, conditioning: Conditioning, branch: str) -> Conditioning:
+    def branch_contexts(self, trajectories: Sequence[Trajectory], branch: str) -> list[ContextRow]:
         """
         "text" sees the system message and the finished images, which may be nothing; "image" the prompt to its end,
         without finished images.
         """
-        nothing: list[list[int]] = [[] for _ in range(len(conditioning))]
-        placeholder, images = self.config.image_token_id, conditioning.images or nothing
-        if branch == "image":
-            prompts = [[token for token in row if token != placeholder] for row in conditioning.prompt_ids]
-            return Conditioning(prompts, nothing, conditioning.system_ids)
-        if conditioning.system_ids is None:
-            raise ValueError(
-                "Guidance needs to know which part of a prompt is its system message: set `Conditioning.system_ids`, "
-                "to empty rows for prompts without one."
-            )
-        shown = [[*row, *[placeholder] * len(x)] for row, x in zip(conditioning.system_ids, images, strict=True)]
-        return replace(conditioning, prompt_ids=shown, completion_ids=nothing)
+        return self.contexts([guided_trajectory(t, branch, self.config.image_token_id) for t in trajectories])
 
     def embed_vit_image(self, pixels: Tensor) -> Tensor:
         """

@@ -16,12 +16,8 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...messages import user_text
-from ..contract import (
-    Conditioning,
-    FlowInputs,
-    UnifiedModelMixin,
-    UnifiedOutput,
-)
+from ...trajectory import Steps, Trajectory
+from ..contract import UnifiedModelMixin, UnifiedOutput
 from ..quantization import keep_trainable_layout
 from ..tokenizer import read_tokenizer
 from .blocks import linear_names, recomputed_blocks
@@ -65,7 +61,6 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
 
-    packs_velocities = False
     frozen_modules = ("frozen",)
     tokenizer: PreTrainedTokenizerBase
 
@@ -231,12 +226,13 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        flow: FlowInputs | None = None,
+        steps: Steps | None = None,
+        context_grad: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """The thinker's own outputs; with `flow` the backbone's, hidden states and velocities."""
-        if flow is not None:
-            return self.base_model(input_ids, attention_mask, flow=flow)
+        """The thinker's own outputs; with `steps` the backbone's, hidden states and velocities."""
+        if steps is not None:
+            return self.base_model(input_ids, attention_mask, steps=steps, context_grad=context_grad)
         return self.thinker(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -248,25 +244,27 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         use_cache: bool = False,
-        flow: FlowInputs | None = None,
         **kwargs: Any,
     ) -> UnifiedOutput:
         hidden = self.thinker.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **kwargs
         ).last_hidden_state
-        return UnifiedOutput(hidden, None if flow is None else self.predict_velocities(flow))
+        return UnifiedOutput(hidden)
 
     # Images
 
-    def contexts(self, conditioning: Conditioning) -> list[str]:
-        """The painter's prompts."""
-        if conditioning.prompts is None:
-            raise ValueError(
-                "The painter reads text, not the thinker's tokens: set `Conditioning.prompts` to the prompts, strings "
-                "or conversations."
-            )
-        rows = zip(conditioning.prompts, conditioning.completion_ids, strict=True)
-        return [self._painter_prompt(user_text(prompt), self._answer(ids)) for prompt, ids in rows]
+    def contexts(self, trajectories: Sequence[Trajectory]) -> list[str]:
+        """The painter's prompts: each user's prompt, and the answer of the last text."""
+        answers = [self._answer(t.rounds[-1].text_ids if t.rounds else []) for t in trajectories]
+        return [
+            self._painter_prompt(user_text(t.prompt), answer) for t, answer in zip(trajectories, answers, strict=True)
+        ]
+
+    def branch_contexts(self, trajectories: Sequence[Trajectory], branch: str) -> list[str]:
+        """ "text" sees an empty prompt, as diffusers' own guidance does; "image" the user's prompt."""
+        if branch == "text":
+            return [self._painter_prompt("", "") for _ in trajectories]
+        return self.contexts([replace(trajectory, rounds=[]) for trajectory in trajectories])
 
     def _answer(self, completion_ids: Sequence[int]) -> str:
         ids = list(completion_ids)
@@ -290,17 +288,6 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
     ) -> Tensor:
         with recomputed_blocks(self.painter, self._recomputes):
             return self._runner.velocity(context, latents, timesteps, image_size)
-
-    def predict_velocities(self, flow: FlowInputs) -> Tensor:
-        prompts = [[row[:n] for n in seen] for row, seen in zip(flow.contexts, flow.visible_ids, strict=True)]
-        velocities = []
-        for k in range(flow.timesteps.shape[1]):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and flow.context_grad):
-                context = self.encode_context([row[k] for row in prompts])
-            velocities.append(
-                self.predict_velocity(context, flow.latents[:, k], flow.timesteps[:, k], flow.image_size)
-            )
-        return torch.stack(velocities, dim=1)
 
     def initial_latents(self, image_size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
         return self._runner.start(len(generators), image_size, generators)
@@ -331,11 +318,6 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
             raise ValueError(f"output_type={output_type!r}: expected 'pil' or 'pt'.")
         images = self._runner.decode(latents, image_size, output_type)
         return 2 * images.float() - 1 if output_type == "pt" else images
-
-    def guidance_conditioning(self, conditioning: Conditioning, branch: str) -> Conditioning:
-        """ "text" sees an empty prompt, as diffusers' own guidance does; "image" the user's prompt."""
-        prompts = [""] * len(conditioning) if branch == "text" else conditioning.prompts
-        return replace(conditioning, prompts=prompts, completion_ids=[[] for _ in range(len(conditioning))])
 
     # For the trainer
 
