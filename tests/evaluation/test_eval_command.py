@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
-from judge_server import ChatServer, text_of, yes
 from typer.testing import CliRunner
 
+from tests.helpers.judge_server import ChatServer, text_of, yes
 from trl_unigrpo.cli import app
 from trl_unigrpo.rewards import read_questions
 from trl_unigrpo.shapeworld import evaluate_model

@@ -3,8 +3,8 @@
 from html.parser import HTMLParser
 
 import pytest
-from hostile_results import folder_of, index_of
 
+from tests.helpers.hostile_results import folder_of, index_of
 from trl_unigrpo.evaluation.compare import compare_folders
 from trl_unigrpo.evaluation.page import PICTURES, write_comparison
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from judge_server import ChatServer, Reply, text_of, yes
 from PIL import Image
 
+from tests.helpers.judge_server import ChatServer, Reply, text_of, yes
 from trl_unigrpo.evaluation import runner
 from trl_unigrpo.evaluation.benchmark import Item, Painting, spread
 from trl_unigrpo.evaluation.benchmarks import load_benchmark
