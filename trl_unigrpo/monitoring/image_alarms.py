@@ -8,7 +8,7 @@ import numpy as np
 from .alarm import MOST_INDICES, Alarm
 from .image_statistics import FloatArray, ImageStatistics, near_twins
 from .memory import revive
-from .shift import LIMIT, Change, Shift
+from .shift import BEYOND_CHANCE, Change, Shift
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Rule:
 
     def broken(self, change: Change) -> bool:
         least = self.least * (change.before if self.relative else 1)
-        return self.sign * (change.now - change.before) > least and self.sign * change.errors > LIMIT
+        return self.sign * (change.now - change.before) > least and self.sign * change.errors > BEYOND_CHANCE
 
 
 LOOK = (

@@ -10,7 +10,7 @@ from .evaluations import Evaluations
 from .events import Generation
 from .image_statistics import FloatArray
 from .memory import revive
-from .shift import LIMIT, Change, Shift
+from .shift import BEYOND_CHANCE, Change, Shift
 
 
 FAILED, FAILED_GENERATIONS = 0.1, 3
@@ -98,8 +98,8 @@ class RewardWatch:
 
     def _fallen(self, scores: Mapping[str, FloatArray]) -> list[Alarm]:
         change = self.best.change()
-        if change is None or change.errors > -LIMIT:
-            if change is not None and change.errors > LIMIT:
+        if change is None or change.errors > -BEYOND_CHANCE:
+            if change is not None and change.errors > BEYOND_CHANCE:
                 self.best = Shift(first=self.best.recent)
             return []
         message = (

@@ -13,12 +13,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..monitoring.events import Generation, Watcher
 from ..monitoring.images import diversity
-from .description import describe
+from .description import describe_run
 from .pages import jpeg, prompt_text, write_page
 from .run_files import (
     Records,
-    Sample,
     Shown,
+    ShownSample,
     read_run,
 )
 from .run_page import run_page
@@ -59,7 +59,7 @@ class Gallery(Watcher):
             return
         records = self._open(args)
         self._last_shown = None
-        info = describe(model, args, state)
+        info = describe_run(model, args, state)
         self._worker.do(lambda: records.info(info))
         start = state.global_step
         self._worker.do(lambda: records.add("start", start))
@@ -201,7 +201,7 @@ def choose(generation: Generation, step: int, dataset: str = "") -> tuple[Shown,
     # Of an evaluation all numbers are kept, as two of them are compared prompt by prompt.
     chosen = range(len(generation.prompts)) if generation.mode == "eval" else kept
     samples = [
-        Sample(
+        ShownSample(
             index=i,
             prompt=prompt_text(generation.prompts[i]),
             thinking=generation.thinking[i],

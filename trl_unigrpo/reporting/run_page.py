@@ -12,8 +12,8 @@ from .pages import data_uri, render_page
 from .run_files import (
     FOLDER,
     Run,
-    Sample,
     Shown,
+    ShownSample,
 )
 from .run_summary import (
     change,
@@ -26,7 +26,7 @@ from .run_summary import (
 
 BUDGET = 4_400_000  # bytes of pictures and texts in a page; with the rest it stays below 5 MB
 GENERATIONS = 12
-COLUMNS = 8  # evaluations beside each other
+MOST_EVALUATIONS = 8  # evaluations beside each other
 ROWS = 8  # prompts of an evaluation
 TEXT = 4000  # bytes of a text that a page holds, see `shown_text`
 ALARMS = 30
@@ -35,7 +35,7 @@ ALARMS = 30
 def run_page(run: Run) -> str:
     """The page of one run."""
     evaluated = _Budget(BUDGET * 2 // 5)
-    view = _view(run, evaluated, ROWS, COLUMNS)
+    view = _view(run, evaluated, ROWS, MOST_EVALUATIONS)
     budget = _Budget(BUDGET * 3 // 5 + evaluated.left)
     return render_page("run.html.jinja", view=view, panels=panels(run), generations=_generations(run, budget))
 
@@ -150,7 +150,7 @@ def spread(number: int) -> Iterable[int]:
         yield taken[-1]
 
 
-def _size(run: Run, samples: Iterable[Sample]) -> int:
+def _size(run: Run, samples: Iterable[ShownSample]) -> int:
     """Bytes that samples take in a page, about."""
     size = 0
     for sample in samples:
@@ -173,7 +173,7 @@ def _generation(run: Run, shown: Shown, groups: int | None = None) -> dict[str, 
     }
 
 
-def _sample(run: Run, shown: Shown, sample: Sample) -> dict[str, Any]:
+def _sample(run: Run, shown: Shown, sample: ShownSample) -> dict[str, Any]:
     alarms = [alarm for alarm in run.alarms if (alarm.step, alarm.mode) == (shown.step, shown.mode)]
     return {
         "index": sample.index,
@@ -189,7 +189,7 @@ def _sample(run: Run, shown: Shown, sample: Sample) -> dict[str, Any]:
     }
 
 
-def _picture(run: Run, sample: Sample) -> Markup | None:
+def _picture(run: Run, sample: ShownSample) -> Markup | None:
     """The picture as a URL; None where it was not kept, or its file is gone."""
     if sample.picture is None:
         return None
@@ -231,7 +231,7 @@ def _evaluation(
     }
 
 
-def _firsts(shown: Shown) -> list[Sample]:
+def _firsts(shown: Shown) -> list[ShownSample]:
     """The first sample of each group of an evaluation: the same prompt and noise whenever it runs."""
     return list(shown.samples[:: shown.group_size])
 

@@ -90,6 +90,6 @@ def safe_text(text: str, token: str | None = None, limit: int = 300) -> str:
     return text if len(text) <= limit else text[:limit] + " ..."
 
 
-def describe(error: BaseException, token: str | None = None) -> str:
+def describe_error(error: BaseException, token: str | None = None) -> str:
     """Type and message of an error, safe to show."""
     return safe_text(f"{type(error).__name__}: {error}", token)
