@@ -1,6 +1,6 @@
-"""What pictures look like, in a few numbers: those that reward hacking moved in public runs.
+"""The looks of images in a few numbers: those that reward hacking moved in public runs.
 
-Shapes: N pictures.
+Shapes: N images; P groups of G; D numbers of a thumbnail.
 """
 
 import math
@@ -24,6 +24,8 @@ THUMBNAIL_SIDE = 8
 DARK, BRIGHT = 0.25, 0.75
 EDGE = 0.1
 TWIN_DISTANCE = 5 / 255
+MOST_PAIRED = 96
+"""Images that the diversity looks at, at most."""
 
 
 @dataclass(frozen=True)
@@ -123,3 +125,22 @@ def near_twins(thumbnails: FloatArray, groups: Sequence[int]) -> tuple[BoolArray
     same = np.equal.outer(groups, groups)
     own = near & same & ~np.eye(len(thumbnails), dtype=bool)
     return own.any(1), (near & ~same).any(1)
+
+
+def diversity(images: Sequence[Image.Image], group_size: int) -> float:
+    """
+    Measure how much the images of one prompt differ: the mean over pairs of a group of the root mean squared
+    difference of their 8 x 8 thumbnails, in [0, 1]. Of the first groups up to 96 images; NaN for groups of one.
+    """
+    groups = max(1, min(len(images), MOST_PAIRED) // group_size)
+    thumbnails_ND = np.stack([thumbnail(image) for image in images[: groups * group_size]])
+    vectors_PGD = thumbnails_ND.reshape(-1, group_size, thumbnails_ND.shape[1])
+    first, second = np.triu_indices(group_size, 1)
+    if not len(first):
+        return float("nan")
+    return float(np.sqrt(((vectors_PGD[:, first] - vectors_PGD[:, second]) ** 2).mean(2)).mean())
+
+
+def pixel_spread(images: Sequence[Image.Image]) -> float:
+    """Average the standard deviation of each image's pixels, in [0, 255]: near 0 where images turn blank."""
+    return float(np.mean([np.asarray(image, dtype=np.float32).std() for image in images]))

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..monitoring.events import Generation, Watcher
-from ..monitoring.images import diversity
+from ..monitoring.image_statistics import diversity
 from .description import describe_run
 from .pages import jpeg, prompt_text, write_page
 from .run_files import (

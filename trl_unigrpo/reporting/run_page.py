@@ -8,12 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .pages import data_uri, render_page
+from .pages import data_uri, render_page, write_page
 from .run_files import (
     FOLDER,
     Run,
     Shown,
     ShownSample,
+    read_run,
 )
 from .run_summary import (
     change,
@@ -271,9 +272,6 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     Raises:
         NoRunError: for a folder without a run.
     """
-    from .pages import write_page
-    from .run_files import read_run
-
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise ValueError("No folder given: expected at least one.")

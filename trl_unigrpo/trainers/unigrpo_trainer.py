@@ -58,10 +58,11 @@ from ..models.tokenizer import never_sampled, prepare_tokenizer
 from ..monitoring.alarms import default_alarms
 from ..monitoring.events import Generation, Update, Watcher
 from ..monitoring.expected import ExpectedCost
-from ..monitoring.images import pixel_spread, write_completion_images
+from ..monitoring.image_statistics import pixel_spread
 from ..monitoring.progress import Phases
 from ..monitoring.signals import SaveOnSignal
 from ..monitoring.trust import TrustChecks
+from ..reporting.completion_images import write_completion_images
 from ..reporting.gallery import Gallery
 from ..reporting.model_card import rewrite_card
 from ..rewards.thinking import reward_scope

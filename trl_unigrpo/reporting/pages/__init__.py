@@ -2,7 +2,7 @@
 
 from .curves import Curve, Panel, chart
 from .environment import page_environment, render_page, write_page
-from .pictures import data_uri, jpeg
+from .images import data_uri, jpeg
 from .text import prompt_text, readable, shown_text
 
 
