@@ -79,7 +79,7 @@ class ThinkingWatch:
         if change is None or change.now > SHRUNK * change.before or change.errors > -BEYOND_CHANCE:
             return []
         message = (
-            f"thinkings have shrunk to {change.now:.3g} characters from {change.before:.3g} at the start. If pictures "
+            f"thinkings have shrunk to {change.now:.3g} characters from {change.before:.3g} at the start. If images "
             "need them, reward their length or format, raise beta, or lower learning_rate."
         )
         values = {"before": change.before, "now": change.now}

@@ -1,4 +1,4 @@
-"""The model card of a trained model: TRL's, with pictures, rewards, settings, and an example that paints."""
+"""The model card of a trained model: TRL's, with images, rewards, settings, and an example that paints."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -41,8 +41,8 @@ sample.image.save("image.png")
 ```
 
 """
-PICTURE = "before_after.jpg"
-CARD_COLUMNS = 6  # prompts in the picture of the card
+CARD_IMAGE = "before_after.jpg"
+CARD_COLUMNS = 6  # prompts in the image of the card
 
 
 def rewrite_card(
@@ -52,7 +52,7 @@ def rewrite_card(
     Turn the card that TRL wrote into one of a model that paints; its metadata, links to trackers and citations stay.
 
     Args:
-        readme: the card; the picture goes beside it, made from the gallery there.
+        readme: the card; the image goes beside it, made from the gallery there.
         rewards: function -> weight.
         process: those of them that score the thinking alone.
         source: where others will load the model from.
@@ -86,7 +86,7 @@ def rewrite_card(
         paper_id="2603.23500",
         trained=trained_parameters(model),
         step=step,
-        picture=_picture(run, readme.parent),
+        image=_image(run, readme.parent),
         quick_start=own.quick_start(source) or package_quick_start(model, source),
         rewards=[
             {"name": _code(name), "weight": f"{weight:g}", "note": " (of the thinking)" * (name in process)}
@@ -125,8 +125,8 @@ def _code(text: str) -> str:
     return " ".join(readable(text).replace("`", "'").split())[:200]
 
 
-def _picture(run: Run, folder: Path) -> dict[str, Any] | None:
-    """Write the pictures of the first evaluation above those of the last, or of the last generation; and its title."""
+def _image(run: Run, folder: Path) -> dict[str, Any] | None:
+    """Write the images of the first evaluation above those of the last, or of the last generation; and its title."""
     evaluated = next((shown for shown in evaluations(run).values() if len(shown) > 1), None)
     trained = [shown for shown in run.shown if shown.mode == "train"]
     if evaluated is not None:
@@ -143,9 +143,9 @@ def _picture(run: Run, folder: Path) -> dict[str, Any] | None:
     if not images or len({len(row) for row in shown}) > 1 or None in images:
         return None
     columns = len(shown[0])
-    grid([image for image in images if image is not None], columns).save(folder / PICTURE, quality=85)
+    grid([image for image in images if image is not None], columns).save(folder / CARD_IMAGE, quality=85)
     prompts = list(dict.fromkeys(_code(sample.prompt) for sample in shown[0]))
-    return {"file": PICTURE, "title": title, "prompts": prompts}
+    return {"file": CARD_IMAGE, "title": title, "prompts": prompts}
 
 
 def _opened(run: Run, sample: ShownSample) -> Image.Image | None:

@@ -161,11 +161,11 @@ class Records:
         self._file.write(line + "\n")
         self._file.flush()
 
-    def show(self, shown: Shown, pictures: Mapping[str, bytes]) -> None:
-        """Write a generation: the pictures (file in the folder -> JPEG), then the line that names them."""
-        for name, picture in pictures.items():
+    def show(self, shown: Shown, files: Mapping[str, bytes]) -> None:
+        """Write a generation: the images (file in the folder -> JPEG), then the line that names them."""
+        for name, jpeg in files.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).write_bytes(picture)
+            (self.folder / name).write_bytes(jpeg)
         values = asdict(shown)
         self.add("shown", values.pop("step"), **values)
 

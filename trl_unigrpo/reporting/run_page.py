@@ -25,7 +25,7 @@ from .run_summary import (
 )
 
 
-BUDGET = 4_400_000  # bytes of pictures and texts in a page; with the rest it stays below 5 MB
+BUDGET = 4_400_000  # bytes of images and texts in a page; with the rest it stays below 5 MB
 GENERATIONS = 12
 MOST_EVALUATIONS = 8  # evaluations beside each other
 ROWS = 8  # prompts of an evaluation
@@ -42,7 +42,7 @@ def run_page(run: Run) -> str:
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
-    """Several runs in one page: their numbers, curves over each other, and the last pictures of each."""
+    """Several runs in one page: their numbers, curves over each other, and the last images of each."""
     names = unique_names(runs)
     budget = _Budget(BUDGET)
     views = [_view(run, budget, ROWS, 0) for run in runs]
@@ -184,14 +184,14 @@ def _sample(run: Run, shown: Shown, sample: ShownSample) -> dict[str, Any]:
         "advantage": sample.advantage,
         "rewards": sample.rewards,
         "extra": {name: value for name, value in sample.extra.items() if value not in (None, "")},
-        "picture": _picture(run, sample),
+        "image": _image(run, sample),
         "tiny": shown.side <= 96,
         "alarms": [alarm.name for alarm in alarms if sample.index in alarm.indices],
     }
 
 
-def _picture(run: Run, sample: ShownSample) -> Markup | None:
-    """The picture as a URL; None where it was not kept, or its file is gone."""
+def _image(run: Run, sample: ShownSample) -> Markup | None:
+    """The image as a URL; None where it was not kept, or its file is gone."""
     if sample.picture is None:
         return None
     folder = (run.folder / FOLDER).resolve()
@@ -207,7 +207,7 @@ def _picture(run: Run, sample: ShownSample) -> Markup | None:
 def _evaluation(
     run: Run, name: str, evaluated: Sequence[Shown], budget: _Budget, rows: int, columns: int
 ) -> dict[str, Any]:
-    """Prompts down, evaluations across; each prompt's first picture."""
+    """Prompts down, evaluations across; each prompt's first image."""
     kept: list[Shown] = []
     for i in spread(len(evaluated)):
         if len(kept) == columns or not budget.take(_size(run, _firsts(evaluated[i])[:rows])):
@@ -238,7 +238,7 @@ def _firsts(shown: Shown) -> list[ShownSample]:
 
 
 def _side_by_side(runs: Sequence[Run], budget: _Budget) -> list[dict[str, Any]]:
-    """Prompts that all runs were evaluated on: the picture of each run's last evaluation."""
+    """Prompts that all runs were evaluated on: the image of each run's last evaluation."""
     last = [next((found[-1] for found in evaluations(run).values()), None) for run in runs]
     if any(shown is None for shown in last):
         return []

@@ -122,7 +122,7 @@ class BagelProcessor:
         Token ids of a prompt, after the system prompt that asks for a thinking.
 
         Args:
-            think: "image" for a thinking before a picture, "answer" for one before an answer in words, None for none.
+            think: "image" for a thinking before an image, "answer" for one before an answer in words, None for none.
         """
         if think is not None and think not in THINK_PROMPTS:
             raise ValueError(f"think={think!r}: expected one of {sorted(THINK_PROMPTS)}, or None.")

@@ -138,7 +138,7 @@ def box_of(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[float, float, flo
 
 
 def masked_crop(image: Image.Image, detection: Detection) -> Image.Image:
-    """An object cut out of its picture along its box, on grey where its mask is not."""
+    """An object cut out of its image along its box, on grey where its mask is not."""
     image = to_rgb(image)
     if detection.mask is not None:
         image = Image.composite(image, Image.new("RGB", image.size, BLANK), Image.fromarray(detection.mask))

@@ -256,8 +256,8 @@ def as_json(name: str, values: Sequence[Any], number: int) -> list[Any]:
 
 def request_body(request: dict[str, Any], images: Sequence[Image.Image]) -> bytes:
     """The request as JSON, its images as PNG in base64."""
-    pictures = [base64.b64encode(to_png(image)).decode() for image in images]
-    return json.dumps({**request, "images": pictures}, allow_nan=False).encode()
+    encoded = [base64.b64encode(to_png(image)).decode() for image in images]
+    return json.dumps({**request, "images": encoded}, allow_nan=False).encode()
 
 
 def read_scores(answer: httpx2.Response, number: int) -> Scores:
