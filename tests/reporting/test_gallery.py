@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.helpers.tiny_unified import prompts_dataset, redness
 from trl_unigrpo.monitoring.events import Watcher
-from trl_unigrpo.monitoring.images import diversity
+from trl_unigrpo.monitoring.image_statistics import diversity
 from trl_unigrpo.reporting.gallery import Gallery
 from trl_unigrpo.reporting.run_files import read_run
 

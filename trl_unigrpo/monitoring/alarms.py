@@ -37,7 +37,7 @@ def default_alarms(mode: str) -> list["Alarms"]:
 
 class Alarms(Watcher, ExportableState):
     """
-    Watches updates, pictures, rewards and thinkings. An alarm is a line in the log and in `alarms.jsonl` in the output
+    Watches updates, images, rewards and thinkings. An alarm is a line in the log and in `alarms.jsonl` in the output
     folder (see [`append_alarm`]).
 
     What it knows of the start of the run is saved in the checkpoint's `trainer_state.json` and comes back on resuming.

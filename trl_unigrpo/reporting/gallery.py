@@ -12,25 +12,25 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..monitoring.events import Generation, Watcher
-from ..monitoring.images import diversity
-from .description import describe
+from ..monitoring.image_statistics import diversity
+from .description import describe_run
 from .pages import jpeg, prompt_text, write_page
 from .run_files import (
     Records,
-    Sample,
     Shown,
+    ShownSample,
     read_run,
 )
 from .run_page import run_page
-from .trackers import grid, log_picture
+from .trackers import grid, log_image
 from .worker import Worker
 
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = 48  # pictures of a generation that are kept, in whole groups but at least one
-PROMPTS = 16  # prompts of an evaluation whose pictures are kept
-SIDE, QUALITY = 256, 80  # of the pictures, as JPEG
+SAMPLES = 48  # images of a generation that are kept, in whole groups but at least one
+PROMPTS = 16  # prompts of an evaluation whose images are kept
+SIDE, QUALITY = 256, 80  # of the images, as JPEG
 SHARE = 0.01  # of the time that may go into pages, between the last and the next
 
 
@@ -41,7 +41,7 @@ class Gallery(Watcher):
     Every `gallery_steps` optimizer steps the page gets the generation of the time, at the end the last one, and each
     evaluation. It shows groups sorted by reward, the evaluation's prompts over time, curves and alarms.
 
-    Pictures are encoded, and the page is written, in a thread of their own.
+    Images are encoded, and the page is written, in a thread of their own.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Gallery(Watcher):
             return
         records = self._open(args)
         self._last_shown = None
-        info = describe(model, args, state)
+        info = describe_run(model, args, state)
         self._worker.do(lambda: records.info(info))
         start = state.global_step
         self._worker.do(lambda: records.add("start", start))
@@ -156,15 +156,15 @@ class Gallery(Watcher):
         records, step = self._open(args), state.global_step
 
         def work() -> None:
-            shown, pictures = choose(generation, step, dataset)
-            records.show(shown, pictures)
+            shown, files = choose(generation, step, dataset)
+            records.show(shown, files)
             self._write_page(args)
 
         self._worker.do(work)
         kept = choose_indices(generation)
         columns = generation.group_size if generation.group_size > 1 else 8
         try:
-            log_picture(
+            log_image(
                 f"gallery/{generation.mode}",
                 lambda: grid([generation.images[i] for i in kept], columns),
                 step,
@@ -172,7 +172,7 @@ class Gallery(Watcher):
                 self._callbacks,
             )
         except Exception:
-            logger.exception("The gallery's pictures did not reach a tracker. Training goes on.")
+            logger.exception("The gallery's images did not reach a tracker. Training goes on.")
 
     def _write_page(self, args: TrainingArguments, at_once: bool = False) -> None:
         started = time.perf_counter()
@@ -185,7 +185,7 @@ class Gallery(Watcher):
 
 
 def choose_indices(generation: Generation) -> list[int]:
-    """Samples whose pictures are kept: the first groups of a training's batch, the first prompts of an evaluation."""
+    """Samples whose images are kept: the first groups of a training's batch, the first prompts of an evaluation."""
     size, total = generation.group_size, len(generation.prompts)
     if generation.mode == "eval":
         return list(range(0, total, size))[:PROMPTS]
@@ -193,15 +193,15 @@ def choose_indices(generation: Generation) -> list[int]:
 
 
 def choose(generation: Generation, step: int, dataset: str = "") -> tuple[Shown, dict[str, bytes]]:
-    """What the gallery keeps of a generation, and its pictures: file in the folder `gallery` -> JPEG."""
+    """What the gallery keeps of a generation, and its images: file in the folder `gallery` -> JPEG."""
     kept = choose_indices(generation)
     place = "-".join(filter(None, [generation.mode, _file_name(dataset), f"{step:06d}"]))
-    pictures = {f"pictures/{place}-{i:04d}.jpg": jpeg(generation.images[i], SIDE, QUALITY) for i in kept}
-    names = dict(zip(kept, pictures, strict=True))
+    files = {f"pictures/{place}-{i:04d}.jpg": jpeg(generation.images[i], SIDE, QUALITY) for i in kept}
+    names = dict(zip(kept, files, strict=True))
     # Of an evaluation all numbers are kept, as two of them are compared prompt by prompt.
     chosen = range(len(generation.prompts)) if generation.mode == "eval" else kept
     samples = [
-        Sample(
+        ShownSample(
             index=i,
             prompt=prompt_text(generation.prompts[i]),
             thinking=generation.thinking[i],
@@ -215,7 +215,7 @@ def choose(generation: Generation, step: int, dataset: str = "") -> tuple[Shown,
     ]
     side = max(generation.images[0].size)
     total = len(generation.prompts)
-    return Shown(step, generation.mode, dataset, generation.group_size, total, side, samples), pictures
+    return Shown(step, generation.mode, dataset, generation.group_size, total, side, samples), files
 
 
 def _finite(value: float) -> float | None:

@@ -24,7 +24,7 @@ FOLDER = "gallery"
 
 
 @dataclass(frozen=True)
-class Sample:
+class ShownSample:
     """
     One trajectory of a shown generation.
 
@@ -66,17 +66,17 @@ class Shown:
     group_size: int
     total: int
     side: int
-    samples: Sequence[Sample]
+    samples: Sequence[ShownSample]
 
     @property
-    def groups(self) -> list[list[Sample]]:
+    def groups(self) -> list[list[ShownSample]]:
         """The samples of each prompt, the best first."""
         size = self.group_size
         groups = [self.samples[start : start + size] for start in range(0, len(self.samples), size)]
         return [sorted(group, key=_rank, reverse=True) for group in groups]
 
 
-def _rank(sample: Sample) -> tuple[float, float]:
+def _rank(sample: ShownSample) -> tuple[float, float]:
     return -math.inf if sample.reward is None else sample.reward, sample.advantage
 
 
@@ -161,11 +161,11 @@ class Records:
         self._file.write(line + "\n")
         self._file.flush()
 
-    def show(self, shown: Shown, pictures: Mapping[str, bytes]) -> None:
-        """Write a generation: the pictures (file in the folder -> JPEG), then the line that names them."""
-        for name, picture in pictures.items():
+    def show(self, shown: Shown, files: Mapping[str, bytes]) -> None:
+        """Write a generation: the images (file in the folder -> JPEG), then the line that names them."""
+        for name, jpeg in files.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).write_bytes(picture)
+            (self.folder / name).write_bytes(jpeg)
         values = asdict(shown)
         self.add("shown", values.pop("step"), **values)
 
@@ -259,7 +259,7 @@ def _read_records(run: Run, file: Path) -> None:
 
 
 def _shown(row: Mapping[str, Any]) -> Shown:
-    samples = [Sample(**sample) for sample in row["samples"]]
+    samples = [ShownSample(**sample) for sample in row["samples"]]
     names = ("step", "mode", "dataset", "group_size", "total", "side")
     return Shown(**{name: row[name] for name in names}, samples=samples)
 

@@ -16,8 +16,8 @@ from trl import GRPOTrainer
 from ..models.contract import UnifiedModelMixin
 from ..models.registry import unified_model
 from ..monitoring.events import Generation, Watcher
-from ..monitoring.images import write_completion_images
 from ..monitoring.progress import Phases
+from ..reporting.completion_images import write_completion_images
 from ..reporting.gallery import Gallery
 from ..reporting.model_card import rewrite_card
 from ..trajectory import Trajectory

@@ -29,13 +29,13 @@ RELATIONS = ("left of", "right of", "above", "below")
 @dataclass(frozen=True)
 class Detection:
     """
-    One object in a picture.
+    One object in an image.
 
     Args:
         label: its class.
         score: in [0, 1].
         box: left, top, right, bottom in pixels, right and bottom exclusive.
-        mask: (H, W) of bool, its pixels in the picture; None if there is only the box.
+        mask: (H, W) of bool, its pixels in the image; None if there is only the box.
     """
 
     label: str
