@@ -119,8 +119,8 @@ def test_mistakes_are_told_before_anything_is_painted(tmp_path, monkeypatch, arg
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("a red circle\n")
-    for module in ("judge", "judge_client"):
-        monkeypatch.delitem(sys.modules, f"trl_unigrpo.rewards.{module}", raising=False)
+    for module in ("vlm_judge", "client"):
+        monkeypatch.delitem(sys.modules, f"trl_unigrpo.rewards.judge.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "openai", None)
     judge = invoke(
         "--prompts", "p.txt", "--model", "x", "--judge-model", "m", "--judge-base-url", "http://localhost/v1"
@@ -168,7 +168,7 @@ def test_training_prompts_are_written(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "train" / "geneval.jsonl").read_text().splitlines()]
     assert 40 < len(rows) <= 50 and {"prompt", "tag", "geneval"} == set(rows[0])
     assert json.loads(rows[0]["geneval"])["prompt"] == rows[0]["prompt"]
-    from trl_unigrpo.shapeworld.prompt_files import load_prompts
+    from trl_unigrpo.cli.prompt_files import load_prompts
 
     assert load_prompts(str(tmp_path / "train" / "geneval.jsonl"), "train")["prompt"] == [
         row["prompt"] for row in rows

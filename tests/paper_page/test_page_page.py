@@ -131,7 +131,7 @@ def test_the_same_results_give_the_same_bytes(output, page):
 
 def test_numbers_of_the_page_come_from_the_results_alone(output, tmp_path):
     """The template and the commentary hold no number but the paper's own and the level of the intervals."""
-    template = (files("trl_unigrpo.paper") / "templates" / "paper.md.jinja").read_text(encoding="utf-8")
+    template = (files("trl_unigrpo.reporting") / "templates" / "paper.md.jinja").read_text(encoding="utf-8")
     text = re.sub(r"\{[{%].*?[}%]\}", "", template, flags=re.DOTALL)
     for known in (
         "2603.23500",
@@ -270,7 +270,7 @@ def test_commentary_with_a_number_is_refused():
 
 
 def test_shipped_commentary_has_a_section_wherever_the_page_has_room():
-    template = (files("trl_unigrpo.paper") / "templates" / "paper.md.jinja").read_text(encoding="utf-8")
+    template = (files("trl_unigrpo.reporting") / "templates" / "paper.md.jinja").read_text(encoding="utf-8")
     assert set(re.findall(r"commentary\.(\w+)", template)) == set(read_commentary())
 
 
