@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ...rewards.geneval.rules import COLORS, RELATIONS
+from ...rewards.geneval.rules import GENEVAL_COLORS, RELATIONS
 
 
 Row = dict[str, Any]
@@ -125,7 +125,7 @@ def draw_rows(seed: int, per_task: int = 100) -> list[Row]:
 
 def _clause(place: int, count: int = 1, color: int | None = None) -> Clause:
     clause: Clause = {"class": CLASSES[place], "count": count}
-    return clause if color is None else clause | {"color": COLORS[color]}
+    return clause if color is None else clause | {"color": GENEVAL_COLORS[color]}
 
 
 def _two_object(rng: np.random.Generator) -> list[Clause]:
@@ -139,7 +139,7 @@ def _counting(rng: np.random.Generator) -> list[Clause]:
 
 def _colors(rng: np.random.Generator) -> list[Clause]:
     place = _but_person(rng.choice(len(CLASSES) - 1))
-    return [_clause(place, color=rng.choice(len(COLORS)))]
+    return [_clause(place, color=rng.choice(len(GENEVAL_COLORS)))]
 
 
 def _position(rng: np.random.Generator) -> list[Clause]:
@@ -150,7 +150,9 @@ def _position(rng: np.random.Generator) -> list[Clause]:
 
 def _color_attr(rng: np.random.Generator) -> list[Clause]:
     places = _but_person(rng.choice(len(CLASSES) - 1, 2, replace=False))
-    return [_clause(*pair) for pair in zip(places, (1, 1), rng.choice(len(COLORS), 2, replace=False), strict=True)]
+    return [
+        _clause(*pair) for pair in zip(places, (1, 1), rng.choice(len(GENEVAL_COLORS), 2, replace=False), strict=True)
+    ]
 
 
 _DRAWS: dict[str, Callable[[np.random.Generator], list[Clause]]] = {

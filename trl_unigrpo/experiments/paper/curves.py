@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .loading import FloatArray, Run
+from ...statistics import FloatArray
+from .loading import Run
 
 
 POINTS = 48

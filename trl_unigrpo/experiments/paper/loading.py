@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...shapeworld.grammar import CATEGORIES
+from ...statistics import FloatArray
 from .order import position
 
-
-FloatArray = NDArray[np.float64]
 
 REQUIRED: dict[str, type | tuple[type, ...]] = {
     "system": str,

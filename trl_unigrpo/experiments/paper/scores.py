@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...statistics import CrossedInterval, crossed_interval
-from .loading import FloatArray, Prompts, Run
+from ...statistics import CrossedInterval, FloatArray, crossed_interval
+from .loading import Prompts, Run
 from .order import position
 
 
