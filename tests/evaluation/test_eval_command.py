@@ -178,14 +178,14 @@ def test_training_prompts_are_written(tmp_path):
 def test_decomposed_prompts_can_be_evaluated(tmp_path):
     """What `trl-unigrpo decompose` writes is what `--prompts` reads."""
     from trl_unigrpo.evaluation.benchmarks import load_benchmark
-    from trl_unigrpo.rewards.questions.decompose import run
+    from trl_unigrpo.rewards.questions.decompose import decompose_with_progress
 
     row = {
         "prompt": "a photo of a red dog",
         "tag": "colors",
         "include": [{"class": "dog", "count": 1, "color": "red"}],
     }
-    run([row], tmp_path / "q.jsonl", geneval=True)
+    decompose_with_progress([row], tmp_path / "q.jsonl", geneval=True)
     (item,) = load_benchmark("prompts", tmp_path / "q.jsonl").items
     assert item.task == "colors" and len(item.questions) == 2
     assert item.questions == read_questions(json.loads((tmp_path / "q.jsonl").read_text())["questions"])
