@@ -348,7 +348,7 @@ def paper(
     from rich.console import Console
 
     from ..experiments.paper.runner import (
-        Options,
+        PaperOptions,
         run_paper,
         show_grid,
         usable_cores,
@@ -356,7 +356,7 @@ def paper(
     from ..experiments.paper.systems import CHOSEN
 
     try:
-        options = Options(
+        options = PaperOptions(
             output=Path(output_dir or ("paper-quick" if quick else "paper-runs")),
             chosen=Path(chosen) if chosen else CHOSEN,
             jobs=jobs or usable_cores(),

@@ -20,7 +20,7 @@ from .order import ORDER
 HEADING = re.compile(r"^## (\S+)$", re.MULTILINE)
 
 
-def write_page(output: Path, page: Path | None = None) -> Path:
+def write_paper_page(output: Path, page: Path | None = None) -> Path:
     """
     Write the page and its figures from `<output>/results.json`, and return the page's file.
 
