@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..statistics import BoolArray, FloatArray
 
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
 
 WORKING_SIDE = 128
 """Pixels of the shorter side of the copy that all but the noise is measured on: averages of blocks, so that shares,

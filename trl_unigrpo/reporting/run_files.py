@@ -147,11 +147,11 @@ class Records:
 
     def info(self, info: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(self.folder / "run.json", json.dumps(plain(info), indent=2) + "\n")
+        replace_file(self.folder / "run.json", json.dumps(json_value(info), indent=2) + "\n")
 
     def add(self, kind: str, step: int, **values: Any) -> None:
         """Write a line, whole and at once."""
-        line = json.dumps(plain({"kind": kind, "step": step, "session": self.session, **values}))
+        line = json.dumps(json_value({"kind": kind, "step": step, "session": self.session, **values}))
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / "records.jsonl"
@@ -175,12 +175,12 @@ class Records:
             self._file = None
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """The value as JSON has it: numbers that are not finite become null, what JSON does not know its text."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [plain(item) for item in value]
+        return [json_value(item) for item in value]
     if value is None or isinstance(value, (str, bool, int)):
         return value
     try:

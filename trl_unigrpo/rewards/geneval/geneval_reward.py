@@ -22,7 +22,7 @@ from ..common import (
     to_rgb,
 )
 from .rules import (
-    COLORS,
+    GENEVAL_COLORS,
     THRESHOLD,
     Detection,
     confident_objects,
@@ -159,13 +159,15 @@ class ClipColors:
         if not detections:
             return []
         crops = self.embedder.images([masked_crop(image, detection) for detection in detections])
-        return [COLORS[i] for i in (crops @ self._color_texts(detections[0].label).T).argmax(1).tolist()]
+        return [GENEVAL_COLORS[i] for i in (crops @ self._color_texts(detections[0].label).T).argmax(1).tolist()]
 
     def _color_texts(self, label: str) -> Tensor:
         """(10, D), one embedding for each colour."""
         if label not in self._texts:
-            texts = [template.format(color=color, label=label) for color in COLORS for template in COLOR_TEMPLATES]
-            embedded = self.embedder.texts(texts).view(len(COLORS), len(COLOR_TEMPLATES), -1)
+            texts = [
+                template.format(color=color, label=label) for color in GENEVAL_COLORS for template in COLOR_TEMPLATES
+            ]
+            embedded = self.embedder.texts(texts).view(len(GENEVAL_COLORS), len(COLOR_TEMPLATES), -1)
             self._texts[label] = F.normalize(embedded.mean(1), dim=-1)
         return self._texts[label]
 

@@ -157,7 +157,7 @@ async def by_rule(row: Row) -> tuple[Question, ...]:
     return questions_from_geneval(row)
 
 
-def run(
+def decompose_with_progress(
     rows: Iterable[Row],
     output: str | Path,
     *,
