@@ -11,6 +11,7 @@ from trl_unigrpo.experiments.paper.order import GROUP_SYSTEMS, WITHOUT_THINKING,
 from trl_unigrpo.shapeworld.grammar import CATEGORIES
 
 
+START = {"two_stage": "two_stage_refl"}
 COLORS = {"base": (200, 0, 0), "sft": (0, 200, 0), "unigrpo": (0, 0, 200)}
 DIRECT = 0.15
 """How much lower the base and the fine-tuned ones are planted to be without thinking."""
@@ -105,7 +106,7 @@ def write_run(output: Path, world: World, system: str, seed: int, rewards: dict[
         "seed": seed,
         "split": "test",
         "settings": {"learning_rate": 3e-4, "guidance_scale": 2.0 if system == "guidance_on" else 1.0, "seed": seed},
-        "start": "two_stage_refl" if system == "two_stage" else "guided_base" if system in GROUP_SYSTEMS["figure4"] else None,
+        "start": START.get(system, "guided_base" if system in GROUP_SYSTEMS["figure4"] else None),
         "rollouts": 192 * generations * trained,
         "train_cpu_seconds": 100.0 + seed if trained else 0.0,
         "cpu_seconds": 120.0 + seed,

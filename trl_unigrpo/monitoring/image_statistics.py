@@ -126,13 +126,13 @@ def near_twins(thumbnails: FloatArray, groups: Sequence[int]) -> tuple[BoolArray
     return own.any(1), (near & ~same).any(1)
 
 
-def diversity(images: Sequence[Image.Image], group_size: int) -> float:
+def diversity(statistics: Sequence[ImageStatistics], group_size: int) -> float:
     """
     Measure how much the images of one prompt differ: the mean over pairs of a group of the root mean squared
     difference of their 8 x 8 thumbnails, in [0, 1]. Of the first groups up to 96 images; NaN for groups of one.
     """
-    groups = max(1, min(len(images), MOST_PAIRED) // group_size)
-    thumbnails_ND = np.stack([thumbnail(image) for image in images[: groups * group_size]])
+    groups = max(1, min(len(statistics), MOST_PAIRED) // group_size)
+    thumbnails_ND = np.stack([image.thumbnail for image in statistics[: groups * group_size]])
     vectors_PGD = thumbnails_ND.reshape(-1, group_size, thumbnails_ND.shape[1])
     first, second = np.triu_indices(group_size, 1)
     if not len(first):
