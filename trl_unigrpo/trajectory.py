@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .flow.guidance import Guidance
-from .flow.states import LinePoints, SDESteps, join, on_device, select
+from .flow.states import LinePoints, SDESteps, join, on_device, rows_of
 
 
 @dataclass
@@ -149,7 +149,7 @@ class Steps:
     def __getitem__(self, index: Any) -> "Steps":
         at = index.cpu() if isinstance(index, Tensor) else index
         parts = {name: getattr(self, name)[at] for name in ("image", "row", "round", "weight")}
-        return replace(self, states=select(self.states, index), **parts)
+        return replace(self, states=rows_of(self.states, index), **parts)
 
     def to(self, device: torch.device) -> "Steps":
         """The table with its states and weights on a device; its numbers and times stay on the CPU."""

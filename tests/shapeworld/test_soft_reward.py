@@ -11,7 +11,7 @@ from trl_unigrpo.shapeworld import shapeworld_dataset, shapeworld_reward, soft_s
 from trl_unigrpo.shapeworld.corpus import (
     ErrorRates,
     draw_plans,
-    paint,
+    painted_cells,
     spoil_plans,
 )
 from trl_unigrpo.shapeworld.grammar import FAMILIES, parse_prompt, prompts_by_split
@@ -35,8 +35,8 @@ def scenes(prompts, rng):
     specs = [parse_prompt(prompt) for prompt in prompts]
     arrays, rates = encode_specs(specs), ErrorRates().scaled(2, 2)
     plans = draw_plans(arrays, rng)
-    right = paint(plans, ErrorRates().scaled(0, 0), rng)
-    wrong = paint(spoil_plans(plans, arrays, specs, rates, rng), rates, rng)
+    right = painted_cells(plans, ErrorRates().scaled(0, 0), rng)
+    wrong = painted_cells(spoil_plans(plans, arrays, specs, rates, rng), rates, rng)
     random = np.where(rng.random(right.shape) < 0.6, 0, rng.integers(0, 31, right.shape))
     return np.choose(np.arange(len(prompts))[:, None] % 3, [right, wrong, random])
 

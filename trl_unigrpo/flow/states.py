@@ -63,7 +63,7 @@ def columns(states: States) -> dict[str, Tensor]:
     return {field.name: getattr(states, field.name) for field in fields(states)}
 
 
-def select(states: AnyStates, index: Any) -> AnyStates:
+def rows_of(states: AnyStates, index: Any) -> AnyStates:
     """Some of the states: a slice, or a tensor (S',) of their numbers."""
     at = {True: index, False: index.cpu() if isinstance(index, Tensor) else index}
     return type(states)(**{name: column[at[column.ndim > 1]] for name, column in columns(states).items()})

@@ -195,7 +195,7 @@ def spoil_plans(
     return Plans(color, shape, cell, present)
 
 
-def paint(plans: Plans, rates: ErrorRates, rng: np.random.Generator) -> IntArray:
+def painted_cells(plans: Plans, rates: ErrorRates, rng: np.random.Generator) -> IntArray:
     """Cells (N, 9) of the pictures of N plans, with the painter's mistakes."""
     color, shape, present = plans.color, plans.shape, plans.present
 
@@ -248,7 +248,7 @@ def corpus_columns(
     return {
         "prompt": [texts[i] for i in rows],
         "completion": [text if think else "" for text, think in zip(plan_texts(plans), thinks, strict=True)],
-        "cells": paint(plans, rates, rng).astype(np.int8),
+        "cells": painted_cells(plans, rates, rng).astype(np.int8),
         "category": [spec.category for spec in drawn],
     }
 

@@ -116,7 +116,7 @@ def expected_score(specs: Sequence[PromptSpec], probabilities: Tensor) -> Tensor
     outside = none_of(hit, ~region)
     # An unreadable cell counts as an object.
     objects = count_distribution(1 - probabilities[..., EMPTY])
-    related = in_order(hit[:, 0], hit[:, 1], _LINES.to(device)[relation])
+    related = stands_in_order(hit[:, 0], hit[:, 1], _LINES.to(device)[relation])
 
     # name of the verifier's check: (probability that it holds, whether it applies), each (B, number of checks)
     used, restricted = count > 0, ~region.all(-1)
@@ -163,7 +163,7 @@ def count_distribution(hit: Tensor) -> Tensor:
     return distribution
 
 
-def in_order(first: Tensor, second: Tensor, lines: Tensor) -> Tensor:
+def stands_in_order(first: Tensor, second: Tensor, lines: Tensor) -> Tensor:
     """
     Probability that both groups have an object, and every one of the first lies on a line before every one of the
     second. A cell is of one group at most.

@@ -93,7 +93,7 @@ def default_config(source: str) -> UniGRPOConfig:
     return UniGRPOConfig(f"{(source or 'model').split('/')[-1]}-UniGRPO")
 
 
-def load_model(
+def load_for_training(
     source: str, args: UniGRPOConfig, quantization_config: Any, peft_config: PeftConfig | None
 ) -> tuple[PreTrainedModel, UniGRPOConfig]:
     """

@@ -20,7 +20,7 @@ from ..models.experts import check_trained, freeze_experts
 from ..models.quantization import keep_trainable_layout
 from ..models.registry import unified_model
 from ..models.tokenizer import never_sampled, prepare_tokenizer
-from .arguments import check_arguments, check_lengths, default_config, load_model, load_tokenizer
+from .arguments import check_arguments, check_lengths, default_config, load_for_training, load_tokenizer
 from .trl_bridge import check_attributes, check_trl, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
@@ -56,7 +56,7 @@ class Setup:
         return self.trains["image"] and self.regularizer_weight > 0
 
 
-def prepare(
+def prepare_run(
     model: str | PreTrainedModel,
     args: UniGRPOConfig | None,
     reward_funcs: Callable | list[Callable],
@@ -78,7 +78,7 @@ def prepare(
 
     set_seed(args.seed)  # adapters start at random
     if isinstance(model, str):
-        model, args = load_model(source, args, quantization_config, peft_config)
+        model, args = load_for_training(source, args, quantization_config, peft_config)
         quantization_config = None
         check_contract(unified_model(model))
     base = unified_model(model)
@@ -122,7 +122,7 @@ def _keep_reference(setup: Setup, adapted: bool) -> None:
         add_reference_adapter(setup.model)  # with beta, TRL adds it itself
 
 
-def finish(trainer: Any, setup: Setup) -> None:
+def finish_run(trainer: Any, setup: Setup) -> None:
     """Check what TRL's constructor made, and bring it to what this trainer needs."""
     check_attributes(trainer)
     base, model = setup.base, trainer.model

@@ -46,7 +46,7 @@ from ..trajectory import Round, Steps, Trajectory, in_order
 from .kept import KeptVelocities
 from .run_keeping import Progress, RunKeeping
 from .scoring import RewardBook, with_name
-from .setup import finish, prepare
+from .setup import finish_run, prepare_run
 from .trl_bridge import TextAndVelocities, TRLChangedError, generation_fields
 from .unigrpo_config import UniGRPOConfig
 from .windows import draw_windows
@@ -121,7 +121,7 @@ class UniGRPOTrainer(RunKeeping):
         **unsupported: Any,
     ):
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-        setup = prepare(
+        setup = prepare_run(
             model, args, reward_funcs, datasets, processing_class, quantization_config, peft_config, unsupported
         )
         args = setup.args
@@ -141,7 +141,7 @@ class UniGRPOTrainer(RunKeeping):
             quantization_config=setup.quantization_config,
             peft_config=setup.peft_config,
         )
-        finish(self, setup)
+        finish_run(self, setup)
         self._book = RewardBook(self.reward_funcs, self.reward_weights)
         self.reward_weights = self._book.image_weights  # process rewards count nothing in TRL's advantages
         self._tell("on_ready")
