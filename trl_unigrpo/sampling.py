@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl.trainer.utils import get_config_model_id
 
 from .flow import flow_timesteps
 from .flow.guidance import Guidance
@@ -74,7 +73,7 @@ def generate(
             "thinking=False leaves none. Set it to 1 and raise guidance_scale, or think."
         )
     base = unified_model(model)
-    tokenizer = tokenizer or base.tokenizer or AutoTokenizer.from_pretrained(get_config_model_id(model.config))
+    tokenizer = tokenizer or base.tokenizer or AutoTokenizer.from_pretrained(model.config.name_or_path)
     tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
     system = base.default_system_prompt if system_prompt == "auto" else system_prompt
     size = (image_size, image_size)

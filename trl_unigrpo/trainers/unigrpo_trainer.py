@@ -30,9 +30,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
-from trl.extras.profiling import profiling_context
-from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
-from trl.trainer.utils import get_config_model_id
 
 from ..flow import flow_timesteps, scale_with_latents, sde_window
 from ..flow.guidance import Guidance
@@ -85,7 +82,10 @@ from .trl_bridge import (
     TRLChangedError,
     check_attributes,
     check_trl,
+    disable_gradient_checkpointing,
     generation_fields,
+    profiling_context,
+    unwrap_model_for_generation,
 )
 from .unigrpo_config import UniGRPOConfig
 
@@ -166,7 +166,7 @@ class UniGRPOTrainer(GRPOTrainer):
             source, adapted = model, peft_config is not None
         else:
             unified_model(model)  # raises for a model that paints no images
-            source, adapted = get_config_model_id(model.config), peft_config is not None or is_peft_model(model)
+            source, adapted = model.config.name_or_path, peft_config is not None or is_peft_model(model)
         args = args or default_config(source)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
