@@ -4,14 +4,18 @@ import json
 import re
 from html.parser import HTMLParser
 from importlib.resources import files
+from pathlib import Path
 
 import markdown
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from PIL import Image
 from synthetic import World, edit, write, write_world
+from typer.testing import CliRunner
 
+from trl_unigrpo.cli import app
 from trl_unigrpo.experiments.paper.markdown import (
     cpu_time,
     escape,
@@ -26,6 +30,7 @@ from trl_unigrpo.experiments.paper.results import collect
 from trl_unigrpo.experiments.paper.tables import changed, unwrapped
 
 
+ROOT = Path(__file__).parents[2]
 NASTY = "<script>alert(1)</script> | `a` **b** [c](javascript:d) &lt; {{ parameters x Y }} \\| # _e_ ![f](g)"
 TITLE = "<b>x</b> | $y_1^$"
 RENDERERS = {
@@ -131,7 +136,7 @@ def test_the_same_results_give_the_same_bytes(output, page):
 
 def test_numbers_of_the_page_come_from_the_results_alone(output, tmp_path):
     """The template and the commentary hold no number but the paper's own and the level of the intervals."""
-    template = (files("trl_unigrpo.paper") / "templates" / "paper.md.jinja").read_text(encoding="utf-8")
+    template = (files("trl_unigrpo.reporting") / "templates" / "paper.md.jinja").read_text(encoding="utf-8")
     text = re.sub(r"\{[{%].*?[}%]\}", "", template, flags=re.DOTALL)
     for known in (
         "2603.23500",
@@ -157,6 +162,28 @@ def test_page_needs_the_results_and_not_the_runs(output, tmp_path):
     assert "strips in the runs' folders, which are not here" in page
     assert "unigrpo thinks 0" in page and "(docs/table.svg)" in page
     assert not list((tmp_path / "docs").glob("*.png"))
+
+
+def test_the_page_in_the_docs_is_made_from_the_results_that_are_kept(tmp_path):
+    (tmp_path / "shapeworld.md").touch()  # the page links to it where it lies beside it
+    kept, page = ROOT / "benchmarks" / "results" / "paper", tmp_path / "paper.md"
+    before = sorted(kept.rglob("*"))
+    command = ["paper", "--from-results", "--output-dir", str(kept), "--page", str(page)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0 and "paper.md" in result.output
+    assert page.read_bytes() == (ROOT / "docs" / "paper.md").read_bytes()
+    made, shown = (sorted(folder.iterdir()) for folder in (tmp_path / "paper", ROOT / "docs" / "paper"))
+    assert [file.name for file in made] == [file.name for file in shown]
+    for one, other in zip(made, shown, strict=True):
+        if one.suffix == ".png":
+            assert Image.open(one).tobytes() == Image.open(other).tobytes()
+    assert sorted(kept.rglob("*")) == before
+
+
+def test_page_alone_without_results_is_an_error(tmp_path):
+    result = CliRunner().invoke(app, ["paper", "--from-results", "--output-dir", str(tmp_path / "none")])
+    assert result.exit_code == 1 and "results.json is missing" in result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_results_there_is_no_page(tmp_path):
@@ -270,7 +297,7 @@ def test_commentary_with_a_number_is_refused():
 
 
 def test_shipped_commentary_has_a_section_wherever_the_page_has_room():
-    template = (files("trl_unigrpo.paper") / "templates" / "paper.md.jinja").read_text(encoding="utf-8")
+    template = (files("trl_unigrpo.reporting") / "templates" / "paper.md.jinja").read_text(encoding="utf-8")
     assert set(re.findall(r"commentary\.(\w+)", template)) == set(read_commentary())
 
 

@@ -105,7 +105,7 @@ def read_commentary(text: str | None = None) -> dict[str, str]:
         ValueError: for a remark that holds a number: numbers come from results.json.
     """
     if text is None:
-        text = (files("trl_unigrpo.paper") / "commentary.md").read_text(encoding="utf-8")
+        text = (files("trl_unigrpo.experiments.paper") / "commentary.md").read_text(encoding="utf-8")
     _, *parts = HEADING.split(text)
     sections = {name: body.strip() for name, body in zip(parts[::2], parts[1::2], strict=True)}
     for name, body in sections.items():
