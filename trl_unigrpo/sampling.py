@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from PIL import Image as PILImage
 from transformers import PreTrainedTokenizerBase
-from trl.trainer.utils import get_config_model_id
 
 from .flow import flow_timesteps
 from .flow.guidance import Guidance, guided_velocity
@@ -89,7 +88,7 @@ def generate(
     """
     _check_guidance(guidance, thinking)
     base = unified_model(model)
-    tokenizer = tokenizer or base.tokenizer or read_tokenizer(get_config_model_id(model.config))
+    tokenizer = tokenizer or base.tokenizer or read_tokenizer(model.config.name_or_path)
     tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
     how = Thinking(thinking, do_sample, temperature, max_completion_length)
     size = (image_size, image_size)

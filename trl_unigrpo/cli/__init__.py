@@ -335,6 +335,9 @@ def paper(
     ] = False,
     chosen: Annotated[str | None, typer.Option(help="File of the chosen rates; without it, the shipped one.")] = None,
     page: Annotated[str | None, typer.Option(help="Markdown file to write; paper.md in the output folder.")] = None,
+    from_results: Annotated[
+        bool, typer.Option("--from-results", help="Only write the page again, from the folder's results.json.")
+    ] = False,
     show: Annotated[
         bool, typer.Option("--list", help="Only show the runs that are done and left, and the time.")
     ] = False,
@@ -366,6 +369,7 @@ def paper(
             search=search,
             page=Path(page) if page else None,
             generations=steps,
+            from_results=from_results,
         )
         if show:
             show_grid(options, Console())

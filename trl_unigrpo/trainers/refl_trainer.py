@@ -23,7 +23,6 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from trl.trainer.utils import get_config_model_id
 
 from ..flow import flow_timesteps, sde_window
 from ..flow.sampler import RolloutPlan
@@ -212,7 +211,7 @@ class ReFLTrainer(Trainer):
         base = unified_model(model)
         check_lengths(args, base)
         base.latent_shape((args.image_size, args.image_size))  # raises for a size that the model can't paint
-        tokenizer = processing_class or base.tokenizer or load_tokenizer(source or get_config_model_id(model.config))
+        tokenizer = processing_class or base.tokenizer or load_tokenizer(source or model.config.name_or_path)
         tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
         base.check_tokenizer(tokenizer)
         if peft_config is not None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl.trainer.utils import get_callable_name, is_async_callable, nanstd
 
 from ..rewards.thinking import reward_scope
+from .trl_bridge import get_callable_name, is_async_callable, nanstd
 
 
 def with_name(reward_func: Any) -> Any:

@@ -10,7 +10,6 @@ from accelerate.utils import is_peft_model
 from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from trl.trainer.utils import get_config_model_id
 
 from ..flow import scale_with_latents
 from ..flow.objectives import OBJECTIVES
@@ -72,7 +71,7 @@ def prepare_run(
         source, adapted = model, peft_config is not None
     else:
         check_contract(unified_model(model))
-        source, adapted = get_config_model_id(model.config), peft_config is not None or is_peft_model(model)
+        source, adapted = model.config.name_or_path, peft_config is not None or is_peft_model(model)
     args = args or default_config(source)
     check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
 

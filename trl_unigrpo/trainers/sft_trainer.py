@@ -18,7 +18,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl.trainer.utils import get_config_model_id
 
 from ..flow import line_state, shift_timesteps
 from ..flow.states import LinePoints
@@ -172,7 +171,7 @@ class UnifiedSFTTrainer(Trainer):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 check_columns(dataset, name, COLUMNS)
-        tokenizer = processing_class or base.tokenizer or load_tokenizer(source or get_config_model_id(model.config))
+        tokenizer = processing_class or base.tokenizer or load_tokenizer(source or model.config.name_or_path)
         tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
         base.check_tokenizer(tokenizer)
         system = base.default_system_prompt if args.system_prompt == "auto" else args.system_prompt

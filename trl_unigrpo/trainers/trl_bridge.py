@@ -15,9 +15,39 @@ from trl import GRPOTrainer
 
 from ..models.contract import UnifiedModelMixin
 from ..trajectory import Steps
+from .trl_versions import TRLChangedError, check_options, note_untested
 
+
+# Not TRL's public API: every such name is imported here, and by other modules from here.
+try:
+    from trl.extras.profiling import profiling_context
+    from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+    from trl.trainer.utils import get_callable_name, is_async_callable, nanstd
+except ImportError as error:
+    if (error.name or "").split(".")[0] != "trl":
+        raise
+    raise TRLChangedError(str(error)) from error
 
 Autocast = Callable[[], AbstractContextManager]
+
+__all__ = [
+    "ATTRIBUTES",
+    "HOOKS",
+    "Autocast",
+    "PackedOutput",
+    "TRLChangedError",
+    "TextAndVelocities",
+    "check_attributes",
+    "check_trl",
+    "disable_gradient_checkpointing",
+    "generation_fields",
+    "get_callable_name",
+    "is_async_callable",
+    "nanstd",
+    "profiling_context",
+    "return_velocity",
+    "unwrap_model_for_generation",
+]
 
 
 # Hook -> parameters that the overrides rely on, in order; further ones may follow.
@@ -67,6 +97,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "num_generations": (),
     "num_generations_eval": (),
     "log_multimodal": (),
+    "temperature": (),
+    "chat_template_kwargs": (),
     "_metrics": ("train", "eval"),
     "_pending_extra_logs": (),
     "reward_func_names": (),
@@ -74,18 +106,14 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 
 
-class TRLChangedError(RuntimeError):
-    """TRL's internals are not those that this version of trl-unigrpo was written for."""
-
-    def __init__(self, what: str):
-        super().__init__(
-            f"TRL {trl.__version__} changed its internals: {what}. trl-unigrpo was written for trl>=1.16,<1.17. "
-            "Install such a version (pip install 'trl>=1.16,<1.17'), or a newer trl-unigrpo."
-        )
-
-
 def check_trl() -> None:
-    """Raise [`TRLChangedError`] if a hook is gone, takes other parameters, or the loss is scaled differently."""
+    """
+    Raise [`TRLChangedError`] if TRL is not what the overrides rely on.
+
+    Checked are the release, the options, that each hook is there and takes the same parameters, and how the loss is
+    scaled. A release that passes is used, whether or not it was tested.
+    """
+    check_options()
     for name, expected in HOOKS.items():
         hook = getattr(GRPOTrainer, name, None)
         if hook is None:
@@ -93,8 +121,9 @@ def check_trl() -> None:
         found = tuple(inspect.signature(hook).parameters)
         if found[: len(expected)] != expected:
             raise TRLChangedError(f"GRPOTrainer.{name} takes {found}, expected {expected}")
-    if GRPOTrainer.loss_is_scaled_for_ga is not True:
+    if getattr(GRPOTrainer, "loss_is_scaled_for_ga", None) is not True:
         raise TRLChangedError("GRPOTrainer.loss_is_scaled_for_ga is not True")
+    note_untested(trl.__version__)
 
 
 def check_attributes(trainer: GRPOTrainer) -> None:

@@ -22,8 +22,6 @@ import torch
 from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl.extras.profiling import profiling_context
-from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
 
 from ..flow import flow_timesteps
 from ..flow.guidance import Guidance
@@ -47,7 +45,14 @@ from .kept import KeptVelocities
 from .run_keeping import Progress, RunKeeping
 from .scoring import RewardBook, with_name
 from .setup import finish_run, prepare_run
-from .trl_bridge import TextAndVelocities, TRLChangedError, generation_fields
+from .trl_bridge import (
+    TextAndVelocities,
+    TRLChangedError,
+    disable_gradient_checkpointing,
+    generation_fields,
+    profiling_context,
+    unwrap_model_for_generation,
+)
 from .unigrpo_config import UniGRPOConfig
 from .windows import draw_windows
 

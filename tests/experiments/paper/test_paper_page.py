@@ -10,8 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from PIL import Image
+from typer.testing import CliRunner
 
+from tests.helpers.paths import ROOT
 from tests.helpers.synthetic import World, edit, write, write_world
+from trl_unigrpo.cli import app
 from trl_unigrpo.experiments.paper.markdown import (
     cpu_time,
     escape,
@@ -157,6 +161,28 @@ def test_page_needs_the_results_and_not_the_runs(output, tmp_path):
     assert "strips in the runs' folders, which are not here" in page
     assert "unigrpo thinks 0" in page and "(docs/table.svg)" in page
     assert not list((tmp_path / "docs").glob("*.png"))
+
+
+def test_the_page_in_the_docs_is_made_from_the_results_that_are_kept(tmp_path):
+    (tmp_path / "shapeworld.md").touch()  # the page links to it where it lies beside it
+    kept, page = ROOT / "benchmarks" / "results" / "paper", tmp_path / "paper.md"
+    before = sorted(kept.rglob("*"))
+    command = ["paper", "--from-results", "--output-dir", str(kept), "--page", str(page)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0 and "paper.md" in result.output
+    assert page.read_bytes() == (ROOT / "docs" / "paper.md").read_bytes()
+    made, shown = (sorted(folder.iterdir()) for folder in (tmp_path / "paper", ROOT / "docs" / "paper"))
+    assert [file.name for file in made] == [file.name for file in shown]
+    for one, other in zip(made, shown, strict=True):
+        if one.suffix == ".png":
+            assert Image.open(one).tobytes() == Image.open(other).tobytes()
+    assert sorted(kept.rglob("*")) == before
+
+
+def test_page_alone_without_results_is_an_error(tmp_path):
+    result = CliRunner().invoke(app, ["paper", "--from-results", "--output-dir", str(tmp_path / "none")])
+    assert result.exit_code == 1 and "results.json is missing" in result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_results_there_is_no_page(tmp_path):

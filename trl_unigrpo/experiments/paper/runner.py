@@ -50,7 +50,9 @@ class PaperOptions:
         chosen: the file of the search's choice.
         jobs: runs at a time.
         seeds: of all systems; None for each system's own.
+        page: the Markdown file to write; None for paper.md in the output folder.
         generations: of a run, instead of the scale's own.
+        from_results: only write the page again, from the output folder's results.json.
     """
 
     output: Path
@@ -62,6 +64,7 @@ class PaperOptions:
     search: bool = False
     page: Path | None = None
     generations: int | None = None
+    from_results: bool = False
 
     @property
     def scale(self) -> Scale:
@@ -102,7 +105,7 @@ def show_grid(options: PaperOptions, console: Console) -> None:
 
 def run_paper(options: PaperOptions, console: Console) -> int:
     """
-    Do all runs that are not done, and write the choice (with `search`) or the page.
+    Do all runs that are not done, and write the choice (with `search`) or the page, which `from_results` does alone.
 
     Returns:
         The exit code: 0, 1 where a run failed, 128 + its number where a signal ended the command.
@@ -110,6 +113,8 @@ def run_paper(options: PaperOptions, console: Console) -> int:
     Raises:
         ValueError, OSError: for what is wrong with the settings, before any run starts.
     """
+    if options.from_results:
+        return rewrite_page(options, console)
     if options.search and (options.quick or options.generations) and options.chosen.resolve() == CHOSEN.resolve():
         raise ValueError(
             "The choice that is shipped is made at full length: leave out --quick and --steps, or name another file "
@@ -123,6 +128,14 @@ def run_paper(options: PaperOptions, console: Console) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / ".gitignore").write_text(IGNORED, encoding="utf-8")
     return search(options, console) if options.search else run_grid(options, console)
+
+
+def rewrite_page(options: PaperOptions, console: Console) -> int:
+    """Write the page again from results.json, for which no run is needed; returns the exit code 0."""
+    from .page import write_paper_page
+
+    console.print(f"Page: {write_paper_page(options.output, options.page)}")
+    return 0
 
 
 def prepare_runs(options: PaperOptions, jobs: Sequence[Job]) -> None:
