@@ -98,6 +98,7 @@ def write_run(output: Path, world: World, system: str, seed: int, rewards: dict[
     trained = system != "base"
     generations = world.generations // 2 if system.startswith("two_stage") else world.generations
     sampled = next(iter(rewards.values()))
+    starts = {"two_stage": "two_stage_refl", **dict.fromkeys(GROUP_SYSTEMS["figure4"], "guided_base")}
     write(folder / "run.json", {
         "system": system,
         "title": system.replace("_thinking", ", thinking").replace("_", " "),
@@ -105,7 +106,7 @@ def write_run(output: Path, world: World, system: str, seed: int, rewards: dict[
         "seed": seed,
         "split": "test",
         "settings": {"learning_rate": 3e-4, "guidance_scale": 2.0 if system == "guidance_on" else 1.0, "seed": seed},
-        "start": "two_stage_refl" if system == "two_stage" else "guided_base" if system in GROUP_SYSTEMS["figure4"] else None,
+        "start": starts.get(system),
         "rollouts": 192 * generations * trained,
         "train_cpu_seconds": 100.0 + seed if trained else 0.0,
         "cpu_seconds": 120.0 + seed,
