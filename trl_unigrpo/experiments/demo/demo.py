@@ -37,7 +37,7 @@ WATCHED_PROMPTS = 48
 
 
 def watched(generations: int) -> dict[str, Any]:
-    """Settings of evaluations on a few validation prompts, for the gallery: none of them changes the training."""
+    """Give settings of evaluations on a few validation prompts, for the gallery; none changes the training."""
     return {
         "eval_strategy": "steps",
         "eval_steps": max(1, 2 * generations // 7),
@@ -165,7 +165,7 @@ def show(result: DemoResult, output: Path, console: Console) -> None:
 
 
 def gain_table(before: Evaluation, after: Evaluation) -> Table:
-    """The rewards of each category, before and after, for the console."""
+    """Tabulate the rewards of each category, before and after, for the console."""
     table = Table("category", "prompts", "before", "after", "gain (95 % interval)")
     for name, old, new, gain in category_rows(before, after):
         table.add_row(

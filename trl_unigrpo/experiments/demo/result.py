@@ -33,7 +33,7 @@ class DemoResult:
 
 
 def summary_of(before: Measured, after: Measured) -> dict[str, Any]:
-    """The numbers of `summary.json` that follow from the measurements alone."""
+    """Compute the numbers of `summary.json` that follow from the measurements alone."""
     old, new, prompts = before.sampled, after.sampled, before.sampled.prompts
     rewards = mean_interval(old.reward, prompts), mean_interval(new.reward, prompts)
     gain = mean_interval(new.reward - old.reward, prompts)
@@ -61,12 +61,12 @@ def summary_of(before: Measured, after: Measured) -> dict[str, Any]:
 
 
 def latent_drift(before: Evaluation, after: Evaluation) -> float:
-    """How far the spread of the latents moved: |std after / std before - 1|."""
+    """Say how far the spread of the latents moved: |std after / std before - 1|."""
     return abs(float(after.latents.std() / before.latents.std()) - 1)
 
 
 def category_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, Interval, Interval, Interval]]:
-    """Category, reward before, after, and the paired gain; the last row is all of them."""
+    """List category, reward before, after, and the paired gain; the last row is all of them."""
     categories, prompts = np.array(before.categories), np.array(before.prompts)
     rows = []
     for name in (*CATEGORIES, "all"):

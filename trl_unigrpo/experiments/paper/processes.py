@@ -152,7 +152,7 @@ def run_all(
 
 def start(command: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
     """
-    A process of one thread, whose output goes to `log.txt`.
+    Start a process of one thread, whose output goes to `log.txt`.
 
     It gets a pipe as standard input that only this process holds, so that it can tell when this one is gone, and a
     session of its own: Ctrl-C reaches this process alone, which ends it.
@@ -181,7 +181,7 @@ def end(process: subprocess.Popen[bytes], patience: float = 2.0) -> None:
 
 
 def take(job: Job, output: Path) -> FileLock | None:
-    """The lock of a run, held; None where another command holds it."""
+    """Take the lock of a run; None where another command holds it."""
     folder = output / LOCKS
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{job.folder(output).relative_to(output).as_posix().replace('/', '-')}.lock")
@@ -193,14 +193,14 @@ def take(job: Job, output: Path) -> FileLock | None:
 
 
 def log_tail(folder: Path, lines: int = LOG_TAIL) -> str:
-    """The end of a run's log."""
+    """Read the end of a run's log."""
     file = folder / "log.txt"
     return "\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) if file.exists() else ""
 
 
 @contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Instead of raising, SIGINT and SIGTERM are appended to the list: no process is lost between start and note."""
+    """Append SIGINT and SIGTERM to the list instead of raising: no process is lost between start and note."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
