@@ -2,8 +2,8 @@
 
     python benchmarks/monitoring.py
 
-24 pictures of 512 x 512 pixels and their thinkings of 300 words, a generation of one prompt, in one thread:
-statistics, twins, rewards, thinkings; the tripwire of the two updates that are made of it; the gallery's pictures and
+24 images of 512 x 512 pixels and their thinkings of 300 words, a generation of one prompt, in one thread:
+statistics, twins, rewards, thinkings; the tripwire of the two updates that are made of it; the gallery's images and
 its page. Such a generation takes at least 23 s on a large GPU (docs/doctor.md); about 1 % of it, 0.25 s, is for alarms
 and galleries together. The gallery shows one generation in 25 (`gallery_steps=50`, two steps each), and works beside
 the training, in a thread of its own.
@@ -45,7 +45,7 @@ LIMIT = 0.25  # seconds
 SHOWN = 25  # generations of which one is shown
 
 
-def picture(random: np.random.Generator, size: int) -> Image.Image:
+def noisy_image(random: np.random.Generator, size: int) -> Image.Image:
     image = Image.new("RGB", (size, size), tuple(random.integers(0, 256, 3).tolist()))
     draw = ImageDraw.Draw(image)
     for _ in range(12):
@@ -58,7 +58,7 @@ def picture(random: np.random.Generator, size: int) -> Image.Image:
 def generation(number: int, size: int, seed: int) -> Generation:
     random = np.random.default_rng(seed)
     words = [f"word{i}" for i in range(2000)]
-    images = [picture(random, size) for _ in range(number)]
+    images = [noisy_image(random, size) for _ in range(number)]
     return Generation(
         mode="train",
         group_size=number,
@@ -74,14 +74,14 @@ def generation(number: int, size: int, seed: int) -> Generation:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """CPU time of a call."""
+    """Measure the CPU time of a call."""
     started = time.process_time()
     function()
     return time.process_time() - started
 
 
 def machine() -> str:
-    """Name of the processor, where the system tells it."""
+    """Name the processor, where the system tells it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -89,7 +89,7 @@ def machine() -> str:
 
 
 def measure(number: int, size: int, repeats: int) -> dict[str, float]:
-    """Part -> median of its CPU seconds."""
+    """Measure each part: its name -> median of its CPU seconds."""
     generations = [generation(number, size, seed) for seed in range(repeats)]
     names = ("alarms: pictures", "alarms: thinkings", "alarms", "gallery: a shown generation", "gallery: a page")
     parts: dict[str, list[float]] = {name: [] for name in names}

@@ -256,7 +256,7 @@ def test_gedit_is_read_and_refused(tmp_path):
     bad = [row | {"task_type": "cooking"}, row | {"instruction": ""}, row | {"instruction_language": "fr"}]
     file = write_jsonl(tmp_path / "gedit.jsonl", row, *bad, row | {"input_image": None})
     with pytest.raises(
-        NotImplementedError, match="1 edits.*4 not(.|\n)*line 2: 'task_type'(.|\n)*takes the picture to edit"
+        NotImplementedError, match="1 edits.*4 not(.|\n)*line 2: 'task_type'(.|\n)*takes the image to edit"
     ):
         load_benchmark("gedit", file)
     with pytest.raises(ValueError, match="no edit"):

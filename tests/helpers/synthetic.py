@@ -11,7 +11,6 @@ from trl_unigrpo.experiments.paper.order import GROUP_SYSTEMS, WITHOUT_THINKING,
 from trl_unigrpo.shapeworld.grammar import CATEGORIES
 
 
-START = {"two_stage": "two_stage_refl"}
 COLORS = {"base": (200, 0, 0), "sft": (0, 200, 0), "unigrpo": (0, 0, 200)}
 DIRECT = 0.15
 """How much lower the base and the fine-tuned ones are planted to be without thinking."""
@@ -99,6 +98,7 @@ def write_run(output: Path, world: World, system: str, seed: int, rewards: dict[
     trained = system != "base"
     generations = world.generations // 2 if system.startswith("two_stage") else world.generations
     sampled = next(iter(rewards.values()))
+    starts = {"two_stage": "two_stage_refl", **dict.fromkeys(GROUP_SYSTEMS["figure4"], "guided_base")}
     write(folder / "run.json", {
         "system": system,
         "title": system.replace("_thinking", ", thinking").replace("_", " "),
@@ -106,7 +106,7 @@ def write_run(output: Path, world: World, system: str, seed: int, rewards: dict[
         "seed": seed,
         "split": "test",
         "settings": {"learning_rate": 3e-4, "guidance_scale": 2.0 if system == "guidance_on" else 1.0, "seed": seed},
-        "start": START.get(system, "guided_base" if system in GROUP_SYSTEMS["figure4"] else None),
+        "start": starts.get(system),
         "rollouts": 192 * generations * trained,
         "train_cpu_seconds": 100.0 + seed if trained else 0.0,
         "cpu_seconds": 120.0 + seed,

@@ -1,4 +1,4 @@
-"""What a benchmark is: prompts, how their pictures are scored, and how scores become one number."""
+"""A benchmark: prompts, how their images are scored, and how scores become one number."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from ..rewards.questions.question import Question
 _T = TypeVar("_T")
 
 Metric = Callable[[Sequence[Question], Scores], dict[str, float | None]]
-"""From a picture's questions and P(yes) of each, None where there is none, to its scores; the first is its reward."""
+"""From an image's questions and P(yes) of each, None where there is none, to its scores; the first is its reward."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Item:
     One prompt of a benchmark.
 
     Attributes:
-        key: what it is known by, its own within the benchmark.
-        prompt: what is painted.
-        task: what it is counted with.
+        key: its own name within the benchmark.
+        prompt: the text that is painted.
+        task: the name that it is counted with.
         questions: for a judge.
         columns: the benchmark's own row, for rewards and for `metadata.jsonl`.
         cluster: items of one cluster are alike, and so no independent evidence; the prompt by default.
@@ -53,10 +53,10 @@ def check_prompt(prompt: Any) -> None:
 @dataclass(frozen=True)
 class Painting:
     """
-    How a benchmark is painted unless the user says otherwise.
+    Settings that a benchmark is painted with unless the user says otherwise.
 
     Attributes:
-        samples: pictures of each prompt.
+        samples: images of each prompt.
         image_size: pixels of a side.
         max_completion_length: tokens of a thinking.
     """
@@ -77,8 +77,8 @@ class Benchmark:
         items: its prompts.
         problems: rows of its file that were left out, each with its line and the reason.
         metric: of answers to questions; None for a benchmark that has no questions.
-        overall: "mean" of all pictures, "tasks" for the mean of the tasks' means, or each task's share.
-        pooled: a task's score is the share of its questions, not the mean over its pictures.
+        overall: "mean" of all images, "tasks" for the mean of the tasks' means, or each task's share.
+        pooled: a task's score is the share of its questions, not the mean over its images.
         soft: a question earns its probability, not 1 or 0.
         painting: defaults.
         notes: in which way the numbers differ from the official ones.

@@ -21,15 +21,15 @@ from .summary import shown
 
 
 MAX_IMAGES = 240
-"""Pictures on a page at most."""
+"""The most images on a page."""
 SIDE = 176
-"""Pixels of a picture's longer side."""
+"""Pixels of an image's longer side."""
 MAX_ANSWERS = 12
-"""Answers shown below a picture; the wrong ones first."""
+"""Answers shown below an image; the wrong ones first."""
 
 
 def write_index(folder: Path, summary: Mapping[str, Any], lines: Sequence[Line]) -> None:
-    """Write `index.html`: scores, and each prompt's pictures with thinkings and answers."""
+    """Write `index.html`: scores, and each prompt's images with thinkings and answers."""
     groups: dict[int, list[Line]] = {}
     for line in sorted(lines, key=lambda line: (line["index"], line["sample"])):
         groups.setdefault(line["index"], []).append(line)
@@ -50,7 +50,7 @@ def write_index(folder: Path, summary: Mapping[str, Any], lines: Sequence[Line])
 
 
 def write_comparison(folder: Path, report: Mapping[str, Any], pairs: Sequence[Pair]) -> None:
-    """Write `compare.html`: the differences, and pairs of pictures, those that differ most first."""
+    """Write `compare.html`: the differences, and pairs of images, those that differ most first."""
     chosen = evenly_spread(sorted(pairs, key=lambda pair: pair.difference), MAX_IMAGES // 2)
     ordered = sorted(chosen, key=lambda pair: -abs(pair.difference))
     a, b = Path(report["a"]), Path(report["b"])
@@ -68,13 +68,13 @@ def write_comparison(folder: Path, report: Mapping[str, Any], pairs: Sequence[Pa
 
 
 def card(folder: Path, line: Line, prefix: str = "") -> dict[str, Any]:
-    """What a page shows of one picture; `prefix` leads from the page to the folder."""
+    """Collect what a page shows of one image; `prefix` leads from the page to the folder."""
     file = folder / line["image"]
     image = read_image(file) if file.is_file() else None
     questions = sorted(line["questions"], key=lambda question: (question["earned"] is None, question["earned"] or 0))
     return {
         **line,
-        "picture": None if image is None else data_uri(jpeg(image, SIDE)),
+        "embedded": None if image is None else data_uri(jpeg(image, SIDE)),
         "tiny": image is not None and max(image.size) <= SIDE // 2,
         "file": prefix + line["image"],
         "shown_questions": questions[:MAX_ANSWERS],
@@ -87,7 +87,7 @@ def bounds(interval: Sequence[float]) -> str:
 
 
 def _from(folder: Path, other: Path) -> str:
-    """The URL from a page in one folder to the other folder; "" where there is none, as between Windows' drives."""
+    """Give the URL from a page in one folder to another folder; "" where there is none, as between Windows' drives."""
     try:
         return quote(Path(os.path.relpath(other, folder)).as_posix()) + "/"
     except ValueError:

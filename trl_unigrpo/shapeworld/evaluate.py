@@ -1,4 +1,4 @@
-"""Score a model on prompts of ShapeWorld that it has never seen."""
+"""Scores of a model on prompts of ShapeWorld that it has never seen."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Evaluation:
     One sample for each of N prompts, and what it scored.
 
     Attributes:
-        reward, strict: (N,) share of the prompt's checks that hold, and whether all do.
+        reward, strict: (N,) share of the prompt's checks that hold, and 1 where all do.
         plan: (N,) the score of a perfect drawing of the thinking.
-        error: (N,) picture errors.
+        error: (N,) image errors.
         latents: (N, tokens, channels) of the images.
     """
 
@@ -75,7 +75,7 @@ def evaluate_model(
     guidance: Guidance | None = None,
 ) -> Evaluation:
     """
-    Paint `num_prompts` prompts of a split, balanced over categories, and score the pictures.
+    Paint `num_prompts` prompts of a split, balanced over categories, and score the images.
 
     The same arguments give the same prompts, the same random numbers and so a paired comparison of two models.
 
@@ -123,7 +123,7 @@ def group_diversity(
     seed: int = 5,
     thinking: bool = True,
 ) -> Diversity:
-    """How much 16 samples of one prompt differ: the mean over ten prompts of each category."""
+    """Measure how much 16 samples of one prompt differ: the mean over ten prompts of each category."""
     dataset = shapeworld_dataset("test", seed=seed)
     prompts = [
         prompt

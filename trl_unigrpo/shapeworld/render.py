@@ -1,4 +1,4 @@
-"""Cells to pictures: 48 x 48 pixels, nine cells of 16 x 16, one anti-aliased shape per cell on a dark ground."""
+"""The renderer: images of 48 x 48 pixels, nine cells of 16 x 16, one anti-aliased shape a cell on a dark ground."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PALETTE: Float32Array = np.array(
 
 
 def shape_masks(size: int = CELL_SIZE, oversample: int = 4) -> Float32Array:
-    """Coverage (5, size, size) in [0, 1] of each of `SHAPES` in its cell: the mean over `oversample`^2 points."""
+    """Give the coverage (5, size, size) in [0, 1] of each of `SHAPES`: the mean over `oversample`^2 points."""
     points = (np.arange(size * oversample) + 0.5) * (CELL_SIZE / (size * oversample))
     y, x = points[:, None], points[None, :]
     dy, dx = abs(y - CELL_SIZE / 2), abs(x - CELL_SIZE / 2)
@@ -78,13 +78,13 @@ def _check(cells: IntArray) -> IntArray:
 
 
 def render_tensor(cells: IntArray) -> torch.Tensor:
-    """Pictures (B, 3, 48, 48), float32 in [-1, 1], of cells (B, 9) or (9,)."""
+    """Render cells (B, 9) or (9,) as images (B, 3, 48, 48), float32 in [-1, 1]."""
     tiles = CLEAN_CELLS[_check(cells)].reshape(-1, GRID_SIDE, GRID_SIDE, 3, CELL_SIZE, CELL_SIZE)
     return torch.from_numpy(tiles.transpose(0, 3, 1, 4, 2, 5).reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE))
 
 
 def render_images(cells: IntArray) -> list[Image.Image]:
-    """Pictures of cells (B, 9) or (9,) as RGB images of 48 x 48 pixels."""
+    """Render cells (B, 9) or (9,) as RGB images of 48 x 48 pixels."""
     tiles = _CLEAN_CELLS_UINT8[_check(cells)].reshape(-1, GRID_SIDE, GRID_SIDE, CELL_SIZE, CELL_SIZE, 3)
     pixels = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(image) for image in pixels]

@@ -22,7 +22,7 @@ CHUNK_TEMPLATE = (
 
 
 def shapeworld_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds the tokenizer. `<think>` and `</think>` are ordinary words, so that decoding keeps them."""
+    """Build the tokenizer. `<think>` and `</think>` are ordinary words, so that decoding keeps them."""
     vocabulary = {word: index for index, word in enumerate([*NON_WORD_TOKENS, *WORDS])}
     words = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
     words.pre_tokenizer = WhitespaceSplit()

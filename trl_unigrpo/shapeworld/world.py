@@ -1,6 +1,6 @@
-"""The vocabulary of ShapeWorld and what a prompt asks for.
+"""The vocabulary of ShapeWorld, and the meanings of its prompts.
 
-A picture is a 3 x 3 grid of cells. A cell is empty or holds one shape of one colour, written as one integer code:
+An image is a 3 x 3 grid of cells. A cell is empty or holds one shape of one colour, written as one integer code:
 
     -1                        unreadable (only ever produced by the verifier)
      0                        empty
@@ -51,7 +51,7 @@ FEATURES = {
     "twelve sides": "cross",
     "a hole": "ring",
 }
-"""What tells a shape without naming it."""
+"""Properties that tell a shape without naming it."""
 
 GRID_SIDE = 3
 NUM_CELLS = GRID_SIDE * GRID_SIDE
@@ -111,7 +111,7 @@ class ObjectGroup:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """What a prompt asks for. No object can belong to two groups of one spec.
+    """The meaning of a prompt. No object can belong to two groups of one spec.
 
     Args:
         category: one of `trl_unigrpo.shapeworld.grammar.CATEGORIES`.
@@ -131,7 +131,7 @@ class PromptSpec:
 
     @property
     def content(self) -> str:
-        """The meaning as a string: equal for two prompts that the same pictures satisfy, whatever their wording."""
+        """The meaning as a string: equal for two prompts that the same images satisfy, whatever their wording."""
         groups, relation = list(self.groups), self.relation
         if relation in ("right of", "below"):
             groups, relation = groups[::-1], "left of" if relation == "right of" else "above"
@@ -140,22 +140,22 @@ class PromptSpec:
 
 
 def cell_colors(cells: IntArray) -> IntArray:
-    """Colour index 0 to 5 of each code; -1 where the cell is empty or unreadable. Any shape of array."""
+    """Give the colour index 0 to 5 of each code; -1 where the cell is empty or unreadable. Any shape of array."""
     return np.where(cells > 0, (cells - 1) // len(SHAPES), -1)
 
 
 def cell_shapes(cells: IntArray) -> IntArray:
-    """Shape index 0 to 4 of each code; -1 where the cell is empty or unreadable. Any shape of array."""
+    """Give the shape index 0 to 4 of each code; -1 where the cell is empty or unreadable. Any shape of array."""
     return np.where(cells > 0, (cells - 1) % len(SHAPES), -1)
 
 
 def cell_code(color: str, shape: str) -> int:
-    """The code of a cell that holds this object, for example `cell_code("red", "circle") == 1`."""
+    """Give the code of a cell that holds this object, for example `cell_code("red", "circle") == 1`."""
     return 1 + COLORS.index(color) * len(SHAPES) + SHAPES.index(shape)
 
 
 def _relation_table() -> BoolArray:
-    """`table[relation, a, b]`: does cell a stand in the relation to cell b?"""
+    """Tabulate if cell a stands in the relation to cell b: `table[relation, a, b]`."""
     rows, columns = np.divmod(np.arange(NUM_CELLS), GRID_SIDE)
     left, above = columns[:, None] < columns[None], rows[:, None] < rows[None]
     return np.stack([left, left.T, above, above.T])
@@ -186,7 +186,7 @@ class SpecArrays:
         return len(self.count)
 
     def take(self, rows: IntArray) -> SpecArrays:
-        """The specs at the given indices."""
+        """Take the specs at the given indices."""
         return SpecArrays(self.count[rows], self.color[rows], self.shape[rows], self.region[rows], self.relation[rows])
 
 
@@ -205,7 +205,7 @@ def _encode(spec: PromptSpec) -> tuple[IntArray, BoolArray, int]:
 
 
 def encode_specs(specs: list[PromptSpec]) -> SpecArrays:
-    """Turns B specs into arrays. Each spec is encoded once per process."""
+    """Turn B specs into arrays. Each spec is encoded once per process."""
     encoded = [_encode(spec) for spec in specs]
     tables = np.array([e[0] for e in encoded], dtype=np.int64).reshape(-1, 3, MAX_GROUPS)
     regions = np.array([e[1] for e in encoded], dtype=bool).reshape(-1, MAX_GROUPS, NUM_CELLS)

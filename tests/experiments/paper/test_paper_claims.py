@@ -83,7 +83,7 @@ def test_sentences_carry_the_numbers(tmp_path):
         "UniGRPO 0.800 [0.800, 0.800] is above 16 of 16; the next is two stage 0.650 [0.650, 0.650]."
     )
     assert "began at 0.450, was 0.450 at its best and 0.440 at the end" in found["unifpo"]["sentence"]
-    assert "picture error x 28.7 [" in found["regularizer"]["sentence"]
+    assert "image error x 28.7 [" in found["regularizer"]["sentence"]
 
 
 def test_other_systems_are_named_where_unigrpo_is_not_above_them(tmp_path):

@@ -106,7 +106,7 @@ def test_labels_that_fit_stay_and_those_that_collide_move_apart_evenly():
 def test_trace_picture_is_cut_from_the_strips(output, results):
     trace = results["traces"][2]
     assert trace["prompt"] == "prompt 2" and list(trace["samples"]) == ["base", "sft", "unigrpo"]
-    picture = np.asarray(figures.trace_picture(output, trace, ["base", "sft", "unigrpo"]))
+    picture = np.asarray(figures.trace_image(output, trace, ["base", "sft", "unigrpo"]))
     side, gap = 48 * figures.SCALE, figures.TILE_GAP
     assert picture.shape == (side, 3 * side + 2 * gap, 3)
     for i, system in enumerate(("base", "sft", "unigrpo")):
@@ -119,14 +119,14 @@ def test_pictures_are_enlarged_pixel_by_pixel(output, results, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "strip.png")
     trace = {"samples": {"base": {"strip": "strip.png", "index": 1}}}
-    picture = np.asarray(figures.trace_picture(tmp_path, trace, ["base"]))
+    picture = np.asarray(figures.trace_image(tmp_path, trace, ["base"]))
     assert (picture == pixels[:, 48:].repeat(figures.SCALE, axis=0).repeat(figures.SCALE, axis=1)).all()
 
 
 def test_a_strip_without_the_picture_is_an_error(tmp_path):
     Image.new("RGB", (96, 48)).save(tmp_path / "strip.png")
-    with pytest.raises(ValueError, match=r"strip.png is 96 x 48 pixels: it has no picture 3"):
-        figures.trace_picture(tmp_path, {"samples": {"base": {"strip": "strip.png", "index": 2}}}, ["base"])
+    with pytest.raises(ValueError, match=r"strip.png is 96 x 48 pixels: it has no image 3"):
+        figures.trace_image(tmp_path, {"samples": {"base": {"strip": "strip.png", "index": 2}}}, ["base"])
 
 
 def test_figures_that_have_nothing_to_show_are_not_drawn(tmp_path):

@@ -95,7 +95,7 @@ def test_sections_stand_in_order_with_claims_first(page):
         "Figure 5: the regulariser",
         "Ablations",
         "Search",
-        "Thinkings and pictures (Figures 2 and 6 to 8)",
+        "Thinkings and images (Figures 2 and 6 to 8)",
         "Where ShapeWorld differs from the paper",
         "What the numbers do not say",
     ]

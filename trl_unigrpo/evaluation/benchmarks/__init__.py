@@ -22,7 +22,7 @@ def load_benchmark(
     name: str, data: str | Path | None = None, num_prompts: int | None = None, seed: int | None = None
 ) -> Benchmark:
     """
-    A benchmark by its name.
+    Load a benchmark by its name.
 
     Args:
         data: its file or folder, for one of `FROM_FILES`.

@@ -38,7 +38,7 @@ def load_dpg(path: str | Path) -> Benchmark:
 
 
 def prompts(rows: Iterable[Found]) -> tuple[list[Item], list[str]]:
-    """The prompts with their questions, in the file's order, and the problems."""
+    """Collect the prompts with their questions, in the file's order, and the problems."""
     lines: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     broken: dict[str, str] = {}
     problems: list[str] = []

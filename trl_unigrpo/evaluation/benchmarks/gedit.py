@@ -1,4 +1,4 @@
-"""GEdit-Bench (arXiv 2504.17761): pictures and how to edit them. Its file is checked; no model here edits yet."""
+"""GEdit-Bench (arXiv 2504.17761): images and how to edit them. Its file is checked; no model here edits yet."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ LANGUAGES = ("en", "cn")
 
 def check(path: str | Path) -> tuple[int, list[str]]:
     """
-    Edits that can be read in the benchmark's folder or file, and the problems of the others.
+    Count the edits that can be read in the benchmark's folder or file, and list the problems of the others.
 
     Expected are `key`, `task_type`, `instruction`, `instruction_language` and `input_image`.
     """
@@ -36,14 +36,14 @@ def check(path: str | Path) -> tuple[int, list[str]]:
 
 
 def load_gedit(path: str | Path) -> Any:
-    """Always raises: NotImplementedError for a file that is in order, ValueError for one with no edit to read."""
+    """Raise always: NotImplementedError for a file that is in order, ValueError for one with no edit to read."""
     good, problems = check(path)
     shown = "".join(f"\n  {problem}" for problem in problems[:10])
     if not good:
         raise ValueError(f"{path}: no edit of GEdit-Bench can be read.{shown}")
     raise NotImplementedError(
         f"{path}: {good} edits of GEdit-Bench read, {len(problems)} not.{shown}\nGEdit-Bench can't be painted yet: it "
-        "needs a model that takes the picture to edit into its context (its clean VAE tokens, and what the "
+        "needs a model that takes the image to edit into its context (its clean VAE tokens, and what the "
         "understanding tower sees), and `generate` passes text alone. Nothing was painted."
     )
 

@@ -44,7 +44,7 @@ def _items(row: dict[str, Any], where: str) -> Iterable[Item]:
 
 
 def yes_no(question: Any, answer: Any, skill: str) -> Question:
-    """A question and its answer as a question that is answered by yes or no."""
+    """Turn a question and its answer into a question that is answered by yes or no."""
     if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"a pair of 'vqa_list' is {[question, answer]!r}, expected two texts")
     word = answer.strip().lower()

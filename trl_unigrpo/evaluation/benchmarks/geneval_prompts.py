@@ -43,7 +43,7 @@ CLASSES = (
 
 def benchmark_rows() -> list[GenEvalRow]:
     """
-    GenEval's 553 rows: `tag`, `include`, `prompt` and, of counting, `exclude`.
+    Draw GenEval's 553 rows: `tag`, `include`, `prompt` and, of counting, `exclude`.
 
     Raises:
         RuntimeError: if numpy's generator no longer draws what it drew for the benchmark.
@@ -60,7 +60,7 @@ def benchmark_rows() -> list[GenEvalRow]:
 
 def training_rows(seed: int, per_task: int = 100) -> list[GenEvalRow]:
     """
-    Rows to train on, none of which asks for what one of the benchmark's asks for, also not in another order.
+    Draw rows to train on, none of which asks for what one of the benchmark's asks for, also not in another order.
 
     There is no `single_object` among them: the benchmark has each class.
 
@@ -81,8 +81,8 @@ def training_rows(seed: int, per_task: int = 100) -> list[GenEvalRow]:
 
 def geneval_dataset(seed: int = 0, per_task: int = 100) -> Any:
     """
-    [`training_rows`] as a `datasets.Dataset` for [`GenEvalReward`]: columns `prompt`, `tag`, and `geneval`, the row
-    as JSON, as a table has no type for its positions.
+    Put [`training_rows`] into a `datasets.Dataset` for [`GenEvalReward`]: columns `prompt`, `tag`, and `geneval`, the
+    row as JSON, as a table has no type for its positions.
     """
     from datasets import Dataset
 
@@ -94,12 +94,12 @@ def table_row(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def digest(prompts: Iterable[str]) -> str:
-    """What a list of prompts is known by: 16 hexadecimal digits of the SHA-256 of its lines."""
+    """Give 16 hexadecimal digits of the SHA-256 of a list's lines, by which the list is known."""
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
 
 
 def meaning(row: Mapping[str, Any]) -> Any:
-    """What a row asks for, whatever the order: a dog left of a cat is a cat right of a dog."""
+    """Give what a row asks for, whatever the order: a dog left of a cat is a cat right of a dog."""
     clauses = [(item["class"], item["count"], item.get("color")) for item in row["include"]]
     if "position" not in row["include"][-1]:
         return frozenset(clauses)
@@ -110,7 +110,7 @@ def meaning(row: Mapping[str, Any]) -> Any:
 
 
 def draw_rows(seed: int, per_task: int = 100) -> list[GenEvalRow]:
-    """All tasks' rows, each once: every class for `single_object`, `per_task` draws for each of the others."""
+    """Draw all tasks' rows, each once: every class for `single_object`, `per_task` draws for each other task."""
     rng = np.random.default_rng(seed)
     drawn: list[GenEvalRow] = [
         _row("single_object", [_clause(place)]) for place in rng.choice(len(CLASSES), len(CLASSES), replace=False)
@@ -164,12 +164,12 @@ _DRAWS: dict[str, Callable[[np.random.Generator], list[Clause]]] = {
 
 
 def _but_person(places: Any) -> Any:
-    """Places among the 79 other classes as places among all, counted on from the person's."""
+    """Turn places among the 79 other classes into places among all, counted on from the person's."""
     return (places + 1 + PERSON) % len(CLASSES)
 
 
 def _row(task: str, include: Sequence[Clause]) -> GenEvalRow:
-    """A row in GenEval's form, its keys in GenEval's order."""
+    """Make a row in GenEval's form, its keys in GenEval's order."""
     row: GenEvalRow = {"tag": task, "include": list(include)}
     first = include[0]
     if task == "counting":

@@ -21,7 +21,7 @@ def load_own_prompts(path: str | Path) -> Benchmark:
 
     Optional are `questions`, in a form of [`read_questions`], as `trl-unigrpo decompose` writes them, and `tag`, the
     task that a prompt is counted with. With questions this is the form of UniGRPO's own evaluation (TA): several
-    pictures of each prompt, each scored by the mean of its exam points. Where one row has questions all must.
+    images of each prompt, each scored by the mean of its exam points. Where one row has questions all must.
     """
     rows = list(located_rows(path, *FORMATS))
     asked = any(isinstance(row, dict) and row.get("questions") for _, row in rows)

@@ -18,7 +18,7 @@ from .rows import (
 
 
 FOLDERS = ("testmini_prompts", "testmini_eval_prompts")
-"""What is painted and what is asked, in the benchmark's own `data` folder."""
+"""Prompts to paint and questions to ask, in the benchmark's own `data` folder."""
 
 
 def load_tiif(path: str | Path) -> Benchmark:
@@ -42,12 +42,12 @@ def load_tiif(path: str | Path) -> Benchmark:
         metric=accuracy,
         overall="tasks",
         pooled=True,
-        notes=("Questions are asked one at a time; the official script asks all of a picture in one request.",),
+        notes=("Questions are asked one at a time; the official script asks all of an image in one request.",),
     )
 
 
 def joined(rows: Iterable[Found]) -> tuple[list[Found], list[str]]:
-    """Rows of one type and line made one, and the problems of those that can't be."""
+    """Join rows of one type and line; returns them and the problems of those that can't be joined."""
     found: dict[tuple[str, str], tuple[list[str], dict[str, Any]]] = {}
     problems = []
     for where, row in rows:

@@ -10,7 +10,6 @@ from ..metrics import all_correct
 from .rows import located_rows, parse
 
 
-# Last number of each category's prompts in the verified files, and the category's share of the overall score.
 WISE_CATEGORIES = {
     "culture": (400, 0.40),
     "time": (520, 0.12),
@@ -19,6 +18,7 @@ WISE_CATEGORIES = {
     "physics": (880, 0.12),
     "chemistry": (1000, 0.12),
 }
+"""Category -> the last number of its prompts in the verified files, and its share of the overall score."""
 QUESTION = (
     'Someone asked for a picture with the words "{prompt}". What they mean: "{explanation}". Does the picture show '
     "what they mean, correctly, and is it drawn well enough to be used?"
@@ -43,7 +43,7 @@ def load_wise(path: str | Path) -> Benchmark:
 
 
 def category(number: int) -> str:
-    """The category of the prompt with this number, from 1 to 1000."""
+    """Find the category of the prompt with this number, from 1 to 1000."""
     for name, (last, _) in WISE_CATEGORIES.items():
         if 1 <= number <= last:
             return name

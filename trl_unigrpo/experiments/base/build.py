@@ -1,4 +1,4 @@
-"""How the shipped base model was made: an autoencoder of random scenes, then supervised fine-tuning on the corpus."""
+"""The making of the shipped base model: an autoencoder of random scenes, then supervised fine-tuning on the corpus."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .train_autoencoder import train_autoencoder
 
 
 def untrained_model(codec: LatentCodec, seed: int = 0) -> BagelForUnifiedGeneration:
-    """A BAGEL of 0.46 M parameters around an autoencoder: the class of the 7B model, four layers of width 64."""
+    """Make a BAGEL of 0.46 M parameters around an autoencoder: the 7B model's class, four layers of width 64."""
     tokenizer = shapeworld_tokenizer()
     token = tokenizer.convert_tokens_to_ids
     config = BagelConfig(

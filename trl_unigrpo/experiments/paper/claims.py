@@ -1,5 +1,5 @@
 """
-What the paper claims, as functions from results to verdicts.
+The paper's claims, as functions from results to verdicts.
 
 A claim holds if the 95 % interval of what it says lies wholly on its side, so that a tie does not. No verdict is
 written by hand, and the margins below were fixed before the first run.
@@ -26,7 +26,7 @@ AS_GOOD = 0.02
 SIMILAR = 0.05
 """Rewards that differ by less than this count as similar."""
 DECAY = 10
-"""How many times the picture error has to be for "pictures decay without a regulariser"."""
+"""The image error grows at least so many times where "images decay without a regulariser"."""
 
 WITH_AND_WITHOUT: tuple[tuple[Side, Side], ...] = (
     (("base", "sampled"), ("base", "direct")),
@@ -50,7 +50,7 @@ OTHERS: tuple[Side, ...] = (
     ("sft", "direct"),
     *((name, main_mode(name)) for name in GROUP_SYSTEMS["table1"] if name not in (REFERENCE[0], "sft_clean")),
 )
-"""What UniGRPO is claimed to be above. The clean corpus is no system of the paper: it shows what no reward shows."""
+"""Systems that UniGRPO is claimed to be above. The clean corpus is none of the paper's: no reward shows it all."""
 
 
 class Judgement(NamedTuple):
@@ -62,7 +62,7 @@ class Judgement(NamedTuple):
 class Claim:
     """
     Attributes:
-        text: what the paper says.
+        text: the paper's claim.
         where: in the paper.
         judge: from results (see `collect`) to a verdict and its numbers.
     """
@@ -93,7 +93,7 @@ ONE_SEED = " One seed only: what another would change is not in the interval."
 
 def judged(parts: Iterable[Part], says: str = "", extra: str = "") -> Judgement:
     """
-    A claim holds if all of its parts do; one that fails settles it, whatever is missing.
+    Judge a claim by its parts: it holds if all of them do; one that fails settles it, whatever is missing.
 
     Args:
         says: instead of what the parts say.
@@ -110,7 +110,7 @@ def judged(parts: Iterable[Part], says: str = "", extra: str = "") -> Judgement:
 
 
 def above(results: Mapping[str, Any], left: Side, right: Side) -> Part:
-    """Is left above right, by the interval of their paired difference?"""
+    """Test if left is above right, by the interval of their paired difference."""
     found = comparison(results, left, right)
     if found is None:
         return Part(None, f"{title(results, left)} and {title(results, right)}: not both measured")
@@ -121,7 +121,7 @@ def above(results: Mapping[str, Any], left: Side, right: Side) -> Part:
 
 
 def apart(results: Mapping[str, Any], other: Side) -> Part:
-    """Is UniGRPO above another system, by intervals that do not touch?"""
+    """Test if UniGRPO is above another system, by intervals that do not touch."""
     own, theirs = reward(results, REFERENCE), reward(results, other)
     if own is None or theirs is None:
         return Part(None, f"{title(results, other)} not measured")
@@ -154,17 +154,17 @@ def unigrpo_above_two_stage(results: Mapping[str, Any]) -> Judgement:
 
 
 def errors(results: Mapping[str, Any], system: str, factor: float) -> Part:
-    """Is a run's picture error more than `factor` times that of UniGRPO, whose regulariser is the velocity MSE?"""
+    """Test if a run's image error is above `factor` times that of UniGRPO, whose regulariser is the velocity MSE."""
     found = results["figure5"].get(system, {}).get("picture_error_ratio")
     if not found:
         return Part(None, f"{title(results, (system, 'sampled'))}: not measured")
-    says = f"{title(results, (system, 'sampled'))}: picture error x {found['ratio']:.3g}"
+    says = f"{title(results, (system, 'sampled'))}: image error x {found['ratio']:.3g}"
     if found["low"] is None:
         return Part(found["ratio"] > factor, says, 1)
     return Part(found["low"] > factor, f"{says} [{found['low']:.3g}, {found['high']:.3g}]", found["seeds"])
 
 
-def pictures_decay(results: Mapping[str, Any]) -> Judgement:
+def images_decay(results: Mapping[str, Any]) -> Judgement:
     decay, difference = errors(results, UNREGULARIZED[0][0], DECAY), comparison(results, *UNREGULARIZED)
     if difference is None:
         return judged([decay._replace(holds=None)])
@@ -238,14 +238,14 @@ CLAIMS = (
     ),
     Claim(
         "regularizer",
-        f"Without a regulariser pictures decay (here: picture error over {DECAY} times that with the velocity MSE) "
+        f"Without a regulariser images decay (here: image error over {DECAY} times that with the velocity MSE) "
         f"at similar reward (within {SIMILAR})",
         "Figure 5",
-        pictures_decay,
+        images_decay,
     ),
     Claim(
         "velocity_mse",
-        "The velocity MSE keeps pictures better than a latent KL (of the same weight, and of the same strength)",
+        "The velocity MSE keeps images better than a latent KL (of the same weight, and of the same strength)",
         "Figure 5",
         velocity_mse_keeps_images,
     ),
@@ -253,17 +253,17 @@ CLAIMS = (
 
 
 def comparison(results: Mapping[str, Any], left: Side, right: Side) -> dict[str, Any] | None:
-    """The paired difference of two systems, None where it was not measured."""
+    """Look up the paired difference of two systems, None where it was not measured."""
     return results["comparisons"].get(f"{'/'.join(left)} - {'/'.join(right)}")
 
 
 def reward(results: Mapping[str, Any], side: Side) -> Any:
-    """The mean reward of a system in a mode with its interval, None where it was not measured."""
+    """Look up the mean reward of a system in a mode with its interval, None where it was not measured."""
     return results["systems"].get(side[0], {}).get("modes", {}).get(side[1], {}).get("reward")
 
 
 def title(results: Mapping[str, Any], side: Side) -> str:
-    """A system's title; how it was evaluated where it was evaluated both ways."""
+    """Name a system, and how it was evaluated where it was evaluated both ways."""
     system = results["systems"].get(side[0])
     if system is None:
         return side[0]
@@ -272,7 +272,7 @@ def title(results: Mapping[str, Any], side: Side) -> str:
 
 
 def trained_seeds(results: Mapping[str, Any], interval: Mapping[str, Any], *sides: Side) -> int:
-    """The seeds of an interval; 0 if nothing in it was trained, so that there is no seed to vary."""
+    """Count the seeds of an interval; 0 if nothing in it was trained, so that there is no seed to vary."""
     return interval["seeds"] if any(results["systems"][system]["trained"] for system, _ in sides) else 0
 
 

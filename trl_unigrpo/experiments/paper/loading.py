@@ -73,7 +73,7 @@ class FinishedRun:
         return self.record["seed"]
 
     def rewards(self, mode: str) -> FloatArray:
-        """(N,) rewards of an evaluation."""
+        """Take the (N,) rewards of an evaluation."""
         return np.array(self.record["evaluations"][mode]["reward"], dtype=np.float64)
 
 
@@ -86,7 +86,7 @@ class Problem:
 
 
 def read_prompts(output: Path) -> Prompts:
-    """The prompts of `<output>/prompts.json`."""
+    """Read the prompts of `<output>/prompts.json`."""
     file = output / "prompts.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: {output} is not the output folder of `trl-unigrpo paper`.")
@@ -101,7 +101,7 @@ def read_prompts(output: Path) -> Prompts:
 
 
 def read_runs(output: Path, prompts: Prompts) -> tuple[list[FinishedRun], list[Problem]]:
-    """The finished runs, in the page's order, and the folders that hold none that can be used."""
+    """Read the finished runs, in the page's order, and name the folders that hold none that can be used."""
     runs: list[FinishedRun] = []
     problems: list[Problem] = []
     for folder in sorted(output.glob("*/seed-*"), key=_folder_order):
@@ -131,7 +131,7 @@ def _folder_order(folder: Path) -> tuple[Any, ...]:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """run.json as it is. A ValueError says why there is none."""
+    """Read run.json as it is. A ValueError says why there is none."""
     if not file.is_file():
         raise ValueError("has no run.json: the run is not finished.")
     try:
@@ -146,7 +146,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def check_record(record: dict[str, Any], folder: Path, num_prompts: int) -> None:
-    """A ValueError says what of a run.json is missing or wrong."""
+    """Raise a ValueError that says what of a run.json is missing or wrong."""
     for key, kind in REQUIRED.items():
         if key not in record:
             raise ValueError(f"run.json has no {key!r}.")
@@ -176,7 +176,7 @@ def check_record(record: dict[str, Any], folder: Path, num_prompts: int) -> None
 
 
 def check_settings(record: dict[str, Any], first: dict[str, Any]) -> None:
-    """A ValueError if two seeds of one system were not trained alike: their mean would be of nothing."""
+    """Raise a ValueError if two seeds of one system were not trained alike: their mean would be of nothing."""
     names = ("group", "start", "rollouts")
     mine = {**{name: record[name] for name in names}, **record["settings"], "seed": None}
     other = {**{name: first[name] for name in names}, **first["settings"], "seed": None}
@@ -187,7 +187,7 @@ def check_settings(record: dict[str, Any], first: dict[str, Any]) -> None:
 
 
 def read_history(file: Path) -> list[dict[str, float]]:
-    """The rows of history.jsonl; none without the file."""
+    """Read the rows of history.jsonl; none without the file."""
     if not file.is_file():
         return []
     rows = []

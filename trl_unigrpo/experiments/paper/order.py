@@ -1,4 +1,4 @@
-"""What the page needs to know of the grid: which systems there are, in which order, and which runs make it whole."""
+"""The grid as the page needs it: which systems there are, in which order, and which runs make it whole."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ ORDER = tuple(name for names in GROUP_SYSTEMS.values() for name in names)
 
 
 def full_grid() -> dict[str, tuple[int, ...]]:
-    """System -> the seeds of the full grid. The base is not trained: one run of it stands for all seeds."""
+    """List system -> the seeds of the full grid. The base is not trained: one run of it stands for all seeds."""
     return {name: SYSTEMS[name].seeds for name in ORDER}
 
 
 def position(system: str) -> tuple[int, str]:
-    """A key that sorts systems as the page shows them; unknown ones last, by name."""
+    """Give a key that sorts systems as the page shows them; unknown ones last, by name."""
     return (ORDER.index(system) if system in ORDER else len(ORDER), system)
 
 
 def main_mode(system: str) -> str:
-    """The evaluation by which a system is judged: its own way to paint, thinkings sampled."""
+    """Name the evaluation by which a system is judged: its own way to paint, thinkings sampled."""
     return "direct" if system in WITHOUT_THINKING else "sampled"

@@ -1,4 +1,4 @@
-"""From run folders to results.json, the one place from which the page takes its numbers."""
+"""The way from run folders to results.json, the one place from which the page takes its numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .search import read_search
 Results = dict[str, Any]
 
 TRACED = ("base", "sft", "unigrpo")
-"""The systems whose thinkings and pictures stand side by side, as in the paper's Figures 2 and 6 to 8."""
+"""The systems whose thinkings and images stand side by side, as in the paper's Figures 2 and 6 to 8."""
 
 HOLM_FAMILIES = {"table1": "table1", "figure5": "ablations", "ablations": "ablations"}
 """Groups that are compared with UniGRPO -> the table in which they stand, for Holm's correction."""
@@ -37,7 +37,7 @@ COMPARED = ("sampled", "direct")
 
 def collect(output: Path, expected: Mapping[str, Sequence[int]] | None = None) -> Results:
     """
-    Everything that the page shows, from the run folders below `output`; also written to `<output>/results.json`.
+    Collect all that the page shows from the run folders below `output`, and write it to `<output>/results.json`.
 
     The same folders give the same bytes. Runs that cannot be used are named under `problems` and left out.
 
@@ -89,12 +89,12 @@ def collect(output: Path, expected: Mapping[str, Sequence[int]] | None = None) -
 
 
 def side_name(side: tuple[str, str]) -> str:
-    """A system and the mode in which it is evaluated, as one word."""
+    """Write a system and the mode in which it is evaluated as one word."""
     return "/".join(side)
 
 
 def system_summary(system: str, scores: GridScores) -> dict[str, Any]:
-    """One system: what it is, what it cost with the stage before it, and what it scored in each mode."""
+    """Summarize one system: what it is, what it cost with the stage before it, what it scored in each mode."""
     runs = scores.runs(system)
     record = runs[0].record
     starts = scores.starts(system)
@@ -123,7 +123,7 @@ def system_summary(system: str, scores: GridScores) -> dict[str, Any]:
 
 
 def mode_summary(system: str, mode: str, scores: GridScores) -> dict[str, Any]:
-    """One system in one mode; measures other than the reward are means over seeds."""
+    """Summarize one system in one mode; measures other than the reward are means over seeds."""
     evaluations = [run.record["evaluations"][mode] for run in scores.runs(system, mode)]
     measures = {key: [of[key] for of in evaluations if of.get(key) is not None] for key in MEASURES}
     errors = measures["picture_error"]
@@ -159,7 +159,7 @@ def correct_p_values(systems: Mapping[str, Any]) -> None:
 
 
 def guidance_summary(systems: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Figure 4: guidance in training and in evaluation; None without a run of either."""
+    """Compute Figure 4: guidance in training and in evaluation; None without a run of either."""
     trained = {name: systems[name] for name in ("guidance_off", "guidance_on") if name in systems}
     if not trained:
         return None
@@ -180,7 +180,7 @@ def guidance_summary(systems: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def regularizer_summary(systems: Mapping[str, Any], scores: GridScores) -> dict[str, Any]:
-    """Figure 5: reward and picture error, the latter also as a multiple of UniGRPO's, which has the velocity MSE."""
+    """Compute Figure 5: reward and image error, which is also given as a multiple of UniGRPO's (velocity MSE)."""
     shown = [name for name, of in systems.items() if of["group"] == "figure5" or name in ("base", REFERENCE[0])]
     return {
         name: {
@@ -198,7 +198,7 @@ def regularizer_summary(systems: Mapping[str, Any], scores: GridScores) -> dict[
 
 def error_ratio(scores: GridScores, system: str) -> dict[str, Any] | None:
     """
-    Picture error divided by UniGRPO's: geometric mean over common seeds, with a t interval of its logarithm.
+    Divide the image error by UniGRPO's: geometric mean over common seeds, with a t interval of its logarithm.
 
     With one seed there is a ratio and no interval.
     """
@@ -220,9 +220,9 @@ def error_ratio(scores: GridScores, system: str) -> dict[str, Any] | None:
 
 def shown_traces(scores: GridScores) -> list[dict[str, Any]]:
     """
-    The fixed prompts with the thinking, the reward and the place of the picture of each of `TRACED`.
+    List the fixed prompts with the thinking, the reward and the place of the image of each of `TRACED`.
 
-    `strip` is the file below the output folder, `index` the picture's place in it.
+    `strip` is the file below the output folder, `index` the image's place in it.
     """
     rows: dict[str, dict[str, Any]] = {}
     for system in TRACED:
@@ -240,7 +240,7 @@ def shown_traces(scores: GridScores) -> list[dict[str, Any]]:
 
 
 def machine_summary(runs: Sequence[FinishedRun], search_seconds: float) -> dict[str, Any]:
-    """Where and when the runs were made and what they cost."""
+    """Say where and when the runs were made and what they cost."""
     records = [run.record for run in runs]
     packages = sorted({package for record in records for package in record["versions"]})
     return {
@@ -260,7 +260,7 @@ def machine_summary(runs: Sequence[FinishedRun], search_seconds: float) -> dict[
 
 def missing(scores: GridScores, expected: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """
-    What the grid has and the folders do not.
+    Find what the grid has and the folders do not.
 
     Returns:
         `seeds`: system -> {"expected", "missing"}, lists of seeds, where some are missing; `modes`: system -> mode ->
@@ -282,7 +282,7 @@ def missing(scores: GridScores, expected: Mapping[str, Sequence[int]]) -> dict[s
 
 
 def interval_record(interval: CrossedInterval) -> dict[str, Any]:
-    """An interval for results.json. `seeds` is 1 where it is over prompts alone."""
+    """Round an interval for results.json. `seeds` is 1 where it is over prompts alone."""
     return {
         "mean": round(interval.mean, 4),
         "low": round(interval.low, 4),
@@ -294,13 +294,13 @@ def interval_record(interval: CrossedInterval) -> dict[str, Any]:
 
 
 def mean_or_none(values: Iterable[float]) -> float | None:
-    """The mean, None of nothing."""
+    """Average the values; None of nothing."""
     numbers = list(values)
     return sum(numbers) / len(numbers) if numbers else None
 
 
 def significant(value: float | None, digits: int) -> float | None:
-    """Rounded to a number of significant digits."""
+    """Round to a number of significant digits."""
     return None if value is None else float(f"{value:.{digits}g}")
 
 

@@ -37,13 +37,13 @@ from .systems import (
 BYTES_PER_RUN = 2**22
 """A run's folder, a model included."""
 IGNORED = f"/{LOCKS}/\nlog.txt\nmodel/\n*.part\n"
-"""What of the output folder is not worth keeping in git."""
+"""Parts of the output folder that are not worth keeping in git."""
 
 
 @dataclass(frozen=True)
 class PaperOptions:
     """
-    What the command was asked for.
+    The options that the command was given.
 
     Attributes:
         output: the folder of the runs.
@@ -87,7 +87,7 @@ class PaperOptions:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -140,7 +140,7 @@ def rewrite_page(options: PaperOptions, console: Console) -> int:
 
 def prepare_runs(options: PaperOptions, jobs: Sequence[Job]) -> None:
     """Check the settings of all jobs and the disk, and write their prompts."""
-    # What imports the trainers is imported where it is needed, here and below: `--list` answers without.
+    # Modules that import the trainers are imported where they are needed, here and below: `--list` needs none.
     from ...shapeworld import shapeworld_dataset
     from ...shapeworld.evaluate import EVALUATION_SEED
     from .chosen import load_chosen
@@ -220,7 +220,7 @@ def run_grid(options: PaperOptions, console: Console) -> int:
 
 
 def expected_seeds(jobs: Sequence[Job]) -> dict[str, list[int]]:
-    """System -> its seeds."""
+    """List system -> its seeds."""
     return {name: [job.seed for job in jobs if job.system == name] for name in dict.fromkeys(j.system for j in jobs)}
 
 
@@ -265,7 +265,7 @@ def search(options: PaperOptions, console: Console) -> int:
 
 
 def choice_line(system: System, entry: dict) -> str:
-    """A line on what was chosen, with what is doubtful about it."""
+    """Say in a line what was chosen, and what is doubtful about it."""
     values = ", ".join(f"{name} {value:g}" for name, value in entry["settings"].items())
     best = next(of for of in entry["candidates"] if of["settings"] == entry["settings"])
     line = f"{system.name}: {values} ({best['reward']:.3f})"

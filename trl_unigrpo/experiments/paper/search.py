@@ -12,7 +12,7 @@ from .order import position
 
 def read_search(output: Path) -> tuple[dict[str, Any], float]:
     """
-    System -> its candidates with their validation rewards, and the CPU seconds that the search took.
+    Read system -> its candidates with their validation rewards, and the CPU seconds that the search took.
 
     The choice is that of `<output>/chosen.json`, else the one that comes with the package, else there is none. The
     seconds are those of the search's run folders, where they are there.
