@@ -31,14 +31,14 @@ COOL_DOWN = 50
 
 
 def default_alarms(mode: str) -> list["Alarms"]:
-    """The alarms of a run, by its `alarms`."""
+    """Make the alarms of a run, by its `alarms`."""
     return [] if mode == "off" else [Alarms(mode)]
 
 
 class Alarms(Watcher, ExportableState):
     """
-    Watches updates, images, rewards and thinkings. An alarm is a line in the log and in `alarms.jsonl` in the output
-    folder (see [`append_alarm`]).
+    A watcher of updates, images, rewards and thinkings. An alarm is a line in the log and in `alarms.jsonl` in the
+    output folder (see [`append_alarm`]).
 
     What it knows of the start of the run is saved in the checkpoint's `trainer_state.json` and comes back on resuming.
 
@@ -185,7 +185,7 @@ def _stopping(args: TrainingArguments) -> str:
 
 
 def _shared_statistics(args: TrainingArguments, generation: Generation) -> list[Any]:
-    """Statistics of all images, of which each process measures its part."""
+    """Measure all images, of which each process takes its part."""
     size = -(-len(generation.images) // args.world_size)
     part = generation.images[args.process_index * size :][:size]
     return gather_object([image_statistics(image) for image in part])

@@ -44,7 +44,7 @@ class TrustChecks:
         warnings.warn(message, stacklevel=3)
 
     def weights(self, model: nn.Module) -> None:
-        """Trained weights in float32."""
+        """Check that trained weights are in float32."""
         dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
         if self._first("weights") and dtypes & {torch.bfloat16, torch.float16}:
             self._report(
@@ -61,8 +61,8 @@ class TrustChecks:
         transition: Callable[[States], Transition] | None = None,
     ) -> None:
         """
-        States in float32; and, in every generation, one window if there should be one, and noise of its own for each
-        sample of a group, as strong as the update takes it to be.
+        Check that states are in float32; and, in every generation, that there is one window if there should be one,
+        and noise of its own for each sample of a group, as strong as the update takes it to be.
 
         Args:
             transition: of the update, where steps are noisy.
@@ -79,7 +79,7 @@ class TrustChecks:
 
     def sampling(self, config: Any, temperature: float) -> None:
         """
-        Thinkings are sampled as their log-probs are computed.
+        Check that thinkings are sampled as their log-probs are computed.
 
         Args:
             config: the sampler's, transformers' `GenerationConfig`.
@@ -93,7 +93,7 @@ class TrustChecks:
             )
 
     def windows(self, starts: Tensor) -> None:
-        """`starts` (P, K): the window of each process, which must be one."""
+        """Check that all processes have one window; `starts` (P, K) are those of each."""
         if self._first("windows") and (starts != starts[0]).any():
             self._report(f"processes drew different SDE windows: {starts.tolist()}. Give all of them the same seed.")
 
@@ -106,7 +106,7 @@ class TrustChecks:
         low_precision: bool,
     ) -> None:
         """
-        The training forward must see what the sampler saw.
+        Check that the training forward sees what the sampler saw.
 
         Args:
             trained, sampled: (B, K, *latent) velocities of both, at the same weights and states.
@@ -127,7 +127,9 @@ class TrustChecks:
             )
 
     def regularizer(self, loss: Tensor) -> None:
-        """A regulariser under no_grad would be a number in the logs and nothing else."""
+        """
+        Check that the regulariser has a gradient: under no_grad it would be a number in the logs and nothing else.
+        """
         if self._first("regularizer") and not loss.requires_grad:
             self._report("the regulariser has no gradient. Is the image expert trainable?")
 
@@ -142,7 +144,9 @@ def _dtype_problem(records: Sequence[FlowRecord]) -> str | None:
 
 
 def _noise(records: Sequence[FlowRecord], transition: Callable[[States], Transition]) -> Tensor:
-    """(N, K, n) the noise of the recorded steps, of at most 8192 numbers each: eps = (x_next - a x - b v) / std."""
+    """
+    Compute the noise (N, K, n) of the recorded steps, of at most 8192 numbers each: eps = (x_next - a x - b v) / std.
+    """
 
     def some(name: str) -> Tensor:
         return torch.stack([getattr(record, name).flatten(1)[:, :8192] for record in records]).double().cpu()

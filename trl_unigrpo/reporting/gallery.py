@@ -36,7 +36,8 @@ SHARE = 0.01  # of the time that may go into pages, between the last and the nex
 
 class Gallery(Watcher):
     """
-    Keeps what a run painted and logged, and a page of it. The first process writes; nothing of it can stop a run.
+    A watcher that keeps what a run painted and logged, and a page of it. The first process writes; nothing of it can
+    stop a run.
 
     Every `gallery_steps` optimizer steps the page gets the generation of the time, at the end the last one, and each
     evaluation. It shows groups sorted by reward, the evaluation's prompts over time, curves and alarms.
@@ -113,7 +114,7 @@ class Gallery(Watcher):
             records.close()
 
     def _few_images(self, batch: Generation) -> Generation:
-        """The batch without the images that will not be shown: those of a long evaluation would fill the memory."""
+        """Leave out the images that will not be shown: those of a long evaluation would fill the memory."""
         before = sum(len(earlier.prompts) // earlier.group_size for earlier in self._evaluated)
         keep = (PROMPTS - before) * batch.group_size
         return replace(batch, images=batch.images[: max(0, keep)])
@@ -137,7 +138,9 @@ class Gallery(Watcher):
         return self._records
 
     def _due(self, args: Any, state: TrainerState) -> bool:
-        """Whether the generation before this step is shown: the first in each `gallery_steps`, and the run's last."""
+        """
+        Say whether the generation before this step is shown: the first in each `gallery_steps`, and the run's last.
+        """
         step, last = state.global_step, self._last_shown
         of_generation = max(1, args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps)
         due = last is None or step // args.gallery_steps > last // args.gallery_steps
@@ -185,7 +188,9 @@ class Gallery(Watcher):
 
 
 def choose_indices(generation: Generation) -> list[int]:
-    """Samples whose images are kept: the first groups of a training's batch, the first prompts of an evaluation."""
+    """
+    Choose samples whose images are kept: the first groups of a training's batch, the first prompts of an evaluation.
+    """
     size, total = generation.group_size, len(generation.prompts)
     if generation.mode == "eval":
         return list(range(0, total, size))[:PROMPTS]
@@ -193,7 +198,7 @@ def choose_indices(generation: Generation) -> list[int]:
 
 
 def choose(generation: Generation, step: int, dataset: str = "") -> tuple[Shown, dict[str, bytes]]:
-    """What the gallery keeps of a generation, and its images: file in the folder `gallery` -> JPEG."""
+    """Choose what the gallery keeps of a generation, and encode its images: file in the folder `gallery` -> JPEG."""
     kept = choose_indices(generation)
     place = "-".join(filter(None, [generation.mode, _file_name(dataset), f"{step:06d}"]))
     files = {f"pictures/{place}-{i:04d}.jpg": jpeg(generation.images[i], SIDE, QUALITY) for i in kept}
@@ -227,7 +232,7 @@ def _file_name(text: str) -> str:
 
 
 def merge(batches: Sequence[Generation]) -> Generation:
-    """The batches of an evaluation as one."""
+    """Join the batches of an evaluation to one."""
     names = {name for batch in batches for name in batch.extra}
     return Generation(
         mode=batches[0].mode,
@@ -246,6 +251,8 @@ def merge(batches: Sequence[Generation]) -> Generation:
 
 
 def dataset_name(metrics: dict[str, Any]) -> str:
-    """Name of the evaluation's dataset where there are several, as `evaluate` puts it into its metrics; else ""."""
+    """
+    Find the name of the evaluation's dataset where there are several, as `evaluate` puts it into its metrics; else "".
+    """
     prefix = next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), "eval")
     return prefix.removeprefix("eval").strip("_")

@@ -207,7 +207,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return clone
 
     def train(self, mode: bool = True) -> "PipelineForUnifiedGeneration":
-        """Sets the thinker's mode; the painter always computes as it does when it paints."""
+        """Set the thinker's mode; the painter always computes as it does when it paints."""
         super().train(mode)
         self.painter.eval()
         self.frozen.eval()
@@ -234,13 +234,13 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         flow: FlowInputs | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The thinker's own outputs; with `flow` the backbone's, hidden states and velocities."""
+        """Compute the thinker's own outputs; with `flow` the backbone's, hidden states and velocities."""
         if flow is not None:
             return self.base_model(input_ids, attention_mask, flow=flow)
         return self.thinker(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The thinker's `generate`."""
+        """Call the thinker's `generate`."""
         return self.thinker.generate(*args, **kwargs)
 
     def backbone(
@@ -259,7 +259,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
     # Images
 
     def contexts(self, conditioning: Conditioning) -> list[str]:
-        """The painter's prompts."""
+        """Return the painter's prompts."""
         if conditioning.prompts is None:
             raise ValueError(
                 "The painter reads text, not the thinker's tokens: set `Conditioning.prompts` to the prompts, strings "
@@ -306,7 +306,9 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return self._runner.start(len(generators), image_size, generators)
 
     def own_timesteps(self, num_inference_steps: int, image_size: tuple[int, int]) -> Tensor:
-        """(num_inference_steps + 1,) float64 times from 1 to 0 of the pipeline's own schedule for an image size."""
+        """
+        Return (num_inference_steps + 1,) float64 times from 1 to 0 of the pipeline's own schedule for an image size.
+        """
         return self._runner.own_times(num_inference_steps, image_size)
 
     def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, ...]:
@@ -333,7 +335,10 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return 2 * images.float() - 1 if output_type == "pt" else images
 
     def guidance_conditioning(self, conditioning: Conditioning, branch: str) -> Conditioning:
-        """ "text" sees an empty prompt, as diffusers' own guidance does; "image" the user's prompt."""
+        """
+        Take away what a branch does not see: "text" sees an empty prompt, as diffusers' own guidance does; "image" the
+        user's prompt.
+        """
         prompts = [""] * len(conditioning) if branch == "text" else conditioning.prompts
         return replace(conditioning, prompts=prompts, completion_ids=[[] for _ in range(len(conditioning))])
 
@@ -362,7 +367,9 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return rf"(.*\.)?({'|'.join(names)})"
 
     def _linears(self, part: str) -> list[str]:
-        """Regular expressions of the linear layers of one part's blocks; those that both use are the thinker's."""
+        """
+        Write regular expressions of the linear layers of one part's blocks; those that both use are the thinker's.
+        """
         names = linear_names(self.painter)
         shared = [name for name in names if any(re.fullmatch(name, module) for module in self._shared)]
         if part == "painter":
