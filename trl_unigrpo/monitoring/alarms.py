@@ -51,7 +51,7 @@ class Alarms(Watcher, ExportableState):
         self._remember({})
         self._updates_told = 0
 
-    # What survives a checkpoint
+    # Memory, which survives a checkpoint
 
     def _remember(self, memory: dict[str, Any]) -> None:
         self._tripwire = revive(Tripwire, memory.get("tripwire", {}))
@@ -81,7 +81,7 @@ class Alarms(Watcher, ExportableState):
         if state.is_world_process_zero:
             forget_alarms(args.output_dir, state.global_step)
 
-    # What it sees
+    # Events
 
     def on_generation(
         self,
@@ -155,7 +155,7 @@ class Alarms(Watcher, ExportableState):
             rates = {group.get("name"): float(group["lr"]) for group in optimizer.param_groups}
             self._tripwire.stepped(rates.get("image", max(rates.values())), self._signal)
 
-    # What it says
+    # Alarms
 
     def _give(
         self,

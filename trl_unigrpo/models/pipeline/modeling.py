@@ -199,7 +199,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return self._runner.arguments
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PipelineForUnifiedGeneration":
-        # What is frozen is shared by all copies.
+        # Frozen parts are shared by all copies.
         memo.update({id(module): module for module in self.frozen.modules()})
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
