@@ -73,7 +73,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """
-        The posterior over raw latents.
+        Return the posterior over raw latents.
 
         Args:
             x: images (B, in_channels, H, W) in [-1, 1], H and W multiples of `spatial_compression_ratio`.
@@ -93,7 +93,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
 
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """
-        Images of raw latents.
+        Decode raw latents to images.
 
         Args:
             z: raw latents (B, latent_channels, h, w).
@@ -112,7 +112,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Encodes and decodes images (B, in_channels, H, W), through the mean of the posterior or a sample of it."""
+        """Encode and decode images (B, in_channels, H, W), through the mean of the posterior or a sample of it."""
         posterior = self.encode(sample, return_dict=False)[0]
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)

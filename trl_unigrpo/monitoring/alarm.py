@@ -1,4 +1,4 @@
-"""What an alarm says, and the file that keeps what was said."""
+"""An alarm, and the file that keeps those that were given."""
 
 import json
 from collections.abc import Mapping
@@ -17,6 +17,8 @@ MOST_INDICES = 8
 @dataclass(frozen=True)
 class Alarm:
     """
+    One thing that was seen and should be known.
+
     Attributes:
         name: what it looks at, such as "images/dark_share".
         message: what was seen and what to do, in one or two sentences.
@@ -61,7 +63,9 @@ def append_alarm(output_dir: str | Path, step: int, mode: str, alarm: Alarm, sto
 
 
 def read_alarms(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's `alarms.jsonl`, in order; none if it has no such file. A line cut short is left out."""
+    """
+    Read the lines of a run's `alarms.jsonl`, in order; none if it has no such file. A line cut short is left out.
+    """
     file = Path(output_dir) / ALARMS_FILE
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:

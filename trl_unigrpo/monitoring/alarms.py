@@ -29,14 +29,14 @@ COOL_DOWN = 50
 
 
 def default_alarms(mode: str) -> list["Alarms"]:
-    """The alarms of a run, by its `alarms`."""
+    """Make the alarms of a run, by its `alarms`."""
     return [] if mode == "off" else [Alarms(mode)]
 
 
 class Alarms(Watcher, ExportableState):
     """
-    Watches updates, images, rewards and thinkings. An alarm is a line in the log and in `alarms.jsonl` in the output
-    folder (see [`append_alarm`]).
+    A watcher of updates, images, rewards and thinkings. An alarm is a line in the log and in `alarms.jsonl` in the
+    output folder (see [`append_alarm`]).
 
     What it knows of the start of the run is saved in the checkpoint's `trainer_state.json` and comes back on resuming.
 
@@ -49,7 +49,7 @@ class Alarms(Watcher, ExportableState):
         self._remember({})
         self._updates_told = 0
 
-    # What survives a checkpoint
+    # Memory, which survives a checkpoint
 
     def _remember(self, memory: dict[str, Any]) -> None:
         self._tripwire = revive(Tripwire, memory.get("tripwire", {}))
@@ -79,7 +79,7 @@ class Alarms(Watcher, ExportableState):
         if state.is_world_process_zero:
             forget_alarms(args.output_dir, state.global_step)
 
-    # What it sees
+    # Events
 
     def on_generation(
         self,
@@ -153,7 +153,7 @@ class Alarms(Watcher, ExportableState):
             rates = {group.get("name"): float(group["lr"]) for group in optimizer.param_groups}
             self._tripwire.stepped(rates.get("image", max(rates.values())), self._signal)
 
-    # What it says
+    # Alarms
 
     def _give(
         self,

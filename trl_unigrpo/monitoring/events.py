@@ -1,4 +1,4 @@
-"""What a run tells those who watch it, beside the events of `transformers.TrainerCallback`."""
+"""The events of a run for those who watch it, beside those of `transformers.TrainerCallback`."""
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -163,7 +163,7 @@ class Watcher(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """
-        Images have been painted and rewarded; nothing has been trained on them yet.
+        Take note that images have been painted and rewarded; nothing has been trained on them yet.
 
         Args:
             metrics: name -> values that the next log averages. A watcher may add some, the same in all processes.
@@ -182,4 +182,4 @@ class Watcher(TrainerCallback):
     def on_update(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, update: Update, **kwargs: Any
     ) -> None:
-        """Gradients are complete and clipped; the optimizer's step comes next."""
+        """Take note that gradients are complete and clipped; the optimizer's step comes next."""

@@ -14,7 +14,7 @@ from .shift import BEYOND_CHANCE, Change, Shift
 @dataclass(frozen=True)
 class Rule:
     """
-    When a statistic has drifted: by `least`, and by more than chance (see [`Shift`]).
+    The limit of a statistic: it has drifted if by `least`, and by more than chance (see [`Shift`]).
 
     Attributes:
         sign: +1 or -1, the direction that is bad.
@@ -59,7 +59,7 @@ limits are a third to a half of that, to be met while most images are still good
 @dataclass
 class ImageWatch:
     """
-    What it knows between two generations; all of it can be written as JSON.
+    The memory between two generations; all of it can be written as JSON.
 
     Attributes:
         shifts: statistic -> its means at the start and now.
@@ -76,7 +76,7 @@ class ImageWatch:
         self, images: Sequence[ImageStatistics], prompts: Sequence[str], trains: bool = True
     ) -> dict[str, FloatArray]:
         """
-        Statistic -> N numbers, one per image.
+        Collect the statistics: name -> N numbers, one per image.
 
         Args:
             prompts: N texts.
@@ -94,7 +94,7 @@ class ImageWatch:
         return {**found, "images/twins": own.astype(float), "images/twins_across": across[: len(images)].astype(float)}
 
     def look(self, found: dict[str, FloatArray], group_size: int) -> list[Alarm]:
-        """What has drifted, by the statistics of a training generation, groups side by side."""
+        """Find what has drifted, by the statistics of a training generation, groups side by side."""
         alarms = []
         for name, rule in RULES.items():
             self.shifts[name].add(found[name].reshape(-1, group_size).mean(1).tolist())

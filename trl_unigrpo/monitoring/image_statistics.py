@@ -30,7 +30,7 @@ MOST_PAIRED = 96
 @dataclass(frozen=True)
 class ImageStatistics:
     """
-    Of one image, whose values go from 0 (black) to 1 (white).
+    The numbers of one image, whose values go from 0 (black) to 1 (white).
 
     Attributes:
         dark_share: share of pixels darker than a quarter, in [0, 1].
@@ -66,7 +66,7 @@ def image_statistics(image: Image.Image) -> ImageStatistics:
 
 
 def thumbnail(image: Image.Image) -> FloatArray:
-    """(192,) colours of 8 x 8 blocks, in [0, 1]."""
+    """Average the colours of 8 x 8 blocks: (192,), in [0, 1]."""
     small = image.convert("RGB").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float64).flatten() / 255
 
@@ -79,7 +79,7 @@ def _color_entropy(colors: NDArray[np.uint8]) -> float:
 
 
 def _edge_density(luma: FloatArray) -> float:
-    """Of the changes to the right and downwards, where both neighbours exist."""
+    """Return the share of pixels that differ from those to the right and below, where both of these exist."""
     if min(luma.shape) < 2:
         return 0.0
     right, down = np.diff(luma, axis=1)[:-1], np.diff(luma, axis=0)[:, :-1]
@@ -88,7 +88,8 @@ def _edge_density(luma: FloatArray) -> float:
 
 def noise_residual(image: Image.Image) -> float:
     """
-    Standard deviation of the noise of an image, in [0, 1]: what second differences across and along leave of it.
+    Estimate the standard deviation of an image's noise, in [0, 1], by what second differences across and along leave
+    of it.
 
         sigma = sqrt(pi / 2) / 6 * mean |L|,   L = image convolved with [1 -2 1]^T [1 -2 1]
 
@@ -109,7 +110,7 @@ def noise_residual(image: Image.Image) -> float:
 
 def near_twins(thumbnails: FloatArray, groups: Sequence[int]) -> tuple[BoolArray, BoolArray]:
     """
-    Images that nearly repeat another one: the root mean square of what their thumbnails differ by is below 5/255.
+    Find images that nearly repeat another one: the root mean square of what their thumbnails differ by is below 5/255.
 
     Args:
         thumbnails: (N, 192).

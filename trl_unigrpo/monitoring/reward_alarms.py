@@ -28,7 +28,7 @@ STALLED = 100
 @dataclass
 class RewardWatch:
     """
-    What it knows between two generations; all of it can be written as JSON.
+    The memory between two generations; all of it can be written as JSON.
 
     Attributes:
         failures: share of samples without a score, in the last generations.
@@ -127,12 +127,12 @@ class RewardWatch:
         self.evaluations.add(generation.prompts, _scores(generation))
 
     def evaluation_ends(self) -> list[Alarm]:
-        """All of an evaluation has been taken in."""
+        """Look at an evaluation whose batches have all been taken in."""
         scores, self.evaluated = self.evaluations.end()
         return self._gap({name: np.array(values, dtype=float) for name, values in scores.items()})
 
     def _gap(self, scores: Mapping[str, FloatArray]) -> list[Alarm]:
-        """Whether the reward rises, in training or evaluation, while a score that trains nothing falls in one."""
+        """Find a reward that rises, in training or evaluation, while a score that trains nothing falls in one."""
         changes = {f"{name} in training": shift.change() for name, shift in self.train.items()}
         changes |= {f"{name} in evaluation": change for name, change in self.evaluated.items()}
         rises = {
@@ -167,7 +167,7 @@ REWARD = "the reward"
 
 
 def _scores(generation: Generation) -> dict[str, FloatArray]:
-    """The reward, and each function of weight 0 under its own name: N numbers, NaN where there is none."""
+    """Return the reward, and each function of weight 0 under its own name: N numbers, NaN where there is none."""
     held_out = [name for name, weight in generation.weights.items() if not weight]
     return {REWARD: generation.reward, **{name: np.array(generation.rewards[name], dtype=float) for name in held_out}}
 
@@ -182,7 +182,7 @@ def _places(chosen: FloatArray) -> tuple[int, ...]:
 
 
 def _worst(scores: Mapping[str, FloatArray]) -> tuple[int, ...]:
-    """Samples of high reward and low held-out scores, by rank; none without a held-out score."""
+    """Find samples of high reward and low held-out scores, by rank; none without a held-out score."""
     if len(scores) < 2:
         return ()
     ranks = {name: np.nan_to_num(values, nan=0.0).argsort().argsort() for name, values in scores.items()}

@@ -26,7 +26,7 @@ _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30f
 
 def repetition(text: str) -> float:
     """
-    Share, in [0, 1), of the four-word phrases of a text that stood in it before; 0 for fewer than four words.
+    Return the share, in [0, 1), of a text's four-word phrases that stood in it before; 0 for fewer than four words.
 
     A character of Chinese, Japanese or Korean counts as a word.
     """
@@ -36,7 +36,9 @@ def repetition(text: str) -> float:
 
 
 def plain_text(thinking: Any) -> str:
-    """The text of a completion: a string, or a conversation of which only the model's own messages are there."""
+    """
+    Return the text of a completion: a string, or a conversation of which only the model's own messages are there.
+    """
     if isinstance(thinking, str):
         return thinking
     contents = [message.get("content") or "" for message in thinking]
@@ -46,7 +48,7 @@ def plain_text(thinking: Any) -> str:
 @dataclass
 class ThinkingWatch:
     """
-    What it knows between two generations; all of it can be written as JSON.
+    The memory between two generations; all of it can be written as JSON.
 
     Attributes:
         length, repeated: characters and repetition of a thinking, at the start and now.
@@ -111,5 +113,5 @@ class ThinkingWatch:
 
 
 def _first(values: FloatArray) -> tuple[int, ...]:
-    """Places of the smallest values."""
+    """Find the places of the smallest values."""
     return tuple(sorted(int(i) for i in np.argsort(values, kind="stable")[:MOST_INDICES]))

@@ -37,7 +37,8 @@ SHARE = 0.01  # of the time that may go into pages, between the last and the nex
 
 class Gallery(Watcher):
     """
-    Keeps what a run painted and logged, and a page of it. The first process writes; nothing of it can stop a run.
+    A watcher that keeps what a run painted and logged, and a page of it. The first process writes; nothing of it can
+    stop a run.
 
     Every `gallery_steps` optimizer steps the page gets the generation of the time, at the end the last one, and each
     evaluation. It shows groups sorted by reward, the evaluation's prompts over time, curves and alarms.
@@ -118,7 +119,7 @@ class Gallery(Watcher):
             records.close()
 
     def _few_images(self, batch: Generation) -> tuple[Generation, dict[int, Image.Image]]:
-        """The batch without the images that will not be shown: those of a long evaluation would fill the memory."""
+        """Leave out the images that will not be shown: those of a long evaluation would fill the memory."""
         before = sum(len(earlier.prompts) // earlier.group_size for earlier, _ in self._evaluated)
         images = batch.fetch(choose_places(batch)[: max(0, PROMPTS - before)])
         return replace(batch, images=[], statistics=[]), images
@@ -142,7 +143,9 @@ class Gallery(Watcher):
         return self._records
 
     def _due(self, args: Any, state: TrainerState) -> bool:
-        """Whether the generation before this step is shown: the first in each `gallery_steps`, and the run's last."""
+        """
+        Say whether the generation before this step is shown: the first in each `gallery_steps`, and the run's last.
+        """
         step, last = state.global_step, self._last_shown
         of_generation = max(1, args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps)
         due = last is None or step // args.gallery_steps > last // args.gallery_steps
@@ -190,7 +193,7 @@ class Gallery(Watcher):
 
 
 def choose_places(generation: Generation) -> list[int]:
-    """Samples whose images are kept: the first groups of a training's batch, the first prompts of an evaluation."""
+    """Choose what is kept: the first groups of a training's batch, the first prompts of an evaluation."""
     size, total = generation.group_size, len(generation.prompts)
     if generation.mode == "eval":
         return list(range(0, total, size))[:PROMPTS]
@@ -242,7 +245,7 @@ def _file_name(text: str) -> str:
 def merge(
     parts: Sequence[tuple[Generation, Mapping[int, Image.Image]]],
 ) -> tuple[Generation, dict[int, Image.Image]]:
-    """The batches of an evaluation as one, and the images of those that are kept."""
+    """Join the batches of an evaluation, and the images of those that are kept."""
     batches, images, before = [batch for batch, _ in parts], {}, 0
     for batch, kept in parts:
         images.update({before + place: image for place, image in kept.items()})
@@ -267,6 +270,8 @@ def merge(
 
 
 def dataset_name(metrics: dict[str, Any]) -> str:
-    """Name of the evaluation's dataset where there are several, as `evaluate` puts it into its metrics; else ""."""
+    """
+    Find the name of the evaluation's dataset where there are several, as `evaluate` puts it into its metrics; else "".
+    """
     prefix = next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), "eval")
     return prefix.removeprefix("eval").strip("_")

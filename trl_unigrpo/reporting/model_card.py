@@ -104,7 +104,7 @@ def rewrite_card(
 
 
 def package_quick_start(model: Any, source: str) -> str:
-    """An example that thinks and paints with this package; adapters are put on their base model by PEFT."""
+    """Write an example that thinks and paints with this package; adapters are put on their base model by PEFT."""
     imports = ["from trl_unigrpo.evaluation import generate", "from trl_unigrpo.models import load_unified_model"]
     loading = f'model = load_unified_model("{source}")'
     if getattr(model, "peft_config", None):
@@ -115,18 +115,20 @@ def package_quick_start(model: Any, source: str) -> str:
 
 
 def _sections(text: str) -> dict[str, str]:
-    """Title -> section with its title, of the card's second and third level, each without those below it."""
+    """Split the card: title -> section with its title, of the second and third level, each without those below it."""
     parts = re.split(r"^(?=#{2,3} )", text, flags=re.MULTILINE)
     return {part.splitlines()[0].lstrip("# "): part.rstrip() + "\n" for part in parts if part.startswith("#")}
 
 
 def _code(text: str) -> str:
-    """A text for `...` in Markdown: one line, at most 200 characters, without the marks that would end it."""
+    """Clean a text for `...` in Markdown: one line, at most 200 characters, without the marks that would end it."""
     return " ".join(readable(text).replace("`", "'").split())[:200]
 
 
 def _image(run: Run, folder: Path) -> dict[str, Any] | None:
-    """Write the images of the first evaluation above those of the last, or of the last generation; and its title."""
+    """
+    Write the images of the first evaluation above those of the last, or of the last generation; return file and title.
+    """
     evaluated = next((shown for shown in evaluations(run).values() if len(shown) > 1), None)
     trained = [shown for shown in run.shown if shown.mode == "train"]
     if evaluated is not None:

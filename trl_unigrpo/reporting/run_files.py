@@ -83,7 +83,7 @@ def _rank(sample: ShownSample) -> tuple[float, float]:
 @dataclass(frozen=True)
 class GivenAlarm:
     """
-    A trust check that fired: at a step, about the samples of these indices of its generation batch.
+    An alarm that was given: at a step, about the samples of these indices of its generation batch.
 
     Attributes:
         mode: "train" or "eval", what the indices count samples of.
@@ -101,7 +101,7 @@ class GivenAlarm:
 @dataclass
 class Run:
     """
-    What is known of a run from its folder.
+    A run, as far as its folder tells.
 
     Attributes:
         info: of run.json; empty without one.
@@ -134,7 +134,7 @@ class NoRunError(ValueError):
 
 class Records:
     """
-    Adds lines to `gallery/records.jsonl`.
+    The lines of `gallery/records.jsonl`, which are only ever added to.
 
     Args:
         output_dir: of the run.
@@ -192,7 +192,7 @@ def json_value(value: Any) -> Any:
 
 def read_run(folder: str | Path) -> Run:
     """
-    What a folder tells of its run, whether that is finished, still going on, or broke off.
+    Read what a folder tells of its run, whether that is finished, still going on, or broke off.
 
     Reads `gallery/`; without one the logs in the newest `trainer_state.json`, of the folder or of its checkpoints.
 
@@ -265,7 +265,7 @@ def _shown(row: Mapping[str, Any]) -> Shown:
 
 
 def _json_lines(file: Path, problems: list[str]) -> Iterable[tuple[int, dict[str, Any]]]:
-    """Number and object of each line; what can't be read is named, but for a last line that is being written."""
+    """Yield number and object of each line; name what can't be read, but for a last line that is being written."""
     lines = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -282,7 +282,7 @@ def _json_lines(file: Path, problems: list[str]) -> Iterable[tuple[int, dict[str
 
 
 def newest_state(folder: Path) -> Path | None:
-    """`trainer_state.json` of the folder, or of its newest checkpoint."""
+    """Find `trainer_state.json` of the folder, or of its newest checkpoint."""
     if (folder / "trainer_state.json").is_file():
         return folder / "trainer_state.json"
     steps = {

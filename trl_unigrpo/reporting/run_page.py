@@ -34,7 +34,7 @@ ALARMS = 30
 
 
 def run_page(run: Run) -> str:
-    """The page of one run."""
+    """Render the page of one run."""
     evaluated = _Budget(BUDGET * 2 // 5)
     view = _view(run, evaluated, ROWS, MOST_EVALUATIONS)
     budget = _Budget(BUDGET * 3 // 5 + evaluated.left)
@@ -42,7 +42,7 @@ def run_page(run: Run) -> str:
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
-    """Several runs in one page: their numbers, curves over each other, and the last images of each."""
+    """Render several runs in one page: their numbers, curves over each other, and the last images of each."""
     names = unique_names(runs)
     budget = _Budget(BUDGET)
     views = [_view(run, budget, ROWS, 0) for run in runs]
@@ -58,7 +58,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
 
 
 def unique_names(runs: Sequence[Run]) -> list[str]:
-    """Names of the folders, with their parents' where two have the same."""
+    """Name runs by their folders, with the parents' names where two have the same."""
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         names = ["/".join(run.folder.resolve().parts[-2:]) for run in runs]
@@ -70,14 +70,14 @@ class _Budget:
         self.left = size
 
     def take(self, size: int) -> bool:
-        """Whether there is room for so many bytes, which are then taken."""
+        """Take so many bytes if there is room for them, and say whether there was."""
         fits = size <= self.left
         self.left -= size if fits else 0
         return fits
 
 
 def _view(run: Run, budget: _Budget, rows: int, columns: int) -> dict[str, Any]:
-    """What both pages say of a run."""
+    """Collect what both pages say of a run."""
     return {
         "name": run.name,
         "info": run.info,
@@ -94,7 +94,7 @@ def _view(run: Run, budget: _Budget, rows: int, columns: int) -> dict[str, Any]:
 
 
 def trust(run: Run) -> dict[str, Any]:
-    """What the macro `trusted` of run_parts.html.jinja says: the alarms, and what could not be read."""
+    """Collect what the macro `trusted` of run_parts.html.jinja says: the alarms, and what could not be read."""
     alarms = run.alarms
     return {
         "alarms": alarms,
@@ -126,7 +126,9 @@ def _rewards(run: Run) -> list[str]:
 def _generations(
     run: Run, budget: _Budget, most: int = GENERATIONS, groups: int | None = None
 ) -> list[dict[str, Any]]:
-    """Generations of the training, the newest first: the last, the first, and of those between as many as fit."""
+    """
+    Choose generations of the training, the newest first: the last, the first, and of those between as many as fit.
+    """
     shown = [s for s in run.shown if s.mode == "train"]
     found: dict[int, dict[str, Any]] = {}
     for i in spread(len(shown)):
@@ -140,7 +142,7 @@ def _generations(
 
 
 def spread(number: int) -> Iterable[int]:
-    """All of 0 ... number - 1: the last, the first, then again and again the middle of the widest gap."""
+    """Order 0 ... number - 1: the last, the first, then again and again the middle of the widest gap."""
     taken = list(dict.fromkeys([number - 1, 0])) if number else []
     yield from taken
     while len(taken) < number:
@@ -152,7 +154,7 @@ def spread(number: int) -> Iterable[int]:
 
 
 def _size(run: Run, samples: Iterable[ShownSample]) -> int:
-    """Bytes that samples take in a page, about."""
+    """Estimate the bytes that samples take in a page."""
     size = 0
     for sample in samples:
         texts = [sample.prompt, sample.thinking, *(str(value) for value in sample.extra.values())]
@@ -191,7 +193,7 @@ def _sample(run: Run, shown: Shown, sample: ShownSample) -> dict[str, Any]:
 
 
 def _image(run: Run, sample: ShownSample) -> Markup | None:
-    """The image as a URL; None where it was not kept, or its file is gone."""
+    """Read the image as a URL; None where it was not kept, or its file is gone."""
     if sample.picture is None:
         return None
     folder = (run.folder / FOLDER).resolve()
@@ -207,7 +209,7 @@ def _image(run: Run, sample: ShownSample) -> Markup | None:
 def _evaluation(
     run: Run, name: str, evaluated: Sequence[Shown], budget: _Budget, rows: int, columns: int
 ) -> dict[str, Any]:
-    """Prompts down, evaluations across; each prompt's first image."""
+    """Arrange prompts down and evaluations across; each prompt's first image."""
     kept: list[Shown] = []
     for i in spread(len(evaluated)):
         if len(kept) == columns or not budget.take(_size(run, _firsts(evaluated[i])[:rows])):
@@ -233,12 +235,12 @@ def _evaluation(
 
 
 def _firsts(shown: Shown) -> list[ShownSample]:
-    """The first sample of each group of an evaluation: the same prompt and noise whenever it runs."""
+    """Return the first sample of each group of an evaluation: the same prompt and noise whenever it runs."""
     return list(shown.samples[:: shown.group_size])
 
 
 def _side_by_side(runs: Sequence[Run], budget: _Budget) -> list[dict[str, Any]]:
-    """Prompts that all runs were evaluated on: the image of each run's last evaluation."""
+    """Arrange prompts that all runs were evaluated on: the image of each run's last evaluation."""
     last = [next((found[-1] for found in evaluations(run).values()), None) for run in runs]
     if any(shown is None for shown in last):
         return []

@@ -1,4 +1,4 @@
-"""What a run's numbers say: whether it worked, and its curves."""
+"""The verdict of a run's numbers, whether it worked, and its curves."""
 
 import math
 from collections import Counter
@@ -39,13 +39,13 @@ class RunChange:
 
 
 def series(run: Run, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a logged metric."""
+    """Return steps and values of a logged metric."""
     rows = [(row["step"], row[name]) for row in run.metrics if isinstance(row.get(name), (int, float))]
     return [step for step, _ in rows], [float(value) for _, value in rows]
 
 
 def evaluations(run: Run) -> dict[str, list[Shown]]:
-    """Dataset -> its evaluations, in the order of steps."""
+    """Sort evaluations by dataset, in the order of steps."""
     found: dict[str, list[Shown]] = {}
     for shown in run.shown:
         if shown.mode == "eval":
@@ -54,7 +54,9 @@ def evaluations(run: Run) -> dict[str, list[Shown]]:
 
 
 def held_out_change(evaluated: Sequence[Shown]) -> RunChange | None:
-    """Rewards of the first evaluation against the last, paired by prompt and place; None without two evaluations."""
+    """
+    Compare rewards of the first evaluation with the last, paired by prompt and place; None without two evaluations.
+    """
     if len(evaluated) < 2:
         return None
     before, after = by_place(evaluated[0]), by_place(evaluated[-1])
@@ -71,7 +73,7 @@ def held_out_change(evaluated: Sequence[Shown]) -> RunChange | None:
 
 
 def by_place(shown: Shown) -> dict[tuple[str, int], float | None]:
-    """(prompt, how often it came before) -> reward."""
+    """Key rewards by (prompt, how often it came before)."""
     seen: Counter[str] = Counter()
     found = {}
     for sample in shown.samples:
@@ -81,7 +83,7 @@ def by_place(shown: Shown) -> dict[tuple[str, int], float | None]:
 
 
 def training_change(rewards: Sequence[float]) -> RunChange | None:
-    """The first tenth of the logged rewards against the last; None without two."""
+    """Compare the first tenth of the logged rewards with the last; None without two."""
     rewards = [value for value in rewards if math.isfinite(value)]
     if len(rewards) < 2:
         return None
@@ -96,7 +98,7 @@ def training_change(rewards: Sequence[float]) -> RunChange | None:
 
 
 def change(run: Run) -> RunChange | None:
-    """On fixed prompts where the run was evaluated twice, else of the training's own reward."""
+    """Compare rewards on fixed prompts where the run was evaluated twice, else the training's own."""
     for evaluated in evaluations(run).values():
         if (found := held_out_change(evaluated)) is not None:
             return found
@@ -131,7 +133,7 @@ PANELS: tuple[tuple[str, dict[str, tuple[str, ...]], str], ...] = (
 
 
 def panels(run: Run) -> list[Panel]:
-    """The curves of one run."""
+    """Collect the curves of one run."""
     found = []
     for title, names, note in PANELS:
         curves = [_curve(run, options, name if len(names) > 1 else "") for name, options in names.items()]
@@ -140,7 +142,7 @@ def panels(run: Run) -> list[Panel]:
 
 
 def panels_of(runs: Sequence[Run], names: Sequence[str]) -> list[Panel]:
-    """The same curves of several runs in one chart each."""
+    """Collect the same curves of several runs in one chart each."""
     found = []
     for title, metrics, note in PANELS:
         for label, options in metrics.items():

@@ -15,7 +15,7 @@ GAP = 2
 
 
 def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """The images in rows of `columns`, scaled down to `CELL` pixels where they are larger."""
+    """Lay the images out in rows of `columns`, scaled down to `CELL` pixels where they are larger."""
     if not images:
         raise ValueError("No images: a grid needs at least one.")
     width, height = images[0].size

@@ -57,7 +57,7 @@ class PipelineUnifiedConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The language model's, which is what TRL asks about the text."""
+        """Return the language model's configuration, which is what TRL asks about the text."""
         if self.thinker_config is None:
             return self
         return self.thinker_config.get_text_config(decoder=decoder, encoder=encoder)

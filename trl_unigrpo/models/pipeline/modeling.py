@@ -194,7 +194,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return self._runner.arguments
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PipelineForUnifiedGeneration":
-        # What is frozen is shared by all copies.
+        # Frozen parts are shared by all copies.
         memo.update({id(module): module for module in self.frozen.modules()})
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
@@ -202,7 +202,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return clone
 
     def train(self, mode: bool = True) -> "PipelineForUnifiedGeneration":
-        """Sets the thinker's mode; the painter always computes as it does when it paints."""
+        """Set the thinker's mode; the painter always computes as it does when it paints."""
         super().train(mode)
         self.painter.eval()
         self.frozen.eval()
@@ -236,7 +236,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return self.thinker(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The thinker's `generate`."""
+        """Call the thinker's `generate`."""
         return self.thinker.generate(*args, **kwargs)
 
     def backbone(
@@ -293,7 +293,9 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return self._runner.start(len(generators), image_size, generators)
 
     def own_timesteps(self, num_inference_steps: int, image_size: tuple[int, int]) -> Tensor:
-        """(num_inference_steps + 1,) float64 times from 1 to 0 of the pipeline's own schedule for an image size."""
+        """
+        Return (num_inference_steps + 1,) float64 times from 1 to 0 of the pipeline's own schedule for an image size.
+        """
         return self._runner.own_times(num_inference_steps, image_size)
 
     def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, ...]:
@@ -344,7 +346,9 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return rf"(.*\.)?({'|'.join(names)})"
 
     def _linears(self, part: str) -> list[str]:
-        """Regular expressions of the linear layers of one part's blocks; those that both use are the thinker's."""
+        """
+        Write regular expressions of the linear layers of one part's blocks; those that both use are the thinker's.
+        """
         names = linear_names(self.painter)
         shared = [name for name in names if any(re.fullmatch(name, module) for module in self._shared)]
         if part == "painter":

@@ -82,7 +82,7 @@ class Painter:
         """Arguments of the pipeline's call beside the prompt, of those that it takes; they leave guidance out."""
         return {name: value for name, value in self.loop.arguments.items() if name in self.loop.accepted}
 
-    # What a pipeline can do
+    # Abilities, found by trying
 
     def _dry_run(self) -> None:
         """

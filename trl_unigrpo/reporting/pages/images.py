@@ -11,7 +11,7 @@ SMALL = 96  # pixels of a side up to which JPEG saves little and blurs much
 
 def jpeg(image: Image.Image, max_side: int = 256, quality: int = 80) -> bytes:
     """
-    The image as a JPEG file, scaled down to `max_side` pixels where it is larger.
+    Encode the image as a JPEG file, scaled down to `max_side` pixels where it is larger.
 
     Transparency is shown on white. Small images keep their colours at full resolution.
 
@@ -36,5 +36,5 @@ def jpeg(image: Image.Image, max_side: int = 256, quality: int = 80) -> bytes:
 
 
 def data_uri(image: bytes, kind: str = "jpeg") -> str:
-    """An image file as a URL that holds it."""
+    """Write an image file as a URL that holds it."""
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

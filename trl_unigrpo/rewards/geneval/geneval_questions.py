@@ -43,7 +43,7 @@ def questions_from_geneval(metadata: Mapping[str, Any]) -> tuple[Question, ...]:
 def _details(
     place: int, item: Mapping[str, Any], include: Sequence[Mapping[str, Any]], limits: Mapping[str, int]
 ) -> list[Question]:
-    """Questions about the number, colour and place of one object."""
+    """Ask about the number, colour and place of one object."""
     name, count, details = item["class"], _count(item), []
     limit = limits.get(name)
     if limit is not None and limit <= count:
@@ -94,7 +94,7 @@ def _count(item: Mapping[str, Any]) -> int:
 
 
 def _position(position: Any, place: int, number: int) -> tuple[str, int]:
-    """The relation's words, and the place of the other object."""
+    """Return the relation's words, and the place of the other object."""
     try:
         relation, other = position
         words, other = RELATION_WORDS[relation], int(other)

@@ -183,7 +183,7 @@ class VLMJudge:
 
     async def ask(self, pairs: Sequence[tuple[Image.Image, str]]) -> Scores:
         """
-        P(yes) in [0, 1] for each (image, question), `None` where no answer came.
+        Return P(yes) in [0, 1] for each (image, question), `None` where no answer came.
 
         An image that appears several times is encoded once. `last_error` says what went wrong last.
 
@@ -258,7 +258,7 @@ class VLMJudge:
         return {name: value for name, value in body.items() if value is not None}
 
     def _key(self, body: dict[str, Any]) -> str:
-        """Everything that the answer depends on: endpoint, model, images, texts, options."""
+        """Hash everything that the answer depends on: endpoint, model, images, texts, options."""
         whole = [self._endpoint.url, self.mode, self.score_range, body]
         return hashlib.sha256(json.dumps(whole, default=repr).encode()).hexdigest()
 
@@ -267,7 +267,7 @@ class VLMJudge:
 
 
 def data_url(image: Image.Image, max_side: int | None = 768, image_format: str = "jpeg") -> str:
-    """The image as a `data:` URL."""
+    """Write the image as a `data:` URL."""
     buffer = io.BytesIO()
     to_rgb(image, max_side).save(buffer, image_format, **({"quality": 95} if image_format == "jpeg" else {}))
     return f"data:image/{image_format};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""Serves TRL reward functions over HTTP, for [`RemoteReward`]: `trl-unigrpo serve-rewards module:reward`.
+"""A server of TRL reward functions over HTTP, for [`RemoteReward`]: `trl-unigrpo serve-rewards module:reward`.
 
     GET  /health         open to everyone: {"status": "ok", "version": ...}
     GET  /rewards        {"rewards": [names]}
@@ -63,7 +63,7 @@ SHUTDOWN_SECONDS = 30
 @dataclass(frozen=True)
 class Limits:
     """
-    What a request may hold; more is answered with 413.
+    The limits of a request; more is answered with 413.
 
     Args:
         max_images: images in a request.
@@ -82,7 +82,7 @@ class Limits:
 
 
 class ScoreRequest(BaseModel):
-    """What is posted to `/score/{name}`."""
+    """The body that is posted to `/score/{name}`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -142,21 +142,21 @@ def load_reward(path: str) -> RewardFunction:
 
 
 def reward_name(reward: RewardFunction) -> str:
-    """The name that TRL gives a reward function in its metrics."""
+    """Return the name that TRL gives a reward function in its metrics."""
     while isinstance(reward, functools.partial):
         reward = reward.func
     return getattr(reward, "__name__", type(reward).__name__)
 
 
 def is_async(reward: RewardFunction) -> bool:
-    """Whether calling it gives a coroutine."""
+    """Say whether calling it gives a coroutine."""
     while isinstance(reward, functools.partial):
         reward = reward.func
     return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
 
 
 def load_rewards(paths: Sequence[str]) -> dict[str, RewardFunction]:
-    """Rewards by the name that they are served under; ValueError if two share one."""
+    """Load rewards by the name that they are served under; ValueError if two share one."""
     rewards: dict[str, RewardFunction] = {}
     for path in paths:
         reward = load_reward(path)
@@ -170,7 +170,7 @@ def load_rewards(paths: Sequence[str]) -> dict[str, RewardFunction]:
 
 
 def read_batch(body: bytes, limits: Limits) -> Batch:
-    """A request's body, checked and decoded; HTTPException 413 or 422, without its content, if it is not right."""
+    """Check and decode a request's body; HTTPException 413 or 422, without its content, if it is not right."""
     try:
         request = ScoreRequest.model_validate_json(body)
     except ValidationError as error:
@@ -198,7 +198,7 @@ def read_batch(body: bytes, limits: Limits) -> Batch:
 
 
 def checked_scores(returned: Any, number: int) -> Scores:
-    """What a reward returned, as one float or None per image; NaN and infinity become None."""
+    """Check what a reward returned: one float or None per image; NaN and infinity become None."""
     try:
         scores = [finite(score) for score in returned]
     except (TypeError, ValueError):
@@ -212,7 +212,7 @@ def checked_scores(returned: Any, number: int) -> Scores:
 
 async def read_body(request: Request, limit: int, keep: bool = True) -> bytes:
     """
-    The body of a request; HTTPException 413 if it is longer than `limit` bytes.
+    Read the body of a request; HTTPException 413 if it is longer than `limit` bytes.
 
     What is too long is read on for as much again, though not kept, and so is the body of a request that is refused
     (`keep=False`): whoever is still sending would see a broken connection instead of the answer.
@@ -231,7 +231,7 @@ async def read_body(request: Request, limit: int, keep: bool = True) -> bytes:
 
 class Endpoints:
     """
-    What the server answers.
+    The answers of the server.
 
     Args:
         rewards: by name.
@@ -304,7 +304,7 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
 def build_app(
     rewards: Mapping[str, RewardFunction], token: str | None = None, limits: Limits | None = None
 ) -> Starlette:
-    """The ASGI application; see [`Endpoints`] for the arguments."""
+    """Build the ASGI application; see [`Endpoints`] for the arguments."""
     endpoints = Endpoints(rewards, token, limits)
     return Starlette(
         routes=[
