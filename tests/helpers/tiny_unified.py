@@ -135,8 +135,8 @@ class FixedTexts(UniGRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         texts = []
-        for row in self._rows("train", len(prompt_ids)):
-            random = np.random.default_rng((self._generation, row))
+        for row in self.rows(len(prompt_ids)):
+            random = np.random.default_rng((self.generation, row))
             words = random.integers(len(SPECIAL), len(SPECIAL) + len(WORDS), random.integers(1, 6)).tolist()
             texts.append([*words, 2] if len(words) < 5 else words)
         return texts, None
