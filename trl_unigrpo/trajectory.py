@@ -11,7 +11,7 @@ Shapes: S steps of a micro-batch, `latent` the model's own latent dimensions.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -120,7 +120,7 @@ class Steps:
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> "Steps":
-        """The table of a micro-batch. Raises ValueError where it has no image, or images of several sizes."""
+        """The table of a micro-batch. Raises ValueError where it has no step, or images of several sizes."""
         found = [(row, number, image) for row, t in enumerate(trajectories) for number, image in t.painted()]
         if not found:
             raise ValueError("The trajectories have no images: there is nothing to train the image expert on.")
@@ -129,6 +129,8 @@ class Steps:
         if len(sizes) != 1:
             raise ValueError(f"Images of one batch must have one size, got {sizes}: make a batch per size.")
         counts = torch.tensor([len(image.steps) for image in images])
+        if not counts.any():
+            raise ValueError("The images have no trained step: there is nothing to train the image expert on.")
         number = torch.arange(len(images)).repeat_interleave(counts)
         row = torch.tensor(rows)
         trained = torch.zeros(len(trajectories)).index_add(0, row, (counts > 0).float())  # images of each trajectory
@@ -212,29 +214,50 @@ TYPES = (Trajectory, Round, Image, SDESteps, LinePoints, Guidance)
 _TYPE = "__type__"
 
 
-def to_state(value: Any) -> Any:
+def to_state(value: Any, types: Sequence[type] = ()) -> Any:
     """
     Plain tensors, numbers, texts, lists, tuples and dicts, of anything that is made of these and of dataclasses.
+
+    What is held in two places is one thing in the state, too.
+
+    Args:
+        types: dataclasses beside [`TYPES`] that it may hold.
 
     Raises:
         TypeError: for anything else, which a checkpoint could not be trusted to give back.
     """
-    if isinstance(value, Tensor):
-        whole = value.untyped_storage().nbytes() == value.nbytes
-        return value.detach() if whole else value.detach().clone()  # a view would keep all of what it looks at
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [to_state(item) for item in value] if isinstance(value, list) else tuple(map(to_state, value))
-    if isinstance(value, Mapping):
-        return {key: to_state(item) for key, item in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = {part.name: to_state(getattr(value, part.name)) for part in fields(value) if part.init}
-        return {_TYPE: type(value).__name__, **parts}
-    raise TypeError(
-        f"A checkpoint can't keep a {type(value).__name__}: what a model's `contexts` returns must be made of "
-        "tensors, numbers, texts, lists, dicts, and dataclasses that its `context_types` names."
-    )
+    known: dict[str, Any] = {kind.__name__: kind for kind in (*TYPES, *types)}
+    made: dict[int, Any] = {}  # by identity
+
+    def build(value: Any) -> Any:
+        if value is None:
+            return None
+        for plain in (bool, int, float, str):
+            if isinstance(value, plain):
+                return plain(value)  # NumPy has subclasses of these
+        if isinstance(value, (list, tuple)):
+            return [build(item) for item in value] if isinstance(value, list) else tuple(map(build, value))
+        if isinstance(value, Mapping):
+            return {build(key): build(item) for key, item in value.items()}
+        if id(value) not in made:
+            made[id(value)] = value, _tensor(value) if isinstance(value, Tensor) else parts(value)
+        return made[id(value)][1]
+
+    def parts(value: Any) -> dict[str, Any]:
+        name = type(value).__name__
+        if known.get(name) is not type(value):
+            raise TypeError(
+                f"A checkpoint can't keep a {name}: what a model's `contexts` returns must be made of tensors, "
+                "numbers, texts, lists, dicts, and dataclasses that its `context_types` names."
+            )
+        return {_TYPE: name, **{part.name: build(getattr(value, part.name)) for part in fields(value) if part.init}}
+
+    return build(value)
+
+
+def _tensor(value: Tensor) -> Tensor:
+    whole = value.untyped_storage().nbytes() == value.nbytes
+    return value.detach() if whole else value.detach().clone()  # a view would keep all of what it looks at
 
 
 def from_state(state: Any, types: Sequence[type] = ()) -> Any:
@@ -247,7 +270,8 @@ def from_state(state: Any, types: Sequence[type] = ()) -> Any:
     Raises:
         ValueError: for a dataclass that is neither.
     """
-    known = {kind.__name__: kind for kind in (*TYPES, *types)}
+    known: dict[str, Any] = {kind.__name__: kind for kind in (*TYPES, *types)}
+    made: dict[int, Any] = {}  # by identity
 
     def build(value: Any) -> Any:
         if isinstance(value, list):
@@ -256,14 +280,16 @@ def from_state(state: Any, types: Sequence[type] = ()) -> Any:
             return tuple(build(item) for item in value)
         if not isinstance(value, dict):
             return value
-        parts = {key: build(item) for key, item in value.items() if key != _TYPE}
         if _TYPE not in value:
-            return parts
+            return {key: build(item) for key, item in value.items()}
         if value[_TYPE] not in known:
             raise ValueError(
                 f"The checkpoint holds a {value[_TYPE]}, which this model does not know. Name the dataclass in the "
                 "model's `context_types`."
             )
-        return known[value[_TYPE]](**parts)
+        if id(value) not in made:
+            parts = {key: build(item) for key, item in value.items() if key != _TYPE}
+            made[id(value)] = known[value[_TYPE]](**parts)
+        return made[id(value)]
 
     return build(state)

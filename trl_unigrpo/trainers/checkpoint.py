@@ -9,7 +9,7 @@ import torch
 from ..trajectory import from_state, to_state
 
 
-def save_rollouts(folder: str | Path, process: int, state: dict[str, Any]) -> None:
+def save_rollouts(folder: str | Path, process: int, state: dict[str, Any], context_types: Sequence[type] = ()) -> None:
     """
     Write what one process needs to go on inside a generation batch, as plain tensors, numbers and texts.
 
@@ -19,8 +19,9 @@ def save_rollouts(folder: str | Path, process: int, state: dict[str, Any]) -> No
         state: `step`, micro-steps so far; `geometry`, the numbers that cut a generation batch into micro-batches;
             `buffer`, the micro-batches of a generation batch that has passes left, else None; and `velocities`, of
             the old and the reference policy at their steps.
+        context_types: dataclasses that the model's contexts are made of.
     """
-    torch.save(to_state(state), _file(folder, process))
+    torch.save(to_state(state, context_types), _file(folder, process))
 
 
 def load_rollouts(

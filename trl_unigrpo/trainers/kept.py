@@ -26,6 +26,10 @@ class KeptVelocities:
         """Keep the velocities (S, *latent) of a policy at all steps of some images."""
         kept = self._of.setdefault(policy, {})
         for number, image in enumerate(steps.images):
+            if image.seed in kept:
+                raise ValueError(
+                    f"Two images of a generation batch have the seed {image.seed}: give each image one of its own."
+                )
             kept[image.seed] = velocity[(steps.image == number).to(velocity.device)].detach()
 
     def at(self, policy: str, steps: Steps) -> Tensor | None:

@@ -170,7 +170,7 @@ class RunKeeping(GRPOTrainer):
             "buffer": self._buffered_inputs if passes_left else None,
             "velocities": self._kept.state() if passes_left else {},
         }
-        save_rollouts(folder, self.accelerator.process_index, state)
+        save_rollouts(folder, self.accelerator.process_index, state, self.unified.context_types)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.unified.load_checkpoint(resume_from_checkpoint):

@@ -219,7 +219,9 @@ class UniGRPOTrainer(RunKeeping):
         """Paint the next image of each trajectory; returns them as PIL images."""
         args, trains, objective = self.args, self._trains_image, self._setup.objective
         key = (args.seed, TRAIN, self.generation) if self.mode == "train" else (args.seed, EVAL, 0)
-        generators = [row_generator(*key, trajectory.row) for trajectory in trajectories]
+        # Later images of a trajectory have streams of their own.
+        seeds = [(*key, t.row, *range(1, 1 + len(list(t.painted())))) for t in trajectories]
+        generators = [row_generator(*seed) for seed in seeds]
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -231,8 +233,8 @@ class UniGRPOTrainer(RunKeeping):
             base = unified_model(model)
             images = paint(base, trajectories, self._plan(len(trajectories)), generators)
             pictures = decode(base, images, args.image_batch_size)
-        for trajectory, image, generator in zip(trajectories, images, generators, strict=True):
-            image.seed = (*key, trajectory.row)
+        for trajectory, image, seed, generator in zip(trajectories, images, seeds, generators, strict=True):
+            image.seed = seed
             if trains:
                 image.steps = objective.states(image.latents, image.steps, generator)
             trajectory.rounds[-1].images.append(image)
@@ -372,12 +374,12 @@ class UniGRPOTrainer(RunKeeping):
         """lambda * flow objective + w * regulariser, a scalar; velocities (S', *latent) at some of the steps."""
         objective, of_step = self._setup.objective, advantages.to(velocity.device)[steps.row.to(velocity.device)]
         losses, metrics = objective.loss(velocity, old, steps.states, of_step, steps.image)
-        metrics["flow/loss"] = steps.mean(losses)
-        loss, regularizer = self.args.flow_weight * metrics["flow/loss"], None
+        loss, regularizer = self.args.flow_weight * steps.mean(losses), None
+        metrics["flow/loss"] = steps.mean(losses) * steps.total / len(steps)  # logs average over parts of a table
         if reference is not None:
             regularizer = steps.mean(objective.regularizer(velocity, reference, steps.states))
             loss = loss + self._setup.regularizer_weight * regularizer
-            metrics[f"flow/{self.args.flow_regularizer}"] = regularizer
+            metrics[f"flow/{self.args.flow_regularizer}"] = regularizer * steps.total / len(steps)
         told = ImageLoss(velocity.detach(), steps.states, first_pass, objective, regularizer)
         self._tell("on_image_loss", image_loss=told)
         for name, value in metrics.items():
