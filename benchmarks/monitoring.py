@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -57,12 +58,14 @@ def picture(random: np.random.Generator, size: int) -> Image.Image:
 def generation(number: int, size: int, seed: int) -> Generation:
     random = np.random.default_rng(seed)
     words = [f"word{i}" for i in range(2000)]
+    images = [picture(random, size) for _ in range(number)]
     return Generation(
         mode="train",
         group_size=number,
         prompts=[f"prompt {seed}"] * number,
         thinking=[" ".join(random.choice(words, 300)) for _ in range(number)],
-        images=[picture(random, size) for _ in range(number)],
+        images=images,
+        statistics=[image_statistics(image) for image in images],
         rewards={"judge": random.uniform(0, 1, number).tolist()},
         advantages=random.normal(0, 1, number).tolist(),
         extra={},
@@ -99,6 +102,7 @@ def measure(number: int, size: int, repeats: int) -> dict[str, float]:
         update = Update({"text": 0.3, "image": 0.005}, {"flow/velocity_mse": 0.01, "flow/log_ratio_std": 1e-5})
 
         def step(seen: Generation) -> None:
+            seen = replace(seen, statistics=[image_statistics(image) for image in seen.images])  # as the trainer does
             alarms.on_generation(args, state, control, generation=seen, metrics={})
             for _ in range(args.num_iterations):
                 alarms.on_update(args, state, control, update=update)

@@ -189,9 +189,9 @@ def measure(model: PipelineForUnifiedGeneration, arguments: argparse.Namespace) 
 
     records = rollout()
     update(records)
-    network, runner = model.painter, model._runner
-    forward = Timed(runner._forward, wait)
-    runner._forward = forward  # type: ignore[method-assign]
+    network, loop = model.painter, model._runner.loop
+    forward = Timed(loop.forward, wait)
+    loop.forward = forward  # type: ignore[method-assign]
     overheads, seconds = [], []
     for _ in range(arguments.repeats):
         backward = Timed(torch.Tensor.backward, wait)
@@ -210,7 +210,7 @@ def measure(model: PipelineForUnifiedGeneration, arguments: argparse.Namespace) 
     wait()
     rollout_seconds = time.perf_counter() - start
     rollout_overhead = 1 - forward.seconds / rollout_seconds
-    del runner._forward
+    del loop.forward
 
     found: dict[str, float] = {
         "replay_overhead": sorted(overheads)[len(overheads) // 2],

@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 NORMAL_95 = 1.959964
 """Standard errors on each side of a mean in its normal 95 % interval."""

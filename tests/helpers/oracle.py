@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from tests.helpers.tiny_unified import IMAGE_SIZE, tiny_bagel
+from tests.helpers.tiny_unified import IMAGE_SIZE, images_of, tiny_bagel
 from trl_unigrpo.models.contract import ContextRow
 
 
@@ -26,7 +26,7 @@ def text_log_probs(model, prompt, completion):
     return rows[torch.arange(len(completion)), torch.tensor(completion)]
 
 
-def velocities(model, record, settings):
+def velocities(model, image, settings):
     """(K, N, C) one forward per step, the context encoded on its own."""
     context_grad = settings.get("flow_context_grad") == "full"
 
@@ -36,38 +36,39 @@ def velocities(model, record, settings):
         return torch.cat(
             [
                 model.predict_velocity(context, x[None], t[None], (IMAGE_SIZE, IMAGE_SIZE))
-                for x, t in zip(record.latents, record.timesteps, strict=True)
+                for x, t in zip(image.steps.x, image.steps.t, strict=True)
             ]
         ).double()
 
-    velocity = after(record.context.ids)
+    velocity = after(image.context.ids)
     scale = settings.get("guidance_scale", 1.0)
     if scale > 1:
-        without = after(record.context.ids[:SYSTEM_TOKENS])
+        without = after(image.context.ids[:SYSTEM_TOKENS])
         guided = without + scale * (velocity - without)
         length, new = (x.flatten(1).norm(dim=1)[:, None, None] for x in (velocity, guided))
-        covered = (record.timesteps > 0.4)[:, None, None]
+        covered = (image.steps.t > 0.4)[:, None, None]
         velocity = torch.where(covered, guided * torch.clamp(length / (new + 1e-8), max=1), velocity)
     return velocity
 
 
-def line_terms(record, v, v_old, v_ref, advantage, settings):
-    """As `flow_terms`, of the objectives on lines; the lines' noise is the records', all else is computed anew."""
+def line_terms(image, v, v_old, v_ref, advantage, settings):
+    """As `flow_terms`, of the objectives on lines; the lines' noise is the recorded, all else is computed anew."""
     kind, count = settings["image_objective"], len(v)
-    image, noise = record.final_latents.double(), record.next_latents.double()
+    points, clean = image.steps, image.latents.double()
+    noise = points.target.double() + clean
     epsilon = 1e-4 * math.sqrt(262144 / NUMBERS)
     losses, old_losses, nft = [], [], 0.0
     for k in range(count):
-        t = record.timesteps[k].double()
-        torch.testing.assert_close(record.latents[k].double(), (1 - t) * image + t * noise[k], atol=1e-6, rtol=1e-6)
-        losses.append(((v[k] - (noise[k] - image)) ** 2).mean())
-        old_losses.append(((v_old[k] - (noise[k] - image)) ** 2).mean())
+        t = points.t[k].double()
+        torch.testing.assert_close(points.x[k].double(), (1 - t) * clean + t * noise[k], atol=1e-6, rtol=1e-6)
+        losses.append(((v[k] - (noise[k] - clean)) ** 2).mean())
+        old_losses.append(((v_old[k] - (noise[k] - clean)) ** 2).mean())
         share = 0.5 + advantage / 10
-        x = record.latents[k].double()
+        x = points.x[k].double()
         for weight, towards in ((share, v[k]), (1 - share, 2 * v_old[k] - v[k])):  # beta = 1
             estimate = x - t * towards
-            width = (estimate - image).abs().mean().detach()
-            nft = nft + 5 * weight * ((estimate - image) ** 2).mean() / width
+            width = (estimate - clean).abs().mean().detach()
+            nft = nft + 5 * weight * ((estimate - clean) ** 2).mean() / width
     regularizer = sum(((v[k] - v_ref[k]) ** 2).mean() for k in range(count))
     if kind == "nft":
         return -nft, regularizer
@@ -81,16 +82,16 @@ def line_terms(record, v, v_old, v_ref, advantage, settings):
     return sum(clipped(old - new) for old, new in zip(old_losses, losses, strict=True)), regularizer
 
 
-def flow_terms(record, v, v_old, v_ref, advantage, settings):
+def flow_terms(image, v, v_old, v_ref, advantage, settings):
     """Sums over the K steps of the surrogate and of the regulariser."""
     if "image_objective" in settings:
-        return line_terms(record, v, v_old, v_ref, advantage, settings)
+        return line_terms(image, v, v_old, v_ref, advantage, settings)
     first = SHIFT * (1 - 1 / STEPS) / (1 + (SHIFT - 1) * (1 - 1 / STEPS))
     surrogate, regularizer = 0.0, 0.0
     epsilon = 1e-6 * math.sqrt(262144 / NUMBERS)
     for k in range(len(v)):
-        x, x_next = record.latents[k].double(), record.next_latents[k].double()
-        t, t_next = record.timesteps[k].double(), record.next_timesteps[k].double()
+        x, x_next = image.steps.x[k].double(), image.steps.x_next[k].double()
+        t, t_next = image.steps.t[k].double(), image.steps.t_next[k].double()
         dt = t_next - t
 
         def mean(velocity, x=x, t=t, t_next=t_next, dt=dt):
@@ -133,10 +134,10 @@ def oracle(batches, now, old, settings):
         fixed = {}
         for name in ("old", "reference"):
             for batch in batches:
-                for record in batch["flow_records"]:
-                    fixed[name, id(record)] = velocities(models[name], record, settings)
+                for image in images_of([batch]):
+                    fixed[name, id(image)] = velocities(models[name], image, settings)
     for batch in batches:
-        for row, record in enumerate(batch["flow_records"]):
+        for row, image in enumerate(images_of([batch])):
             prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
             completion = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
             advantage = batch["advantages"][row].double()
@@ -145,8 +146,8 @@ def oracle(batches, now, old, settings):
                 lp_old = text_log_probs(models["old"], prompt, completion)
             ratio = (lp - lp_old).exp()
             text = text + torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
-            v = velocities(models["now"], record, settings)
-            s, r = flow_terms(record, v, fixed["old", id(record)], fixed["reference", id(record)], advantage, settings)
+            v = velocities(models["now"], image, settings)
+            s, r = flow_terms(image, v, fixed["old", id(image)], fixed["reference", id(image)], advantage, settings)
             surrogate, regularizer = surrogate + s / len(v), regularizer + r / len(v)
             samples += 1
     weight = 1.5e-5 * math.sqrt(262144 / NUMBERS)

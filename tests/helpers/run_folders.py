@@ -34,6 +34,7 @@ def generation(prompts, group_size=4, mode="train", seed=0, side=64, rewards=Non
         prompts=[prompt for prompt in prompts for _ in range(group_size)],
         thinking=[f"<think>{prompts[i // group_size]} {i}</think>" for i in range(number)],
         images=[picture(side, seed * 1000 + i) for i in range(number)],
+        statistics=[],
         rewards={"judge": values, "words": [value * 0 + 1 for value in values]},
         advantages=[value - 0.5 for value in values],
         extra=extra or {},

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trl_unigrpo.experiments.paper.order import GRID, WITHOUT_THINKING, full_grid
+from trl_unigrpo.experiments.paper.order import GROUP_SYSTEMS, WITHOUT_THINKING, full_grid
 from trl_unigrpo.shapeworld.grammar import CATEGORIES
 
 
+START = {"two_stage": "two_stage_refl"}
 COLORS = {"base": (200, 0, 0), "sft": (0, 200, 0), "unigrpo": (0, 0, 200)}
 DIRECT = 0.15
 """How much lower the base and the fine-tuned ones are planted to be without thinking."""
@@ -19,11 +20,11 @@ GREEDY = 0.03
 
 def planted_means() -> dict[str, float]:
     """Reward of each system in its own mode, as if every claim of the paper held."""
-    means = dict.fromkeys(GRID["table1"], 0.6) | dict.fromkeys(GRID["ablations"], 0.8)
+    means = dict.fromkeys(GROUP_SYSTEMS["table1"], 0.6) | dict.fromkeys(GROUP_SYSTEMS["ablations"], 0.8)
     means |= {"base": 0.45, "sft": 0.5, "unifpo": 0.44, "two_stage": 0.65, "unigrpo": 0.8}
     means |= dict.fromkeys(WITHOUT_THINKING, 0.5)
     means |= {"guidance_off": 0.7, "guidance_on": 0.65}
-    return means | dict.fromkeys(GRID["figure5"], 0.8) | dict.fromkeys(GRID["hidden"], 0.5)
+    return means | dict.fromkeys(GROUP_SYSTEMS["figure5"], 0.8) | dict.fromkeys(GROUP_SYSTEMS["hidden"], 0.5)
 
 
 def planted_errors() -> dict[str, float]:
@@ -56,16 +57,16 @@ def modes(system: str) -> dict[str, float]:
         return {"sampled": 0.0, "greedy": GREEDY, "direct": -DIRECT}
     if system in WITHOUT_THINKING:
         return {"direct": 0.0}
-    if system in GRID["figure4"]:
+    if system in GROUP_SYSTEMS["figure4"]:
         return {"sampled": -0.05, "guided": 0.0}
     return {"sampled": 0.0, "greedy": GREEDY}
 
 
 def group(system: str) -> str:
     """As the runs name it: a hidden system stands in the group of those that start from it."""
-    if system in GRID["hidden"]:
+    if system in GROUP_SYSTEMS["hidden"]:
         return {"two_stage_refl": "table1", "guided_base": "figure4"}[system]
-    return next(name for name, members in GRID.items() if system in members)
+    return next(name for name, members in GROUP_SYSTEMS.items() if system in members)
 
 
 def write_world(output: Path, world: World | None = None, systems=None, seeds=None, draw: int = 0) -> World:
@@ -105,7 +106,7 @@ def write_run(output: Path, world: World, system: str, seed: int, rewards: dict[
         "seed": seed,
         "split": "test",
         "settings": {"learning_rate": 3e-4, "guidance_scale": 2.0 if system == "guidance_on" else 1.0, "seed": seed},
-        "start": "two_stage_refl" if system == "two_stage" else "guided_base" if system in GRID["figure4"] else None,
+        "start": START.get(system, "guided_base" if system in GROUP_SYSTEMS["figure4"] else None),
         "rollouts": 192 * generations * trained,
         "train_cpu_seconds": 100.0 + seed if trained else 0.0,
         "cpu_seconds": 120.0 + seed,

@@ -11,8 +11,11 @@ from transformers.utils import logging
 
 from trl_unigrpo.models.bagel import BagelConfig, BagelForUnifiedGeneration
 from trl_unigrpo.models.bagel.autoencoder import LatentCodec, build_vae
+from trl_unigrpo.sampling import paint
+from trl_unigrpo.trainers import unigrpo_trainer
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
+from trl_unigrpo.trajectory import Steps
 
 
 logging.disable_progress_bar()
@@ -135,8 +138,8 @@ class FixedTexts(UniGRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         texts = []
-        for row in self._rows("train", len(prompt_ids)):
-            random = np.random.default_rng((self._generation, row))
+        for row in self.rows(len(prompt_ids)):
+            random = np.random.default_rng((self.generation, row))
             words = random.integers(len(SPECIAL), len(SPECIAL) + len(WORDS), random.integers(1, 6)).tolist()
             texts.append([*words, 2] if len(words) < 5 else words)
         return texts, None
@@ -152,6 +155,31 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> se
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+def spy_paint(monkeypatch, module=unigrpo_trainer, change=lambda images: images) -> list:
+    """The calls of `paint` by a trainer's module: trajectories, plan, and the images, changed."""
+    calls = []
+
+    def spied(model, trajectories, plan, generators):
+        images = change(paint(model, trajectories, plan, generators))
+        calls.append((trajectories, plan, images))
+        return images
+
+    monkeypatch.setattr(module, "paint", spied)
+    return calls
+
+
+def images_of(batches) -> list:
+    """The images of all trajectories of some micro-batches."""
+    return [image for batch in batches for t in batch["trajectories"] for _, image in t.painted()]
+
+
+def beside(trainer, trajectories) -> dict:
+    """The table of a micro-batch's steps, and the old and the reference policy's velocities where they are kept."""
+    steps = Steps.of(trajectories)
+    kept = {policy: trainer._kept.at(policy, steps) for policy in ("old", "reference")}
+    return {"steps": steps, **{policy: velocity for policy, velocity in kept.items() if velocity is not None}}
+
+
 class Recorder(TrainerCallback):
     """What the optimizer saw: weights and gradients before each step, and the batches that they came from."""
 
@@ -165,6 +193,8 @@ class Recorder(TrainerCallback):
         def recorded(model, inputs):
             if "advantages" in inputs and model.training:
                 self.batches.append(dict(inputs))
+                if "trajectories" in inputs:
+                    self.batches[-1].update(beside(trainer, inputs["trajectories"]))
             return compute_loss(model, inputs)
 
         trainer._compute_loss = recorded

@@ -164,7 +164,7 @@ def test_group_with_a_single_score_trains_nothing_and_says_so(make_trainer, trai
 
 def later(function, broken, trainer):
     """`function`, and `broken` from the second generation on."""
-    return lambda *args, **kwargs: (broken if trainer._generation else function)(*args, **kwargs)
+    return lambda *args, **kwargs: (broken if trainer.generation else function)(*args, **kwargs)
 
 
 def test_noise_that_begins_to_repeat_is_found_though_thinkings_differ(make_trainer, monkeypatch):
@@ -177,11 +177,11 @@ def test_noise_that_begins_to_repeat_is_found_though_thinkings_differ(make_train
     assert trainer.state.global_step == 2
 
 
-def test_window_that_begins_to_differ_between_samples_is_found(make_trainer):
+def test_window_that_begins_to_differ_between_samples_is_found(make_trainer, monkeypatch):
     # verl-omni's windows were drawn per request: reward .78 -> .62 within 28 steps.
     trainer = make_trainer(max_steps=4)
-    draw = trainer._draw_windows
-    trainer._draw_windows = later(draw, lambda n: torch.stack([torch.arange(3) + i % 2 for i in range(n)]), trainer)
+    many = lambda *_: torch.stack([torch.arange(3) + i % 2 for i in range(8)])  # noqa: E731
+    monkeypatch.setattr(module, "draw_windows", later(module.draw_windows, many, trainer))
     with pytest.raises(TrustError, match="different SDE windows"):
         trainer.train()
     assert trainer.state.global_step == 2
@@ -191,7 +191,7 @@ def test_schedule_of_another_number_of_steps_is_found(make_trainer):
     # verl-omni#279: the sampler made one step fewer than the update thought.
     window = {"sde_window_mode": "fixed", "sde_window_range": [0, 2], "sde_window_size": 1}
     trainer = make_trainer(num_inference_steps=3, image_size=16, **window)
-    trainer._objective.first_node = module.flow_timesteps(2, trainer.args.timestep_shift)[1]
+    trainer._setup.objective.first_node = module.flow_timesteps(2, trainer.args.timestep_shift)[1]
     with pytest.raises(TrustError, match="times the power.*num_inference_steps"):
         trainer.train()
 

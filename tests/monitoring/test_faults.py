@@ -1,10 +1,12 @@
 """Faults of public runs, made in whole runs of ours: each has to be found, or not to matter."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tests.helpers.runs import given, shapeworld_trainer
-from tests.helpers.tiny_unified import broken
+from tests.helpers.tiny_unified import broken, spy_paint
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.monitoring import reward_alarms
 from trl_unigrpo.monitoring.trust import TrustError
@@ -14,7 +16,7 @@ from trl_unigrpo.shapeworld import shapeworld_reward
 def test_update_without_the_guidance_of_the_rollout(make_trainer):
     # verl-omni#280.
     class Unguided(BagelForUnifiedGeneration):
-        def guided(self, velocity, *args, **kwargs):
+        def guided(self, steps, velocity, *args, **kwargs):
             return velocity
 
     with pytest.raises(TrustError, match="velocities of the rollout and of the training forward differ"):
@@ -24,27 +26,26 @@ def test_update_without_the_guidance_of_the_rollout(make_trainer):
 def test_update_that_follows_a_schedule_of_its_own(make_trainer):
     # UniRL#326: the replay's schedule was not initialised, so that its times were not the sampler's.
     class Unshifted(BagelForUnifiedGeneration):
-        def flow_inputs(self, records, context_grad=False):
-            flow = super().flow_inputs(records, context_grad)
-            flow.timesteps = flow.timesteps / (3 - 2 * flow.timesteps)  # the shift of 3 undone
-            return flow
+        def packed_forward(self, input_ids, attention_mask, steps, context_grad=False):
+            t = steps.t / (3 - 2 * steps.t)  # the shift of 3 undone
+            steps = replace(steps, states=replace(steps.states, t=t))
+            return super().packed_forward(input_ids, attention_mask, steps, context_grad)
 
     with pytest.raises(TrustError, match="velocities of the rollout and of the training forward differ"):
         make_trainer(model=broken(Unshifted)).train()
 
 
-def test_rollout_whose_trajectory_is_another_one(make_trainer):
+def test_rollout_whose_trajectory_is_another_one(make_trainer, monkeypatch):
     # UniRL#397: an engine dropped the SDE's trajectory; what was recorded were steps of an ODE.
-    class Deterministic(BagelForUnifiedGeneration):
-        def rollout(self, conditioning, plan, generators):
-            records = super().rollout(conditioning, plan, generators)
-            for record in records:
-                dt = (record.next_timesteps - record.timesteps).view(-1, *[1] * (record.latents.ndim - 1))
-                record.next_latents = record.latents + dt * record.velocities
-            return records
+    def deterministic(images):
+        for image in images:
+            steps = image.steps
+            steps.x_next = steps.x + (steps.t_next - steps.t)[:, None, None] * steps.velocity
+        return images
 
+    spy_paint(monkeypatch, change=deterministic)
     with pytest.raises(TrustError, match="times the power"):
-        make_trainer(model=broken(Deterministic)).train()
+        make_trainer().train()
 
 
 def test_policy_that_a_learning_rate_destroys(tmp_path):

@@ -1,87 +1,95 @@
 """The start-up checks, each on a run that is broken on purpose."""
 
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.helpers.tiny_unified import broken
+from tests.helpers.tiny_unified import broken, spy_paint
 from trl_unigrpo.flow import flow_timesteps
 from trl_unigrpo.flow.objectives import FlowGRPO
-from trl_unigrpo.flow.sampler import RolloutPlan, sample_latents
+from trl_unigrpo.flow.sampler import RolloutPlan, draw_noise, sample_latents
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
+from trl_unigrpo.monitoring.events import Rollout
 from trl_unigrpo.monitoring.trust import TrustChecks, TrustError
+from trl_unigrpo.trajectory import Image, Round, Trajectory
 
 
-class RoundedRecords(BagelForUnifiedGeneration):
-    def rollout(self, conditioning, plan, generators):
-        records = super().rollout(conditioning, plan, generators)
-        for record in records:
-            record.next_latents = record.next_latents.bfloat16()
-        return records
+def rounded_states(images):
+    for image in images:
+        image.steps.x_next = image.steps.x_next.bfloat16()
+    return images
 
 
-class RoundedValues(BagelForUnifiedGeneration):
-    def rollout(self, conditioning, plan, generators):
-        records = super().rollout(conditioning, plan, generators)
-        for record in records:
-            record.latents = record.latents.bfloat16().float()
-            record.next_latents = record.next_latents.bfloat16().float()
-        return records
+def rounded_values(images):
+    for image in images:
+        image.steps.x = image.steps.x.bfloat16().float()
+        image.steps.x_next = image.steps.x_next.bfloat16().float()
+        image.steps.velocity = image.steps.velocity.bfloat16().float()
+    return images
 
 
-class SharedNoise(BagelForUnifiedGeneration):
-    def rollout(self, conditioning, plan, generators):
-        states = [torch.Generator().manual_seed(1) for _ in generators]
-        conditioning.completion_ids = [[2]] * len(conditioning)
-        return super().rollout(conditioning, plan, states)
+def shared_noise(images):
+    for image in images:
+        image.steps = images[0].steps
+    return images
 
 
-class OtherTrainingForward(BagelForUnifiedGeneration):
-    def flow_inputs(self, records, context_grad=False):
-        flow = super().flow_inputs(records, context_grad)
-        flow.timesteps = flow.timesteps - 0.01
-        return flow
-
-
-class ManyWindows(BagelForUnifiedGeneration):
-    def rollout(self, conditioning, plan, generators):
-        records = super().rollout(conditioning, plan, generators)
-        records[-1].timesteps = records[-1].timesteps - 0.01
-        return records
+def many_windows(images):
+    images[-1].steps.t = images[-1].steps.t - 0.01
+    return images
 
 
 BROKEN = [
-    (RoundedRecords, "states have the precision of torch.bfloat16, expected torch.float32"),
-    (RoundedValues, "states have the precision of torch.bfloat16, expected torch.float32"),
-    (SharedNoise, "share their noise"),
-    (OtherTrainingForward, "velocities of the rollout and of the training forward differ by .*check dropout"),
-    (ManyWindows, "different SDE windows"),
+    (rounded_states, "states have the precision of torch.bfloat16, expected torch.float32"),
+    (rounded_values, "states have the precision of torch.bfloat16, expected torch.float32"),
+    (shared_noise, "share their noise"),
+    (many_windows, "different SDE windows"),
 ]
 
 
-@pytest.mark.parametrize(("cls", "message"), BROKEN)
-def test_broken_run_stops_at_once(make_trainer, cls, message):
-    trainer = make_trainer(model=broken(cls))
+class OtherTrainingForward(BagelForUnifiedGeneration):
+    def packed_forward(self, input_ids, attention_mask, steps, context_grad=False):
+        steps = replace(steps, states=replace(steps.states, t=steps.t - 0.01))
+        return super().packed_forward(input_ids, attention_mask, steps, context_grad)
+
+
+def test_training_forward_that_sees_something_else_stops_at_once(make_trainer):
+    trainer = make_trainer(model=broken(OtherTrainingForward))
+    message = "velocities of the rollout and of the training forward differ by .*check dropout"
+    with pytest.raises(TrustError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    with pytest.warns(UserWarning, match=message):
+        make_trainer(model=broken(OtherTrainingForward), trust_checks="warn", max_steps=1).train()
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN)
+def test_broken_run_stops_at_once(make_trainer, monkeypatch, change, message):
+    spy_paint(monkeypatch, change=change)
+    trainer = make_trainer()
     with pytest.raises(TrustError, match=message):
         trainer.train()
     assert trainer.state.global_step == 0
 
 
-@pytest.mark.parametrize(("cls", "message"), BROKEN)
-def test_broken_run_goes_on_where_told_to(make_trainer, cls, message):
+@pytest.mark.parametrize(("change", "message"), BROKEN)
+def test_broken_run_goes_on_where_told_to(make_trainer, monkeypatch, change, message):
+    spy_paint(monkeypatch, change=change)
     with pytest.warns(UserWarning, match=message):
-        make_trainer(model=broken(cls), trust_checks="warn", max_steps=1).train()
+        make_trainer(trust_checks="warn", max_steps=1).train()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Start-up check")
-        make_trainer(model=broken(cls), trust_checks="off", max_steps=1).train()
+        make_trainer(trust_checks="off", max_steps=1).train()
 
 
 def test_sound_run_passes_and_each_check_runs_once(make_trainer):
     trainer = make_trainer()
     trainer.train()
-    assert trainer._trust._done == {"weights", "sampling", "records", "windows", "velocities", "regularizer"}
+    (checks,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, TrustChecks)]
+    assert checks._done == {"weights", "sampling", "states", "windows", "velocities", "regularizer"}
 
 
 def test_dropout_is_found(make_trainer):
@@ -95,7 +103,8 @@ def test_dropout_is_found(make_trainer):
 
 def test_regulariser_without_gradient_is_found(make_trainer):
     trainer = make_trainer()
-    trainer._objective.regularizer = torch.no_grad()(trainer._objective.regularizer)
+    objective = trainer._setup.objective
+    objective.regularizer = torch.no_grad()(objective.regularizer)
     with pytest.raises(TrustError, match="regulariser has no gradient"):
         trainer.train()
 
@@ -104,12 +113,16 @@ def test_one_step_more_or_less_than_the_paper_s_25_is_found():
     # verl-omni#279 at a real size: only the first step's noise differs, by 4 %.
     plan = RolloutPlan(flow_timesteps(25, 3), (512, 512), torch.tensor([0, 1, 2]))
     generators = [torch.Generator().manual_seed(seed) for seed in range(24)]
-    records = sample_latents(lambda x, t: -x, (64, 128), plan, generators, [None] * 24)
+    start = draw_noise((64, 128), generators, range(24), "cpu")
+    latents, tables = sample_latents(lambda x, t: -x, start, plan, generators)
+    images = [Image(x, (512, 512), None, steps) for x, steps in zip(latents, tables, strict=True)]
+    trajectories = [Trajectory("", [], rounds=[Round(images=[image])]) for image in images]
 
     def check(num_inference_steps):
         args = SimpleNamespace(num_inference_steps=num_inference_steps, timestep_shift=3, sde_type="sde")
         args.noise_level = 0.8
-        TrustChecks("raise").records(records, 24, True, FlowGRPO(args, 1e-6).transition)
+        rollout = Rollout(trajectories, 24, FlowGRPO(args, 1e-6).transition, None)
+        TrustChecks("raise").on_rollout(None, None, None, rollout=rollout)
 
     check(25)
     for steps in (24, 26):
@@ -118,9 +131,12 @@ def test_one_step_more_or_less_than_the_paper_s_25_is_found():
 
 
 def test_windows_of_processes_are_compared():
-    TrustChecks("raise").windows(torch.tensor([[1.0, 0.9], [1.0, 0.9]]))
+    def check(windows):
+        TrustChecks("raise").on_rollout(None, None, None, rollout=Rollout([], 1, None, torch.tensor(windows)))
+
+    check([[1.0, 0.9], [1.0, 0.9]])
     with pytest.raises(TrustError, match="processes drew different SDE windows"):
-        TrustChecks("raise").windows(torch.tensor([[1.0, 0.9], [0.9, 0.8]]))
+        check([[1.0, 0.9], [0.9, 0.8]])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

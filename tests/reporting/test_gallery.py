@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.helpers.tiny_unified import prompts_dataset, redness
 from trl_unigrpo.monitoring.events import Watcher
-from trl_unigrpo.monitoring.images import diversity
+from trl_unigrpo.monitoring.image_statistics import diversity, image_statistics
 from trl_unigrpo.reporting.gallery import Gallery
 from trl_unigrpo.reporting.run_files import read_run
 
@@ -79,7 +79,7 @@ def test_the_gallery_holds_what_was_generated(make_trainer, tmp_path):
     logged = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert [row["reward"] for row in run.metrics if "reward" in row] == pytest.approx([e["reward"] for e in logged])
     diversities = [row["images/diversity"] for row in run.metrics if "images/diversity" in row]
-    assert diversities == pytest.approx([diversity(g.images, 4) for g in generations.values()])
+    assert diversities == pytest.approx([diversity(g.statistics, 4) for g in generations.values()])
     assert run.info["max_steps"] == 8 and run.info["settings"]["num_generations"] == 4
     html = (tmp_path / "gallery.html").read_text()
     assert "Step 6" in html and html.count("data:image/jpeg") == 3 * 8 + 5 * 4
@@ -139,7 +139,7 @@ def test_long_evaluations_keep_few_images_in_memory(make_trainer):
 
     class Count(Watcher):
         def on_prediction_step(self, *args, **kwargs):
-            kept.append(sum(len(batch.images) for batch in gallery._evaluated))
+            kept.append(sum(len(images) for _, images in gallery._evaluated))
 
     trainer.add_callback(Count())
     trainer.evaluate()
@@ -148,7 +148,7 @@ def test_long_evaluations_keep_few_images_in_memory(make_trainer):
 
 def test_diversity_is_the_mean_distance_of_pairs_within_groups():
     def grey(*levels):
-        return [Image.new("RGB", (32, 32), (level,) * 3) for level in levels]
+        return [image_statistics(Image.new("RGB", (32, 32), (level,) * 3)) for level in levels]
 
     assert diversity(grey(0, 0, 255, 255), 2) == 0
     assert diversity(grey(0, 255, 255, 255), 2) == pytest.approx(0.5)
@@ -156,7 +156,7 @@ def test_diversity_is_the_mean_distance_of_pairs_within_groups():
     assert math.isnan(diversity(grey(0, 1), 1))
     half = Image.new("RGB", (32, 32))
     half.paste((255, 255, 255), (0, 0, 16, 32))
-    assert diversity([half, *grey(0)], 2) == pytest.approx(math.sqrt(0.5))
+    assert diversity([image_statistics(half), *grey(0)], 2) == pytest.approx(math.sqrt(0.5))
 
 
 def test_nothing_is_written_by_other_processes(make_trainer, tmp_path):

@@ -14,8 +14,8 @@ from trl_unigrpo.reporting.run_files import (
     GivenAlarm,
     NoRunError,
     Records,
+    json_value,
     newest_state,
-    plain,
     read_run,
 )
 
@@ -164,7 +164,7 @@ def test_folders_without_a_run(tmp_path, make, message):
 
 def test_values_become_json():
     value = {"a": np.float32(0.5), 1: (torch.tensor(2.0), math.inf), "b": True, "c": object, "d": None}
-    assert plain(value) == {"a": 0.5, "1": [2.0, None], "b": True, "c": "<class 'object'>", "d": None}
+    assert json_value(value) == {"a": 0.5, "1": [2.0, None], "b": True, "c": "<class 'object'>", "d": None}
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_missing_pictures_and_paths_that_lead_out(tmp_path):
     file = folder / "gallery" / "records.jsonl"
     file.write_text(file.read_text().replace("pictures/train-000000-0001.jpg", "../../secret.jpg"))
     html = run_page(read_run(folder))
-    assert html.count("picture's file is missing") == 2 and html.count("<img") == 14
+    assert html.count("image's file is missing") == 2 and html.count("<img") == 14
     assert "c2VjcmV0" not in html  # "secret" in base64
 
 

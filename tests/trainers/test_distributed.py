@@ -75,7 +75,12 @@ def worker(rank, port, folder):
     results = {}
     for case in CASES:
         trainer, _, after = run(f"{folder}/{case}", case, 2)
-        windows = [r.timesteps for batch in trainer._buffered_inputs for r in batch.get("flow_records", [])]
+        windows = [
+            image.steps.t
+            for batch in trainer._buffered_inputs
+            for trajectory in batch.get("trajectories", [])
+            for _, image in trajectory.painted()
+        ]
         prompts = [batch["prompt_ids"] for batch in trainer._buffered_inputs]
         results[case] = {"weights": after, "windows": windows, "prompts": prompts, "log": trainer.state.log_history}
     results["diverging"] = diverge(f"{folder}/diverging", 2)

@@ -4,7 +4,15 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from tests.helpers.tiny_unified import IMAGE_SIZE, PROMPTS, prompts_dataset, tiny_bagel, tiny_tokenizer, weights
+from tests.helpers.tiny_unified import (
+    IMAGE_SIZE,
+    PROMPTS,
+    prompts_dataset,
+    spy_paint,
+    tiny_bagel,
+    tiny_tokenizer,
+    weights,
+)
 from trl_unigrpo.evaluation import Guidance, generate
 from trl_unigrpo.models.prompts import system_ids
 from trl_unigrpo.models.tokenizer import never_sampled
@@ -13,10 +21,10 @@ from trl_unigrpo.models.tokenizer import never_sampled
 def keep_images(trainer):
     kept, paint = [], trainer._paint
 
-    def painted(conditioning):
-        records, images = paint(conditioning)
-        kept.append(("train" if trainer.model.training else "eval", records, images))
-        return records, images
+    def painted(trajectories):
+        images = paint(trajectories)
+        kept.append((trainer.mode, trajectories, images))
+        return images
 
     trainer._paint = painted
     return kept
@@ -35,13 +43,13 @@ def evaluating(make_trainer, **arguments):
 
 def test_evaluation_has_its_own_steps_and_is_a_pure_ode(make_trainer):
     trainer = evaluating(make_trainer, max_steps=1)
-    plans, rollout = {}, trainer.unified.rollout
+    plans, make_plan = {}, trainer._plan
 
-    def spied(conditioning, plan, generators):
-        plans["train" if trainer.model.training else "eval"] = plan
-        return rollout(conditioning, plan, generators)
+    def spied(count):
+        plans[trainer.mode] = make_plan(count)
+        return plans[trainer.mode]
 
-    trainer.unified.rollout = spied
+    trainer._plan = spied
     trainer.train()
     assert len(plans["train"].timesteps) == 7
     assert plans["train"].windows is not None
@@ -53,31 +61,24 @@ def test_evaluation_has_its_own_steps_and_is_a_pure_ode(make_trainer):
     assert not any(key.startswith("eval_flow/") for key in log)
 
 
-def test_evaluation_is_guided_and_training_is_not(make_trainer):
+def test_evaluation_is_guided_and_training_is_not(make_trainer, monkeypatch):
     trainer = evaluating(make_trainer, max_steps=1, eval_guidance_scale=4.0)
-    calls, rollout = {}, trainer.unified.rollout
-
-    def spied(conditioning, plan, generators):
-        records = rollout(conditioning, plan, generators)
-        calls["train" if trainer.model.training else "eval"] = (conditioning, plan, records)
-        return records
-
-    trainer.unified.rollout = spied
+    calls = spy_paint(monkeypatch)
     trainer.train()
-    conditioning, plan, _ = calls["train"]
-    assert (plan.guidance, conditioning.system_ids) == (None, None)
-    conditioning, plan, guided = calls["eval"]
+    trajectories, plan, _ = calls[0]
+    assert plan.guidance is None and all(t.system_ids is None for t in trajectories)
+    trajectories, plan, guided = calls[-1]
     assert plan.guidance == Guidance(guidance_scale=4.0)
     system = [1, *tiny_tokenizer().encode("think first"), 2]
-    assert conditioning.system_ids == [system, system]
-    assert all(prompt[: len(system)] == system for prompt in conditioning.prompt_ids)
+    assert [t.system_ids for t in trajectories] == [system, system]
+    assert all(t.prompt_ids[: len(system)] == system for t in trajectories)
     # The next evaluation's thinkings and noise are the same, so that guidance is all that differs.
     trainer.args.eval_guidance_scale = 1.0
     trainer.evaluate()
-    unguided = calls["eval"][2]
-    assert calls["eval"][1].guidance is None
+    unguided = calls[-1][2]
+    assert calls[-1][1].guidance is None
     assert all(torch.equal(a.context.ids, b.context.ids) for a, b in zip(guided, unguided, strict=True))
-    assert not any(torch.allclose(a.final_latents, b.final_latents) for a, b in zip(guided, unguided, strict=True))
+    assert not any(torch.allclose(a.latents, b.latents) for a, b in zip(guided, unguided, strict=True))
 
 
 def test_guided_evaluation_of_prompts_that_bring_their_own_system_message(make_trainer):
@@ -88,7 +89,7 @@ def test_guided_evaluation_of_prompts_that_bring_their_own_system_message(make_t
     dataset = prompts_dataset(prompts, copies=2)
     trainer = evaluating(make_trainer, train_dataset=dataset, eval_dataset=dataset, eval_guidance_scale=4.0)
     kept, paint = [], trainer._paint
-    trainer._paint = lambda conditioning: kept.append(conditioning.system_ids) or paint(conditioning)
+    trainer._paint = lambda trajectories: kept.append([t.system_ids for t in trajectories]) or paint(trajectories)
     trainer.evaluate()
     own, models = ([1, *tiny_tokenizer().encode(text), 2] for text in ("first", "think first"))
     assert kept == [[own, models]] * 2

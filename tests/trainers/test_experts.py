@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.helpers.tiny_unified import IMAGE_SIZE, PROMPTS, moved, redness, tiny_bagel, weights
-from trl_unigrpo.models.contract import Conditioning
+from tests.helpers.tiny_unified import IMAGE_SIZE, PROMPTS, images_of, moved, redness, tiny_bagel, weights
 from trl_unigrpo.monitoring.trust import TrustError
+from trl_unigrpo.trajectory import Round, Trajectory
 
 
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
@@ -19,9 +19,9 @@ def is_image(name):
     return "moe_gen" in name or any(part in name for part in ("vae2llm", "llm2vae", "time_embedder"))
 
 
-def velocity_of(model, records):
+def velocity_of(model, steps):
     with torch.no_grad():
-        return model.predict_velocities(model.flow_inputs(records))
+        return model.predict_velocities(steps)
 
 
 # Freezing
@@ -54,33 +54,28 @@ def test_weight_of_zero_leaves_that_expert_as_it_is(make_trainer, off, adapters)
 
 def test_text_alone_samples_by_the_ode_and_records_nothing(make_trainer, train):
     trainer = make_trainer(flow_weight=0.0, num_iterations=1, max_steps=1)
-    plans, rollout = [], trainer.unified.rollout
-
-    def spied(conditioning, plan, generators):
-        plans.append(plan)
-        return rollout(conditioning, plan, generators)
-
-    trainer.unified.rollout = spied
+    plans, plan = [], trainer._plan
+    trainer._plan = lambda count: plans.append(plan(count)) or plans[-1]
     seen = train(trainer)
     assert [plan.windows for plan in plans] == [None]
-    assert all("flow_records" not in batch for batch in seen.batches)
+    assert all("trajectories" not in batch for batch in seen.batches)
     assert not any(key.startswith("flow/") for key in trainer.state.log_history[0])
-    assert trainer.unified._reference is None
+    assert trainer.unified.kept_reference is None
 
 
 def test_without_thinking_images_follow_the_prompt_alone(make_trainer, train):
     model, seen, answers = tiny_bagel(), [], []
-    rollout = model.rollout
+    contexts = model.contexts
 
-    def spied(conditioning, plan, generators):
-        seen.append(conditioning)
-        return rollout(conditioning, plan, generators)
+    def spied(trajectories):
+        seen.append(trajectories)
+        return contexts(trajectories)
 
     def reward(prompts, completions, images, **columns):
         answers.extend(completions)
         return redness(prompts, completions, images)
 
-    model.rollout = spied
+    model.contexts = spied
     before = weights(model)
     trainer = make_trainer(model=model, reward_funcs=reward, thinking=False, text_weight=0.0, max_steps=2)
     batches = train(trainer).batches
@@ -88,33 +83,28 @@ def test_without_thinking_images_follow_the_prompt_alone(make_trainer, train):
     changed = moved(before, weights(model))
     assert changed
     assert all(model.is_image_parameter(name) for name in changed)
-    [conditioning] = seen
-    assert all(len(completion) == 0 for completion in conditioning.completion_ids)
+    [trajectories] = seen
+    assert all(trajectory.text_ids == [] for trajectory in trajectories)
     messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]  # no system prompt
     prompts = trainer.processing_class.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    expected = [row.ids.tolist() for row in model.contexts(Conditioning(prompts, [[]] * len(prompts)))]
-    assert all(record.context.ids.tolist() in expected for batch in batches for record in batch["flow_records"])
+    expected = [row.ids.tolist() for row in contexts([Trajectory("", ids) for ids in prompts])]
+    assert all(image.context.ids.tolist() in expected for image in images_of(batches))
 
 
 def test_lines_are_sampled_by_the_ode_and_start_at_the_image(make_trainer, train):
     trainer = make_trainer(image_objective="awm", matching_samples=3, num_iterations=1, max_steps=1)
-    plans, rollout = [], trainer.unified.rollout
-
-    def spied(conditioning, plan, generators):
-        plans.append(plan)
-        return rollout(conditioning, plan, generators)
-
-    trainer.unified.rollout = spied
+    plans, plan = [], trainer._plan
+    trainer._plan = lambda count: plans.append(plan(count)) or plans[-1]
     seen = train(trainer)
     assert [plan.windows for plan in plans] == [None]
-    records = [record for batch in seen.batches for record in batch["flow_records"]]
-    assert len({tuple(record.timesteps.tolist()) for record in records}) == len(records)
-    noise = torch.stack([record.next_latents for record in records])
+    images = images_of(seen.batches)
+    assert len({tuple(image.steps.t.tolist()) for image in images}) == len(images)
+    noise = torch.stack([image.steps.target + image.latents for image in images])
     assert noise.shape[1] == 3
-    assert len(torch.unique(noise.flatten(0, 1).flatten(1), dim=0)) == 3 * len(records)
-    for record in records:
-        t = record.timesteps[:, None, None]
-        torch.testing.assert_close(record.latents, (1 - t) * record.final_latents + t * record.next_latents)
+    assert len(torch.unique(noise.flatten(0, 1).flatten(1), dim=0)) == 3 * len(images)
+    for image, ends in zip(images, noise, strict=True):
+        t = image.steps.t[:, None, None]
+        torch.testing.assert_close(image.steps.x, (1 - t) * image.latents + t * ends)
 
 
 def test_image_loss_reaches_the_text_expert_through_the_context_only_if_told(make_trainer, train):
@@ -152,7 +142,7 @@ def test_expert_without_anything_to_train_is_refused(make_trainer):
     with pytest.raises(ValueError, match=r"image expert has no trainable weights.*Set flow_weight=0"):
         make_trainer(peft_config=only_text)
     trainer = make_trainer(peft_config=only_text, flow_weight=0.0)
-    assert trainer._trains == {"text": True, "image": False}
+    assert trainer._setup.trains == {"text": True, "image": False}
 
 
 # Reference
@@ -163,22 +153,20 @@ def test_reference_of_adapters_is_the_base(make_trainer, train):
     seen = train(trainer)
     base = tiny_bagel()
     for batch in seen.batches:
-        expected = velocity_of(base, batch["flow_records"])
-        torch.testing.assert_close(batch["flow_reference_velocities"], expected, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(
-            torch.stack([record.velocities for record in batch["flow_records"]]), expected, atol=1e-3
-        )
+        expected = velocity_of(base, batch["steps"])
+        torch.testing.assert_close(batch["reference"], expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(batch["steps"].states.velocity, expected, atol=1e-3)
 
 
 def test_reference_of_full_fine_tuning_is_a_copy_that_stays(make_trainer, train):
     trainer = make_trainer(max_steps=4, learning_rate=0.01, image_learning_rate=0.01)
     seen = train(trainer)
     base = tiny_bagel()
-    assert not moved(weights(base), weights(trainer.unified._reference))
+    assert not moved(weights(base), weights(trainer.unified.kept_reference))
     assert "_reference" not in dict(trainer.unified.named_modules())
     for batch in seen.batches:
-        expected = velocity_of(base, batch["flow_records"])
-        torch.testing.assert_close(batch["flow_reference_velocities"], expected, rtol=1e-4, atol=1e-5)
+        expected = velocity_of(base, batch["steps"])
+        torch.testing.assert_close(batch["reference"], expected, rtol=1e-4, atol=1e-5)
     assert trainer.state.log_history[3]["flow/velocity_mse"] > 1e-4
 
 
@@ -187,10 +175,10 @@ def test_reference_of_an_earlier_run_is_not_used_again(make_trainer, train):
     train(first)
     second = make_trainer(model=first.unified, peft_config=LoraConfig(r=2))
     start = copy.deepcopy(second.unified)
-    assert start._reference is None
+    assert start.kept_reference is None
     for batch in train(second).batches:
-        expected = velocity_of(start, batch["flow_records"])
-        torch.testing.assert_close(batch["flow_reference_velocities"], expected, rtol=1e-4, atol=1e-5)
+        expected = velocity_of(start, batch["steps"])
+        torch.testing.assert_close(batch["reference"], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
@@ -206,8 +194,8 @@ def test_reference_of_a_given_adapter_is_where_it_started(make_trainer, train, b
     assert trainer.state.log_history[0]["flow/velocity_mse"] == pytest.approx(0, abs=1e-9)
     start = adapted().get_base_model()
     for batch in seen.batches:
-        expected = velocity_of(start, batch["flow_records"])
-        torch.testing.assert_close(batch["flow_reference_velocities"], expected, rtol=1e-4, atol=1e-5)
+        expected = velocity_of(start, batch["steps"])
+        torch.testing.assert_close(batch["reference"], expected, rtol=1e-4, atol=1e-5)
     changed = moved(before, weights(trainer.model))
     assert changed
     assert all(".default." in name for name in changed)
@@ -218,9 +206,9 @@ def test_reference_of_a_given_adapter_is_where_it_started(make_trainer, train, b
 
 def test_no_reference_without_a_regulariser(make_trainer, train):
     trainer = make_trainer(flow_regularizer="none")
-    assert trainer.unified._reference is None
+    assert trainer.unified.kept_reference is None
     seen = train(trainer)
-    assert all("flow_reference_velocities" not in batch for batch in seen.batches)
+    assert all("reference" not in batch for batch in seen.batches)
     assert "flow/velocity_mse" not in trainer.state.log_history[1]
 
 
@@ -328,9 +316,8 @@ def test_training_bfloat16_weights_is_questioned(make_trainer):
 def test_thinking_is_painted_from_the_weights_that_were_sampled_with(make_trainer):
     # A rollout with adapters on, the reference with them off: the state of the adapters survives both.
     trainer = make_trainer(peft_config=LoraConfig(r=2, init_lora_weights=False))
-    conditioning = Conditioning([[1, 8, 2, 1]], [[6, 2]])
     base = trainer.unified
-    contexts = base.contexts(conditioning)
+    contexts = base.contexts([Trajectory("", [1, 8, 2, 1], rounds=[Round([6, 2])])])
     before = base.encode_context(contexts).keys[1]
     with base.reference() as reference:
         off = reference.encode_context(contexts).keys[1]

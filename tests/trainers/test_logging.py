@@ -10,7 +10,7 @@ import trl.trainer.grpo_trainer as trl_grpo
 from peft import LoraConfig
 from PIL import Image
 
-from tests.helpers.tiny_unified import IMAGE_SIZE, prompts_dataset, redness, tiny_bagel
+from tests.helpers.tiny_unified import IMAGE_SIZE, beside, prompts_dataset, redness, tiny_bagel
 from trl_unigrpo.monitoring.metrics import LOGGED_METRICS
 from trl_unigrpo.rewards import thinking_reward
 
@@ -63,21 +63,21 @@ def test_metrics_mean_what_they_say(make_trainer, train):
     model.load_state_dict(seen.weights[1], strict=False)
     squares, log_ratios = [], []
     for batch in trainer._buffered_inputs:
-        now = model.predict_velocities(model.flow_inputs(batch["flow_records"])).detach()
-        squares.append((now - batch["flow_reference_velocities"]).square().mean().item())
-        for row, record in enumerate(batch["flow_records"]):
-            for k, (t, t_next) in enumerate(zip(record.timesteps, record.next_timesteps, strict=True)):
-                c = 1.0 if t == 1 else 1.32
-                std = 0.8 if t == 1 else (0.64 * t / (1 - t) * (t - t_next)).sqrt().item()
-                old, shift = batch["flow_old_velocities"][row, k], 0.32 * (t - t_next) / (1 - t) if t < 1 else 0.32
-                noise = (record.next_latents[k] - (1 - shift) * record.latents[k] - c * (t_next - t) * old) / std
-                log_ratios.append((noise * c * (t_next - t) * (now[row, k] - old)).mean().item())
+        found = beside(trainer, batch["trajectories"])
+        states, now = found["steps"].states, model.predict_velocities(found["steps"]).detach()
+        squares.append((now - found["reference"]).square().mean().item())
+        for k, (t, t_next) in enumerate(zip(states.t, states.t_next, strict=True)):
+            c = 1.0 if t == 1 else 1.32
+            std = 0.8 if t == 1 else (0.64 * t / (1 - t) * (t - t_next)).sqrt().item()
+            old, shift = found["old"][k], 0.32 * (t - t_next) / (1 - t) if t < 1 else 0.32
+            noise = (states.x_next[k] - (1 - shift) * states.x[k] - c * (t_next - t) * old) / std
+            log_ratios.append((noise * c * (t_next - t) * (now[k] - old)).mean().item())
     assert second["flow/velocity_mse"] == pytest.approx(np.mean(squares), rel=1e-3)
     assert second["flow/ratio_mean"] == pytest.approx(np.exp(log_ratios).mean(), abs=2e-6)
     per_batch = np.array(log_ratios).reshape(2, -1)
     assert second["flow/log_ratio_std"] == pytest.approx(per_batch.std(1).mean(), rel=1e-2)
     assert second["flow/clip_frac"] == pytest.approx(
-        np.mean(np.abs(np.expm1(log_ratios)) > trainer._objective.epsilon)
+        np.mean(np.abs(np.expm1(log_ratios)) > trainer._setup.objective.epsilon)
     )
 
 

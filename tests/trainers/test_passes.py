@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 
 from tests.helpers.runs import assert_same_update
-from tests.helpers.tiny_unified import FixedTexts, OneByOne, moved, tiny_bagel, weights
+from tests.helpers.tiny_unified import FixedTexts, OneByOne, beside, images_of, moved, tiny_bagel, weights
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 
 
@@ -60,11 +60,11 @@ def test_update_computes_velocities_in_the_precision_of_the_rollout(make_trainer
     model = tiny_bagel()
     model.__class__ = cls
     trainer = make_trainer(model=model, bf16=True, guidance_scale=guidance_scale)
-    second_pass = [batch for batch in train(trainer).batches if "flow_old_velocities" in batch]
+    second_pass = [batch for batch in train(trainer).batches if "old" in batch]
     assert second_pass
     for batch in second_pass:
-        sampled = torch.stack([record.velocities for record in batch["flow_records"]])
-        assert torch.equal(batch["flow_old_velocities"], sampled)  # bf16 twice; float32 would differ by its rounding
+        # bf16 twice; float32 would differ by its rounding.
+        assert torch.equal(batch["old"], batch["steps"].states.velocity)
 
 
 def test_one_ratio_per_image_needs_its_velocities_together(make_trainer):
@@ -116,14 +116,14 @@ def test_cycle_of_generations_and_old_velocities(
     )
     starts, paint = [], trainer._paint
 
-    def painted(conditioning):
+    def painted(trajectories):
         starts.append(trainer.state.global_step)
-        return paint(conditioning)
+        return paint(trajectories)
 
     trainer._paint = painted
     seen = train(trainer)
     assert starts == generations
-    assert [("flow_old_velocities" in batch) for batch in seen.batches[:steps_per_generation]] == (
+    assert [("old" in batch) for batch in seen.batches[:steps_per_generation]] == (
         [precomputed] * steps_per_generation
     )
     # Whatever the cycle, the old policy is the one that painted the images.
@@ -138,11 +138,10 @@ def test_cycle_of_generations_and_old_velocities(
         model.load_state_dict(seen.weights[first_step], strict=False)
         for batch in batches:
             with torch.no_grad():
-                expected = model.predict_velocities(model.flow_inputs(batch["flow_records"]))
-            if "flow_old_velocities" in batch:
-                torch.testing.assert_close(batch["flow_old_velocities"], expected, rtol=1e-4, atol=1e-5)
-            sampled = torch.stack([record.velocities for record in batch["flow_records"]])
-            torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-5)
+                expected = model.predict_velocities(batch["steps"])
+            if "old" in batch:
+                torch.testing.assert_close(batch["old"], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(batch["steps"].states.velocity, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_ratio_is_one_in_the_first_pass_and_not_in_the_second(make_trainer):
@@ -159,8 +158,7 @@ def test_ratio_is_one_in_the_first_pass_and_not_in_the_second(make_trainer):
 def test_rollout_velocities_as_old_policy(make_trainer, train):
     seen = train(make_trainer(flow_old_source="rollout"))
     for batch in seen.batches:
-        sampled = torch.stack([record.velocities for record in batch["flow_records"]])
-        assert torch.equal(batch["flow_old_velocities"], sampled)
+        assert torch.equal(batch["old"], batch["steps"].states.velocity)
 
 
 def test_truncated_thinkings_still_condition_their_image(make_trainer):
@@ -170,8 +168,8 @@ def test_truncated_thinkings_still_condition_their_image(make_trainer):
     batches = trainer._buffered_inputs
     assert any((batch["completion_mask"].sum(1) == 0).any() for batch in batches)
     for batch in batches:
-        sampled = torch.stack([record.velocities for record in batch["flow_records"]])
-        torch.testing.assert_close(batch["flow_old_velocities"], sampled, rtol=1e-4, atol=1e-5)
+        found = beside(trainer, batch["trajectories"])
+        torch.testing.assert_close(found["old"], found["steps"].states.velocity, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("peft", [False, True])
@@ -193,7 +191,7 @@ def test_gradient_checkpointing_changes_nothing(make_trainer, peft):
 
 def test_image_batches_do_not_change_the_images(make_trainer, train):
     batches = [train(make_trainer(image_batch_size=size, max_steps=1)).batches for size in (None, 3)]
-    finals = [torch.stack([r.final_latents for b in some for r in b["flow_records"]]) for some in batches]
+    finals = [torch.stack([image.latents for image in images_of(some)]) for some in batches]
     torch.testing.assert_close(*finals)
 
 

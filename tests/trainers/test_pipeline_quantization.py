@@ -7,8 +7,9 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from tests.helpers.tiny_painters import PROMPTS, generators, painted_from
-from tests.helpers.tiny_pipelines import FAMILIES, qwen3, tokenizer
+from tests.helpers.painting import painted_steps, prompts_alone
+from tests.helpers.tiny_painters import PROMPTS
+from tests.helpers.tiny_pipelines import FAMILIES, generators, qwen3, tokenizer
 from tests.helpers.tiny_unified import moved, weights
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
@@ -92,10 +93,10 @@ def test_blocks_are_quantised_and_heads_are_not(quantized):
 
 def test_replay_of_a_quantised_painter(quantized):
     plan = RolloutPlan(quantized.own_timesteps(3, (8, 8)), (8, 8), torch.tensor([0, 1]))
-    records = quantized.rollout(painted_from(PROMPTS), plan, generators())
-    for k, velocity in quantized.velocities(records):
-        assert velocity.dtype == records[0].latents.dtype == torch.float32
-        assert torch.equal(velocity, torch.stack([record.velocities[k] for record in records]))
+    steps = painted_steps(quantized, prompts_alone(PROMPTS), plan, generators())
+    for index, velocity in quantized.velocities(steps):
+        assert velocity.dtype == steps.x.dtype == torch.float32
+        assert torch.equal(velocity, steps.states.velocity[index])
 
 
 def test_it_trains(make_trainer, quantized, tmp_path):

@@ -9,15 +9,18 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
+from tests.helpers.painting import painted_steps, prompts_alone
 from tests.helpers.tiny_cosmos3 import tiny_cosmos3
-from tests.helpers.tiny_painters import PROMPTS, generators, painted_from, tiny_model
+from tests.helpers.tiny_painters import PROMPTS, generators, tiny_model
 from tests.helpers.tiny_pipelines import flux2_klein, qwen3, sd3, tokenizer
 from tests.helpers.tiny_unified import PROMPTS as PROMPTS_OF_TRAINING
-from tests.helpers.tiny_unified import moved, prompts_dataset, redness, tiny_config, weights
+from tests.helpers.tiny_unified import images_of, moved, prompts_dataset, redness, tiny_config, weights
 from trl_unigrpo.flow.sampler import RolloutPlan
-from trl_unigrpo.models.contract import FlowInputs
+from trl_unigrpo.flow.states import LinePoints
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
+from trl_unigrpo.sampling import decode, paint
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
+from trl_unigrpo.trajectory import Image, Round, Steps, Trajectory, in_order
 
 
 def arguments(**changes):
@@ -53,21 +56,19 @@ def test_one_expert_alone(make_trainer, weight, part):
 
 def test_the_painter_hears_what_was_thought(make_trainer, train):
     trainer = make_trainer(model=tiny_model(), **arguments(max_steps=1))
-    contexts = []
-    rollout = trainer.unified.rollout
+    heard, contexts = [], trainer.unified.contexts
 
-    def kept(conditioning, plan, noise):
-        contexts.append((conditioning, trainer.unified.contexts(conditioning)))
-        return rollout(conditioning, plan, noise)
+    def kept(trajectories):
+        heard.append((trajectories, contexts(trajectories)))
+        return heard[-1][1]
 
-    trainer.unified.rollout = kept
+    trainer.unified.contexts = kept
     seen = train(trainer)
-    (conditioning, told), *_ = contexts
-    texts = tokenizer().batch_decode(conditioning.completion_ids, skip_special_tokens=True)
+    (trajectories, told), *_ = heard
+    texts = tokenizer().batch_decode([t.text_ids for t in trajectories], skip_special_tokens=True)
     assert told == [text.rpartition("</think>")[2].strip() or "never empty" for text in texts]
     assert len(set(told)) > 1
-    records = [record for batch in seen.batches for record in batch["flow_records"]]
-    assert sorted(record.context for record in records) == sorted(told)
+    assert sorted(image.context for image in images_of(seen.batches)) == sorted(told)
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
@@ -107,8 +108,7 @@ def test_the_ten_lines_with_another_model(tmp_path):
 
     model, size = trainer.unified, (8, 8)
     plan = RolloutPlan(model.own_timesteps(3, size), size)
-    record = model.rollout(painted_from(PROMPTS[:1]), plan, generators(1))[0]
-    image = model.decode_latents(record.final_latents[None], size)[0]
+    (image,) = decode(model, paint(model, prompts_alone(PROMPTS[:1]), plan, generators(1)))
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "painter")
     pipeline.load_lora_weights(run / "adapters" / "painter")
     call = {"height": 8, "width": 8, "num_inference_steps": 3, "guidance_scale": 1.0, **tiny.arguments}
@@ -178,10 +178,10 @@ def test_memory_is_that_of_one_step():
     peaks = []
     for steps in (1, 4):
         plan = RolloutPlan(model.own_timesteps(6, (8, 8)), (8, 8), torch.arange(steps))
-        records = model.rollout(painted_from(PROMPTS), plan, generators())
+        table = painted_steps(model, prompts_alone(PROMPTS), plan, generators())
         memory = Memory()
         with memory.hooks():
-            for _, velocity in model.velocities(records):
+            for _, velocity in model.velocities(table):
                 velocity.square().mean().backward()
                 del velocity
         assert memory.peak > 0
@@ -195,10 +195,14 @@ def test_gradients_are_those_of_the_network_called_by_hand():
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(2, *model.latent_shape(size), generator=generator)
     times, target = torch.tensor([0.9, 0.3]), torch.randn(latents.shape, generator=generator)
-    flow = FlowInputs(latents[:, None], times[:, None], PROMPTS[:2], size)
+    images = [
+        Image(x, size, prompt, LinePoints(x[None], t[None], x[None]))
+        for x, t, prompt in zip(latents, times, PROMPTS[:2], strict=True)
+    ]
+    steps = Steps.of([Trajectory("", [], rounds=[Round(images=[image])]) for image in images])
     gradients = []
     for velocity in (
-        lambda: model.predict_velocities(flow)[:, 0],
+        lambda: in_order(model.velocities(steps)),
         lambda: by_hand(model.pipeline, latents, times),
     ):
         model.zero_grad()
@@ -268,9 +272,9 @@ def test_the_trainers_other_settings(make_trainer, train, settings):
     before = weights(trainer.model)
     seen = train(trainer)
     assert any(".painter." in name for name in moved(before, weights(trainer.model)))
-    record = seen.batches[0]["flow_records"][0]
+    image = images_of(seen.batches)[0]
     if "guidance_scale" in settings:
-        assert record.branches == {"text": ""}
+        assert image.branches == {"text": ""}
         assert trainer.state.log_history[0]["flow/log_ratio_std"] == 0
     if "thinking" in settings:
-        assert record.context in PROMPTS_OF_TRAINING
+        assert image.context in PROMPTS_OF_TRAINING

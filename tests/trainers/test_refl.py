@@ -97,18 +97,18 @@ def logs(trainer):
 
 def captured(trainer):
     """What the images of each micro-batch are painted from, and its prompts."""
-    kept, rollout, compute_loss = [], trainer.unified.rollout, trainer.compute_loss
+    kept, contexts, compute_loss = [], trainer.unified.contexts, trainer.compute_loss
 
-    def spied_rollout(conditioning, plan, generators):
-        kept.append([conditioning])
-        return rollout(conditioning, plan, generators)
+    def spied_contexts(trajectories):
+        kept.append([trajectories])
+        return contexts(trajectories)
 
     def spied_loss(model, inputs, **kwargs):
         loss = compute_loss(model, inputs, **kwargs)
         kept[-1].append(inputs["prompts"])
         return loss
 
-    trainer.unified.rollout, trainer.compute_loss = spied_rollout, spied_loss
+    trainer.unified.contexts, trainer.compute_loss = spied_contexts, spied_loss
     return kept
 
 
@@ -131,11 +131,12 @@ def rewards_by_definition(model, contexts, prompts, m, steps, shift, seed=0, rew
     return torch.cat(rewards)
 
 
-def contexts_of(conditioning):
+def contexts_of(trajectories):
     """Prompt, thinking, and the token that closes a thinking which ran out of length."""
     rows = []
-    for prompt, thinking in zip(conditioning.prompt_ids, conditioning.completion_ids, strict=True):
-        row = [*prompt, *thinking]
+    for trajectory in trajectories:
+        thinking = trajectory.text_ids
+        row = [*trajectory.prompt_ids, *thinking]
         rows.append(row[:-1] if not thinking else row if row[-1] == 2 else [*row, 2])
     return rows
 
@@ -157,18 +158,18 @@ def test_gradient_is_that_of_the_definition(tmp_path, options):
     trainer = make_refl(tmp_path, **options)
     kept = captured(trainer)
     (gradients,) = train(trainer)
-    ((conditioning, prompts),) = kept
+    ((trajectories, prompts),) = kept
     (log,) = logs(trainer)
     thinks = options.get("thinking", True)
-    assert all(bool(thinking) == thinks for thinking in conditioning.completion_ids)
+    assert all(bool(trajectory.text_ids) == thinks for trajectory in trajectories)
     system = "<|im_start|> think first <|im_end|> " if thinks else ""
-    decoded = [trainer.processing_class.decode(ids) for ids in conditioning.prompt_ids]
+    decoded = [trainer.processing_class.decode(trajectory.prompt_ids) for trajectory in trajectories]
     assert decoded == [f"{system}<|im_start|> {prompt} <|im_end|> <|im_start|>" for prompt in prompts]
 
     model, args = tiny_bagel(), trainer.args
     steps, shift = args.num_inference_steps, args.timestep_shift
     m = round(log["refl/step"])
-    rewards = rewards_by_definition(model, contexts_of(conditioning), prompts, m, steps, shift, args.seed)
+    rewards = rewards_by_definition(model, contexts_of(trajectories), prompts, m, steps, shift, args.seed)
     if options["refl_loss"] == "hinge":
         losses = torch.nn.functional.relu(args.refl_margin - rewards)
     else:
@@ -329,11 +330,11 @@ def test_failed_rewards_in_training(tmp_path):
     kept = captured(trainer)
     with pytest.warns(UserWarning, match="Some images have no reward"):
         (gradients,) = train(trainer)
-    ((conditioning, prompts),) = kept
+    ((trajectories, prompts),) = kept
     (log,) = logs(trainer)
     assert log["reward/frac_none"] == 0.5
     model = tiny_bagel()
-    rewards = rewards_by_definition(model, contexts_of(conditioning), prompts, round(log["refl/step"]), 6, 3.0)
+    rewards = rewards_by_definition(model, contexts_of(trajectories), prompts, round(log["refl/step"]), 6, 3.0)
     kept_rewards = rewards[[i for i, prompt in enumerate(prompts) if prompt == PROMPTS[1]]]
     assert len(kept_rewards) == 2
     loss = -1e-3 * kept_rewards.mean()

@@ -66,7 +66,7 @@ def test_checkpoint_without_fitting_rollouts_goes_on_with_a_fresh_generation(mak
     assert resumed.state.global_step == 6
     # The cycle of generations stays in step with the data: 0, 2 and 4 begin one each.
     assert resumed._step == 6 * resumed.args.gradient_accumulation_steps
-    assert resumed._generation == 3
+    assert resumed.generation == 3
     logs = {entry["step"]: entry for entry in resumed.state.log_history if "loss" in entry}
     assert logs[4]["flow/log_ratio_std"] == 0  # sampled anew, so that it is its own old policy
     assert logs[5]["flow/log_ratio_std"] == 0

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from trl.rewards import think_format_reward
 
-from tests.helpers.tiny_unified import IMAGE_SIZE, prompts_dataset, redness
+from tests.helpers.tiny_unified import IMAGE_SIZE, images_of, prompts_dataset, redness
+from trl_unigrpo.sampling import decode
 from trl_unigrpo.trainers.scoring import mask_failed_rewards
 
 
@@ -35,28 +36,28 @@ def test_images_are_a_flat_list_aligned_with_the_completions(make_trainer, train
     )
     painted, paint = [], trainer._paint
 
-    def kept(conditioning):
-        records, images = paint(conditioning)
-        painted.append((conditioning, images))
-        return records, images
+    def kept(trajectories):
+        images = paint(trajectories)
+        painted.append((trajectories, images))
+        return images
 
     trainer._paint = kept
     seen = train(trainer)
     (call,) = watch.calls
-    ((conditioning, images),) = painted
+    ((trajectories, images),) = painted
     assert len(call["images"]) == len(call["prompts"]) == len(call["completions"]) == len(call["target"]) == 8
     assert all(isinstance(image, Image.Image) and image.size == (IMAGE_SIZE, IMAGE_SIZE) for image in call["images"])
     assert all(mine is theirs for mine, theirs in zip(images, call["images"], strict=True))
-    decoded = trainer.processing_class.batch_decode(conditioning.completion_ids, skip_special_tokens=True)
+    decoded = trainer.processing_class.batch_decode([t.text_ids for t in trajectories], skip_special_tokens=True)
     assert call["completions"] == decoded
     assert len(set(call["target"])) == 2  # two groups, each column repeated with its prompt
     assert call["target"][:4] == [call["target"][0]] * 4
-    # And the record that is trained on is the one of the image that was scored.
+    # And the image that is trained on is the one that was scored.
     by_context = {}
     for batch in seen.batches:
-        for record, advantage in zip(batch["flow_records"], batch["advantages"], strict=True):
-            image = trainer.unified.decode_latents(record.final_latents[None], (IMAGE_SIZE, IMAGE_SIZE))[0]
-            by_context[image.tobytes()] = advantage.item()
+        for image, advantage in zip(images_of([batch]), batch["advantages"], strict=True):
+            (decoded,) = decode(trainer.unified, [image])
+            by_context[decoded.tobytes()] = advantage.item()
     scores = torch.tensor([float(i % 3) for i in range(8)]).view(2, 4)
     expected = ((scores - scores.mean(1, True)) / (scores.std(1, keepdim=True) + 1e-4)).flatten()
     found = torch.tensor([by_context[image.tobytes()] for image in call["images"]])
@@ -71,9 +72,9 @@ def test_prompts_reach_the_model_in_its_own_format(make_trainer, conversational,
     trainer = make_trainer(reward_funcs=watch, train_dataset=dataset, system_prompt=system_prompt, max_steps=1)
     contexts, paint = [], trainer._paint
 
-    def kept(conditioning):
-        contexts.extend(conditioning.prompt_ids)
-        return paint(conditioning)
+    def kept(trajectories):
+        contexts.extend(trajectory.prompt_ids for trajectory in trajectories)
+        return paint(trajectories)
 
     trainer._paint = kept
     trainer.train()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from tests.helpers.tiny_unified import weights
+from tests.helpers.tiny_unified import images_of, weights
 from trl_unigrpo.trainers.trl_bridge import (
     ATTRIBUTES,
     HOOKS,
@@ -120,16 +120,16 @@ def test_attribute_that_is_gone(make_trainer, monkeypatch, name):
 
 def test_images_are_kept_as_long_as_the_other_logs(make_trainer):
     trainer = make_trainer()
-    assert trainer._logs["images"].maxlen == trainer._logs["prompt"].maxlen == trainer._images.maxlen == 8
+    assert trainer._logs["images"].maxlen == trainer._logs["prompt"].maxlen == trainer._progress.images.maxlen == 8
 
 
 def test_rows_of_a_batch_are_kept_together_by_trls_shuffle(make_trainer, train):
-    # Records are a list beside TRL's tensors: after the shuffle each still belongs to its row.
+    # Trajectories are a list beside TRL's tensors: after the shuffle each still belongs to its row.
     seen = train(make_trainer(max_steps=1))
     for batch in seen.batches:
-        for row, record in enumerate(batch["flow_records"]):
+        for row, image in enumerate(images_of([batch])):
             prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
             thinking = batch["completion_ids"][row][batch["completion_mask"][row].bool()].tolist()
-            context = record.context.ids.tolist()
+            context = image.context.ids.tolist()
             assert context[: len(prompt) + len(thinking)] == prompt + thinking
             assert context[-1] == 2

@@ -3,14 +3,20 @@
 import pytest
 import torch
 
-from tests.helpers.tiny_unified import moved, weights
+from tests.helpers.tiny_unified import images_of, moved, weights
+from trl_unigrpo.flow import flow_timesteps
+from trl_unigrpo.trainers.windows import draw_windows
+
+
+def window_of(trainer, batch_size=8):
+    return draw_windows(trainer.args, trainer.generation, trainer.accelerator.process_index, batch_size).tolist()
 
 
 def windows_of(trainer, batch_size=8, generations=range(12)):
     drawn = []
     for generation in generations:
         trainer._step = generation * trainer.args.steps_per_generation * trainer.num_iterations
-        drawn.append(trainer._draw_windows(batch_size).tolist())
+        drawn.append(window_of(trainer, batch_size))
     return drawn
 
 
@@ -23,10 +29,10 @@ def test_one_contiguous_window_per_generation_drawn_anew(make_trainer):
 
 def test_micro_steps_of_a_generation_have_one_window_and_one_noise(make_trainer):
     trainer = make_trainer()
-    first = [trainer._draw_windows(8).tolist()]
+    first = [window_of(trainer)]
     for step in range(1, 4):
         trainer._step = step
-        first.append(trainer._draw_windows(8).tolist())
+        first.append(window_of(trainer))
     assert all(window == first[0] for window in first)
 
 
@@ -66,18 +72,18 @@ def test_window_is_what_is_recorded(make_trainer, train):
     trainer = make_trainer(sde_window_scope="sample", max_steps=1)
     seen = train(trainer)
     trainer._step = 0
-    nodes = trainer._timesteps("train").float()
-    expected = sorted(nodes[window].tolist() for window in trainer._draw_windows(8))
-    records = [record for batch in seen.batches for record in batch["flow_records"]]
-    assert sorted(record.timesteps.tolist() for record in records) == expected
-    for record in records:
-        assert record.latents.dtype == record.next_latents.dtype == torch.float32
+    nodes = flow_timesteps(trainer.args.num_inference_steps, trainer.args.timestep_shift).float()
+    expected = sorted(nodes[window].tolist() for window in window_of(trainer))
+    tables = [image.steps for image in images_of(seen.batches)]
+    assert sorted(steps.t.tolist() for steps in tables) == expected
+    for steps in tables:
+        assert steps.x.dtype == steps.x_next.dtype == torch.float32
 
 
 def test_noise_differs_between_samples_and_generations_but_not_between_runs(make_trainer, train):
     # A fixed window starts at step 0, so that the first recorded state is the noise itself.
     runs = [train(make_trainer(max_steps=4, sde_window_mode="fixed", text_weight=0.0)) for _ in range(2)]
-    noises = [{r.latents[0].numpy().tobytes() for batch in run.batches for r in batch["flow_records"]} for run in runs]
+    noises = [{image.steps.x[0].numpy().tobytes() for image in images_of(run.batches)} for run in runs]
     assert len(noises[0]) == 16  # 8 images in each of 2 generations
     assert noises[0] == noises[1]
     assert not moved(runs[0].weights[-1], runs[1].weights[-1])

@@ -142,12 +142,12 @@ def decompose(
     max_retries: Annotated[int, typer.Option(min=0, help="Repetitions of a request that the endpoint failed on.")] = 4,
 ) -> None:
     """Turn prompts into yes-no questions for DVReward and QuestionReward."""
-    from ..rewards.questions.decompose import failures_file, run
+    from ..rewards.questions.decompose import decompose_with_progress, failures_file
     from .prompt_files import read_rows
 
     options = {"quality": quality, "attempts": attempts, "timeout": timeout, "max_retries": max_retries}
     try:
-        report = run(
+        report = decompose_with_progress(
             read_rows(input, split),
             output,
             model=model,
@@ -348,7 +348,7 @@ def paper(
     from rich.console import Console
 
     from ..experiments.paper.runner import (
-        Options,
+        PaperOptions,
         run_paper,
         show_grid,
         usable_cores,
@@ -356,7 +356,7 @@ def paper(
     from ..experiments.paper.systems import CHOSEN
 
     try:
-        options = Options(
+        options = PaperOptions(
             output=Path(output_dir or ("paper-quick" if quick else "paper-runs")),
             chosen=Path(chosen) if chosen else CHOSEN,
             jobs=jobs or usable_cores(),

@@ -51,7 +51,7 @@ def weight_memory(load: Workload) -> int:
     return experts + plain * load.weight_bytes
 
 
-def trained_parameters(load: Workload) -> int:
+def trained_parameter_count(load: Workload) -> int:
     if load.lora_ranks is not None:
         return sum(lora_parameters(load.config.llm_config, rank) for rank in load.lora_ranks)
     counts = parameter_counts(load.config)
@@ -109,7 +109,7 @@ def estimate_memory(load: Workload) -> Memory:
     """Memory by part and the peak of each phase."""
     llm, a, count = load.config.llm_config, load.activation_bytes, load.trajectories
     width, layers = llm.hidden_size, llm.num_hidden_layers
-    trained, weights = trained_parameters(load), weight_memory(load)
+    trained, weights = trained_parameter_count(load), weight_memory(load)
     cached = 2 * layers * key_value_heads(llm) * head_size(llm) * a  # per token
     packed = load.context + load.sde_window_size * (load.latents + 2)
     numbers = 4 * load.latents * load.config.latent_channels  # one latent state in float32

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ..rewards.common import Scores
 from ..rewards.questions.question import Question
 
+
+_T = TypeVar("_T")
 
 Metric = Callable[[Sequence[Question], Scores], dict[str, float | None]]
 """From a picture's questions and P(yes) of each, None where there is none, to its scores; the first is its reward."""
@@ -99,8 +101,8 @@ class Benchmark:
             raise ValueError(f"{self.title} has no prompt that can be painted.{shown}")
 
 
-def spread(items: Sequence[Item], number: int | None) -> tuple[Item, ...]:
-    """`number` of the items, evenly spread over their list and so over the tasks; all if there are not more."""
-    if number is None or number >= len(items):
-        return tuple(items)
-    return tuple(items[place * len(items) // number] for place in range(number))
+def evenly_spread(values: Sequence[_T], number: int | None) -> tuple[_T, ...]:
+    """Take `number` of the values, evenly spread over their list, as over a benchmark's tasks; all of no more."""
+    if number is None or number >= len(values):
+        return tuple(values)
+    return tuple(values[place * len(values) // number] for place in range(number))

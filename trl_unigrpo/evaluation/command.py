@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..flow.guidance import Guidance
 from ..monitoring.files import replace_file
-from .benchmark import Benchmark, spread
+from .benchmark import Benchmark, evenly_spread
 from .benchmarks import load_benchmark
 from .compare import compare_folders, comparison_table
 from .page import write_comparison, write_index
@@ -21,7 +21,7 @@ from .scorers import (
     Scorer,
     ShapeWorldScorer,
     detector_scorer,
-    fitting,
+    scorer_kind,
 )
 from .summary import plain, summarize, table
 
@@ -59,7 +59,7 @@ def prepare(name: str, data: str | None, num_prompts: int | None, seed: int | No
         return benchmark
     if num_prompts < 1:
         raise ValueError(f"num_prompts={num_prompts}: expected at least 1.")
-    return replace(benchmark, items=spread(benchmark.items, num_prompts))
+    return replace(benchmark, items=evenly_spread(benchmark.items, num_prompts))
 
 
 def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
@@ -81,7 +81,7 @@ def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
         return RewardScorer({path: load_reward(path) for path in judging.rewards})
     if asked:
         return _judge(benchmark, judging)
-    kind = fitting(benchmark)
+    kind = scorer_kind(benchmark)
     if kind == "rule":
         return ShapeWorldScorer()
     if kind == "detector":

@@ -13,17 +13,18 @@ from ..reporting.pages import (
     render_page,
     write_page,
 )
+from .benchmark import evenly_spread
 from .compare import Pair
 from .results import Line
 from .runner import read_image
 from .summary import shown
 
 
-PICTURES = 240
+MAX_IMAGES = 240
 """Pictures on a page at most."""
 SIDE = 176
 """Pixels of a picture's longer side."""
-QUESTIONS = 12
+MAX_ANSWERS = 12
 """Answers shown below a picture; the wrong ones first."""
 
 
@@ -32,7 +33,7 @@ def write_index(folder: Path, summary: Mapping[str, Any], lines: Sequence[Line])
     groups: dict[int, list[Line]] = {}
     for line in sorted(lines, key=lambda line: (line["index"], line["sample"])):
         groups.setdefault(line["index"], []).append(line)
-    chosen = evenly(list(groups.values()), PICTURES // max(map(len, groups.values()), default=1))
+    chosen = evenly_spread(list(groups.values()), max(1, MAX_IMAGES // max(map(len, groups.values()), default=1)))
     tasks: dict[str, list[list[dict[str, Any]]]] = {}
     for group in chosen:
         tasks.setdefault(group[0]["tag"], []).append([card(folder, line) for line in group])
@@ -50,7 +51,7 @@ def write_index(folder: Path, summary: Mapping[str, Any], lines: Sequence[Line])
 
 def write_comparison(folder: Path, report: Mapping[str, Any], pairs: Sequence[Pair]) -> None:
     """Write `compare.html`: the differences, and pairs of pictures, those that differ most first."""
-    chosen = evenly(sorted(pairs, key=lambda pair: pair.difference), PICTURES // 2)
+    chosen = evenly_spread(sorted(pairs, key=lambda pair: pair.difference), MAX_IMAGES // 2)
     ordered = sorted(chosen, key=lambda pair: -abs(pair.difference))
     a, b = Path(report["a"]), Path(report["b"])
     html = render_page(
@@ -76,19 +77,13 @@ def card(folder: Path, line: Line, prefix: str = "") -> dict[str, Any]:
         "picture": None if image is None else data_uri(jpeg(image, SIDE)),
         "tiny": image is not None and max(image.size) <= SIDE // 2,
         "file": prefix + line["image"],
-        "shown_questions": questions[:QUESTIONS],
-        "more_questions": max(0, len(questions) - QUESTIONS),
+        "shown_questions": questions[:MAX_ANSWERS],
+        "more_questions": max(0, len(questions) - MAX_ANSWERS),
     }
 
 
 def bounds(interval: Sequence[float]) -> str:
     return f"{interval[0]:.3f} to {interval[1]:.3f}"
-
-
-def evenly(values: Sequence[Any], number: int) -> list[Any]:
-    """`number` of the values, evenly spread; all if there are not more."""
-    number = min(max(number, 1), len(values))
-    return [values[place * len(values) // number] for place in range(number)]
 
 
 def _from(folder: Path, other: Path) -> str:

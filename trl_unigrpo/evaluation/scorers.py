@@ -205,7 +205,7 @@ def detector_scorer(detector: Any, colors: Any, name: str) -> RewardScorer:
     return RewardScorer({"correct": strict}, f"detector {name}", {"detector": name}, total="correct")
 
 
-def fitting(benchmark: Benchmark) -> str:
+def scorer_kind(benchmark: Benchmark) -> str:
     """What a benchmark is scored by: "rule", "detector", "judge" or "rewards"."""
     if benchmark.name == "shapeworld":
         return "rule"

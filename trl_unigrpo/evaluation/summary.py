@@ -55,8 +55,8 @@ def metric_summary(benchmark: Mapping[str, Any], lines: Sequence[Line], name: st
     tasks = list(dict.fromkeys(line["tag"] for line in lines))
     by_task = {task: task_mean(benchmark, [line for line in kept if line["tag"] == task], name) for task in tasks}
     return {
-        **as_json(overall_mean(benchmark, kept, name, tasks)),
-        "tasks": {task: as_json(found) for task, found in by_task.items()},
+        **interval_json(overall_mean(benchmark, kept, name, tasks)),
+        "tasks": {task: interval_json(found) for task, found in by_task.items()},
     }
 
 
@@ -120,11 +120,11 @@ def question_groups(lines: Sequence[Line]) -> dict[str, Any]:
             if question["group"] == group and question["earned"] is not None
         ]
         clusters = clusters_of([line for _, line in rows])
-        found[group] = as_json(mean_interval([value for value, _ in rows], clusters) if rows else None)
+        found[group] = interval_json(mean_interval([value for value, _ in rows], clusters) if rows else None)
     return found
 
 
-def as_json(interval: Interval | None) -> dict[str, Any]:
+def interval_json(interval: Interval | None) -> dict[str, Any]:
     """An interval for a file; without bounds where there are none."""
     if interval is None:
         return {"mean": None, "ci95": None, "clusters": 0}
@@ -148,9 +148,9 @@ def table(summary: Mapping[str, Any]) -> Table:
     tasks = list(main["tasks"])
     for place, task in enumerate(tasks):
         number = main["tasks"][task]
-        cells = [mean(metric["tasks"][task]) for metric in others]
+        cells = [mean_text(metric["tasks"][task]) for metric in others]
         found.add_row(plain(task), str(number["clusters"]), shown(number), *cells, end_section=place == len(tasks) - 1)
-    found.add_row("overall", str(main["clusters"]), shown(main), *map(mean, others))
+    found.add_row("overall", str(main["clusters"]), shown(main), *map(mean_text, others))
     return found
 
 
@@ -159,11 +159,11 @@ def plain(text: str) -> Text:
     return Text(readable(text))
 
 
-def mean(number: Mapping[str, Any]) -> str:
+def mean_text(number: Mapping[str, Any]) -> str:
     return "-" if number["mean"] is None else f"{number['mean']:.4g}"
 
 
 def shown(number: Mapping[str, Any]) -> str:
     """As ".712 [.690, .734]"."""
     bounds = number["ci95"]
-    return mean(number) if bounds is None else f"{number['mean']:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+    return mean_text(number) if bounds is None else f"{number['mean']:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"

@@ -11,7 +11,7 @@ from .files import replace_file
 
 ALARMS_FILE = "alarms.jsonl"
 MOST_INDICES = 8
-"""Pictures that an alarm names at most."""
+"""Images that an alarm names at most."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Alarm:
         name: what it looks at, such as "images/dark_share".
         message: what was seen and what to do, in one or two sentences.
         values: the numbers behind it.
-        indices: the pictures that it means: their places in [`Generation.images`], counted from 0.
+        indices: the images that it means: their places in [`Generation.images`], counted from 0.
         stops: whether the run should stop for it.
     """
 
@@ -32,8 +32,8 @@ class Alarm:
     stops: bool = False
 
     def __str__(self) -> str:
-        pictures = f" Pictures {', '.join(map(str, self.indices))}." if self.indices else ""
-        return f"{self.name}: {self.message}{pictures}"
+        images = f" Images {', '.join(map(str, self.indices))}." if self.indices else ""
+        return f"{self.name}: {self.message}{images}"
 
 
 def append_alarm(output_dir: str | Path, step: int, mode: str, alarm: Alarm, stopped: bool) -> None:
@@ -42,7 +42,7 @@ def append_alarm(output_dir: str | Path, step: int, mode: str, alarm: Alarm, sto
 
     Args:
         step: optimizer steps made before.
-        mode: "train" or "eval", what the indices count pictures of.
+        mode: "train" or "eval", what the indices count images of.
         stopped: whether the run stops for it.
     """
     line = {

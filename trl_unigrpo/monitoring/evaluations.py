@@ -17,7 +17,7 @@ LEAST = 8
 MOST_DATASETS = 4
 """Evaluation datasets that are told apart."""
 
-Scores = dict[str, list[float | None]]
+ScoresByName = dict[str, list[float | None]]
 """Score -> one value per sample, None where there is none."""
 
 
@@ -33,8 +33,8 @@ class Evaluations:
         checksum: of its prompts so far.
     """
 
-    first: dict[str, Scores] = field(default_factory=dict)
-    scores: Scores = field(default_factory=dict)
+    first: dict[str, ScoresByName] = field(default_factory=dict)
+    scores: ScoresByName = field(default_factory=dict)
     checksum: int = 0
 
     def add(self, prompts: Sequence[Any], scores: Mapping[str, FloatArray]) -> None:
@@ -44,7 +44,7 @@ class Evaluations:
             known = [None if math.isnan(value) else value for value in values.tolist()]
             self.scores.setdefault(name, []).extend(known)
 
-    def end(self) -> tuple[Scores, dict[str, Change]]:
+    def end(self) -> tuple[ScoresByName, dict[str, Change]]:
         """The scores of the evaluation that ends here, and how they differ from the first of the same prompts."""
         scores, key = self.scores, str(self.checksum)
         self.scores, self.checksum = {}, 0

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, TrainerCallback, TrainerControl, Trai
 from ..flow import Transition
 from ..flow.states import SDESteps
 from ..trajectory import Trajectory
+from .image_statistics import ImageStatistics
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Generation:
         group_size: G.
         prompts: N, as the dataset has them: texts or conversations.
         thinking: N texts.
-        images: N.
+        images: of this process' samples, which stand side by side.
+        statistics: N, of the images of all processes.
         rewards: function -> N numbers, NaN where it has none.
         weights: function that judges images -> what it counts in the reward; one of weight 0 is a held-out score.
         advantages: N, of the image's rewards.
@@ -38,10 +41,30 @@ class Generation:
     prompts: Sequence[Any]
     thinking: Sequence[str]
     images: Sequence[Image.Image]
+    statistics: Sequence[ImageStatistics]
     rewards: Mapping[str, Sequence[float]]
     weights: Mapping[str, float]
     advantages: Sequence[float]
     extra: Mapping[str, Sequence[Any]]
+    first: int = 0
+    """Place of this process' first sample among the N."""
+
+    def fetch(self, places: Sequence[int]) -> dict[int, Image.Image]:
+        """
+        Bring the images at some places to the first process: place -> image; nothing in the others.
+
+        All processes must call it, with the same places.
+        """
+        own = {place: self.images[place - self.first] for place in places if self.holds(place)}
+        if not (dist.is_available() and dist.is_initialized()):
+            return own
+        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(own, parts)
+        return {place: image for part in parts or [] for place, image in part.items()}
+
+    def holds(self, place: int) -> bool:
+        """Say whether this process has the image at a place."""
+        return self.first <= place < self.first + len(self.images)
 
     @cached_property
     def reward(self) -> NDArray[np.float64]:

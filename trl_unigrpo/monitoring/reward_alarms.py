@@ -10,7 +10,7 @@ from .evaluations import Evaluations
 from .events import Generation
 from .image_statistics import FloatArray
 from .memory import revive
-from .shift import LIMIT, Change, Shift
+from .shift import BEYOND_CHANCE, Change, Shift
 
 
 FAILED, FAILED_GENERATIONS = 0.1, 3
@@ -98,12 +98,12 @@ class RewardWatch:
 
     def _fallen(self, scores: Mapping[str, FloatArray]) -> list[Alarm]:
         change = self.best.change()
-        if change is None or change.errors > -LIMIT:
-            if change is not None and change.errors > LIMIT:
+        if change is None or change.errors > -BEYOND_CHANCE:
+            if change is not None and change.errors > BEYOND_CHANCE:
                 self.best = Shift(first=self.best.recent)
             return []
         message = (
-            f"the reward has fallen to {change.now:.3g} from {change.before:.3g}. Look at the pictures: if they are "
+            f"the reward has fallen to {change.now:.3g} from {change.before:.3g}. Look at the images: if they are "
             "broken, go on from an earlier checkpoint with lower learning rates, one SDE window per generation and "
             "groups of 16 or more."
         )
@@ -152,7 +152,7 @@ class RewardWatch:
         ]
         message = (
             f"{'; '.join(said)}. The policy learns what pleases the reward and not what the held-out score measures: "
-            "compare the pictures, stop at the best held-out score, raise flow_regularizer_weight, or train on both."
+            "compare the images, stop at the best held-out score, raise flow_regularizer_weight, or train on both."
         )
         values = {
             f"{name}, {when}": number

@@ -9,7 +9,7 @@ import numpy as np
 
 SPAN = 8
 """Groups at the start and now, at least: all of the first and of the last generation, if these have more."""
-LIMIT = 5.0
+BEYOND_CHANCE = 5.0
 """Standard errors. By Student's t with 14 degrees of freedom, chance goes beyond in 2 of 10,000 comparisons."""
 
 

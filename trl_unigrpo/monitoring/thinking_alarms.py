@@ -10,7 +10,7 @@ import numpy as np
 from .alarm import MOST_INDICES, Alarm
 from .image_statistics import FloatArray
 from .memory import revive
-from .shift import LIMIT, Shift
+from .shift import BEYOND_CHANCE, Shift
 
 
 NGRAM = 4
@@ -76,10 +76,10 @@ class ThinkingWatch:
 
     def _short(self, lengths: FloatArray) -> list[Alarm]:
         change = self.length.change()
-        if change is None or change.now > SHRUNK * change.before or change.errors > -LIMIT:
+        if change is None or change.now > SHRUNK * change.before or change.errors > -BEYOND_CHANCE:
             return []
         message = (
-            f"thinkings have shrunk to {change.now:.3g} characters from {change.before:.3g} at the start. If pictures "
+            f"thinkings have shrunk to {change.now:.3g} characters from {change.before:.3g} at the start. If images "
             "need them, reward their length or format, raise beta, or lower learning_rate."
         )
         values = {"before": change.before, "now": change.now}
@@ -87,7 +87,7 @@ class ThinkingWatch:
 
     def _repeating(self, found: FloatArray) -> list[Alarm]:
         change = self.repeated.change()
-        if change is None or change.now - change.before < REPEATED or change.errors < LIMIT:
+        if change is None or change.now - change.before < REPEATED or change.errors < BEYOND_CHANCE:
             return []
         message = (
             f"{change.now:.0%} of a thinking's phrases stood in it before, {change.before:.0%} at the start. Raise "

@@ -38,7 +38,7 @@ SETTINGS = (
 )
 
 
-def describe(model: Any, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+def describe_run(model: Any, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
     """What is trained, with which settings, in JSON's types."""
     return {
         "method": "UniGRPO",

@@ -8,12 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .pages import data_uri, render_page
+from .pages import data_uri, render_page, write_page
 from .run_files import (
     FOLDER,
     Run,
-    Sample,
     Shown,
+    ShownSample,
+    read_run,
 )
 from .run_summary import (
     change,
@@ -24,9 +25,9 @@ from .run_summary import (
 )
 
 
-BUDGET = 4_400_000  # bytes of pictures and texts in a page; with the rest it stays below 5 MB
+BUDGET = 4_400_000  # bytes of images and texts in a page; with the rest it stays below 5 MB
 GENERATIONS = 12
-COLUMNS = 8  # evaluations beside each other
+MOST_EVALUATIONS = 8  # evaluations beside each other
 ROWS = 8  # prompts of an evaluation
 TEXT = 4000  # bytes of a text that a page holds, see `shown_text`
 ALARMS = 30
@@ -35,13 +36,13 @@ ALARMS = 30
 def run_page(run: Run) -> str:
     """The page of one run."""
     evaluated = _Budget(BUDGET * 2 // 5)
-    view = _view(run, evaluated, ROWS, COLUMNS)
+    view = _view(run, evaluated, ROWS, MOST_EVALUATIONS)
     budget = _Budget(BUDGET * 3 // 5 + evaluated.left)
     return render_page("run.html.jinja", view=view, panels=panels(run), generations=_generations(run, budget))
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
-    """Several runs in one page: their numbers, curves over each other, and the last pictures of each."""
+    """Several runs in one page: their numbers, curves over each other, and the last images of each."""
     names = unique_names(runs)
     budget = _Budget(BUDGET)
     views = [_view(run, budget, ROWS, 0) for run in runs]
@@ -150,7 +151,7 @@ def spread(number: int) -> Iterable[int]:
         yield taken[-1]
 
 
-def _size(run: Run, samples: Iterable[Sample]) -> int:
+def _size(run: Run, samples: Iterable[ShownSample]) -> int:
     """Bytes that samples take in a page, about."""
     size = 0
     for sample in samples:
@@ -173,7 +174,7 @@ def _generation(run: Run, shown: Shown, groups: int | None = None) -> dict[str, 
     }
 
 
-def _sample(run: Run, shown: Shown, sample: Sample) -> dict[str, Any]:
+def _sample(run: Run, shown: Shown, sample: ShownSample) -> dict[str, Any]:
     alarms = [alarm for alarm in run.alarms if (alarm.step, alarm.mode) == (shown.step, shown.mode)]
     return {
         "index": sample.index,
@@ -183,14 +184,14 @@ def _sample(run: Run, shown: Shown, sample: Sample) -> dict[str, Any]:
         "advantage": sample.advantage,
         "rewards": sample.rewards,
         "extra": {name: value for name, value in sample.extra.items() if value not in (None, "")},
-        "picture": _picture(run, sample),
+        "image": _image(run, sample),
         "tiny": shown.side <= 96,
         "alarms": [alarm.name for alarm in alarms if sample.index in alarm.indices],
     }
 
 
-def _picture(run: Run, sample: Sample) -> Markup | None:
-    """The picture as a URL; None where it was not kept, or its file is gone."""
+def _image(run: Run, sample: ShownSample) -> Markup | None:
+    """The image as a URL; None where it was not kept, or its file is gone."""
     if sample.picture is None:
         return None
     folder = (run.folder / FOLDER).resolve()
@@ -206,7 +207,7 @@ def _picture(run: Run, sample: Sample) -> Markup | None:
 def _evaluation(
     run: Run, name: str, evaluated: Sequence[Shown], budget: _Budget, rows: int, columns: int
 ) -> dict[str, Any]:
-    """Prompts down, evaluations across; each prompt's first picture."""
+    """Prompts down, evaluations across; each prompt's first image."""
     kept: list[Shown] = []
     for i in spread(len(evaluated)):
         if len(kept) == columns or not budget.take(_size(run, _firsts(evaluated[i])[:rows])):
@@ -231,13 +232,13 @@ def _evaluation(
     }
 
 
-def _firsts(shown: Shown) -> list[Sample]:
+def _firsts(shown: Shown) -> list[ShownSample]:
     """The first sample of each group of an evaluation: the same prompt and noise whenever it runs."""
     return list(shown.samples[:: shown.group_size])
 
 
 def _side_by_side(runs: Sequence[Run], budget: _Budget) -> list[dict[str, Any]]:
-    """Prompts that all runs were evaluated on: the picture of each run's last evaluation."""
+    """Prompts that all runs were evaluated on: the image of each run's last evaluation."""
     last = [next((found[-1] for found in evaluations(run).values()), None) for run in runs]
     if any(shown is None for shown in last):
         return []
@@ -271,9 +272,6 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     Raises:
         NoRunError: for a folder without a run.
     """
-    from .pages import write_page
-    from .run_files import read_run
-
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise ValueError("No folder given: expected at least one.")

@@ -14,7 +14,7 @@ FEWEST = 5  # values that each end of a curve needs before an interval means any
 
 
 @dataclass(frozen=True)
-class Change:
+class RunChange:
     """
     A score before and after.
 
@@ -53,7 +53,7 @@ def evaluations(run: Run) -> dict[str, list[Shown]]:
     return found
 
 
-def held_out_change(evaluated: Sequence[Shown]) -> Change | None:
+def held_out_change(evaluated: Sequence[Shown]) -> RunChange | None:
     """Rewards of the first evaluation against the last, paired by prompt and place; None without two evaluations."""
     if len(evaluated) < 2:
         return None
@@ -67,7 +67,7 @@ def held_out_change(evaluated: Sequence[Shown]) -> Change | None:
         return None
     prompts, olds, news = zip(*pairs, strict=True)
     gain = mean_interval([new - old for old, new in zip(olds, news, strict=True)], prompts)
-    return Change(sum(olds) / len(olds), sum(news) / len(news), gain, fixed=True)
+    return RunChange(sum(olds) / len(olds), sum(news) / len(news), gain, fixed=True)
 
 
 def by_place(shown: Shown) -> dict[tuple[str, int], float | None]:
@@ -80,7 +80,7 @@ def by_place(shown: Shown) -> dict[tuple[str, int], float | None]:
     return found
 
 
-def training_change(rewards: Sequence[float]) -> Change | None:
+def training_change(rewards: Sequence[float]) -> RunChange | None:
     """The first tenth of the logged rewards against the last; None without two."""
     rewards = [value for value in rewards if math.isfinite(value)]
     if len(rewards) < 2:
@@ -92,10 +92,10 @@ def training_change(rewards: Sequence[float]) -> Change | None:
         half = math.hypot(first.high - first.mean, last.high - last.mean)
         mean = last.mean - first.mean
         gain = Interval(mean, mean - half, mean + half, 2 * tenth)
-    return Change(first.mean, last.mean, gain, fixed=False)
+    return RunChange(first.mean, last.mean, gain, fixed=False)
 
 
-def change(run: Run) -> Change | None:
+def change(run: Run) -> RunChange | None:
     """On fixed prompts where the run was evaluated twice, else of the training's own reward."""
     for evaluated in evaluations(run).values():
         if (found := held_out_change(evaluated)) is not None:

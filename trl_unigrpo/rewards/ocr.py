@@ -1,4 +1,4 @@
-"""Is the text that was asked for in the picture? Read by a real OCR model that runs on a CPU."""
+"""Is the text that was asked for in the image? Read by a real OCR model that runs on a CPU."""
 
 import re
 from collections.abc import Sequence

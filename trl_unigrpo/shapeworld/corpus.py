@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from ..statistics import BoolArray
 from .dataset import check_split
 from .grammar import sampling_weights
 from .render import render_images
@@ -29,7 +30,6 @@ from .world import (
     SHAPES,
     THINK_END,
     THINK_START,
-    BoolArray,
     IntArray,
     PromptSpec,
     SpecArrays,

@@ -35,7 +35,7 @@ def _entropy(counts: IntArray) -> float:
     return float(-(share * np.log2(share)).sum()) + 0.0
 
 
-def diversity(cells: IntArray) -> Diversity:
+def cell_diversity(cells: IntArray) -> Diversity:
     """Diversity within the pictures of each prompt, cells (prompts, pictures per prompt, 9).
 
     Colour entropy says something only for prompts that leave the colour open, position entropy for those that leave

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ..flow.guidance import Guidance
 from ..sampling import generate
+from ..statistics import FloatArray
 from .dataset import shapeworld_dataset
-from .diversity import Diversity, diversity
+from .diversity import Diversity, cell_diversity
 from .grammar import parse_prompt
 from .plan import score_plans
 from .render import IMAGE_SIZE
@@ -32,8 +31,6 @@ from .world import NUM_CELLS
 NUM_INFERENCE_STEPS = 10
 MAX_COMPLETION_LENGTH = 24
 EVALUATION_SEED = 1234
-
-FloatArray = NDArray[np.float64]
 
 
 @dataclass
@@ -146,4 +143,4 @@ def group_diversity(
         seed=seed,
     )
     cells = read_cells(images_to_array([sample.image for sample in samples]))[0]
-    return diversity(cells.reshape(-1, 16, NUM_CELLS))
+    return cell_diversity(cells.reshape(-1, 16, NUM_CELLS))

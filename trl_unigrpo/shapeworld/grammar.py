@@ -22,8 +22,8 @@ from .world import (
     PLACES,
     PLURALS,
     REGIONS,
-    RELATIONS,
     SHAPES,
+    SPATIAL_RELATIONS,
     THINGS,
     WORDS,
     ObjectGroup,
@@ -156,7 +156,7 @@ def _position(family: str) -> Iterator[Entry]:
         pairs = [(ObjectGroup(1, c1, s1), ObjectGroup(1, c2, s2)) for c1, s1, c2, s2 in _different_pairs()]
     else:
         pairs = [(ObjectGroup(1, None, s1), ObjectGroup(1, None, s2)) for s1, s2 in permutations(SHAPES, 2)]
-    for (first, second), relation in product(pairs, RELATIONS):
+    for (first, second), relation in product(pairs, SPATIAL_RELATIONS):
         yield f"{_noun(first)} {relation} {_noun(second)}", (first, second), relation
 
 

@@ -7,18 +7,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from ..models.registry import unified_model
+from ..statistics import FloatArray
 from .corpus import NO_ERRORS, draw_plans, paint
 from .grammar import parse_prompt
 from .render import render_images
 from .verifier import images_to_array
 from .world import encode_specs
 
-
-FloatArray = NDArray[np.float64]
 
 DRAWINGS_PER_PROMPT = 10
 

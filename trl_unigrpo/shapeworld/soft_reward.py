@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..messages import user_text
 from .grammar import parse_prompt
-from .render import CELL_SIZE, IMAGE_SIZE, TEMPLATES
+from .render import CELL_SIZE, CLEAN_CELLS, IMAGE_SIZE
 from .verifier import MAX_CELL_ERROR
 from .world import (
     EMPTY,
-    GRID,
+    GRID_SIDE,
     NUM_CODES,
     RELATION_TABLE,
     PromptSpec,
@@ -38,9 +38,9 @@ verifier says within 5e-4. At 0.02 every wrong picture has a gradient, but that 
 no more.
 """
 
-_TEMPLATE_ROWS = torch.from_numpy(TEMPLATES.reshape(NUM_CODES, -1))
+_TEMPLATE_ROWS = torch.from_numpy(CLEAN_CELLS.reshape(NUM_CODES, -1))
 # The three lines of each relation, (4, 3, 3) cells, in its direction: columns from the left for "left of".
-_LINES = torch.from_numpy(np.argsort(-RELATION_TABLE.sum(2), axis=1, kind="stable").reshape(-1, GRID, GRID))
+_LINES = torch.from_numpy(np.argsort(-RELATION_TABLE.sum(2), axis=1, kind="stable").reshape(-1, GRID_SIDE, GRID_SIDE))
 
 
 def soft_shapeworld_reward(
@@ -87,7 +87,7 @@ def cell_probabilities(pixels: Tensor, temperature: float = TEMPERATURE) -> Tens
         )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}, expected a number above 0")
-    tiles = (2 * pixels - 1).unflatten(3, (GRID, CELL_SIZE)).unflatten(2, (GRID, CELL_SIZE))
+    tiles = (2 * pixels - 1).unflatten(3, (GRID_SIDE, CELL_SIZE)).unflatten(2, (GRID_SIDE, CELL_SIZE))
     rows = tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     templates = _TEMPLATE_ROWS.to(rows)
     squares = rows.square().sum(-1, keepdim=True) - 2 * rows @ templates.T + templates.square().sum(-1)

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..messages import user_text
+from ..statistics import BoolArray
 from .grammar import parse_prompt
-from .render import CELL_SIZE, IMAGE_SIZE, TEMPLATES
+from .render import CELL_SIZE, CLEAN_CELLS, IMAGE_SIZE
 from .world import (
-    GRID,
+    GRID_SIDE,
     NUM_CELLS,
     RELATION_TABLE,
     UNREADABLE,
-    BoolArray,
     IntArray,
     PromptSpec,
     cell_colors,
@@ -36,7 +36,7 @@ ScoreArray = NDArray[np.float64]
 MAX_CELL_ERROR = 0.08
 """A cell whose mean squared distance to every clean cell is above this, pixels in [-1, 1], is unreadable."""
 
-_TEMPLATE_ROWS = TEMPLATES.reshape(len(TEMPLATES), -1)
+_TEMPLATE_ROWS = CLEAN_CELLS.reshape(len(CLEAN_CELLS), -1)
 _TEMPLATE_NORMS = np.square(_TEMPLATE_ROWS).sum(1)
 
 
@@ -63,7 +63,7 @@ def read_cells(pixels: NDArray[np.float32]) -> tuple[IntArray, ScoreArray]:
         Cell codes (B, 9), -1 where the nearest clean cell is further than `MAX_CELL_ERROR`, and the squared distance
         to the nearest clean cell (B, 9), averaged over the cell's pixels and channels.
     """
-    tiles = pixels.reshape(-1, 3, GRID, CELL_SIZE, GRID, CELL_SIZE).transpose(0, 2, 4, 1, 3, 5)
+    tiles = pixels.reshape(-1, 3, GRID_SIDE, CELL_SIZE, GRID_SIDE, CELL_SIZE).transpose(0, 2, 4, 1, 3, 5)
     rows = np.ascontiguousarray(tiles, dtype=np.float32).reshape(-1, _TEMPLATE_ROWS.shape[1])
     codes = (_TEMPLATE_NORMS - 2 * rows @ _TEMPLATE_ROWS.T).argmin(1)
     # The difference itself, not the expanded square, which cancels to noise on clean pictures.
@@ -83,7 +83,7 @@ def picture_error(images: Sequence[Image.Image]) -> ScoreArray:
 
 
 @dataclass(frozen=True)
-class Scores:
+class VerifierScores:
     """The scores of B pictures, all in [0, 1].
 
     Args:
@@ -100,7 +100,7 @@ class Scores:
     checks: dict[str, ScoreArray]
 
 
-def score(specs: Sequence[PromptSpec], cells: IntArray) -> Scores:
+def score(specs: Sequence[PromptSpec], cells: IntArray) -> VerifierScores:
     """Scores cells (B, 9) against B specs. Every check counts alike."""
     asked = encode_specs(list(specs))
     if len(asked) != len(cells):
@@ -130,7 +130,7 @@ def score(specs: Sequence[PromptSpec], cells: IntArray) -> Scores:
         name: np.divide(passed[name], number, out=np.full(len(cells), np.nan), where=number > 0)
         for name, number in asked_for.items()
     }
-    return Scores(total, (total == 1).astype(np.float64), checks)
+    return VerifierScores(total, (total == 1).astype(np.float64), checks)
 
 
 def shapeworld_reward(

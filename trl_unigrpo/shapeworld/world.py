@@ -17,15 +17,16 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from ..statistics import BoolArray
+
 
 IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 
 COLORS = ("red", "green", "blue", "yellow", "pink", "cyan")
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
 PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
-RELATIONS = ("left of", "right of", "above", "below")
+SPATIAL_RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("one", "two", "three", "four", "five")
 
 THINGS = {
@@ -52,8 +53,8 @@ FEATURES = {
 }
 """What tells a shape without naming it."""
 
-GRID = 3
-NUM_CELLS = GRID * GRID
+GRID_SIDE = 3
+NUM_CELLS = GRID_SIDE * GRID_SIDE
 NUM_CODES = 1 + len(COLORS) * len(SHAPES)
 EMPTY = 0
 UNREADABLE = -1
@@ -116,7 +117,7 @@ class PromptSpec:
         category: one of `trl_unigrpo.shapeworld.grammar.CATEGORIES`.
         family: the form of the prompt within its category.
         groups: the groups in the order in which the prompt names them, at most `MAX_GROUPS`.
-        relation: one of `RELATIONS`, holding between the first and the second group, or `None`.
+        relation: one of `SPATIAL_RELATIONS`, holding between the first and the second group, or `None`.
     """
 
     category: str
@@ -155,7 +156,7 @@ def cell_code(color: str, shape: str) -> int:
 
 def _relation_table() -> BoolArray:
     """`table[relation, a, b]`: does cell a stand in the relation to cell b?"""
-    rows, columns = np.divmod(np.arange(NUM_CELLS), GRID)
+    rows, columns = np.divmod(np.arange(NUM_CELLS), GRID_SIDE)
     left, above = columns[:, None] < columns[None], rows[:, None] < rows[None]
     return np.stack([left, left.T, above, above.T])
 
@@ -172,7 +173,7 @@ class SpecArrays:
         color: (B, G), index into `COLORS`, -1 for any.
         shape: (B, G), index into `SHAPES`, -1 for any.
         region: (B, G, 9), the cells allowed to each group; all true where the prompt names none.
-        relation: (B,), index into `RELATIONS`, -1 for none.
+        relation: (B,), index into `SPATIAL_RELATIONS`, -1 for none.
     """
 
     count: IntArray
@@ -200,7 +201,7 @@ def _encode(spec: PromptSpec) -> tuple[IntArray, BoolArray, int]:
         table[2, i] = -1 if group.shape is None else SHAPES.index(group.shape)
         if group.cells is not None:
             region[i] = np.isin(np.arange(NUM_CELLS), group.cells)
-    return table, region, -1 if spec.relation is None else RELATIONS.index(spec.relation)
+    return table, region, -1 if spec.relation is None else SPATIAL_RELATIONS.index(spec.relation)
 
 
 def encode_specs(specs: list[PromptSpec]) -> SpecArrays:

@@ -16,8 +16,9 @@ from trl import GRPOTrainer
 from ..models.contract import UnifiedModelMixin
 from ..models.registry import unified_model
 from ..monitoring.events import Generation, Watcher
-from ..monitoring.images import write_completion_images
+from ..monitoring.image_statistics import image_statistics
 from ..monitoring.progress import Phases
+from ..reporting.completion_images import write_completion_images
 from ..reporting.gallery import Gallery
 from ..reporting.model_card import rewrite_card
 from ..trajectory import Trajectory
@@ -94,12 +95,13 @@ class RunKeeping(GRPOTrainer):
         logs_images = self.args.log_completions and (self.log_multimodal or self.args.log_completions_images)
         if not (logs_images or self._watchers):
             return
-        images = gather_object(list(images))
+        observed = self._observed(images, advantages)
         if logs_images:
-            self._progress.images.extend(images)
+            shown = list(observed.fetch(range(len(observed.prompts))).values())
+            self._progress.images.extend(shown)
             if self.log_multimodal:
-                self._logs["images"].extend([image] for image in images)
-        self._tell("on_generation", generation=self._observed(images, advantages), metrics=self._metrics[self.mode])
+                self._logs["images"].extend([image] for image in shown)
+        self._tell("on_generation", generation=observed, metrics=self._metrics[self.mode])
 
     def _observed(self, images: Sequence[Any], advantages: Tensor) -> Generation:
         """The generation batch of all processes, of which this one has its rewards from `_calculate_rewards`."""
@@ -112,6 +114,8 @@ class RunKeeping(GRPOTrainer):
             prompts=[row["prompt"] for row in rows],
             thinking=[row["thinking"] for row in rows],
             images=images,
+            first=self.accelerator.process_index * len(images),
+            statistics=gather_object([image_statistics(image) for image in images]),
             rewards={name: book.rewards[:, i].tolist() for i, name in enumerate(names)},
             weights={names[i]: book.weights[i].item() for i in (~book.is_process).nonzero()[:, 0]},
             advantages=self.accelerator.gather(advantages).tolist(),

@@ -35,7 +35,7 @@ from ..models.registry import unified_model
 from ..monitoring.alarms import default_alarms
 from ..monitoring.events import ImageLoss, Rollout, Update
 from ..monitoring.expected import ExpectedCost
-from ..monitoring.images import pixel_spread
+from ..monitoring.image_statistics import pixel_spread
 from ..monitoring.progress import Phases
 from ..monitoring.signals import SaveOnSignal
 from ..monitoring.trust import default_checks

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from trl_unigrpo.experiments.paper.chosen import (
-    choose,
+    choose_candidate,
     choose_from_folders,
     load_chosen,
     read_entries,
     write_entries,
 )
 from trl_unigrpo.experiments.paper.jobs import search_jobs
-from trl_unigrpo.experiments.paper.runner import describe
+from trl_unigrpo.experiments.paper.runner import choice_line
 from trl_unigrpo.experiments.paper.systems import RATES, SYSTEMS
 
 
@@ -29,7 +29,7 @@ def rewards(*means, spread=0.0):
 
 def test_the_best_mean_wins():
     found = rewards(0.5, 0.6, 0.7, 0.4, 0.3)
-    entry = choose(RATES, found, PROMPTS)
+    entry = choose_candidate(RATES, found, PROMPTS)
     assert entry["settings"] == RATES[2] and entry["at_edge"] == [] and entry["as_good"] == []
     assert [of["settings"] for of in entry["candidates"]] == list(RATES)
     for of, row in zip(entry["candidates"], found, strict=True):
@@ -39,19 +39,19 @@ def test_the_best_mean_wins():
 
 
 def test_edges_and_ties_are_reported():
-    tie = choose(RATES, rewards(0.6, 0.5, 0.6, 0.4, 0.3), PROMPTS)
+    tie = choose_candidate(RATES, rewards(0.6, 0.5, 0.6, 0.4, 0.3), PROMPTS)
     assert tie["settings"] == RATES[0] and tie["at_edge"] == ["learning_rate"] and tie["as_good"] == [2]
-    line = describe(SYSTEMS["sft"], tie)
+    line = choice_line(SYSTEMS["sft"], tie)
     assert "learning_rate 2.5e-05" in line and "edge" in line and "candidate 2" in line
 
     # Between two rows of spread .14 a difference has a standard error of .014: .01 is within it, .1 is not.
-    noisy = choose(RATES, rewards(0.4, 0.5, 0.61, 0.6, 0.3, spread=0.14), PROMPTS)
+    noisy = choose_candidate(RATES, rewards(0.4, 0.5, 0.61, 0.6, 0.3, spread=0.14), PROMPTS)
     best = RATES.index(noisy["settings"])
     assert best in (2, 3) and noisy["as_good"] == [5 - best]
 
     joint = SYSTEMS["unigrpo"].candidates
-    assert choose(joint, rewards(0.5, 0.6, 0.5, 0.7, 0.5), PROMPTS)["at_edge"] == ["learning_rate"]
-    assert choose(joint, rewards(0.5, 0.8, 0.7, 0.5, 0.5), PROMPTS)["at_edge"] == []
+    assert choose_candidate(joint, rewards(0.5, 0.6, 0.5, 0.7, 0.5), PROMPTS)["at_edge"] == ["learning_rate"]
+    assert choose_candidate(joint, rewards(0.5, 0.8, 0.7, 0.5, 0.5), PROMPTS)["at_edge"] == []
 
 
 def test_from_the_folders_to_the_file(tmp_path):

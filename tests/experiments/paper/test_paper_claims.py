@@ -13,11 +13,11 @@ from trl_unigrpo.experiments.paper.claims import (
     Part,
     judged,
 )
-from trl_unigrpo.experiments.paper.order import GRID, main_mode
+from trl_unigrpo.experiments.paper.order import GROUP_SYSTEMS, main_mode
 from trl_unigrpo.experiments.paper.results import collect
 
 
-SYSTEMS = tuple(name for group in ("table1", "figure4", "figure5") for name in GRID[group])
+SYSTEMS = tuple(name for group in ("table1", "figure4", "figure5") for name in GROUP_SYSTEMS[group])
 
 
 def verdicts(output, means=None, errors=None, systems=SYSTEMS, seeds=None, **world):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from trl_unigrpo.cli import app
 from trl_unigrpo.experiments.paper.chosen import load_chosen, read_entries
 from trl_unigrpo.experiments.paper.jobs import Job
-from trl_unigrpo.experiments.paper.runner import IGNORED, Options, renew_starts
+from trl_unigrpo.experiments.paper.runner import IGNORED, PaperOptions, renew_starts
 from trl_unigrpo.experiments.paper.systems import QUICK_SYSTEMS, SYSTEMS, Scale
 from trl_unigrpo.experiments.paper.training import run_settings
 
@@ -80,16 +80,16 @@ def test_list_shows_what_is_done_and_left(tmp_path):
 
 
 def test_options():
-    quick = Options(output=None, chosen=None, jobs=1, seeds=(0, 1), quick=True)
+    quick = PaperOptions(output=None, chosen=None, jobs=1, seeds=(0, 1), quick=True)
     assert {job.system for job in quick.all_jobs} == set(QUICK_SYSTEMS) and len(quick.all_jobs) == 11
-    full = Options(output=None, chosen=None, jobs=1)
+    full = PaperOptions(output=None, chosen=None, jobs=1)
     assert {job.system for job in full.all_jobs} == set(SYSTEMS)
     of_table1 = [name for name, system in SYSTEMS.items() if system.group == "table1" and name != "base"]
     assert len(full.all_jobs) == 1 + 5 * len(of_table1) + 3 * (len(SYSTEMS) - 1 - len(of_table1))
-    search = Options(output=None, chosen=None, jobs=1, search=True)
+    search = PaperOptions(output=None, chosen=None, jobs=1, search=True)
     assert len(search.all_jobs) == 5 * len([system for system in SYSTEMS.values() if system.candidates])
     assert search.scale == Scale(70, 700, "validation")
-    assert Options(output=None, chosen=None, jobs=1, generations=3).scale == Scale(3, 1050)
+    assert PaperOptions(output=None, chosen=None, jobs=1, generations=3).scale == Scale(3, 1050)
 
 
 def test_a_start_without_its_model_is_made_anew(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.helpers.synthetic import CATEGORIES, COLORS, World, write_world
 from trl_unigrpo.experiments.paper import figures
-from trl_unigrpo.experiments.paper.order import GRID, WITHOUT_THINKING
+from trl_unigrpo.experiments.paper.order import GROUP_SYSTEMS, WITHOUT_THINKING
 from trl_unigrpo.experiments.paper.results import collect
 
 
@@ -40,7 +40,7 @@ def test_table_figure_draws_each_interval(results):
     assert list(interval.get_xdata()) == [found["low"], found["high"]]
     assert list(point.get_xdata()) == [found["mean"]]
     heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
-    assert heights["unigrpo"] == point.get_ydata()[0] == len(GRID["table1"]) + 3 - 1, "the best on top"
+    assert heights["unigrpo"] == point.get_ydata()[0] == len(GROUP_SYSTEMS["table1"]) + 3 - 1, "the best on top"
     assert "base, no thinking" in heights and "flow grpo" in heights
 
 
@@ -52,7 +52,9 @@ def test_curves_are_those_of_the_results(results):
         assert list(line.get_ydata()) == results["curves"]["unigrpo"]["reward"]
         dashed = {to_hex(line.get_color()) for line in axes.lines if line.get_linestyle() == "--"}
         assert dashed == {figures.color(name) for name in WITHOUT_THINKING}
-        assert len(axes.texts) == len(axes.lines) == len(GRID["table1"]) - 3, "not the base, not the fine-tuned"
+        assert len(axes.texts) == len(axes.lines) == len(GROUP_SYSTEMS["table1"]) - 3, (
+            "not the base, not the fine-tuned"
+        )
 
 
 def test_guidance_and_regularizer_figures_draw_the_results(results):
@@ -68,8 +70,8 @@ def test_guidance_and_regularizer_figures_draw_the_results(results):
 
 
 def test_systems_that_share_a_figure_differ_in_colour():
-    methods = {name.removesuffix("_thinking") for name in GRID["table1"]}
-    for shown in (methods, {*GRID["figure5"], "unigrpo", "base"}, set(GRID["figure4"])):
+    methods = {name.removesuffix("_thinking") for name in GROUP_SYSTEMS["table1"]}
+    for shown in (methods, {*GROUP_SYSTEMS["figure5"], "unigrpo", "base"}, set(GROUP_SYSTEMS["figure4"])):
         colors = np.array([to_rgb(figures.color(name)) for name in shown])
         distances = np.linalg.norm(colors[:, None] - colors[None], axis=-1) + 9 * np.eye(len(colors))
         assert distances.min() > 0.12
@@ -88,7 +90,7 @@ def test_svg_is_white_and_the_same_each_time(results):
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.01, 0.2))
 def test_labels_keep_their_order_and_their_distance(heights, gap):
-    placed = figures.spread(heights, gap)
+    placed = figures.spaced(heights, gap)
     order = np.argsort(heights, kind="stable")
     assert (np.diff(np.array(placed)[order]) >= gap - 1e-9).all()
     assert np.mean(placed) == pytest.approx(np.mean(heights), abs=1e-9)
@@ -97,15 +99,15 @@ def test_labels_keep_their_order_and_their_distance(heights, gap):
 
 
 def test_labels_that_fit_stay_and_those_that_collide_move_apart_evenly():
-    assert figures.spread([0.5, 0.5, 0.9], 0.1) == pytest.approx([0.45, 0.55, 0.9])
-    assert figures.spread([0.9, 0.2, 0.2, 0.2], 0.1) == pytest.approx([0.9, 0.1, 0.2, 0.3])
+    assert figures.spaced([0.5, 0.5, 0.9], 0.1) == pytest.approx([0.45, 0.55, 0.9])
+    assert figures.spaced([0.9, 0.2, 0.2, 0.2], 0.1) == pytest.approx([0.9, 0.1, 0.2, 0.3])
 
 
 def test_trace_picture_is_cut_from_the_strips(output, results):
     trace = results["traces"][2]
     assert trace["prompt"] == "prompt 2" and list(trace["samples"]) == ["base", "sft", "unigrpo"]
     picture = np.asarray(figures.trace_picture(output, trace, ["base", "sft", "unigrpo"]))
-    side, gap = 48 * figures.SCALE, figures.GAP
+    side, gap = 48 * figures.SCALE, figures.TILE_GAP
     assert picture.shape == (side, 3 * side + 2 * gap, 3)
     for i, system in enumerate(("base", "sft", "unigrpo")):
         left = i * (side + gap)

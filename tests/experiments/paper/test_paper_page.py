@@ -21,7 +21,7 @@ from trl_unigrpo.experiments.paper.markdown import (
     p_value,
     rate,
 )
-from trl_unigrpo.experiments.paper.page import read_commentary, render, write_page
+from trl_unigrpo.experiments.paper.page import read_commentary, render, write_paper_page
 from trl_unigrpo.experiments.paper.results import collect
 from trl_unigrpo.experiments.paper.tables import changed, unwrapped
 
@@ -77,7 +77,7 @@ def output(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(output):
-    return write_page(output).read_text(encoding="utf-8")
+    return write_paper_page(output).read_text(encoding="utf-8")
 
 
 def test_sections_stand_in_order_with_claims_first(page):
@@ -125,13 +125,13 @@ def test_every_figure_of_the_page_is_there_and_nothing_else_is(output, page):
 def test_the_same_results_give_the_same_bytes(output, page):
     before = {file: file.read_bytes() for file in [output / "paper.md", *(output / "paper").iterdir()]}
     collect(output)
-    write_page(output)
+    write_paper_page(output)
     assert {file: file.read_bytes() for file in before} == before
 
 
 def test_numbers_of_the_page_come_from_the_results_alone(output, tmp_path):
     """The template and the commentary hold no number but the paper's own and the level of the intervals."""
-    template = (files("trl_unigrpo.paper") / "templates" / "paper.md.jinja").read_text(encoding="utf-8")
+    template = (files("trl_unigrpo.reporting") / "templates" / "paper.md.jinja").read_text(encoding="utf-8")
     text = re.sub(r"\{[{%].*?[}%]\}", "", template, flags=re.DOTALL)
     for known in (
         "2603.23500",
@@ -148,12 +148,12 @@ def test_numbers_of_the_page_come_from_the_results_alone(output, tmp_path):
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     results["systems"]["unigrpo"]["modes"]["sampled"]["reward"] |= {"mean": 0.1234, "low": 0.1, "high": 0.1468}
     write(tmp_path / "results.json", results)
-    assert "0.123\u00a0±\u00a00.023" in write_page(tmp_path).read_text(encoding="utf-8")
+    assert "0.123\u00a0±\u00a00.023" in write_paper_page(tmp_path).read_text(encoding="utf-8")
 
 
 def test_page_needs_the_results_and_not_the_runs(output, tmp_path):
     (tmp_path / "results.json").write_bytes((output / "results.json").read_bytes())
-    page = write_page(tmp_path, tmp_path / "docs.md").read_text(encoding="utf-8")
+    page = write_paper_page(tmp_path, tmp_path / "docs.md").read_text(encoding="utf-8")
     assert "strips in the runs' folders, which are not here" in page
     assert "unigrpo thinks 0" in page and "(docs/table.svg)" in page
     assert not list((tmp_path / "docs").glob("*.png"))
@@ -161,7 +161,7 @@ def test_page_needs_the_results_and_not_the_runs(output, tmp_path):
 
 def test_without_results_there_is_no_page(tmp_path):
     with pytest.raises(FileNotFoundError, match="results.json is missing"):
-        write_page(tmp_path)
+        write_paper_page(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -171,7 +171,7 @@ def test_without_results_there_is_no_page(tmp_path):
 def test_any_single_system_makes_a_page(tmp_path, system):
     write_world(tmp_path, World(num_prompts=14), systems=(system,), seeds=(0,))
     collect(tmp_path)
-    page = write_page(tmp_path).read_text(encoding="utf-8")
+    page = write_paper_page(tmp_path).read_text(encoding="utf-8")
     assert "**Not complete.**" in page and "## Claims and verdicts" in page
     assert "None" not in page and "nan" not in page
 
@@ -181,7 +181,7 @@ def test_what_is_missing_is_said_exactly(tmp_path):
     edit(tmp_path / "sft/seed-1/run.json", lambda record: record["evaluations"].pop("greedy"))
     (tmp_path / "fpo/seed-0").mkdir(parents=True)
     collect(tmp_path)
-    page = write_page(tmp_path).read_text(encoding="utf-8")
+    page = write_paper_page(tmp_path).read_text(encoding="utf-8")
     assert "> - 3 of 5 seeds (without 2, 3): `sft`, `unigrpo`\n" in page
     assert "> - 0 of 5 seeds: `sft_clean`, `refl`," in page
     assert "> - `sft`: no evaluation `greedy` of seeds 1\n" in page
@@ -197,7 +197,7 @@ def test_a_complete_page_says_nothing_of_gaps(page):
 def test_failed_claims_stand_in_the_section_of_differences(tmp_path):
     write_world(tmp_path, World(means=World().means | {"text_grpo": 0.4}), systems=("base", "text_grpo"))
     collect(tmp_path)
-    page = write_page(tmp_path).read_text(encoding="utf-8")
+    page = write_paper_page(tmp_path).read_text(encoding="utf-8")
     section = page.split("## Where ShapeWorld differs")[1]
     assert (
         "- **FlowGRPO (with thinking) and TextGRPO are each above the base** (Table 1): does not hold here." in section
@@ -209,7 +209,7 @@ def test_unequal_rollouts_are_said(tmp_path):
     write_world(tmp_path, World(num_prompts=14), systems=("unigrpo", "text_grpo"), seeds=(0,))
     edit(tmp_path / "text_grpo/seed-0/run.json", lambda record: record.update(rollouts=99))
     collect(tmp_path)
-    assert "so does each other system of Table 1 but text grpo (99)." in write_page(tmp_path).read_text("utf-8")
+    assert "so does each other system of Table 1 but text grpo (99)." in write_paper_page(tmp_path).read_text("utf-8")
 
 
 @pytest.mark.parametrize("renderer", RENDERERS)
@@ -223,7 +223,7 @@ def test_nothing_that_a_model_thought_marks_the_page_up(tmp_path, renderer):
 
     edit(tmp_path / "unigrpo/seed-0/run.json", spoil)
     collect(tmp_path)
-    page = write_page(tmp_path).read_text(encoding="utf-8")
+    page = write_paper_page(tmp_path).read_text(encoding="utf-8")
     html = RENDERERS[renderer](page)
     parsed = Cells(html)
     assert not {"script", "em"} & set(parsed.tags) and "javascript" not in "".join(
@@ -260,7 +260,7 @@ def test_commentary_speaks_of_the_whole_grid_and_stands_on_its_page_alone(page, 
     assert remarks and all(line in page for line in remarks)
     write_world(tmp_path, World(num_prompts=14), systems=("base", "unigrpo"), seeds=(0,))
     collect(tmp_path)
-    part = write_page(tmp_path).read_text(encoding="utf-8")
+    part = write_paper_page(tmp_path).read_text(encoding="utf-8")
     assert not any(line in part for line in remarks)
 
 
@@ -270,14 +270,14 @@ def test_commentary_with_a_number_is_refused():
 
 
 def test_shipped_commentary_has_a_section_wherever_the_page_has_room():
-    template = (files("trl_unigrpo.paper") / "templates" / "paper.md.jinja").read_text(encoding="utf-8")
+    template = (files("trl_unigrpo.reporting") / "templates" / "paper.md.jinja").read_text(encoding="utf-8")
     assert set(re.findall(r"commentary\.(\w+)", template)) == set(read_commentary())
 
 
 def test_the_page_links_to_shapeworld_where_that_page_is(output, tmp_path):
     (tmp_path / "shapeworld.md").write_text("# ShapeWorld\n")
-    assert "[ShapeWorld](shapeworld.md)" in write_page(output, tmp_path / "paper.md").read_text(encoding="utf-8")
-    assert "shapeworld.md" not in write_page(output).read_text(encoding="utf-8")
+    assert "[ShapeWorld](shapeworld.md)" in write_paper_page(output, tmp_path / "paper.md").read_text(encoding="utf-8")
+    assert "shapeworld.md" not in write_paper_page(output).read_text(encoding="utf-8")
 
 
 def test_numbers_as_text():

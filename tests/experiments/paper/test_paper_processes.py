@@ -181,8 +181,8 @@ def test_a_process_that_hears_no_sigterm_is_killed(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from trl_unigrpo.paper.jobs import Job
-from trl_unigrpo.paper.processes import take
+from trl_unigrpo.experiments.paper.jobs import Job
+from trl_unigrpo.experiments.paper.processes import take
 output, job = Path(sys.argv[1]), Job("base", 0)
 lock = take(job, output)
 print("held", flush=True)

@@ -10,8 +10,8 @@ from scipy.stats import ttest_1samp
 
 from tests.helpers.synthetic import CATEGORIES, DIRECT, World, edit, planted_means, write, write_world
 from trl_unigrpo.experiments.paper.curves import POINTS, curve
-from trl_unigrpo.experiments.paper.loading import Run
-from trl_unigrpo.experiments.paper.order import GRID, full_grid
+from trl_unigrpo.experiments.paper.loading import FinishedRun
+from trl_unigrpo.experiments.paper.order import GROUP_SYSTEMS, full_grid
 from trl_unigrpo.experiments.paper.results import collect
 from trl_unigrpo.experiments.paper.systems import SYSTEMS
 from trl_unigrpo.statistics import crossed_interval, holm
@@ -95,8 +95,8 @@ def test_p_values_are_corrected_within_each_table(results):
         for mode in system["modes"].values():
             if mode.get("difference"):
                 families[mode["difference"]["family"]].append(mode["difference"])
-    assert len(families["table1"]) == len(GRID["table1"]) - 1 + 3, "the base and both SFTs come twice"
-    assert len(families["ablations"]) == len(GRID["figure5"]) + len(GRID["ablations"])
+    assert len(families["table1"]) == len(GROUP_SYSTEMS["table1"]) - 1 + 3, "the base and both SFTs come twice"
+    assert len(families["ablations"]) == len(GROUP_SYSTEMS["figure5"]) + len(GROUP_SYSTEMS["ablations"])
     for members in families.values():
         assert [of["p_holm"] for of in members] == pytest.approx(holm([of["p"] for of in members]), rel=0.01)
 
@@ -275,7 +275,7 @@ def record(seed, **changes):
 
 def test_curve_is_the_mean_of_blocks_and_of_seeds():
     number = 3 * POINTS
-    runs = [Run(f"x/seed-{s}", record(s), rows(number, reward=lambda i, s=s: i + 10 * s)) for s in (0, 1, 2)]
+    runs = [FinishedRun(f"x/seed-{s}", record(s), rows(number, reward=lambda i, s=s: i + 10 * s)) for s in (0, 1, 2)]
     found = curve(runs)
     ends = np.arange(3, number + 1, 3)
     assert found["rollouts"] == (10 * ends).tolist()
@@ -287,14 +287,14 @@ def test_curve_is_the_mean_of_blocks_and_of_seeds():
 
 
 def test_curve_of_a_second_stage_begins_where_the_first_ended():
-    found = curve([Run("x/seed-0", record(0), rows(3))], [Run("y/seed-0", record(0), [])])
+    found = curve([FinishedRun("x/seed-0", record(0), rows(3))], [FinishedRun("y/seed-0", record(0), [])])
     assert found["rollouts"] == [110, 120, 130]
     assert found["cpu_seconds"] == [31, 32, 33]
 
 
 def test_a_run_that_logs_no_reward_has_no_curve():
-    assert curve([Run("x/seed-0", record(0), [{"rollouts": 1.0, "cpu_seconds": 1.0, "loss": 3.0}])]) is None
-    assert curve([Run("x/seed-0", record(0), [])]) is None
+    assert curve([FinishedRun("x/seed-0", record(0), [{"rollouts": 1.0, "cpu_seconds": 1.0, "loss": 3.0}])]) is None
+    assert curve([FinishedRun("x/seed-0", record(0), [])]) is None
 
 
 def test_search_is_that_of_chosen_json(output, tmp_path):

@@ -14,13 +14,13 @@ from PIL import Image
 
 from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
 from trl_unigrpo.experiments.paper.jobs import Job
-from trl_unigrpo.experiments.paper.run import run
+from trl_unigrpo.experiments.paper.run import run_job
 from trl_unigrpo.experiments.paper.scoring import (
-    evaluate,
+    evaluate_in_mode,
+    sample_traces,
     strip,
     summary,
     trace_rows,
-    traces,
 )
 from trl_unigrpo.experiments.paper.systems import SYSTEMS, Scale
 from trl_unigrpo.experiments.paper.training import (
@@ -209,7 +209,7 @@ def test_the_logged_error_is_the_verifiers():
 def test_without_thinking(tmp_path):
     """Scored from the prompt alone; what has no value, such as the entropy of no thinking, is left out."""
     settings = run_settings(SYSTEMS["flow_grpo"], CHOICE, Scale(1, 7))
-    result = run(Job("flow_grpo", 0), tmp_path, Scale(1, 7), settings)
+    result = run_job(Job("flow_grpo", 0), tmp_path, Scale(1, 7), settings)
     assert list(result["evaluations"]) == ["direct"] and result["evaluations"]["direct"]["plan"] is None
     assert {trace["thinking"] for trace in result["traces"]} == {""}
     (row,) = (tmp_path / "flow_grpo" / "seed-0" / "history.jsonl").read_text().splitlines()
@@ -217,7 +217,7 @@ def test_without_thinking(tmp_path):
 
 
 def test_the_base_is_scored_as_it_is(tmp_path):
-    result = run(Job("base", 0), tmp_path, Scale(1, 7), {})
+    result = run_job(Job("base", 0), tmp_path, Scale(1, 7), {})
     assert result["rollouts"] == 0 and result["train_cpu_seconds"] == 0 and result["settings"] == {}
     assert list(result["evaluations"]) == ["sampled", "greedy", "direct"]
     assert not (tmp_path / "base" / "seed-0" / "history.jsonl").exists()
@@ -227,7 +227,7 @@ def test_a_start_is_kept_and_gone_on_from(tmp_path):
     """SFT for guidance, then one rollout from it: trained with what it is scored with."""
     scale = Scale(1, 7)
     start = Job("guided_base", 0)
-    result = run(start, tmp_path, scale, run_settings(SYSTEMS["guided_base"], CHOICE, scale))
+    result = run_job(start, tmp_path, scale, run_settings(SYSTEMS["guided_base"], CHOICE, scale))
     assert list(result["evaluations"]) == ["guided", "sampled"]
     assert result["evaluations"]["guided"] != result["evaluations"]["sampled"]
     model = start.folder(tmp_path) / "model"
@@ -236,18 +236,18 @@ def test_a_start_is_kept_and_gone_on_from(tmp_path):
     assert [row["rollouts"] for row in rows] == [96, 192] and {"text_loss", "flow_loss"} <= set(rows[0])
 
     settings = run_settings(SYSTEMS["guidance_on"], CHOICE, scale)
-    result = run(Job("guidance_on", 0), tmp_path, scale, settings)
+    result = run_job(Job("guidance_on", 0), tmp_path, scale, settings)
     assert result["start"] == "guided_base" and result["settings"]["guidance_scale"] == 2.0
     assert not (Job("guidance_on", 0).folder(tmp_path) / "model").exists()
     (model / "config.json").unlink()
     with pytest.raises(OSError, match="config.json"):  # it is that model that it starts from
-        run(Job("guidance_on", 0), tmp_path, scale, settings)
+        run_job(Job("guidance_on", 0), tmp_path, scale, settings)
 
 
 def test_a_run_of_the_search_is_scored_in_one_mode_on_validation_prompts(tmp_path):
     scale = Scale(1, 7, "validation")
     settings = run_settings(SYSTEMS["sft"], {}, scale, candidate=2)
-    result = run(Job("sft", 100, 2), tmp_path, scale, settings)
+    result = run_job(Job("sft", 100, 2), tmp_path, scale, settings)
     assert result["settings"]["learning_rate"] == 1e-4 and result["split"] == "validation"
     assert list(result["evaluations"]) == ["sampled"] and result["diversity"] is None
     assert {trace["prompt"] for trace in result["traces"]} == set(shapeworld_dataset("validation", 7, 1234)["prompt"])
@@ -287,7 +287,7 @@ def test_summary_and_traces_are_of_the_evaluation():
     assert found["categories"][CATEGORIES[1]] == pytest.approx(made.reward[1::3].mean(), rel=1e-4)
     rows = trace_rows(made.categories)
     assert rows == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
-    assert [trace["thinking"] for trace in traces(made)] == [f"t{row}" for row in rows]
+    assert [trace["thinking"] for trace in sample_traces(made)] == [f"t{row}" for row in rows]
     pixels = np.asarray(strip(made))
     assert pixels.shape == (48, 12 * 48, 3) and pixels[0, ::48, 0].tolist() == rows
     assert trace_rows(["counting", "counting"]) == [0, 1]
@@ -296,9 +296,12 @@ def test_summary_and_traces_are_of_the_evaluation():
 def test_modes():
     model, tokenizer = load_base()
     scale = Scale(1, 7)
-    made = {mode: evaluate(model, tokenizer, mode, scale, 2.0) for mode in ("sampled", "greedy", "direct", "guided")}
+    made = {
+        mode: evaluate_in_mode(model, tokenizer, mode, scale, 2.0)
+        for mode in ("sampled", "greedy", "direct", "guided")
+    }
     assert made["sampled"].thinking == made["guided"].thinking != made["greedy"].thinking
     assert set(made["direct"].thinking) == {""}
     assert not torch.equal(made["sampled"].latents, made["guided"].latents)
     with pytest.raises(ValueError, match="eval_guidance_scale"):
-        evaluate(model, tokenizer, "guided", scale)
+        evaluate_in_mode(model, tokenizer, "guided", scale)

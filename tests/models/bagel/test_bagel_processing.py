@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 from trl_unigrpo.models.bagel import BagelConfig, BagelProcessor
 from trl_unigrpo.models.bagel.processing import (
     ResizeRule,
+    checked_rgb,
     resized,
     to_pixels,
-    to_rgb,
 )
 from trl_unigrpo.shapeworld.tokenizer import shapeworld_tokenizer
 
@@ -179,7 +179,7 @@ COLOURS = {  # of one pixel: mode, value -> RGB
 @pytest.mark.parametrize("name", COLOURS)
 def test_colours_become_rgb(name):
     mode, value, expected = COLOURS[name]
-    image = to_rgb(Image.new(mode, (1, 1), value))
+    image = checked_rgb(Image.new(mode, (1, 1), value))
     assert image.mode == "RGB" and image.getpixel((0, 0)) == expected
 
 
@@ -189,22 +189,22 @@ def test_palette_becomes_rgb(transparent, expected):
     image.putpalette([10, 200, 30])
     if transparent is not None:
         image.info["transparency"] = transparent
-    assert to_rgb(image).getpixel((0, 0)) == expected
+    assert checked_rgb(image).getpixel((0, 0)) == expected
 
 
 @pytest.mark.parametrize("mode", ["I", "F", "I;16"])
 def test_more_than_eight_bits_are_refused(mode):
     with pytest.raises(ValueError, match=rf"mode '{mode}': expected 8 bits per channel\. Scale"):
-        to_rgb(Image.new(mode, (4, 4)))
+        checked_rgb(Image.new(mode, (4, 4)))
 
 
 def test_too_large_and_empty_images_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
     with pytest.raises(ValueError, match=r"10 x 10 pixels.*at most 99\. Make it smaller"):
-        to_rgb(Image.new("RGB", (10, 10)))
+        checked_rgb(Image.new("RGB", (10, 10)))
     with pytest.raises(ValueError, match=r"3 x 0 pixels.*at least one"):
-        to_rgb(Image.new("RGB", (0, 3)))
-    assert to_rgb(Image.new("RGB", (11, 9))).size == (11, 9)
+        checked_rgb(Image.new("RGB", (0, 3)))
+    assert checked_rgb(Image.new("RGB", (11, 9))).size == (11, 9)
 
 
 # Wrong or missing tokenizers

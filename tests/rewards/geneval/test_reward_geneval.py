@@ -18,7 +18,7 @@ from trl_unigrpo.rewards.geneval.geneval_reward import (
     masked_crop,
 )
 from trl_unigrpo.rewards.geneval.rules import (
-    COLORS,
+    GENEVAL_COLORS,
     Detection,
     confident_objects,
     partial_score,
@@ -34,11 +34,11 @@ LEFT, RIGHT, BELOW_LEFT = (0, 0, 10, 10), (80, 0, 90, 10), (0, 80, 10, 90)
 
 def seen(label: str, box=LEFT, score: float = 0.95, color: str = "red") -> Detection:
     """A detection whose colour is written in its mask, for `named_colors` to read."""
-    return Detection(label, score, box, np.full((1, 1), COLORS.index(color)))
+    return Detection(label, score, box, np.full((1, 1), GENEVAL_COLORS.index(color)))
 
 
 def named_colors(detections):
-    return [COLORS[int(detection.mask.item())] for detection in detections]
+    return [GENEVAL_COLORS[int(detection.mask.item())] for detection in detections]
 
 
 def clause(label, count=1, **more):
@@ -255,7 +255,7 @@ def test_colors_are_clips_nearest_by_the_mean_of_three_templates():
         pixels = processor.image_processor([image.crop(box) for box in boxes], return_tensors="pt")["pixel_values"]
         crops = model.get_image_features(pixels).pooler_output
         texts = []
-        for color in COLORS:
+        for color in GENEVAL_COLORS:
             prompts = [
                 f"a photo of a {color} dog",
                 f"a photo of a {color}-colored dog",
@@ -268,7 +268,7 @@ def test_colors_are_clips_nearest_by_the_mean_of_three_templates():
             mean = (embedded / embedded.norm(dim=1, keepdim=True)).mean(0)
             texts.append(mean / mean.norm())
     expected = (crops @ torch.stack(texts).T).argmax(1)
-    assert found == [COLORS[i] for i in expected]
+    assert found == [GENEVAL_COLORS[i] for i in expected]
     assert colors(image, []) == []
 
 

@@ -271,7 +271,7 @@ def test_keys_and_pictures_are_in_no_error_and_no_log(monkeypatch, caplog):
         ("{'Authorization': 'Bearer abc.def'}", "{'Authorization': 'Bearer [key]'}"),
         ("?api_key=abc&x=1", "?api_key=[key]"),
         ("Incorrect API key provided: sk-ab**yz.", "Incorrect API key provided: [key]"),
-        ("data:image/png;base64,AAAA+/== end", "[picture] end"),
+        ("data:image/png;base64,AAAA+/== end", "[image] end"),
         ("a red cat at http://localhost:8000/v1", "a red cat at http://localhost:8000/v1"),
     ],
 )
@@ -434,7 +434,7 @@ def test_pairwise_mode_compares_with_the_reference():
         with pytest.raises(TypeError, match="str, expected a PIL image"):
             scored(VLMJudge("m", server.url, mode="pairwise", reference="x"), ["a"], [grey(0)], x=["a.png"])
         judge = VLMJudge("m", server.url, mode="pairwise", reference=lambda *_: [grey(0)])
-        with pytest.raises(ValueError, match="1 reference pictures for 2 images"):
+        with pytest.raises(ValueError, match="1 reference images for 2 images"):
             scored(judge, ["a", "b"], images[:2])
 
 

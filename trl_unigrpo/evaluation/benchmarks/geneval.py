@@ -6,7 +6,7 @@ from ..metrics import all_correct
 from .geneval_prompts import benchmark_rows
 
 
-def load() -> Benchmark:
+def load_geneval() -> Benchmark:
     """The 553 prompts, by rule. Overall is the mean of the six tasks' means, as in GenEval's own summary."""
     items = [
         Item(f"{place:05}", row["prompt"], row["tag"], questions_from_geneval(row), row)

@@ -7,16 +7,16 @@ from typing import Any
 from ...rewards.questions.question import Question
 from ..benchmark import Benchmark, Item
 from ..metrics import soft_tifa
-from .rows import parse, read_rows
+from .rows import located_rows, parse
 
 
-def load(path: str | Path) -> Benchmark:
+def load_geneval2(path: str | Path) -> Benchmark:
     """
     Read `geneval2_data.jsonl`: `prompt`, `atom_count`, `vqa_list` of [question, answer], and `skills`.
 
     A task is a number of atoms, as the official analysis has it; groups of questions are the skills.
     """
-    items, problems = parse(read_rows(path, ".jsonl"), _items)
+    items, problems = parse(located_rows(path, ".jsonl"), _items)
     return Benchmark(
         "geneval2",
         "GenEval 2",

@@ -15,7 +15,7 @@ Found = tuple[str, Any]
 FORMATS = (".csv", ".json", ".jsonl", ".parquet", ".txt")
 
 
-def read_rows(path: str | Path, *formats: str) -> Iterator[Found]:
+def located_rows(path: str | Path, *formats: str) -> Iterator[Found]:
     """
     The rows of a file, or of all files of a folder that have one of the formats, in the order of their names.
 
@@ -134,7 +134,7 @@ def parse(rows: Iterable[Found], to_items: Callable[[dict[str, Any], str], Itera
         try:
             items += to_items(as_object(row), where)
         except (KeyError, TypeError, ValueError) as error:
-            problems.append(f"{where}: {reason(error)}")
+            problems.append(f"{where}: {row_problem(error)}")
     return tuple(items), tuple(problems)
 
 
@@ -147,7 +147,7 @@ def as_object(row: Any) -> dict[str, Any]:
     return row
 
 
-def reason(error: Exception) -> str:
+def row_problem(error: Exception) -> str:
     """What is wrong with a row, in one line of 300 characters at most."""
     text = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.split())

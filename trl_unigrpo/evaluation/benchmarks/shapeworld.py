@@ -10,7 +10,7 @@ NUM_PROMPTS = 1050
 BATCH_SIZE = 210
 
 
-def load(num_prompts: int | None, seed: int | None, split: str = "test") -> Benchmark:
+def load_shapeworld(num_prompts: int | None, seed: int | None, split: str = "test") -> Benchmark:
     """
     Prompts of a split, balanced over the categories; the same number and seed give the demo's.
 

@@ -10,7 +10,7 @@ from transformers import set_seed
 from ...models.bagel import BagelConfig, BagelForUnifiedGeneration, LatentCodec
 from ...shapeworld.corpus import pretraining_corpus
 from ...shapeworld.tokenizer import shapeworld_tokenizer
-from ...shapeworld.world import GRID
+from ...shapeworld.world import GRID_SIDE
 from ...trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
 from .train_autoencoder import train_autoencoder
 
@@ -36,7 +36,7 @@ def untrained_model(codec: LatentCodec, seed: int = 0) -> BagelForUnifiedGenerat
         },
         vae_config=codec.config,
         latent_patch_size=codec.patch_size,
-        max_latent_size=GRID,
+        max_latent_size=GRID_SIDE,
         think_system_prompt=None,
         im_start_token_id=token("<|im_start|>"),
         im_end_token_id=token("<|im_end|>"),

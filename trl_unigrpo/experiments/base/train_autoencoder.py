@@ -130,7 +130,7 @@ def evaluate_autoencoder(
     )
 
 
-def main() -> None:
+def train_from_arguments() -> None:
     """Trains, prints the report, saves."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output_dir")
@@ -147,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train_from_arguments()

@@ -30,7 +30,7 @@ from ...shapeworld.verifier import shapeworld_reward
 from ...statistics import mean_interval
 from ...trainers.unigrpo_config import UniGRPOConfig
 from ...trainers.unigrpo_trainer import UniGRPOTrainer
-from .report import write_report
+from .report import write_demo_report
 from .result import DemoResult, category_rows, latent_drift
 
 
@@ -161,14 +161,14 @@ def run_demo(
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     history = [row for row in trainer.state.log_history if "reward" in row]
     result = DemoResult(before, after, greedy_before, greedy_after, history, summary)
-    write_report(output / "report.html", result, trainer.args)
-    console.print(category_table(before, after))
+    write_demo_report(output / "report.html", result, trainer.args)
+    console.print(gain_table(before, after))
     console.print(f"Held-out reward {reward['before']} -> {reward['after']}, gain {gain}")
     console.print(f"Report: {output / 'report.html'}, pictures of the training: {output / 'gallery.html'}")
     return result
 
 
-def category_table(before: Evaluation, after: Evaluation) -> Table:
+def gain_table(before: Evaluation, after: Evaluation) -> Table:
     table = Table("category", "prompts", "before", "after", "gain (95 % interval)")
     for name, old, new, gain in category_rows(before, after):
         table.add_row(

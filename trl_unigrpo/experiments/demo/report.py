@@ -30,7 +30,7 @@ PICTURES_PER_CATEGORY = 2
 SMOOTH = 10  # rollouts in the moving mean of the curves
 
 
-def write_report(file: Path, result: DemoResult, args: UniGRPOConfig) -> None:
+def write_demo_report(file: Path, result: DemoResult, args: UniGRPOConfig) -> None:
     """Write the report. It needs no other file and no network; beside the run's gallery, it names its alarms."""
     try:
         run = read_run(file.parent)

@@ -15,7 +15,7 @@ from .systems import SYSTEMS, Settings, System
 
 
 def read_entries(file: Path) -> dict[str, dict[str, Any]]:
-    """System -> what `choose` returned for it; {} where there is no file."""
+    """System -> what `choose_candidate` returned for it; {} where there is no file."""
     if not file.is_file():
         return {}
     entries = json.loads(file.read_text(encoding="utf-8"))
@@ -35,7 +35,7 @@ def write_entries(file: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     file.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
 
 
-def choose(
+def choose_candidate(
     candidates: Sequence[Settings], rewards: Sequence[Sequence[float]], prompts: Sequence[str]
 ) -> dict[str, Any]:
     """
@@ -80,4 +80,4 @@ def choose_from_folders(system: System, output: Path) -> dict[str, Any]:
     mode = system.modes[0]
     rewards = [run["evaluations"][mode]["reward"] for run in runs]
     made_with = {"mode": mode, "split": runs[0]["split"], "num_prompts": len(prompts), "seed": runs[0]["seed"]}
-    return {**choose(system.candidates, rewards, prompts), **made_with, "rollouts": runs[0]["rollouts"]}
+    return {**choose_candidate(system.candidates, rewards, prompts), **made_with, "rollouts": runs[0]["rollouts"]}

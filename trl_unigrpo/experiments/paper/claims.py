@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from .order import GRID, main_mode
+from .order import GROUP_SYSTEMS, main_mode
 
 
 Side = tuple[str, str]
 """A system and the mode in which it is evaluated."""
 
-Verdict = Literal["holds", "does not hold", "not measured yet"]
+ClaimVerdict = Literal["holds", "does not hold", "not measured yet"]
 
 REFERENCE: Side = ("unigrpo", "sampled")
 
@@ -39,22 +39,22 @@ ONE_EXPERT: tuple[tuple[Side, Side], ...] = (
     (("text_grpo", "sampled"), ("base", "sampled")),
 )
 UNREGULARIZED: tuple[Side, Side] = (("no_regularizer", "sampled"), REFERENCE)
-GUIDED: tuple[Side, Side] = (("guidance_off", "guided"), ("guidance_on", "guided"))
+GUIDANCE_PAIR: tuple[Side, Side] = (("guidance_off", "guided"), ("guidance_on", "guided"))
 UNIFPO: tuple[Side, Side] = (("unifpo", "sampled"), ("base", "sampled"))
 
-COMPARISONS = (*SFT_BASE, *ONE_EXPERT, *WITH_AND_WITHOUT, UNREGULARIZED, GUIDED, UNIFPO)
+COMPARISONS = (*SFT_BASE, *ONE_EXPERT, *WITH_AND_WITHOUT, UNREGULARIZED, GUIDANCE_PAIR, UNIFPO)
 """Paired differences that the claims need, besides those to UniGRPO."""
 
 OTHERS: tuple[Side, ...] = (
     ("base", "direct"),
     ("sft", "direct"),
-    *((name, main_mode(name)) for name in GRID["table1"] if name not in (REFERENCE[0], "sft_clean")),
+    *((name, main_mode(name)) for name in GROUP_SYSTEMS["table1"] if name not in (REFERENCE[0], "sft_clean")),
 )
 """What UniGRPO is claimed to be above. The clean corpus is no system of the paper: it shows what no reward shows."""
 
 
 class Judgement(NamedTuple):
-    verdict: Verdict
+    verdict: ClaimVerdict
     sentence: str
 
 
@@ -100,7 +100,7 @@ def judged(parts: Iterable[Part], says: str = "", extra: str = "") -> Judgement:
         extra: a sentence to go after it.
     """
     of = list(parts)
-    verdict: Verdict = "holds"
+    verdict: ClaimVerdict = "holds"
     if any(part.holds is False for part in of):
         verdict = "does not hold"
     elif any(part.holds is None for part in of):
@@ -172,15 +172,15 @@ def pictures_decay(results: Mapping[str, Any]) -> Judgement:
     return judged([decay, Part(similar, f"reward {signed(difference)}")])
 
 
-def velocity_mse(results: Mapping[str, Any]) -> Judgement:
+def velocity_mse_keeps_images(results: Mapping[str, Any]) -> Judgement:
     return judged(errors(results, system, 1) for system in ("latent_kl", "latent_kl_matched"))
 
 
 def trained_without_guidance(results: Mapping[str, Any]) -> Judgement:
-    found = comparison(results, *GUIDED)
+    found = comparison(results, *GUIDANCE_PAIR)
     if found is None:
         return Judgement("not measured yet", "Not both ways of training were measured.")
-    rewards = " and ".join(f"{reward(results, side)['mean']:.3f}" for side in GUIDED)
+    rewards = " and ".join(f"{reward(results, side)['mean']:.3f}" for side in GUIDANCE_PAIR)
     says = f"Evaluated with guidance, trained without and with it: {rewards}, difference {signed(found)}"
     return judged([Part(found["low"] > -AS_GOOD, says, found["seeds"])])
 
@@ -247,7 +247,7 @@ CLAIMS = (
         "velocity_mse",
         "The velocity MSE keeps pictures better than a latent KL (of the same weight, and of the same strength)",
         "Figure 5",
-        velocity_mse,
+        velocity_mse_keeps_images,
     ),
 )
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from .loading import FloatArray, Run
+from ...statistics import FloatArray
+from .loading import FinishedRun
 
 
 POINTS = 48
 
 
-def curve(runs: Sequence[Run], starts: Sequence[Run] = ()) -> dict[str, Any] | None:
+def curve(runs: Sequence[FinishedRun], starts: Sequence[FinishedRun] = ()) -> dict[str, Any] | None:
     """
     The curve of one system; None where no run logged a reward.
 

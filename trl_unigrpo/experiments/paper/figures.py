@@ -43,7 +43,7 @@ STYLE: dict[Any, Any] = {
 
 # Okabe and Ito's palette, which colour-blind readers tell apart, and shades of it. Methods that share a figure are
 # far from each other in it.
-COLORS = {
+SYSTEM_COLORS = {
     "base": "#6b6b6b",
     "sft": "#a0a0a0",
     "sft_clean": "#c4c4c4",
@@ -68,12 +68,12 @@ OTHER_COLOR = "#4d4d4d"
 
 SCALE = 3
 """How many times a picture of 48 pixels is enlarged, each pixel to a square."""
-GAP = 8
+TILE_GAP = 8
 """Pixels between enlarged pictures."""
 
 
 def color(system: str) -> str:
-    return COLORS.get(system.removesuffix("_thinking"), OTHER_COLOR)
+    return SYSTEM_COLORS.get(system.removesuffix("_thinking"), OTHER_COLOR)
 
 
 def svg(figure: Figure) -> str:
@@ -83,7 +83,7 @@ def svg(figure: Figure) -> str:
     return out.getvalue()
 
 
-def spread(heights: Sequence[float], gap: float) -> list[float]:
+def spaced(heights: Sequence[float], gap: float) -> list[float]:
     """
     Heights for labels: as near as can be to those given, in their order and at least `gap` apart.
 
@@ -111,7 +111,7 @@ def label_right(axes: Axes, labels: Sequence[Label], gap: float) -> None:
     """Write names right of the axes, each at its point's height or as near as they fit, `gap` axes' heights apart."""
     axes.get_ylim()  # settles the limits, on which the heights depend
     to_axes = axes.transData + axes.transAxes.inverted()
-    heights = spread([to_axes.transform((x, y))[1] for _, x, y, _ in labels], gap)
+    heights = spaced([to_axes.transform((x, y))[1] for _, x, y, _ in labels], gap)
     for (text, x, y, of), height in zip(labels, heights, strict=True):
         axes.annotate(
             text,
@@ -294,10 +294,10 @@ def trace_picture(output: Path, trace: Mapping[str, Any], systems: Sequence[str]
             tile = strip.convert("RGB").crop((side * sample["index"], 0, side * (sample["index"] + 1), side))
         tiles.append(tile.resize((side * SCALE, side * SCALE), Image.Resampling.NEAREST))
     sheet = Image.new(
-        "RGB", (sum(tile.width + GAP for tile in tiles) - GAP, max(tile.height for tile in tiles)), "white"
+        "RGB", (sum(tile.width + TILE_GAP for tile in tiles) - TILE_GAP, max(tile.height for tile in tiles)), "white"
     )
     for i, tile in enumerate(tiles):
-        sheet.paste(tile, (sum(of.width + GAP for of in tiles[:i]), 0))
+        sheet.paste(tile, (sum(of.width + TILE_GAP for of in tiles[:i]), 0))
     return sheet
 
 

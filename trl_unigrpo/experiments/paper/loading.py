@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...shapeworld.grammar import CATEGORIES
+from ...statistics import FloatArray
 from .order import position
 
-
-FloatArray = NDArray[np.float64]
 
 REQUIRED: dict[str, type | tuple[type, ...]] = {
     "system": str,
@@ -52,7 +50,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """
     One finished run.
 
@@ -102,16 +100,16 @@ def read_prompts(output: Path) -> Prompts:
     return Prompts(texts, categories)
 
 
-def read_runs(output: Path, prompts: Prompts) -> tuple[list[Run], list[Problem]]:
+def read_runs(output: Path, prompts: Prompts) -> tuple[list[FinishedRun], list[Problem]]:
     """The finished runs, in the page's order, and the folders that hold none that can be used."""
-    runs: list[Run] = []
+    runs: list[FinishedRun] = []
     problems: list[Problem] = []
     for folder in sorted(output.glob("*/seed-*"), key=_folder_order):
         if folder.parent.name == "search" or not folder.is_dir():
             continue
         name = f"{folder.parent.name}/{folder.name}"
         try:
-            run = Run(name, read_record(folder / "run.json"), [])
+            run = FinishedRun(name, read_record(folder / "run.json"), [])
             check_record(run.record, folder, len(prompts.texts))
             first = next((other for other in runs if other.system == run.system), run)
             check_settings(run.record, first.record)
@@ -123,7 +121,7 @@ def read_runs(output: Path, prompts: Prompts) -> tuple[list[Run], list[Problem]]
         except ValueError as error:
             problems.append(Problem(name, f"{error} The run is used, its curve is not."))
             history = []
-        runs.append(Run(name, run.record, history))
+        runs.append(FinishedRun(name, run.record, history))
     return runs, problems
 
 

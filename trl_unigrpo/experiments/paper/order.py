@@ -5,7 +5,7 @@ from __future__ import annotations
 from .systems import DIRECT, GROUPS, SYSTEMS
 
 
-GRID: dict[str, tuple[str, ...]] = {
+GROUP_SYSTEMS: dict[str, tuple[str, ...]] = {
     group: tuple(name for name, of in SYSTEMS.items() if of.group == group and not of.hidden) for group in GROUPS
 } | {"hidden": tuple(name for name, of in SYSTEMS.items() if of.hidden)}
 """Group -> systems. Those of "hidden", whatever group a run names, only are others' starts and stand in no table."""
@@ -13,7 +13,7 @@ GRID: dict[str, tuple[str, ...]] = {
 WITHOUT_THINKING = tuple(name for name, of in SYSTEMS.items() if of.modes == DIRECT)
 """Trained and evaluated from the prompt alone. The base and the fine-tuned ones are evaluated both ways."""
 
-ORDER = tuple(name for names in GRID.values() for name in names)
+ORDER = tuple(name for names in GROUP_SYSTEMS.values() for name in names)
 
 
 def full_grid() -> dict[str, tuple[int, ...]]:

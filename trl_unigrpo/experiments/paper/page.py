@@ -20,7 +20,7 @@ from .order import ORDER
 HEADING = re.compile(r"^## (\S+)$", re.MULTILINE)
 
 
-def write_page(output: Path, page: Path | None = None) -> Path:
+def write_paper_page(output: Path, page: Path | None = None) -> Path:
     """
     Write the page and its figures from `<output>/results.json`, and return the page's file.
 
@@ -105,7 +105,7 @@ def read_commentary(text: str | None = None) -> dict[str, str]:
         ValueError: for a remark that holds a number: numbers come from results.json.
     """
     if text is None:
-        text = (files("trl_unigrpo.paper") / "commentary.md").read_text(encoding="utf-8")
+        text = (files(__package__) / "commentary.md").read_text(encoding="utf-8")
     _, *parts = HEADING.split(text)
     sections = {name: body.strip() for name, body in zip(parts[::2], parts[1::2], strict=True)}
     for name, body in sections.items():

@@ -21,7 +21,7 @@ LOCKS = ".locks"
 LOG_TAIL = 15
 
 
-class Watcher(Protocol):
+class RunWatcher(Protocol):
     """What is told of each run."""
 
     def started(self, job: Job) -> None: ...
@@ -47,7 +47,7 @@ def run_all(
     output: Path,
     number: int,
     command: Callable[[Job], Sequence[str]],
-    watcher: Watcher,
+    watcher: RunWatcher,
     pause: float = 0.2,
 ) -> Outcome:
     """

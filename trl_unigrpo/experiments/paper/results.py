@@ -15,12 +15,12 @@ from .claims import CLAIMS, COMPARISONS, REFERENCE
 from .curves import curve
 from .loading import (
     MEASURES,
-    Run,
+    FinishedRun,
     read_prompts,
     read_runs,
 )
-from .order import GRID, full_grid
-from .scores import Scores
+from .order import GROUP_SYSTEMS, full_grid
+from .scores import GridScores
 from .search import read_search
 
 
@@ -29,7 +29,7 @@ Results = dict[str, Any]
 TRACED = ("base", "sft", "unigrpo")
 """The systems whose thinkings and pictures stand side by side, as in the paper's Figures 2 and 6 to 8."""
 
-FAMILIES = {"table1": "table1", "figure5": "ablations", "ablations": "ablations"}
+HOLM_FAMILIES = {"table1": "table1", "figure5": "ablations", "ablations": "ablations"}
 """Groups that are compared with UniGRPO -> the table in which they stand, for Holm's correction."""
 COMPARED = ("sampled", "direct")
 """The modes that are compared with UniGRPO's sampled one."""
@@ -55,7 +55,7 @@ def collect(output: Path, expected: Mapping[str, Sequence[int]] | None = None) -
         raise ValueError(
             f"{output} holds no finished run, so there is nothing to show. Start some: trl-unigrpo paper.{reasons}"
         )
-    scores = Scores(runs, prompts)
+    scores = GridScores(runs, prompts)
     search, search_seconds = read_search(output)
     systems = {name: system_summary(name, scores) for name in scores.systems}
     correct_p_values(systems)
@@ -75,7 +75,7 @@ def collect(output: Path, expected: Mapping[str, Sequence[int]] | None = None) -
         "figure4": guidance_summary(systems),
         "figure5": regularizer_summary(systems, scores),
         "search": search,
-        "traces": traces(scores),
+        "traces": shown_traces(scores),
         "machine": machine_summary(runs, search_seconds),
         "missing": missing(scores, full_grid() if expected is None else expected),
         "problems": [asdict(problem) for problem in problems],
@@ -93,36 +93,36 @@ def side_name(side: tuple[str, str]) -> str:
     return "/".join(side)
 
 
-def system_summary(system: str, scores: Scores) -> dict[str, Any]:
+def system_summary(system: str, scores: GridScores) -> dict[str, Any]:
     """One system: what it is, what it cost with the stage before it, and what it scored in each mode."""
     runs = scores.runs(system)
     record = runs[0].record
     starts = scores.starts(system)
-    seconds = [mean(run.record["train_cpu_seconds"] for run in stage) or 0.0 for stage in (starts, runs)]
+    seconds = [mean_or_none(run.record["train_cpu_seconds"] for run in stage) or 0.0 for stage in (starts, runs)]
     diversities = [run.record["diversity"] for run in runs if run.record.get("diversity")]
     modes = list(dict.fromkeys(mode for run in runs for mode in run.record["evaluations"]))
     return {
         "title": record["title"],
-        "group": "hidden" if system in GRID["hidden"] else record["group"],
+        "group": "hidden" if system in GROUP_SYSTEMS["hidden"] else record["group"],
         "start": record["start"] or "base",
         "seeds": [run.seed for run in runs],
         "trained": scores.trained(system),
         "rollouts": sum(run.record["rollouts"] for run in (*starts[:1], runs[0])),
         "train_cpu_seconds": round(sum(seconds), 1),
         "clip_frac": significant(
-            mean(row["clip_frac"] for run in runs for row in run.history if "clip_frac" in row), 3
+            mean_or_none(row["clip_frac"] for run in runs for row in run.history if "clip_frac" in row), 3
         ),
         "settings": {key: value for key, value in sorted(record["settings"].items()) if key != "seed"},
         "modes": {mode: mode_summary(system, mode, scores) for mode in modes},
         "diversity": {
-            key: significant(mean(of[key] for of in diversities), 4)
+            key: significant(mean_or_none(of[key] for of in diversities), 4)
             for key in (diversities[0] if diversities else {})
             if all(key in of for of in diversities)
         },
     }
 
 
-def mode_summary(system: str, mode: str, scores: Scores) -> dict[str, Any]:
+def mode_summary(system: str, mode: str, scores: GridScores) -> dict[str, Any]:
     """One system in one mode; measures other than the reward are means over seeds."""
     evaluations = [run.record["evaluations"][mode] for run in scores.runs(system, mode)]
     measures = {key: [of[key] for of in evaluations if of.get(key) is not None] for key in MEASURES}
@@ -132,7 +132,7 @@ def mode_summary(system: str, mode: str, scores: Scores) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "seeds": [run.seed for run in scores.runs(system, mode)],
         "reward": interval_record(reward) if reward else None,
-        **{key: significant(mean(values), 4) for key, values in measures.items()},
+        **{key: significant(mean_or_none(values), 4) for key, values in measures.items()},
         "picture_error_range": [significant(of, 4) for of in (min(errors), max(errors))] if len(errors) > 1 else None,
         "picture_error_interval": [significant(of, 4) for of in own_interval] if own_interval else None,
         "categories": {
@@ -141,9 +141,9 @@ def mode_summary(system: str, mode: str, scores: Scores) -> dict[str, Any]:
         },
     }
     group = scores.runs(system)[0].record["group"]
-    if mode in COMPARED and group in FAMILIES and system not in (REFERENCE[0], *GRID["hidden"]):
+    if mode in COMPARED and group in HOLM_FAMILIES and system not in (REFERENCE[0], *GROUP_SYSTEMS["hidden"]):
         difference = scores.difference((system, mode), REFERENCE)
-        summary["difference"] = interval_record(difference) | {"family": FAMILIES[group]} if difference else None
+        summary["difference"] = interval_record(difference) | {"family": HOLM_FAMILIES[group]} if difference else None
     return summary
 
 
@@ -179,7 +179,7 @@ def guidance_summary(systems: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def regularizer_summary(systems: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
+def regularizer_summary(systems: Mapping[str, Any], scores: GridScores) -> dict[str, Any]:
     """Figure 5: reward and picture error, the latter also as a multiple of UniGRPO's, which has the velocity MSE."""
     shown = [name for name, of in systems.items() if of["group"] == "figure5" or name in ("base", REFERENCE[0])]
     return {
@@ -196,7 +196,7 @@ def regularizer_summary(systems: Mapping[str, Any], scores: Scores) -> dict[str,
     }
 
 
-def error_ratio(scores: Scores, system: str) -> dict[str, Any] | None:
+def error_ratio(scores: GridScores, system: str) -> dict[str, Any] | None:
     """
     Picture error divided by UniGRPO's: geometric mean over common seeds, with a t interval of its logarithm.
 
@@ -218,7 +218,7 @@ def error_ratio(scores: Scores, system: str) -> dict[str, Any] | None:
     return {**{key: significant(value, 4) for key, value in ratio.items()}, "seeds": len(logs)}
 
 
-def traces(scores: Scores) -> list[dict[str, Any]]:
+def shown_traces(scores: GridScores) -> list[dict[str, Any]]:
     """
     The fixed prompts with the thinking, the reward and the place of the picture of each of `TRACED`.
 
@@ -239,7 +239,7 @@ def traces(scores: Scores) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def machine_summary(runs: Sequence[Run], search_seconds: float) -> dict[str, Any]:
+def machine_summary(runs: Sequence[FinishedRun], search_seconds: float) -> dict[str, Any]:
     """Where and when the runs were made and what they cost."""
     records = [run.record for run in runs]
     packages = sorted({package for record in records for package in record["versions"]})
@@ -258,7 +258,7 @@ def machine_summary(runs: Sequence[Run], search_seconds: float) -> dict[str, Any
     }
 
 
-def missing(scores: Scores, expected: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def missing(scores: GridScores, expected: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """
     What the grid has and the folders do not.
 
@@ -293,7 +293,7 @@ def interval_record(interval: CrossedInterval) -> dict[str, Any]:
     }
 
 
-def mean(values: Iterable[float]) -> float | None:
+def mean_or_none(values: Iterable[float]) -> float | None:
     """The mean, None of nothing."""
     numbers = list(values)
     return sum(numbers) / len(numbers) if numbers else None

@@ -41,7 +41,7 @@ IGNORED = f"/{LOCKS}/\nlog.txt\nmodel/\n*.part\n"
 
 
 @dataclass(frozen=True)
-class Options:
+class PaperOptions:
     """
     What the command was asked for.
 
@@ -88,7 +88,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def show_grid(options: Options, console: Console) -> None:
+def show_grid(options: PaperOptions, console: Console) -> None:
     """Print the grid, with what is done, what is left and about how long it will take."""
     jobs = options.all_jobs
     console.print(grid_table(jobs, options.output))
@@ -100,7 +100,7 @@ def show_grid(options: Options, console: Console) -> None:
     console.print(f"{done} of {len(jobs)} runs are done; {time}, with {options.jobs} at a time.")
 
 
-def run_paper(options: Options, console: Console) -> int:
+def run_paper(options: PaperOptions, console: Console) -> int:
     """
     Do all runs that are not done, and write the choice (with `search`) or the page.
 
@@ -125,7 +125,7 @@ def run_paper(options: Options, console: Console) -> int:
     return search(options, console) if options.search else run_grid(options, console)
 
 
-def prepare(options: Options, jobs: Sequence[Job]) -> None:
+def prepare_runs(options: PaperOptions, jobs: Sequence[Job]) -> None:
     """Check the settings of all jobs and the disk, and write their prompts."""
     # What imports the trainers is imported where it is needed, here and below: `--list` answers without.
     from ...shapeworld import shapeworld_dataset
@@ -162,7 +162,7 @@ def renew_starts(jobs: Sequence[Job], output: Path) -> None:
             (job.start.folder(output) / "run.json").unlink(missing_ok=True)
 
 
-def do(options: Options, jobs: Sequence[Job], console: Console) -> int:
+def do(options: PaperOptions, jobs: Sequence[Job], console: Console) -> int:
     """Do jobs that have been prepared; returns the exit code."""
     scale = options.scale
 
@@ -189,20 +189,20 @@ def do(options: Options, jobs: Sequence[Job], console: Console) -> int:
     return 1 if outcome.failed else 0
 
 
-def run_grid(options: Options, console: Console) -> int:
+def run_grid(options: PaperOptions, console: Console) -> int:
     """Do the grid's runs, and write the page of all that are finished."""
     from .chosen import read_entries, write_entries
 
     jobs = options.all_jobs
-    prepare(options, jobs)
+    prepare_runs(options, jobs)
     write_entries(options.output / "chosen.json", read_entries(options.chosen))
     code = do(options, jobs, console)
     if code <= 1 and any(job.finished(options.output) for job in jobs):
-        from .page import write_page
+        from .page import write_paper_page
         from .results import collect
 
         collect(options.output, expected_seeds(jobs) if options.quick else None)
-        console.print(f"Page: {write_page(options.output, options.page)}")
+        console.print(f"Page: {write_paper_page(options.output, options.page)}")
     return code
 
 
@@ -211,7 +211,7 @@ def expected_seeds(jobs: Sequence[Job]) -> dict[str, list[int]]:
     return {name: [job.seed for job in jobs if job.system == name] for name in dict.fromkeys(j.system for j in jobs)}
 
 
-def search(options: Options, console: Console) -> int:
+def search(options: PaperOptions, console: Console) -> int:
     """
     Try the candidates of each system on validation prompts, and write the choice for those that are complete.
 
@@ -236,7 +236,7 @@ def search(options: Options, console: Console) -> int:
                 f"{', '.join(missing)}. Search it first: trl-unigrpo paper --search --only {','.join(missing)}"
             )
         jobs = [job for system in ready for job in search_jobs(system)]
-        prepare(options, jobs)
+        prepare_runs(options, jobs)
         code = do(options, jobs, console)
         if code > 1:
             return code
@@ -244,14 +244,14 @@ def search(options: Options, console: Console) -> int:
         for system in ready:
             if all(job.finished(options.output) for job in search_jobs(system)):
                 entries[system.name] = choose_from_folders(system, options.output)
-                console.print(describe(system, entries[system.name]), soft_wrap=True, highlight=False)
+                console.print(choice_line(system, entries[system.name]), soft_wrap=True, highlight=False)
         write_entries(options.chosen, entries)
         waiting = [system for system in waiting if system not in ready]
     console.print(f"Choices: {options.chosen}")
     return worst
 
 
-def describe(system: System, entry: dict) -> str:
+def choice_line(system: System, entry: dict) -> str:
     """A line on what was chosen, with what is doubtful about it."""
     values = ", ".join(f"{name} {value:g}" for name, value in entry["settings"].items())
     best = next(of for of in entry["candidates"] if of["settings"] == entry["settings"])

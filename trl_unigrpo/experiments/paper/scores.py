@@ -6,26 +6,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...statistics import CrossedInterval, crossed_interval
-from .loading import FloatArray, Prompts, Run
+from ...statistics import CrossedInterval, FloatArray, crossed_interval
+from .loading import FinishedRun, Prompts
 from .order import position
 
 
-class Scores:
+class GridScores:
     """The runs by system, and the means and differences over them."""
 
-    def __init__(self, runs: Sequence[Run], prompts: Prompts):
+    def __init__(self, runs: Sequence[FinishedRun], prompts: Prompts):
         self.prompts = prompts
-        self.by_system: dict[str, list[Run]] = {}
+        self.by_system: dict[str, list[FinishedRun]] = {}
         for run in sorted(runs, key=lambda run: (position(run.system), run.seed)):
             self.by_system.setdefault(run.system, []).append(run)
         self.systems = list(self.by_system)
 
-    def runs(self, system: str, mode: str | None = None) -> list[Run]:
+    def runs(self, system: str, mode: str | None = None) -> list[FinishedRun]:
         """By seed; those that were evaluated in `mode`."""
         return [run for run in self.by_system.get(system, []) if mode is None or mode in run.record["evaluations"]]
 
-    def starts(self, system: str) -> list[Run]:
+    def starts(self, system: str) -> list[FinishedRun]:
         """The runs of the system from whose model this one starts; none for the shipped base."""
         start = self.by_system[system][0].record["start"]
         return self.by_system.get(start, []) if start not in (None, "base", system) else []

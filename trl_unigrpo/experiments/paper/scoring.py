@@ -22,7 +22,7 @@ from .training import digits
 TRACES = 12
 
 
-def evaluate(
+def evaluate_in_mode(
     model: Any, tokenizer: PreTrainedTokenizerBase, mode: str, scale: Scale, guidance_scale: float | None = None
 ) -> Evaluation:
     """Score a model in one of `System.modes`; "guided" needs the scale."""
@@ -68,7 +68,7 @@ def trace_rows(categories: Sequence[str], number: int = TRACES) -> list[int]:
     return [seen[CATEGORIES[order]][place] for order, place in chosen]
 
 
-def traces(evaluation: Evaluation) -> list[dict[str, Any]]:
+def sample_traces(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Prompt, thinking and scores of the dozen."""
     return [
         {

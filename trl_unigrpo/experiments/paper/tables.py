@@ -18,15 +18,15 @@ from .markdown import (
 from .order import main_mode
 
 
-RATES = {"learning_rate": "text_weight", "image_learning_rate": "flow_weight"}
+WEIGHT_OF_RATE = {"learning_rate": "text_weight", "image_learning_rate": "flow_weight"}
 """Learning rate -> the weight that is 0 where it trains nothing."""
-PICTURES = ("picture error", "latent distance", "distinct pictures")
+IMAGE_MEASURES = ("picture error", "latent distance", "distinct pictures")
 
-Row = tuple[str, Mapping[str, Any], str]
+TableRow = tuple[str, Mapping[str, Any], str]
 """A system's name, what results.json holds of it, and the mode in which it is evaluated."""
 
 
-def rows(results: Mapping[str, Any], *groups: str) -> list[Row]:
+def rows(results: Mapping[str, Any], *groups: str) -> list[TableRow]:
     """The table rows of some groups, in the page's order."""
     return [
         (name, system, mode)
@@ -37,7 +37,7 @@ def rows(results: Mapping[str, Any], *groups: str) -> list[Row]:
     ]
 
 
-def emphasized(row: Row, cells: list[str]) -> list[str]:
+def emphasized(row: TableRow, cells: list[str]) -> list[str]:
     """UniGRPO's row is bold."""
     return [f"**{cell}**" for cell in cells] if row[0] == REFERENCE[0] else cells
 
@@ -64,7 +64,7 @@ def table1(results: Mapping[str, Any]) -> str:
 
 def details_table(results: Mapping[str, Any], *groups: str) -> str:
     """What plans and pictures are worth, and what training cost."""
-    header = ["system", "strict", "plan", "clipped", *PICTURES, "CPU seconds"]
+    header = ["system", "strict", "plan", "clipped", *IMAGE_MEASURES, "CPU seconds"]
     lines = []
     for row in rows(results, *groups):
         name, system, mode = row
@@ -75,8 +75,8 @@ def details_table(results: Mapping[str, Any], *groups: str) -> str:
     return markdown_table(header, lines)
 
 
-def _pictures(row: Row) -> list[str]:
-    """The columns of `PICTURES`."""
+def _pictures(row: TableRow) -> list[str]:
+    """The columns of `IMAGE_MEASURES`."""
     name, system, mode = row
     found = system["modes"][mode]
     # Diversity is measured once per run, in the system's own way to paint.
@@ -240,7 +240,7 @@ def rate_table(results: Mapping[str, Any]) -> str:
             escape(of["title"]),
             *(
                 rate(of["settings"][key]) if key in of["settings"] and of["settings"].get(weight, 1) else NONE
-                for key, weight in RATES.items()
+                for key, weight in WEIGHT_OF_RATE.items()
             ),
         ]
         for of in results["systems"].values()

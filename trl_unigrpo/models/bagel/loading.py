@@ -35,7 +35,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
         with without_load_report():
             model, info = load(source, *args, **{**kwargs, **strict})
         drop_absent_tower(source, model, info)
-        report(source, info)
+        check_keys(source, info)
         keep_trainable_layout(model)
         file = cached_file(
             source, AUTOENCODER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs)
@@ -60,7 +60,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Without transformers' table of keys that don't fit: [`report`] says it, and more briefly."""
+    """Without transformers' table of keys that don't fit: [`check_keys`] says it, and more briefly."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def keeps(record: logging.LogRecord) -> bool:
@@ -95,7 +95,7 @@ def understanding_keys(names: Iterable[str]) -> list[str]:
     return [name for name in names if name.split(".")[0] in UNDERSTANDING_MODULES]
 
 
-def report(source: Any, info: dict[str, Any]) -> None:
+def check_keys(source: Any, info: dict[str, Any]) -> None:
     """Raise ValueError, naming them, if keys are missing, left over or of another shape."""
     mismatched = [f"{name} {tuple(stored)} instead of {tuple(own)}" for name, stored, own in info["mismatched_keys"]]
     kinds = {"missing": info["missing_keys"], "left over": info["unexpected_keys"], "of another shape": mismatched}

@@ -9,32 +9,29 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...trajectory import Steps, Trajectory
 from ..contract import ContextRow, UnifiedModelMixin, UnifiedOutput
-from ..memory import fitting, free_memory
 from .attention import (
     Context,
     Layout,
     causal_mask,
     left_padded,
 )
-from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
+from .autoencoder import LatentCodec
 from .configuration import BagelConfig
 from .copies import Copies, lay_out
+from .decoder import BagelLanguageModel
 from .layers import (
-    BagelLayer,
     BagelPositionTable,
     BagelRMSNorm,
     BagelTimeEmbedder,
-    head_size,
-    rotary_tables,
 )
 from .loading import load_checkpoint
+from .pixels import BagelPixels
 from .processing import check_tokenizer
 from .segments import (
     ContextImage,
@@ -44,7 +41,7 @@ from .segments import (
     text_segments,
 )
 from .text_rows import TextRows
-from .vision import UNDERSTANDING_MODULES, BagelPerceptron, BagelVisionTower
+from .vision import BagelPerceptron, BagelVisionTower
 
 
 CHAT_TEMPLATE = (
@@ -56,51 +53,7 @@ CHAT_TEMPLATE = (
 LINEARS = r"self_attn\.[qkvo]_proj{suffix}|mlp{suffix}\.(gate|up|down)_proj"
 
 
-class BagelDecoder(nn.Module):
-    def __init__(self, config: BagelConfig):
-        super().__init__()
-        llm = config.llm_config
-        self.embed_tokens = nn.Embedding(llm.vocab_size, llm.hidden_size)
-        self.layers = nn.ModuleList(BagelLayer(llm, i) for i in range(llm.num_hidden_layers))
-        self.norm = BagelRMSNorm(llm.hidden_size, llm.rms_norm_eps)
-        self.norm_moe_gen = BagelRMSNorm(llm.hidden_size, llm.rms_norm_eps)
-        self.theta = llm.rope_parameters["rope_theta"]
-        self.head_dim = head_size(llm)
-
-    def forward(
-        self,
-        und: Tensor,
-        gen: Tensor | None,
-        positions_und: Tensor,
-        positions_gen: Tensor | None,
-        layout: Layout,
-        past_key_values: Cache | None = None,
-    ) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
-        """
-        Run both streams, (B, ., H) at rotary positions (B, .).
-
-        Returns the normalised streams and every layer's keys and values of the contexts.
-        """
-        rotary_und = rotary_tables(positions_und, self.head_dim, self.theta, und.dtype)
-        rotary_gen = None
-        if gen is not None and positions_gen is not None:
-            rotary_gen = rotary_tables(positions_gen, self.head_dim, self.theta, gen.dtype)
-        keys, values = [], []
-        for layer in self.layers:
-            und, gen, k, v = layer(und, gen, rotary_und, rotary_gen, layout, past_key_values)
-            keys.append(k)
-            values.append(v)
-        return self.norm(und), None if gen is None else self.norm_moe_gen(gen), keys, values
-
-
-class BagelLanguageModel(nn.Module):
-    def __init__(self, config: BagelConfig):
-        super().__init__()
-        self.model = BagelDecoder(config)
-        self.lm_head = nn.Linear(config.llm_config.hidden_size, config.llm_config.vocab_size, bias=False)
-
-
-class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMixin):
+class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel, GenerationMixin):
     """
     BAGEL: its text, image-generation and image-understanding paths.
 
@@ -413,7 +366,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         gen = und.new_zeros(*table.image_positions.shape, und.shape[-1])
         clean = self.time_embedder(torch.zeros(1, device=und.device))
         for row, start, latents, grid in table.latents:
-            self._check_grid(grid)
+            self.check_grid(grid)
             embedded = self.vae2llm(latents.to(und)) + clean + self.latent_pos_embed(grid).to(und.dtype)
             gen[row, start : start + len(latents)] = embedded
         return und, gen
@@ -425,41 +378,12 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         ids = torch.tensor([config.vision_start_token_id, config.vision_end_token_id], device=latents.device)
         markers = self.get_input_embeddings()(ids).repeat(batch, copies, 1)
         gen = self.vae2llm(latents.to(dtype)) + self.time_embedder(timesteps)[:, :, None]
-        return markers, (gen + self.latent_pos_embed(self._grid(image_size)).to(gen.dtype)).flatten(1, 2)
+        return markers, (gen + self.latent_pos_embed(self.grid(image_size)).to(gen.dtype)).flatten(1, 2)
 
     def _empty_context(self, batch: int) -> tuple[list[Tensor], list[Tensor]]:
         llm, weight = self.config.llm_config, self.vae2llm.weight
         empty = weight.new_zeros(batch, llm.num_key_value_heads, 0, self.language_model.model.head_dim)
         return [empty] * llm.num_hidden_layers, [empty] * llm.num_hidden_layers
-
-    def _check_grid(self, grid: tuple[int, int]) -> None:
-        if max(grid) > self.config.max_latent_size:
-            raise ValueError(
-                f"An image of {grid[0]} x {grid[1]} tokens does not fit the position table, which has "
-                f"{self.config.max_latent_size} to a side. Make the image smaller."
-            )
-
-    def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        unit, limit = self.config.pixels_per_token, self.config.max_latent_size
-        if any(side % unit or not 0 < side <= unit * limit for side in image_size):
-            raise ValueError(
-                f"This model can't paint an image of {image_size[0]} x {image_size[1]} pixels (height x width): each "
-                f"side must be a multiple of {unit}, at most {unit * limit}."
-            )
-        return image_size[0] // unit, image_size[1] // unit
-
-    def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        height, width = self._grid(image_size)
-        return height * width, self.config.latent_channels
-
-    def images_at_once(self, image_size: tuple[int, int]) -> int | None:
-        llm, weight = self.config.llm_config, self.vae2llm.weight
-        # A layer's largest moment: four tensors of the MLP's width, eight of the stream's, two of them in float32.
-        numbers = 4 * llm.intermediate_size + 8 * llm.hidden_size
-        token = numbers * weight.element_size() + 8 * llm.hidden_size
-        tokens = self.latent_shape(image_size)[0] + 2
-        fits = fitting(free_memory(weight.device), tokens * token)
-        return None if fits is None else max(1, fits)
 
     def contexts(self, trajectories: Sequence[Trajectory]) -> list[ContextRow]:
         """Each prompt and all texts that follow it, closed if the last ran out of length, with the prompt's images."""
@@ -479,64 +403,6 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         without finished images.
         """
         return self.contexts([guided_trajectory(t, branch, self.config.image_token_id) for t in trajectories])
-
-    def embed_vit_image(self, pixels: Tensor) -> Tensor:
-        """
-        What the text expert reads of an image: embeddings (N, H) of its patches, row by row.
-
-        Args:
-            pixels: (3, height, width) in [-1, 1], as `BagelProcessor.vit_pixels` gives them; or a batch of one size,
-                (B, 3, height, width), for embeddings (B, N, H).
-
-        Raises:
-            ValueError: if the model has no understanding tower, or can't read an image of this size.
-        """
-        if self.vit_model is None or self.connector is None or self.vit_pos_embed is None:
-            raise ValueError(
-                "This model can't read images: it has no understanding tower. Load a checkpoint that holds "
-                "`vit_model`, `connector` and `vit_pos_embed`, with a `vit_config` that describes them."
-            )
-        tokens = self.connector(self.vit_model(pixels))
-        return tokens + self.vit_pos_embed(self.vit_model.grid(pixels)).to(tokens)
-
-    @torch.no_grad()
-    def context_image(self, pixels: Tensor | None = None, vit_pixels: Tensor | None = None) -> ContextImage:
-        """
-        A finished image for a context, to be kept and shown again as it is.
-
-        Args:
-            pixels: (3, height, width) in [-1, 1] for the image expert, as `BagelProcessor.vae_pixels` gives them;
-                editing needs them.
-            vit_pixels: (3, height, width) in [-1, 1] for the text expert, as `BagelProcessor.vit_pixels` gives them.
-        """
-        latents, grid = None, (0, 0)
-        if pixels is not None:
-            latents, grid = self.encode_images(pixels[None])[0], self._grid((pixels.shape[-2], pixels.shape[-1]))
-        features = None if vit_pixels is None else self.embed_vit_image(vit_pixels)
-        return ContextImage(latents, grid, features)
-
-    def freeze_understanding(self, frozen: bool = True) -> None:
-        """Keep the understanding tower and its connector out of training, or (False) let them in."""
-        for name in UNDERSTANDING_MODULES:
-            if (module := getattr(self, name)) is not None:
-                module.requires_grad_(not frozen)
-
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        self._grid((pixels.shape[-2], pixels.shape[-1]))
-        return self._codec().encode(pixels)
-
-    def decode_latents(
-        self, latents: Tensor, image_size: tuple[int, int], output_type: str = "pil"
-    ) -> list[Image.Image] | Tensor:
-        return self._codec().decode(latents, self._grid(image_size), output_type)
-
-    def _codec(self) -> LatentCodec:
-        if self.codec is None:
-            raise ValueError(
-                f"This model has no VAE: put `{AUTOENCODER_WEIGHTS}` into the folder that `from_pretrained` loads, or "
-                "set `model.codec = LatentCodec(...)`."
-            )
-        return self.codec
 
     # For the trainer
 

@@ -122,7 +122,7 @@ class BagelProcessor:
         Token ids of a prompt, after the system prompt that asks for a thinking.
 
         Args:
-            think: "image" for a thinking before a picture, "answer" for one before an answer in words, None for none.
+            think: "image" for a thinking before an image, "answer" for one before an answer in words, None for none.
         """
         if think is not None and think not in THINK_PROMPTS:
             raise ValueError(f"think={think!r}: expected one of {sorted(THINK_PROMPTS)}, or None.")
@@ -133,7 +133,7 @@ class BagelProcessor:
 
     def vae_image(self, image: Image.Image) -> Image.Image:
         """The image in RGB, in a size that the VAE takes."""
-        return resized(to_rgb(image), self.vae_rule)
+        return resized(checked_rgb(image), self.vae_rule)
 
     def vae_pixels(self, image: Image.Image) -> Tensor:
         """Pixels (3, height, width) in [-1, 1] for `encode_images`."""
@@ -168,7 +168,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: BagelConfig) -> 
             )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def checked_rgb(image: Image.Image) -> Image.Image:
     """
     The image in RGB. What is transparent shows white.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-BASE = 16
+DIGIT_BASE = 16
 """Positions are read in digits of this base: small enough to survive bfloat16."""
 
 
@@ -50,9 +50,9 @@ class LatentMap:
         shift, unit = zero.flatten(), handed(torch.ones(size)).flatten() - zero.flatten()
         index, place = torch.zeros(size, dtype=torch.long), 1
         while place < size:
-            digits = (torch.arange(size) // place) % BASE
+            digits = (torch.arange(size) // place) % DIGIT_BASE
             index += ((handed(digits.float()).flatten() - shift) / unit).round().long() * place
-            place *= BASE
+            place *= DIGIT_BASE
         if not torch.equal(index.sort().values, torch.arange(size)):
             raise ValueError(f"{painter.name} mixes its latents before it decodes them: images can't be encoded.")
         return cls(index, unit, shift, shape, tuple(zero.shape))

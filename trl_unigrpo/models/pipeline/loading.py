@@ -20,7 +20,7 @@ from transformers import (
 from ..quantization import ready_to_quantize
 
 
-UNQUANTIZED = {"thinker": ("lm_head",), "painter": ("proj_out", "norm_out")}
+UNQUANTIZED_HEADS = {"thinker": ("lm_head",), "painter": ("proj_out", "norm_out")}
 """Heads: few weights, and the most sensitive ones."""
 
 
@@ -40,7 +40,7 @@ def load_thinker(source: Any, dtype: torch.dtype, quantization: Any = None, **hu
         return source
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True, **hub}
     if quantization is not None:
-        kwargs["quantization_config"] = ready_to_quantize(quantization, UNQUANTIZED["thinker"], dtype)
+        kwargs["quantization_config"] = ready_to_quantize(quantization, UNQUANTIZED_HEADS["thinker"], dtype)
     try:
         thinker = AutoModelForCausalLM.from_pretrained(source, **kwargs)
     except ValueError as error:
@@ -82,7 +82,7 @@ def painter_quantization(quantization: Any, dtype: torch.dtype, thinks: bool = F
     A `BitsAndBytesConfig` in diffusers' form, for the transformer, and the text encoder if it thinks; what is in that
     form already, as it is.
     """
-    config = ready_to_quantize(quantization, UNQUANTIZED["painter"], dtype)
+    config = ready_to_quantize(quantization, UNQUANTIZED_HEADS["painter"], dtype)
     if not isinstance(config, BitsAndBytesConfig):
         return config
     settings = {
@@ -90,7 +90,7 @@ def painter_quantization(quantization: Any, dtype: torch.dtype, thinks: bool = F
     }
     mapping: dict[str, Any] = {"transformer": DiffusersBitsAndBytesConfig(**settings)}
     if thinks:
-        mapping["text_encoder"] = ready_to_quantize(quantization, UNQUANTIZED["thinker"], dtype)
+        mapping["text_encoder"] = ready_to_quantize(quantization, UNQUANTIZED_HEADS["thinker"], dtype)
     return PipelineQuantizationConfig(quant_mapping=mapping)
 
 

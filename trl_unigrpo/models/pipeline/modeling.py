@@ -23,6 +23,7 @@ from ..tokenizer import read_tokenizer
 from .blocks import linear_names, recomputed_blocks
 from .checks import check_pipeline, check_thinker
 from .configuration import PipelineUnifiedConfig
+from .encodings import Encodings
 from .latents import LatentMap
 from .loading import (
     hardware_dtype,
@@ -31,7 +32,7 @@ from .loading import (
     local_folder,
     painters_own_thinker,
 )
-from .painter import Encodings, Painter
+from .painter import Painter
 from .saving import quick_start, save_adapters
 from .sharing import share_weights, whole_state
 
@@ -189,9 +190,8 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
 
     @property
     def painter_arguments(self) -> dict[str, Any]:
-        """What the pipeline's call needs to paint as it was trained: those given, and what leaves guidance out."""
-        arguments = self._runner.arguments
-        return {name: value for name, value in arguments.items() if name in self._runner.accepted}
+        """Arguments with which the pipeline paints as it was trained: those given, and what leaves guidance out."""
+        return self._runner.arguments
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PipelineForUnifiedGeneration":
         # What is frozen is shared by all copies.

@@ -136,7 +136,7 @@ def prepare_pixels(pixels: Tensor, processor: Any) -> Tensor:
             raise ValueError(
                 f"The image processor has resample={processor.resample}: expected 2 (bilinear) or 3 (bicubic)."
             )
-        size = resized(pixels.shape[-2:], processor.size)
+        size = resized_shape(pixels.shape[-2:], processor.size)
         pixels = F.interpolate(pixels, size=size, mode=_MODES[processor.resample], antialias=True)
         pixels = pixels.clamp(0, 1)  # bicubic interpolation overshoots
     if getattr(processor, "do_center_crop", None):
@@ -147,7 +147,7 @@ def prepare_pixels(pixels: Tensor, processor: Any) -> Tensor:
     return pixels
 
 
-def resized(shape: Sequence[int], size: Any) -> tuple[int, int]:
+def resized_shape(shape: Sequence[int], size: Any) -> tuple[int, int]:
     """(height, width) of an image of this shape once resized to a processor's `size`."""
     size = {key: value for key, value in dict(size).items() if value is not None}
     if set(size) == {"height", "width"}:

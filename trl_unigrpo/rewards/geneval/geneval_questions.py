@@ -7,7 +7,7 @@ from ..questions.question import Question
 
 
 # GenEval's relations, as they stand in a sentence.
-RELATIONS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+RELATION_WORDS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 
 
 def questions_from_geneval(metadata: Mapping[str, Any]) -> tuple[Question, ...]:
@@ -97,10 +97,11 @@ def _position(position: Any, place: int, number: int) -> tuple[str, int]:
     """The relation's words, and the place of the other object."""
     try:
         relation, other = position
-        words, other = RELATIONS[relation], int(other)
+        words, other = RELATION_WORDS[relation], int(other)
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(
-            f"GenEval metadata: position={position!r}, expected one of {', '.join(RELATIONS)} and an object's place."
+            f"GenEval metadata: position={position!r}, expected one of {', '.join(RELATION_WORDS)} and an object's "
+            "place."
         ) from error
     if not 0 <= other < number or other == place:
         raise ValueError(f"GenEval metadata: position={position!r}, but there is no other object at place {other}.")

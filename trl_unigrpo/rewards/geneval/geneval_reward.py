@@ -22,7 +22,7 @@ from ..common import (
     to_rgb,
 )
 from .rules import (
-    COLORS,
+    GENEVAL_COLORS,
     THRESHOLD,
     Detection,
     confident_objects,
@@ -35,7 +35,12 @@ from .rules import (
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 """Classes that GenEval calls otherwise than COCO."""
-TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
+COLOR_TEMPLATES = (
+    "a photo of a {color} {label}",
+    "a photo of a {color}-colored {label}",
+    "a photo of a {color} object",
+)
+"""GenEval's own words."""
 BLANK = (0x99, 0x99, 0x99)
 
 Detector = Callable[[Sequence[Image.Image]], list[list[Detection]]]
@@ -133,7 +138,7 @@ def box_of(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[float, float, flo
 
 
 def masked_crop(image: Image.Image, detection: Detection) -> Image.Image:
-    """An object cut out of its picture along its box, on grey where its mask is not."""
+    """An object cut out of its image along its box, on grey where its mask is not."""
     image = to_rgb(image)
     if detection.mask is not None:
         image = Image.composite(image, Image.new("RGB", image.size, BLANK), Image.fromarray(detection.mask))
@@ -154,13 +159,15 @@ class ClipColors:
         if not detections:
             return []
         crops = self.embedder.images([masked_crop(image, detection) for detection in detections])
-        return [COLORS[i] for i in (crops @ self._color_texts(detections[0].label).T).argmax(1).tolist()]
+        return [GENEVAL_COLORS[i] for i in (crops @ self._color_texts(detections[0].label).T).argmax(1).tolist()]
 
     def _color_texts(self, label: str) -> Tensor:
         """(10, D), one embedding for each colour."""
         if label not in self._texts:
-            texts = [template.format(color=color, label=label) for color in COLORS for template in TEMPLATES]
-            embedded = self.embedder.texts(texts).view(len(COLORS), len(TEMPLATES), -1)
+            texts = [
+                template.format(color=color, label=label) for color in GENEVAL_COLORS for template in COLOR_TEMPLATES
+            ]
+            embedded = self.embedder.texts(texts).view(len(GENEVAL_COLORS), len(COLOR_TEMPLATES), -1)
             self._texts[label] = F.normalize(embedded.mean(1), dim=-1)
         return self._texts[label]
 

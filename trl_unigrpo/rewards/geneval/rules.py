@@ -20,22 +20,22 @@ from numpy.typing import NDArray
 
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
-MAX_OBJECTS = 16
+MAX_PER_CLASS = 16
 POSITION_MARGIN = 0.1
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 
 
 @dataclass(frozen=True)
 class Detection:
     """
-    One object in a picture.
+    One object in an image.
 
     Args:
         label: its class.
         score: in [0, 1].
         box: left, top, right, bottom in pixels, right and bottom exclusive.
-        mask: (H, W) of bool, its pixels in the picture; None if there is only the box.
+        mask: (H, W) of bool, its pixels in the image; None if there is only the box.
     """
 
     label: str
@@ -77,8 +77,8 @@ def read_row(row: Mapping[str, Any] | str, classes: Collection[str] | None = Non
                 f"{', '.join(sorted(classes))}."
             )
     for index, clause in enumerate(include):
-        if clause.get("color", COLORS[0]) not in COLORS:
-            raise ValueError(f"GenEval clause {clause!r}: expected a 'color' of {', '.join(COLORS)}.")
+        if clause.get("color", GENEVAL_COLORS[0]) not in GENEVAL_COLORS:
+            raise ValueError(f"GenEval clause {clause!r}: expected a 'color' of {', '.join(GENEVAL_COLORS)}.")
         relation, target = clause.get("position", (RELATIONS[0], -1))
         if relation not in RELATIONS or ("position" in clause and not 0 <= target < index):
             raise ValueError(
@@ -96,7 +96,7 @@ def confident_objects(detections: Sequence[Detection], tag: str | None = None) -
     counted = [detection for detection in detections if detection.score > threshold]
     for detection in sorted(counted, key=lambda found: -found.score):
         same = objects.setdefault(detection.label, [])
-        if len(same) < MAX_OBJECTS:
+        if len(same) < MAX_PER_CLASS:
             same.append(detection)
     return objects
 

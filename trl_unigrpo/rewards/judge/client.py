@@ -21,7 +21,7 @@ HOSTED = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
 
 _SECRETS = (
-    (re.compile(r"data:image/[\w.+-]+;base64,[\w+/=%-]*"), "[picture]"),
+    (re.compile(r"data:image/[\w.+-]+;base64,[\w+/=%-]*"), "[image]"),
     (re.compile(r"(?<=://)[^/\s@]+@"), "[key]@"),
     (re.compile(r"(?i)(\bbearer\s+|\bapi[-_ ]?key['\"]?\s*[=:]\s*['\"]?)[^\s'\",}]+"), r"\1[key]"),
     (re.compile(r"\b[sr]k-[\w*.-]+"), "[key]"),
@@ -57,7 +57,7 @@ def endpoint_url(base_url: str | None) -> str:
 
 
 def redact(text: str) -> str:
-    """A text that may be shown: without keys, credentials and pictures, 500 characters at most."""
+    """A text that may be shown: without keys, credentials and images, 500 characters at most."""
     for name, value in os.environ.items():
         if name.startswith("OPENAI") and name.endswith("KEY") and value:
             text = text.replace(value, "[key]").replace(quote(value, safe=""), "[key]")

@@ -1,4 +1,4 @@
-"""A vision-language model in this process as the judge of pictures."""
+"""A vision-language model in this process as the judge of images."""
 
 import asyncio
 import threading

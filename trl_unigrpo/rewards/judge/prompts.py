@@ -19,7 +19,7 @@ SYSTEM_PROMPT = (
 _YES_OR_NO = "Answer with one word: yes or no."
 _SCORE = "Give a short reason, then the score."
 
-# By mode: what is asked about a prompt's picture, and how a question about a picture is put.
+# By mode: what is asked about a prompt's image, and how a question about an image is put.
 TEMPLATES = {
     "logprobs": f"The picture was asked for by {{prompt}}. Does it show all of this, correctly? {_YES_OR_NO}",
     "score": "The picture was asked for by {prompt}. How much of this does it show, correctly, on a scale from {low} "

@@ -115,7 +115,7 @@ class QuestionReward:
             for name, value in metrics(asked, answers).items():
                 log_metric(f"{self.__name__}/{name}", value)
         if log_extra is not None:
-            log_extra(f"{self.__name__} answers", [report(*row) for row in zip(asked, answers, strict=True)])
+            log_extra(f"{self.__name__} answers", [answer_lines(*row) for row in zip(asked, answers, strict=True)])
         self._breaker.observe(scores, last_error, log_metric)
         return scores
 
@@ -180,7 +180,7 @@ def metrics(asked: Sequence[Sequence[Question]], answers: Sequence[Scores]) -> d
     return {"unanswered": sum(answer is None for answer in flat) / len(flat), **means}
 
 
-def report(questions: Sequence[Question], answers: Scores) -> str:
+def answer_lines(questions: Sequence[Question], answers: Scores) -> str:
     """A line for each question: whether its answer is the expected one, how sure the judge is of it, the question."""
     lines = []
     for question, right in zip(questions, earned(questions, answers), strict=True):

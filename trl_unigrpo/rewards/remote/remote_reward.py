@@ -19,7 +19,7 @@ from ..common import (
     finite,
 )
 from .wire import (
-    describe,
+    describe_error,
     is_loopback,
     read_token,
     safe_text,
@@ -137,7 +137,7 @@ class RemoteReward:
                     return await self._post(client, request, images[part]), ""
             # Whatever went wrong: a score is missing, the run goes on, and the breaker counts.
             except Exception as error:
-                return [None] * len(images[part]), describe(error, token)
+                return [None] * len(images[part]), describe_error(error, token)
 
         async with httpx2.AsyncClient(**self._settings(token), timeout=None) as client:
             starts = range(0, len(prompts), self.batch_size)
@@ -166,7 +166,7 @@ class RemoteReward:
             except TimeoutError:
                 problem = f"{self.url} did not answer within {self.timeout:g} s."
             except httpx2.TransportError as error:
-                problem = f"{self.url}: {describe(error)}"
+                problem = f"{self.url}: {describe_error(error)}"
             else:
                 if answer.is_success:
                     return read_scores(answer, len(images))
@@ -202,8 +202,8 @@ class RemoteReward:
                 health, answer = client.get("/health"), client.get("/rewards")
         except httpx2.TransportError as error:
             raise ConnectionError(
-                f"No reward server answers at {self.url} ({describe(error)}). Start one: trl-unigrpo serve-rewards "
-                "module:reward"
+                f"No reward server answers at {self.url} ({describe_error(error)}). Start one: trl-unigrpo "
+                "serve-rewards module:reward"
             ) from None
         if answer.status_code == 401:
             place = "pass token_env" if self.token_env is None else f"it is not the one in {self.token_env}"
@@ -256,8 +256,8 @@ def as_json(name: str, values: Sequence[Any], number: int) -> list[Any]:
 
 def request_body(request: dict[str, Any], images: Sequence[Image.Image]) -> bytes:
     """The request as JSON, its images as PNG in base64."""
-    pictures = [base64.b64encode(to_png(image)).decode() for image in images]
-    return json.dumps({**request, "images": pictures}, allow_nan=False).encode()
+    encoded = [base64.b64encode(to_png(image)).decode() for image in images]
+    return json.dumps({**request, "images": encoded}, allow_nan=False).encode()
 
 
 def read_scores(answer: httpx2.Response, number: int) -> Scores:

@@ -30,7 +30,7 @@ from ...__about__ import __version__
 from ..common import Scores, finite
 from .wire import (
     TooManyPixelsError,
-    describe,
+    describe_error,
     from_png,
     is_loopback,
     read_token,
@@ -53,7 +53,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-Reward = Callable[..., Any]
+RewardFunction = Callable[..., Any]
 
 # Nobody reads this answer: its caller hung up.
 GONE = 499
@@ -102,7 +102,7 @@ class Batch:
     columns: dict[str, list[Any]] = field(default_factory=dict)
 
 
-def load_reward(path: str) -> Reward:
+def load_reward(path: str) -> RewardFunction:
     """
     The reward at `module:NAME`, a function, a callable object, or a class that is made without arguments. Modules in
     the working directory are found.
@@ -141,23 +141,23 @@ def load_reward(path: str) -> Reward:
     return value
 
 
-def reward_name(reward: Reward) -> str:
+def reward_name(reward: RewardFunction) -> str:
     """The name that TRL gives a reward function in its metrics."""
     while isinstance(reward, functools.partial):
         reward = reward.func
     return getattr(reward, "__name__", type(reward).__name__)
 
 
-def is_async(reward: Reward) -> bool:
+def is_async(reward: RewardFunction) -> bool:
     """Whether calling it gives a coroutine."""
     while isinstance(reward, functools.partial):
         reward = reward.func
     return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
 
 
-def load_rewards(paths: Sequence[str]) -> dict[str, Reward]:
+def load_rewards(paths: Sequence[str]) -> dict[str, RewardFunction]:
     """Rewards by the name that they are served under; ValueError if two share one."""
-    rewards: dict[str, Reward] = {}
+    rewards: dict[str, RewardFunction] = {}
     for path in paths:
         reward = load_reward(path)
         name = reward_name(reward)
@@ -197,7 +197,7 @@ def read_batch(body: bytes, limits: Limits) -> Batch:
     return Batch(request.prompts, request.completions, images, request.columns)
 
 
-def read_scores(returned: Any, number: int) -> Scores:
+def checked_scores(returned: Any, number: int) -> Scores:
     """What a reward returned, as one float or None per image; NaN and infinity become None."""
     try:
         scores = [finite(score) for score in returned]
@@ -239,7 +239,7 @@ class Endpoints:
         limits: of a request.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], token: str | None = None, limits: Limits | None = None):
+    def __init__(self, rewards: Mapping[str, RewardFunction], token: str | None = None, limits: Limits | None = None):
         self.rewards, self.token, self.limits = rewards, token, limits or Limits()
         # Synchronous rewards run one call at a time: models on a GPU seldom stand more.
         self._turns: dict[str, AbstractAsyncContextManager[Any]] = {
@@ -269,13 +269,13 @@ class Endpoints:
             if await request.is_disconnected():
                 return Response(status_code=GONE)
             try:
-                scores = read_scores(await self._call(self.rewards[name], batch), len(batch.images))
+                scores = checked_scores(await self._call(self.rewards[name], batch), len(batch.images))
             except Exception as error:
                 logger.error(safe_text("".join(traceback.format_exception(error)), self.token, limit=20_000))
-                raise HTTPException(500, f"{name} raised {describe(error, self.token)}") from None
+                raise HTTPException(500, f"{name} raised {describe_error(error, self.token)}") from None
         return JSONResponse({"scores": scores})
 
-    async def _call(self, reward: Reward, batch: Batch) -> Any:
+    async def _call(self, reward: RewardFunction, batch: Batch) -> Any:
         call = functools.partial(
             reward, prompts=batch.prompts, completions=batch.completions, images=batch.images, **batch.columns
         )
@@ -301,7 +301,9 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
     return Response(status_code=GONE)
 
 
-def build_app(rewards: Mapping[str, Reward], token: str | None = None, limits: Limits | None = None) -> Starlette:
+def build_app(
+    rewards: Mapping[str, RewardFunction], token: str | None = None, limits: Limits | None = None
+) -> Starlette:
     """The ASGI application; see [`Endpoints`] for the arguments."""
     endpoints = Endpoints(rewards, token, limits)
     return Starlette(

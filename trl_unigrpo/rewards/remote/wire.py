@@ -81,7 +81,7 @@ def is_loopback(host: str) -> bool:
 def safe_text(text: str, token: str | None = None, limit: int = 300) -> str:
     """
     A text that may be logged and sent: without the token, values of environment variables that are named like keys,
-    and long runs without a space, which are data such as pictures; at most `limit` characters.
+    and long runs without a space, which are data such as images; at most `limit` characters.
     """
     secrets = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8}
     for secret in sorted(secrets | ({token} if token else set()), key=len, reverse=True):
@@ -90,6 +90,6 @@ def safe_text(text: str, token: str | None = None, limit: int = 300) -> str:
     return text if len(text) <= limit else text[:limit] + " ..."
 
 
-def describe(error: BaseException, token: str | None = None) -> str:
+def describe_error(error: BaseException, token: str | None = None) -> str:
     """Type and message of an error, safe to show."""
     return safe_text(f"{type(error).__name__}: {error}", token)

@@ -1,4 +1,4 @@
-"""Pictures inside of pages."""
+"""Images inside of pages."""
 
 import base64
 import io
@@ -11,9 +11,9 @@ SMALL = 96  # pixels of a side up to which JPEG saves little and blurs much
 
 def jpeg(image: Image.Image, max_side: int = 256, quality: int = 80) -> bytes:
     """
-    The picture as a JPEG file, scaled down to `max_side` pixels where it is larger.
+    The image as a JPEG file, scaled down to `max_side` pixels where it is larger.
 
-    Transparency is shown on white. Small pictures keep their colours at full resolution.
+    Transparency is shown on white. Small images keep their colours at full resolution.
 
     Args:
         max_side: pixels of the longer side at most, at least 1.
@@ -35,6 +35,6 @@ def jpeg(image: Image.Image, max_side: int = 256, quality: int = 80) -> bytes:
     return out.getvalue()
 
 
-def data_uri(picture: bytes, kind: str = "jpeg") -> str:
-    """A picture file as a URL that holds it."""
-    return f"data:image/{kind};base64,{base64.b64encode(picture).decode()}"
+def data_uri(image: bytes, kind: str = "jpeg") -> str:
+    """An image file as a URL that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
