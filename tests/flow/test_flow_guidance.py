@@ -13,8 +13,9 @@ from trl_unigrpo.flow.guidance import (
     Guidance,
     guide,
     guide_where_covered,
+    guided_velocity,
 )
-from trl_unigrpo.flow.sampler import RolloutPlan, sample_latents
+from trl_unigrpo.flow.sampler import RolloutPlan, draw_noise, sample_latents
 
 
 SHAPE = (3, 4)  # three tokens of four numbers
@@ -166,10 +167,12 @@ def towards(speed: float):
     return lambda latents, timesteps: speed * latents + timesteps[:, None, None]
 
 
-def sample(guidance: Guidance | None, branches=None, count: int = 2, **plan):
-    plan = RolloutPlan(NODES, (48, 64), guidance=guidance, **plan)
-    generators = [torch.Generator().manual_seed(i) for i in range(count)]
-    return sample_latents(towards(0.5), SHAPE, plan, generators, ["context"] * count, branches=branches)
+def sample(guidance: Guidance | None, branches=None, velocity=None, nodes: Tensor = NODES, **plan):
+    """Two images (2, *SHAPE), and the stochastic steps of each."""
+    plan = RolloutPlan(nodes, (48, 64), guidance=guidance, **plan)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    guided = guided_velocity(velocity or towards(0.5), branches or {}, guidance)
+    return sample_latents(guided, draw_noise(SHAPE, generators, range(2), "cpu"), plan, generators)
 
 
 @pytest.mark.parametrize("interval", [(0.4, 1.0), (0.0, 0.9), (0.1, 0.6)])
@@ -180,24 +183,24 @@ def test_sampler_guides_inside_of_the_interval_only(interval):
         seen.append(timesteps[0].item())
         return towards(-0.3)(latents, timesteps)
 
-    records = sample(guidance, {"text": text, "image": towards(0.2)})
+    images, _ = sample(guidance, {"text": text, "image": towards(0.2)})
     inside = [t for t in NODES[:-1].tolist() if interval[0] < t <= interval[1]]
     assert seen == pytest.approx(inside)
-    for row, record in enumerate(records):
+    for row, image in enumerate(images):
         x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(row)).double()
         for t, t_next in itertools.pairwise(NODES):
             v = 0.5 * x + t
             if interval[0] < t <= interval[1]:
                 v = by_hand(v, -0.3 * x + t, 0.2 * x + t, guidance)
             x = x + (t_next - t) * v
-        torch.testing.assert_close(record.final_latents, x.float(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(image, x.float(), rtol=0, atol=1e-5)
 
 
 def test_sampler_without_guidance_computes_no_branch():
-    plain = sample(None)
+    plain, _ = sample(None)
     for guidance in (Guidance(), Guidance(4.0, interval=(0.0, 0.05))):
-        for a, b in zip(sample(guidance, {}), plain, strict=True):
-            assert torch.equal(a.final_latents, b.final_latents)
+        images, _ = sample(guidance, {})
+        assert torch.equal(images, plain)
 
 
 def test_sampler_that_misses_a_branch_says_so():
@@ -205,27 +208,15 @@ def test_sampler_that_misses_a_branch_says_so():
         sample(Guidance(4.0))
 
 
-def test_stochastic_steps_record_the_guided_velocity_and_what_guided_it():
+def test_stochastic_steps_keep_the_guided_velocity():
     guidance = Guidance(4.0, interval=(0.7, 1.0))
     nodes = flow_timesteps(6)  # 1, .94, .86, .75, .6, .375, 0
-    plan = RolloutPlan(nodes, (8, 8), windows=torch.tensor([0, 4]), guidance=guidance)
-    generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    contexts = {"text": ["nothing", "nothing either"]}
-    records = sample_latents(
-        lambda x, t: x,
-        SHAPE,
-        plan,
-        generators,
-        ["a", "b"],
-        branches={"text": lambda x, t: 2 * x},
-        branch_contexts=contexts,
-    )
-    for record, branch in zip(records, contexts["text"], strict=True):
-        assert (record.guidance, record.branches) == (guidance, {"text": branch})
-        torch.testing.assert_close(
-            record.velocities[0], guide(record.latents[:1], {"text": 2 * record.latents[:1]}, guidance)[0]
-        )
-        torch.testing.assert_close(record.velocities[1], record.latents[1])  # t = .6: outside of the interval
+    branches, windows = {"text": lambda x, t: 2 * x}, torch.tensor([0, 4])
+    _, tables = sample(guidance, branches, velocity=lambda x, t: x, nodes=nodes, windows=windows)
+    for steps in tables:
+        guided = guide(steps.x[:1], {"text": 2 * steps.x[:1]}, guidance)[0]
+        torch.testing.assert_close(steps.velocity[0], guided)
+        torch.testing.assert_close(steps.velocity[1], steps.x[1])  # t = .6: outside of the interval
 
 
 def test_time_on_the_interval_s_edge_is_the_same_before_and_after_recording():

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from trl_unigrpo.flow import cps_transition, flow_timesteps, sde_transition
-from trl_unigrpo.flow.sampler import RolloutPlan, sample_latents
+from trl_unigrpo.flow.sampler import RolloutPlan, draw_noise, sample_latents
+from trl_unigrpo.flow.states import SDESteps, columns
 
 
 SHAPE = (3, 4)
@@ -23,20 +24,26 @@ def generators(count: int, first: int = 0) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(first + i) for i in range(count)]
 
 
-def sample(count: int = 4, velocity=linear, seeds: int = 0, **plan):
-    plan = RolloutPlan(**{"timesteps": NODES, "image_size": (48, 64), **plan})
-    return sample_latents(velocity, SHAPE, plan, generators(count, seeds), [f"context {i}" for i in range(count)])
+def sample(count: int = 4, velocity=linear, seeds: int = 0, **plan) -> list[tuple[Tensor, SDESteps]]:
+    """Each image and its stochastic steps."""
+    plan, own = RolloutPlan(**{"timesteps": NODES, "image_size": (48, 64), **plan}), generators(count, seeds)
+    latents, steps = sample_latents(velocity, draw_noise(SHAPE, own, range(count), "cpu"), plan, own)
+    return list(zip(latents, steps, strict=True))
+
+
+def tensors(image: Tensor, steps: SDESteps) -> list[Tensor]:
+    return [image, *columns(steps).values()]
 
 
 def test_without_a_window_it_is_eulers_method():
-    for row, record in enumerate(sample()):
+    for row, (image, steps) in enumerate(sample()):
         x = torch.randn(SHAPE, generator=generators(1, row)[0]).double()
         for t, t_next in itertools.pairwise(NODES):
             x = x * (1 + (t_next - t) / 2) + t * (t_next - t)
-        torch.testing.assert_close(record.final_latents, x.float(), rtol=0, atol=1e-5)
-        assert record.latents.shape == record.next_latents.shape == record.velocities.shape == (0, *SHAPE)
-        assert record.timesteps.shape == record.next_timesteps.shape == (0,)
-        assert (record.context, record.image_size) == (f"context {row}", (48, 64))
+        torch.testing.assert_close(image, x.float(), rtol=0, atol=1e-5)
+        assert steps.x.shape == steps.x_next.shape == steps.velocity.shape == (0, *SHAPE)
+        assert steps.t.shape == steps.t_next.shape == (0,)
+        assert len(steps) == 0
 
 
 def test_straight_flow_ends_at_its_target_in_any_number_of_steps():
@@ -45,15 +52,15 @@ def test_straight_flow_ends_at_its_target_in_any_number_of_steps():
     def straight(latents: Tensor, timesteps: Tensor) -> Tensor:
         return (latents - target) / timesteps[:, None, None]
 
-    for steps in (1, 2, 7):
-        for record in sample(velocity=straight, timesteps=flow_timesteps(steps)):
-            torch.testing.assert_close(record.final_latents, target, rtol=0, atol=1e-5)
+    for number in (1, 2, 7):
+        for image, _ in sample(velocity=straight, timesteps=flow_timesteps(number)):
+            torch.testing.assert_close(image, target, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sde_type", ["sde", "cps"])
-def test_records_are_the_hand_written_loop(sde_type):
+def test_steps_are_the_hand_written_loop(sde_type):
     window, noise_level = [0, 2, 3], 0.7
-    [record] = sample(1, windows=torch.tensor(window), sde_type=sde_type, noise_level=noise_level, seeds=5)
+    [(image, steps)] = sample(1, windows=torch.tensor(window), sde_type=sde_type, noise_level=noise_level, seeds=5)
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(SHAPE, generator=generator).double()
     for i, (t, t_next) in enumerate(itertools.pairwise(NODES)):
@@ -68,25 +75,24 @@ def test_records_are_the_hand_written_loop(sde_type):
             a, b, std = cps_transition(t, t_next, noise_level)
         x_next = a * x + b * velocity + std * torch.randn(SHAPE, generator=generator).double()
         for actual, expected in (
-            (record.latents[k], x),
-            (record.velocities[k], velocity),
-            (record.next_latents[k], x_next),
-            (record.timesteps[k], t),
-            (record.next_timesteps[k], t_next),
+            (steps.x[k], x),
+            (steps.velocity[k], velocity),
+            (steps.x_next[k], x_next),
+            (steps.t[k], t),
+            (steps.t_next[k], t_next),
         ):
             torch.testing.assert_close(actual, expected.float(), rtol=0, atol=1e-5)
         x = x_next
-    torch.testing.assert_close(record.final_latents, x.float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(image, x.float(), rtol=0, atol=1e-5)
 
 
 def test_recorded_noise_is_standard_normal():
     """eps = (x_next - a x - b v) / std of many samples has mean 0, variance 1 and no memory of the state."""
-    records = sample(400, windows=torch.tensor([0, 1]))
+    tables = [steps for _, steps in sample(400, windows=torch.tensor([0, 1]))]
     for k in (0, 1):
         a, b, std = sde_transition(NODES[k], NODES[k + 1], 0.8, t_first=NODES[1])
         x, x_next, velocity = (
-            torch.stack([getattr(record, name)[k] for record in records]).double()
-            for name in ("latents", "next_latents", "velocities")
+            torch.stack([getattr(steps, name)[k] for steps in tables]).double() for name in ("x", "x_next", "velocity")
         )
         eps = (x_next - a * x - b * velocity) / std
         assert eps.mean().abs() < 0.05
@@ -99,25 +105,24 @@ def test_states_are_float32_whatever_the_model_computes_in():
         assert latents.dtype == timesteps.dtype == torch.float32
         return linear(latents, timesteps).bfloat16()
 
-    for record in sample(velocity=half, windows=torch.tensor([0, 1])):
-        tensors = [value for value in vars(record).values() if isinstance(value, Tensor)]
-        assert len(tensors) == 6
-        assert {tensor.dtype for tensor in tensors} == {torch.float32}
-        rounded = record.next_latents.bfloat16().float()
-        assert (record.next_latents != rounded).float().mean() > 0.9
+    for image, steps in sample(velocity=half, windows=torch.tensor([0, 1])):
+        found = tensors(image, steps)
+        assert len(found) == 6
+        assert {tensor.dtype for tensor in found} == {torch.float32}
+        assert (steps.x_next != steps.x_next.bfloat16().float()).float().mean() > 0.9
 
 
 def test_one_window_for_all_and_one_per_row():
     together = sample(3, windows=torch.tensor([1, 3]))
-    assert all(torch.equal(record.timesteps, NODES[[1, 3]].float()) for record in together)
+    assert all(torch.equal(steps.t, NODES[[1, 3]].float()) for _, steps in together)
     rows = torch.tensor([[1, 3], [0, 2], [2, 3]])
     apart = sample(3, windows=rows)
-    for record, row in zip(apart, rows, strict=True):
-        assert torch.equal(record.timesteps, NODES[row].float())
-        assert torch.equal(record.next_timesteps, NODES[row + 1].float())
+    for (_, steps), row in zip(apart, rows, strict=True):
+        assert torch.equal(steps.t, NODES[row].float())
+        assert torch.equal(steps.t_next, NODES[row + 1].float())
     # A sample does not notice the other samples' windows.
-    for name in ("latents", "next_latents", "velocities", "final_latents"):
-        assert torch.equal(getattr(apart[0], name), getattr(together[0], name))
+    for one, other in zip(tensors(*apart[0]), tensors(*together[0]), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_samples_do_not_depend_on_their_batch():
@@ -125,25 +130,27 @@ def test_samples_do_not_depend_on_their_batch():
     together = sample(4, windows=rows)
     for i in range(4):
         [alone] = sample(1, windows=rows[i : i + 1], seeds=i)
-        for name in ("latents", "next_latents", "velocities", "final_latents", "timesteps"):
-            assert torch.equal(getattr(together[i], name), getattr(alone, name))
+        for one, other in zip(tensors(*together[i]), tensors(*alone), strict=True):
+            assert torch.equal(one, other)
 
 
-def test_same_seed_same_record_and_other_seed_other_noise():
+def test_same_seed_same_image_and_other_seed_other_noise():
     plan = {"windows": torch.tensor([0, 1])}
     first, again, other = sample(2, **plan), sample(2, **plan), sample(2, seeds=9, **plan)
-    for name in ("latents", "next_latents", "velocities", "final_latents"):
-        assert torch.equal(getattr(first[0], name), getattr(again[0], name))
-        assert not torch.equal(getattr(first[0], name), getattr(other[0], name))
-        assert not torch.equal(getattr(first[0], name), getattr(first[1], name))  # noise differs within a group
+    # All but the times; noise differs within a group, too.
+    found = [[x for x in tensors(*one) if x.ndim > 1] for one in (first[0], again[0], other[0], first[1])]
+    assert len(found[0]) == 4
+    for one, same, seed, neighbour in zip(*found, strict=True):
+        assert torch.equal(one, same)
+        assert not torch.equal(one, seed)
+        assert not torch.equal(one, neighbour)
 
 
-def test_records_hold_only_their_own_memory():
+def test_steps_hold_only_their_own_memory():
     """What is kept for training, or written to disk, is one sample, not a view of the batch."""
-    for record in sample(4, windows=torch.tensor([0, 1])):
-        for value in vars(record).values():
-            if isinstance(value, Tensor):
-                assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    for _, steps in sample(4, windows=torch.tensor([0, 1])):
+        for value in columns(steps).values():
+            assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 
 def test_rows_of_a_plan():
@@ -158,7 +165,7 @@ def test_rows_of_a_plan():
     [
         (torch.tensor([4, 6]), r"window \[4, 6\] reaches beyond the 6 denoising steps.*Narrow `sde_window_range`"),
         (torch.tensor([-1]), r"window \[-1\] reaches beyond"),
-        (torch.tensor([[0], [1]]), r"Got 2 windows for 4 samples: pass one \(K,\) for all, or one row each"),
+        (torch.tensor([[0], [1]]), r"Got 2 windows for 4 images: pass one \(K,\) for all, or one row each"),
         (torch.tensor([5]), r"An SDE step may not end at t = 0"),
     ],
 )
@@ -169,6 +176,6 @@ def test_windows_that_do_not_fit(windows, message):
 
 def test_sampling_asks_for_no_gradient():
     weight = torch.ones((), requires_grad=True)
-    [record] = sample(1, velocity=lambda x, t: weight * linear(x, t), windows=torch.tensor([0]))
-    assert not record.velocities.requires_grad
-    assert not record.final_latents.requires_grad
+    [(image, steps)] = sample(1, velocity=lambda x, t: weight * linear(x, t), windows=torch.tensor([0]))
+    assert not steps.velocity.requires_grad
+    assert not image.requires_grad

@@ -4,7 +4,8 @@ import torch
 from peft import PeftModel
 
 from tests.helpers.tiny_unified import IMAGE_SIZE, tiny_bagel
-from trl_unigrpo.models.contract import ContextRow, FlowInputs
+from tests.helpers.trajectories import steps_at
+from trl_unigrpo.models.contract import ContextRow
 
 
 BOTH = tiny_bagel().default_lora_targets("both")
@@ -15,15 +16,12 @@ def outputs(model):
     ids = torch.tensor([[1, 8, 9, 2, 1, 10, 11, 2]])
     generator = torch.Generator().manual_seed(0)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    flow = FlowInputs(
-        latents=torch.randn(1, 2, *base.latent_shape((IMAGE_SIZE, IMAGE_SIZE)), generator=generator),
-        timesteps=torch.tensor([[0.9, 0.4]]),
-        contexts=[ContextRow(ids[0])],
-        image_size=(IMAGE_SIZE, IMAGE_SIZE),
-    )
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    latents = torch.randn(1, 2, *base.latent_shape(size), generator=generator)
+    steps = steps_at([ContextRow(ids[0])], latents, torch.tensor([[0.9, 0.4]]), size)
     base.eval()
     with torch.no_grad():
-        return base(ids).logits.float(), base.predict_velocities(flow)
+        return base(ids).logits.float(), base.predict_velocities(steps)
 
 
 def assert_same_outputs(actual, expected):

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from tests.helpers.tiny_pipelines import FAMILIES, TinyPipeline, qwen3, tokenizer
-from trl_unigrpo.models.contract import Conditioning
+from tests.helpers.trajectories import trajectory
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration, PipelineUnifiedConfig
+from trl_unigrpo.trajectory import Trajectory
 
 
 PROMPTS = ["a red cube", "two cats on a long wooden bench", "sun", "a photo of a bird"]
@@ -25,6 +26,6 @@ def generators(count: int = len(PROMPTS), first: int = 0) -> list[torch.Generato
     return [torch.Generator().manual_seed(first + row) for row in range(count)]
 
 
-def painted_from(prompts: list[str]) -> Conditioning:
+def painted_from(prompts: list[str]) -> list[Trajectory]:
     """What paints from the prompts themselves, without a thinking."""
-    return Conditioning([[1]] * len(prompts), [[]] * len(prompts), prompts=prompts)
+    return [trajectory([1], prompt=prompt) for prompt in prompts]

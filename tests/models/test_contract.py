@@ -7,9 +7,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from tests.helpers.trajectories import steps_of, trajectory
 from trl_unigrpo.flow import flow_timesteps
 from trl_unigrpo.flow.sampler import RolloutPlan
-from trl_unigrpo.models.contract import Conditioning, ContextRow, UnifiedOutput
+from trl_unigrpo.flow.states import columns
+from trl_unigrpo.models.contract import ContextRow, UnifiedOutput
+from trl_unigrpo.sampling import paint
 
 
 IDS = torch.tensor([[375, 10, 11, 12, 376]])
@@ -169,53 +172,70 @@ def test_no_reference_is_said_clearly(model):
         pass
 
 
-# Rollouts of the contract
+# Images painted, and their velocities
+
+
+def painted(model, plan: RolloutPlan, count: int = 1):
+    trajectories = [trajectory([375, 10 + i, 376]) for i in range(count)]
+    return paint(model, trajectories, plan, [torch.Generator().manual_seed(i) for i in range(count)])
 
 
 def test_rollout_does_not_depend_on_its_batch_size(model):
-    conditioning = Conditioning([[375, i, 376, 375] for i in range(5)], [[40] * i for i in range(5)])
-    records = []
+    trajectories = [trajectory([375, i, 376, 375], [40] * i) for i in range(5)]
+    found = []
     for batch_size in (None, 2, 1):
         windows = torch.tensor([[0, 1], [1, 2], [2, 3], [0, 3], [0, 1]])
         plan = RolloutPlan(flow_timesteps(5), SIZE, windows=windows, batch_size=batch_size)
-        records.append(model.rollout(conditioning, plan, [torch.Generator().manual_seed(i) for i in range(5)]))
-    for others in records[1:]:
-        for one, other in zip(records[0], others, strict=True):
+        found.append(paint(model, trajectories, plan, [torch.Generator().manual_seed(i) for i in range(5)]))
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
             assert torch.equal(one.context.ids, other.context.ids)
-            assert torch.equal(one.timesteps, other.timesteps)
-            for name in ("final_latents", "latents", "next_latents", "velocities"):
-                torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=1e-5)
+            assert torch.equal(one.steps.t, other.steps.t)
+            torch.testing.assert_close(one.latents, other.latents, rtol=0, atol=1e-5)
+            for a, b in zip(columns(one.steps).values(), columns(other.steps).values(), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_images_hold_only_their_own_memory(model):
+    """What is kept for training, or written to disk, is one image, not a view of the batch."""
+    for image in painted(model, RolloutPlan(flow_timesteps(4), SIZE, windows=torch.tensor([0, 1])), count=3):
+        for value in (image.latents, *columns(image.steps).values()):
+            assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+
+
+def test_images_say_what_stood_before_them_and_how_large_they_are(model):
+    plan = RolloutPlan(flow_timesteps(3), SIZE)
+    for row, image in enumerate(painted(model, plan, count=2)):
+        assert (image.context.ids.tolist(), image.size) == ([375, 10 + row, 376], SIZE)
+        assert (image.guidance, image.branches, len(image.steps)) == (None, {}, 0)
 
 
 def test_rollout_of_nothing(model):
-    assert model.rollout(Conditioning([], []), RolloutPlan(flow_timesteps(3), SIZE), []) == []
+    assert paint(model, [], RolloutPlan(flow_timesteps(3), SIZE), []) == []
 
 
-def test_velocities_carry_no_gradient_when_none_is_asked_for(model):
-    conditioning = Conditioning([[375, 10, 376]], [[]])
-    plan = RolloutPlan(flow_timesteps(5), SIZE, windows=torch.tensor([0, 1]))
-    records = model.rollout(conditioning, plan, [torch.Generator().manual_seed(0)])
+@pytest.mark.parametrize("packs", [False, True])
+def test_velocities_carry_no_gradient_when_none_is_asked_for(model, packs):
+    model.packs_velocities = packs
+    steps = steps_of(painted(model, RolloutPlan(flow_timesteps(5), SIZE, windows=torch.tensor([0, 1]))))
     with torch.no_grad():
-        assert [(k, v.requires_grad) for k, v in model.velocities(records, context_grad=True)] == [
-            (0, False),
-            (1, False),
-        ]
+        found = [(index.tolist(), v.requires_grad) for index, v in model.velocities(steps, context_grad=True)]
+    assert found == ([([0, 1], False)] if packs else [([0], False), ([1], False)])
 
 
-def test_backbone_passes_its_velocity_on(model):
-    conditioning = Conditioning([[375, 10, 376]], [[]])
-    plan = RolloutPlan(flow_timesteps(5), SIZE, windows=torch.tensor([0, 1]))
-    records = model.rollout(conditioning, plan, [torch.Generator().manual_seed(0)])
-    output = model(torch.tensor([[375, 10, 376]]), flow=model.flow_inputs(records))
+@pytest.mark.parametrize("packs", [False, True])
+def test_backbone_passes_its_velocity_on(model, packs):
+    model.packs_velocities = packs
+    steps = steps_of(painted(model, RolloutPlan(flow_timesteps(5), SIZE, windows=torch.tensor([0, 1]))))
+    output = model(torch.tensor([[375, 10, 376]]), steps=steps)
     assert isinstance(output, UnifiedOutput)
-    assert output.velocity.shape == (1, 2, 6, 64)
+    assert output.velocity.shape == (2, 6, 64)
 
 
 def test_images_of_a_batch_have_one_size(model):
     """Both sizes have six tokens: only their places differ."""
-    records = []
+    images = []
     for size in ((32, 48), (48, 32)):
-        plan = RolloutPlan(flow_timesteps(3), size, windows=torch.tensor([0]))
-        records += model.rollout(Conditioning([[375, 10, 376]], [[]]), plan, [torch.Generator().manual_seed(0)])
+        images += painted(model, RolloutPlan(flow_timesteps(3), size, windows=torch.tensor([0])))
     with pytest.raises(ValueError, match=r"got \[\(32, 48\), \(48, 32\)\]: make a batch per size"):
-        model.flow_inputs(records)
+        steps_of(images)

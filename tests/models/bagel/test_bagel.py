@@ -1,6 +1,7 @@
 """BAGEL's text and image paths against each other: packed and separate, padded and single, cached and not."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.bagel_checks import END, PAD, SIZE, START, assert_equal, assert_same_gradients
+from tests.helpers.trajectories import steps_at, steps_of, trajectory
 from trl_unigrpo.flow import (
     flow_timesteps,
     log_ratio,
@@ -16,8 +18,10 @@ from trl_unigrpo.flow import (
 )
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.bagel.vision import UNDERSTANDING_MODULES
-from trl_unigrpo.models.contract import Conditioning, ContextRow, FlowInputs
+from trl_unigrpo.models.contract import ContextRow
 from trl_unigrpo.models.memory import fitting
+from trl_unigrpo.sampling import paint
+from trl_unigrpo.trajectory import Image, Steps, Trajectory
 
 
 MARKERS = {383, 384}
@@ -33,14 +37,24 @@ CONTEXTS = [
 
 
 @pytest.fixture
-def conditioning() -> Conditioning:
-    return Conditioning(PROMPTS, COMPLETIONS)
+def trajectories() -> list[Trajectory]:
+    return [trajectory(*row) for row in zip(PROMPTS, COMPLETIONS, strict=True)]
+
+
+def generators() -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(i) for i in range(3)]
 
 
 @pytest.fixture
-def records(model, conditioning):
+def images(model, trajectories) -> list[Image]:
     plan = RolloutPlan(flow_timesteps(5), SIZE, windows=torch.tensor([0, 1, 3]))
-    return model.rollout(conditioning, plan, [torch.Generator().manual_seed(i) for i in range(3)])
+    return paint(model, trajectories, plan, generators())
+
+
+@pytest.fixture
+def steps(images) -> Steps:
+    """Nine rows: three steps of each of three images."""
+    return steps_of(images)
 
 
 def padded(rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
@@ -59,15 +73,14 @@ def padded_as_in_trl(prompts=PROMPTS, completions=COMPLETIONS) -> tuple[Tensor, 
     return torch.cat([prompt, completion], 1), torch.cat([prompt_mask, completion_mask], 1)
 
 
-def single_velocities(model, records, context_grad: bool = True) -> Tensor:
-    """Velocities of every record and step, each from its own unpadded forward."""
-    rows = []
-    for record in records:
-        steps = zip(record.latents.split(1), record.timesteps.split(1), strict=True)
+def single_velocities(model, steps, context_grad: bool = True) -> Tensor:
+    """Velocity of every step, from its own unpadded forward."""
+    contexts = []
+    for image in steps.images:
         with torch.set_grad_enabled(torch.is_grad_enabled() and context_grad):
-            context = model.encode_context([record.context])
-        rows.append(torch.cat([model.predict_velocity(context, x, t, record.image_size) for x, t in steps]))
-    return torch.stack(rows)
+            contexts.append(model.encode_context([image.context]))
+    rows = zip(steps.image.tolist(), steps.x.split(1), steps.t.split(1), strict=True)
+    return torch.cat([model.predict_velocity(contexts[image], x, t, steps.image_size) for image, x, t in rows])
 
 
 # Padding and batches
@@ -116,11 +129,11 @@ def test_predicting_leaves_the_context_alone(model):
     assert all(torch.equal(a, b) for a, b in zip(before, context.keys + context.values, strict=True))
 
 
-def test_images_stand_behind_the_true_length_of_their_context(model, records):
+def test_images_stand_behind_the_true_length_of_their_context(model, steps):
     positions = []
     model.language_model.model.register_forward_hook(lambda module, inputs, outputs: positions.append(inputs[2:4]))
     ids, mask = padded_as_in_trl()
-    model.base_model(ids, attention_mask=mask, flow=model.flow_inputs(records))
+    model.base_model(ids, attention_mask=mask, steps=steps)
     [(und, gen)] = positions
     lengths = torch.tensor([len(row) for row in CONTEXTS])[:, None]
     assert torch.equal(und[:, -6:], lengths.expand(3, 6))
@@ -131,16 +144,14 @@ def test_images_stand_behind_the_true_length_of_their_context(model, records):
 
 
 @pytest.mark.parametrize("context_grad", [False, True])
-def test_packed_call_is_a_text_call_and_separate_velocities(model, records, gradients, context_grad):
+def test_packed_call_is_a_text_call_and_separate_velocities(model, steps, gradients, context_grad):
     ids, mask = padded_as_in_trl()
-    weights = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(7)) for shape in [(3, 17, 64), (3, 3, 6, 64)]
-    ]
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(7)) for shape in [(3, 17, 64), (9, 6, 64)]]
     real = mask[..., None].bool()
 
-    output = model.base_model(ids, attention_mask=mask, flow=model.flow_inputs(records, context_grad))
+    output = model.base_model(ids, attention_mask=mask, steps=steps, context_grad=context_grad)
     text = model.base_model(ids, attention_mask=mask).last_hidden_state
-    velocity = single_velocities(model, records, context_grad)
+    velocity = single_velocities(model, steps, context_grad)
     assert_equal(output.last_hidden_state * real, text * real)
     assert_equal(output.velocity, velocity)
 
@@ -152,63 +163,69 @@ def test_packed_call_is_a_text_call_and_separate_velocities(model, records, grad
 
 
 @pytest.mark.parametrize("context_grad", [False, True])
-def test_three_routes_to_velocities_agree(model, records, gradients, context_grad):
+def test_three_routes_to_velocities_agree(model, steps, gradients, context_grad):
     """Packed with text, packed without, and one by one, each back-propagated before the next."""
     ids, mask = padded_as_in_trl()
-    flow = model.flow_inputs(records, context_grad)
-    with_text = model.base_model(ids, attention_mask=mask, flow=flow).velocity
+    with_text = model.base_model(ids, attention_mask=mask, steps=steps, context_grad=context_grad).velocity
     expected = gradients(model, with_text.square().sum())
-    without_text = model.predict_velocities(flow)
+    without_text = model.predict_velocities(steps, context_grad)
     assert_equal(without_text, with_text)
     assert_same_gradients(gradients(model, without_text.square().sum()), expected)
+    [(index, at_once)] = model.velocities(steps, context_grad)
+    assert index.tolist() == list(range(9))
+    assert torch.equal(at_once, without_text)
+    model.packs_velocities = False
     model.zero_grad()
-    for k, velocity in model.velocities(records, context_grad):
-        assert_equal(velocity, with_text[:, k])
+    for k, (index, velocity) in enumerate(model.velocities(steps, context_grad)):
+        assert index.tolist() == [k, 3 + k, 6 + k]
+        assert_equal(velocity, with_text[index])
         velocity.square().sum().backward()
+    assert k == 2
     actual = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     assert_same_gradients(actual, expected)
+    with torch.no_grad():
+        assert_equal(model.base_model(ids, attention_mask=mask, steps=steps).velocity, with_text)
 
 
-def test_velocity_reaches_a_caller_that_sees_only_the_head(model, records):
-    flow = model.flow_inputs(records)
-    output = model.base_model(*padded_as_in_trl(), flow=flow)
-    assert flow.velocity is output.velocity
+def test_velocity_reaches_a_caller_that_sees_only_the_head(model, steps):
+    into = []
+    output = model.base_model(*padded_as_in_trl(), steps=steps, into=into)
+    assert len(into) == 1
+    assert into[0] is output.velocity
 
 
 @torch.no_grad()
-def test_copies_do_not_see_each_other(model, records):
-    flow = model.flow_inputs(records)
-    before = model.base_model(*padded_as_in_trl(), flow=flow)
-    changed = copy.copy(flow)
-    changed.latents = flow.latents.clone()
-    changed.latents[:, 1] += 1
-    after = model.base_model(*padded_as_in_trl(), flow=changed)
-    assert_equal(after.velocity[:, ::2], before.velocity[:, ::2], 1e-6)
+def test_copies_do_not_see_each_other(model, steps):
+    before = model.base_model(*padded_as_in_trl(), steps=steps)
+    second = torch.arange(9) % 3 == 1  # of each image
+    changed = replace(steps, states=replace(steps.states, x=steps.x + second[:, None, None]))
+    after = model.base_model(*padded_as_in_trl(), steps=changed)
+    assert_equal(after.velocity[~second], before.velocity[~second], 1e-6)
     assert_equal(after.last_hidden_state, before.last_hidden_state, 1e-6)
-    assert (after.velocity[:, 1] - before.velocity[:, 1]).abs().max() > 0.1
+    assert (after.velocity[second] - before.velocity[second]).abs().max() > 0.1
 
 
 @torch.no_grad()
-def test_rollout_and_packed_call_agree(model, records):
-    velocity = model.base_model(*padded_as_in_trl(), flow=model.flow_inputs(records)).velocity
-    assert_equal(velocity, torch.stack([record.velocities for record in records]))
-    assert_equal(velocity, single_velocities(model, records))
+def test_rollout_and_packed_call_agree(model, steps):
+    velocity = model.base_model(*padded_as_in_trl(), steps=steps).velocity
+    assert_equal(velocity, steps.states.velocity)
+    assert_equal(velocity, single_velocities(model, steps))
 
 
-def test_context_closes_every_thinking(model, conditioning, records):
-    assert [row.ids.tolist() for row in model.contexts(conditioning)] == CONTEXTS
-    assert [record.context.ids.tolist() for record in records] == CONTEXTS
-    plain = Conditioning([[START, 7, END]], [[]])  # a prompt that opens no thinking
-    assert model.contexts(plain)[0].ids.tolist() == [START, 7, END]
+def test_context_closes_every_thinking(model, trajectories, images):
+    assert [row.ids.tolist() for row in model.contexts(trajectories)] == CONTEXTS
+    assert [image.context.ids.tolist() for image in images] == CONTEXTS
+    plain = trajectory([START, 7, END])  # a prompt that opens no thinking
+    assert model.contexts([plain])[0].ids.tolist() == [START, 7, END]
 
 
 @torch.no_grad()
-def test_mask_of_truncated_completions_does_not_change_velocities(model, records):
+def test_mask_of_truncated_completions_does_not_change_velocities(model, steps):
     ids, mask = padded_as_in_trl()
     zeroed = mask.clone()
     zeroed[1, len(PROMPTS[0]) :] = 0  # as TRL's mask_truncated_completions does
-    before = model.base_model(ids, attention_mask=mask, flow=model.flow_inputs(records))
-    after = model.base_model(ids, attention_mask=zeroed, flow=model.flow_inputs(records))
+    before = model.base_model(ids, attention_mask=mask, steps=steps)
+    after = model.base_model(ids, attention_mask=zeroed, steps=steps)
     assert_equal(after.velocity, before.velocity, 1e-6)
     assert_equal(after.last_hidden_state[zeroed.bool()], before.last_hidden_state[zeroed.bool()], 1e-6)
 
@@ -221,8 +238,8 @@ def test_backbone_refuses_a_cache(model):
 # Gradients
 
 
-def test_text_loss_of_a_packed_call_spares_the_image_expert(model, records, gradients):
-    output = model.base_model(*padded_as_in_trl(), flow=model.flow_inputs(records, context_grad=True))
+def test_text_loss_of_a_packed_call_spares_the_image_expert(model, steps, gradients):
+    output = model.base_model(*padded_as_in_trl(), steps=steps, context_grad=True)
     result = gradients(model, model.get_output_embeddings()(output.last_hidden_state).square().mean())
     image = {name for name in result if model.is_image_parameter(name)}
     assert len(image) == 4 * 14 + 1 + 8
@@ -231,20 +248,20 @@ def test_text_loss_of_a_packed_call_spares_the_image_expert(model, records, grad
         assert (gradient.count_nonzero() == 0) == (name in silent), name
 
 
-def test_without_context_gradient_only_the_markers_lead_into_the_text_expert(model, records, gradients):
-    flow = model.flow_inputs(records, context_grad=False)
-    result = gradients(model, model.base_model(*padded_as_in_trl(), flow=flow).velocity.square().sum())
+def test_without_context_gradient_only_the_markers_lead_into_the_text_expert(model, steps, gradients):
+    output = model.base_model(*padded_as_in_trl(), steps=steps, context_grad=False)
+    result = gradients(model, output.velocity.square().sum())
     rows = result["language_model.model.embed_tokens.weight"].abs().sum(1).nonzero().flatten().tolist()
     assert set(rows) == MARKERS
-    full = gradients(model, model.predict_velocities(model.flow_inputs(records, context_grad=True)).square().sum())
+    full = gradients(model, model.predict_velocities(steps, context_grad=True).square().sum())
     rows = full["language_model.model.embed_tokens.weight"].abs().sum(1).nonzero().flatten().tolist()
     assert set(rows) == MARKERS | {token for row in CONTEXTS for token in row}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient_of_the_packed_call(model, records, gradients, reentrant):
+def test_gradient_checkpointing_changes_no_gradient_of_the_packed_call(model, steps, gradients, reentrant):
     def loss() -> Tensor:
-        output = model.base_model(*padded_as_in_trl(), flow=model.flow_inputs(records, context_grad=True))
+        output = model.base_model(*padded_as_in_trl(), steps=steps, context_grad=True)
         return output.last_hidden_state.square().sum() + output.velocity.square().sum()
 
     model.train()
@@ -254,9 +271,11 @@ def test_gradient_checkpointing_changes_no_gradient_of_the_packed_call(model, re
 
 
 @pytest.mark.parametrize("context_grad", [False, True])
-def test_gradient_checkpointing_changes_no_gradient_of_single_velocities(model, records, gradients, context_grad):
+def test_gradient_checkpointing_changes_no_gradient_of_single_velocities(model, steps, gradients, context_grad):
     def loss() -> Tensor:
-        return sum(velocity.square().sum() for _, velocity in model.velocities(records, context_grad))
+        return sum(velocity.square().sum() for _, velocity in model.velocities(steps, context_grad))
+
+    model.packs_velocities = False
 
     model.train()
     expected = gradients(model, loss())
@@ -322,11 +341,11 @@ def test_bfloat16_stays_within_its_own_noise(model, recorded, how):
     """The official bf16 arithmetic is 1.0e-2 (rms) from float32 on these inputs."""
     ids = torch.cat([recorded["prefill/input_ids"], recorded["think/context_ids"]])
     size = tuple(recorded["flow/image_hw"].tolist())
-    flow = FlowInputs(recorded["flow/x_t"][None], recorded["flow/t"][None], [ContextRow(ids)], size)
+    steps = steps_at([ContextRow(ids)], recorded["flow/x_t"][None], recorded["flow/t"][None], size)
     if how == "weights":
         model.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
-        velocity = model.base_model(ids[None], flow=flow).velocity[0]
+        velocity = model.base_model(ids[None], steps=steps).velocity
         context = model.encode_context([ContextRow(ids)])
         alone = torch.cat(
             [
@@ -340,14 +359,13 @@ def test_bfloat16_stays_within_its_own_noise(model, recorded, how):
         assert (actual - recorded["flow/velocity"]).square().mean().sqrt() < 1.5 * noise
 
 
-def test_bfloat16_rollout_records_float32(model, conditioning):
+def test_bfloat16_rollout_records_float32(model, trajectories):
     plan = RolloutPlan(flow_timesteps(4), SIZE, windows=torch.tensor([0, 1]))
-    generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    for record in model.to(torch.bfloat16).rollout(conditioning, plan, generators):
-        states = (record.latents, record.next_latents, record.velocities, record.final_latents)
-        assert all(state.dtype == torch.float32 for state in states)
+    for image in paint(model.to(torch.bfloat16), trajectories, plan, generators()):
+        steps = image.steps
+        assert all(x.dtype == torch.float32 for x in (steps.x, steps.x_next, steps.velocity, image.latents))
         # Not rounded to bfloat16 after the noise was added.
-        assert (record.next_latents != record.next_latents.bfloat16().float()).float().mean() > 0.9
+        assert (steps.x_next != steps.x_next.bfloat16().float()).float().mean() > 0.9
 
 
 # Images
@@ -361,7 +379,7 @@ def test_images_must_fit_the_model(model):
     with pytest.raises(ValueError, match="multiple of 16"):
         model.encode_images(torch.zeros(1, 3, 40, 64))
     with pytest.raises(ValueError, match="multiple of 16"):
-        model.rollout(Conditioning([[1]], [[2]]), RolloutPlan(flow_timesteps(2), (40, 64)), [torch.Generator()])
+        paint(model, [trajectory([1], [2])], RolloutPlan(flow_timesteps(2), (40, 64)), [torch.Generator()])
 
 
 def test_decoded_tensor_is_the_picture_with_a_gradient(model):
@@ -404,9 +422,9 @@ def test_no_vae_is_said_clearly(model):
         model.decode_latents(torch.zeros(1, 6, 64), SIZE)
 
 
-def test_generators_must_match_samples(model, conditioning):
-    with pytest.raises(ValueError, match="1 generators for 3 samples"):
-        model.rollout(conditioning, RolloutPlan(flow_timesteps(2), SIZE), [torch.Generator()])
+def test_generators_must_match_samples(model, trajectories):
+    with pytest.raises(ValueError, match="1 generators for 3 trajectories"):
+        paint(model, trajectories, RolloutPlan(flow_timesteps(2), SIZE), [torch.Generator()])
 
 
 # Memory
@@ -453,20 +471,16 @@ def test_what_fits_into_free_memory(model):
 @pytest.mark.parametrize(("pixels", "numbers"), [(512, 65_536), (1024, 262_144)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_rollout_and_training_agree_within_the_clip_range(model, conditioning, pixels, numbers, dtype):
+def test_rollout_and_training_agree_within_the_clip_range(model, trajectories, pixels, numbers, dtype):
     """As a RatioNorm log-ratio, whose clip range at this size is that of the paper scaled."""
     model.to(dtype)
     size, nodes, window = (pixels, pixels), flow_timesteps(25), torch.tensor([0, 1, 2])
     plan = RolloutPlan(nodes[:4], size, window)  # all that is recorded
-    records = model.rollout(conditioning, plan, [torch.Generator().manual_seed(i) for i in range(3)])
-    assert records[0].latents[0].numel() == numbers
-    velocity = model.base_model(*padded_as_in_trl(), flow=model.flow_inputs(records)).velocity
-
-    def recorded(name: str) -> Tensor:
-        return torch.stack([getattr(record, name) for record in records])
-
-    step = sde_transition(recorded("timesteps"), recorded("next_timesteps"), 0.8, nodes[1])
-    ratio = log_ratio(recorded("latents"), recorded("next_latents"), velocity, recorded("velocities"), step)
+    steps = steps_of(paint(model, trajectories, plan, generators()))
+    assert steps.x[0].numel() == numbers
+    velocity, states = model.base_model(*padded_as_in_trl(), steps=steps).velocity, steps.states
+    step = sde_transition(states.t, states.t_next, 0.8, nodes[1])
+    ratio = log_ratio(states.x, states.x_next, velocity, states.velocity, step)
     clip = scale_with_latents(1e-6, numbers)
     if dtype == torch.float32:
         assert ratio.square().mean().sqrt() < 1e-7

@@ -1,41 +1,43 @@
 """Guided BAGEL: the official implementation's recorded velocities, its contexts, and how much is computed."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.helpers.bagel_checks import END, SIZE, START, assert_equal
+from tests.helpers.trajectories import steps_of, trajectory
 from trl_unigrpo.flow import flow_timesteps
 from trl_unigrpo.flow.guidance import Guidance, guide
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.models.bagel.segments import ContextImage
-from trl_unigrpo.models.contract import Conditioning, UnifiedModelMixin
+from trl_unigrpo.models.contract import UnifiedModelMixin
+from trl_unigrpo.sampling import paint
+from trl_unigrpo.trajectory import Trajectory, in_order
 
 
 TOLERANCE = 1e-4  # of max(1, largest recorded entry)
-START, END = 375, 376
-SIZE = (32, 48)  # 2 x 3 image tokens
 NODES = flow_timesteps(6, shift=3.0)
 
 # Prompts with and without a system message, of several lengths; a thinking that ran out of length, and none.
-RAGGED = Conditioning(
-    prompt_ids=[[START, 5, 6, END, START, 10, 11, 12, END, START], [START, 20, END, START], [START, 5, END, START]],
-    completion_ids=[[40, 41, END], [50, 51, 52, 53, 54, 55], []],
-    system_ids=[[START, 5, 6, END], [], [START, 5, END]],
-)
+RAGGED = [
+    trajectory([START, 5, 6, END, START, 10, 11, 12, END, START], [40, 41, END], row=0, system_ids=[START, 5, 6, END]),
+    trajectory([START, 20, END, START], [50, 51, 52, 53, 54, 55], row=1, system_ids=[]),
+    trajectory([START, 5, END, START], row=2, system_ids=[START, 5, END]),
+]
 
 
 @pytest.fixture
-def recorded_conditioning(recorded) -> Conditioning:
+def recorded_trajectory(recorded) -> Trajectory:
     """The recorded sample, in the parts that sampling leaves: an opened prompt, and the thinking after it."""
     prompt, thinking = recorded["prefill/input_ids"].tolist(), recorded["think/context_ids"].tolist()
-    system = prompt[: prompt.index(END) + 1]
-    return Conditioning([[*prompt, START]], [thinking[1:]], [system])
+    return trajectory([*prompt, START], thinking[1:], system_ids=prompt[: prompt.index(END) + 1])
 
 
-def branch_velocity(model, conditioning, x, t, size):
-    return model.predict_velocity(model.encode_context(model.contexts(conditioning)), x, t, size)
+def velocity_behind(model, contexts, x, t, size):
+    return model.predict_velocity(model.encode_context(contexts), x, t, size)
 
 
 @torch.no_grad()
@@ -49,11 +51,11 @@ def branch_velocity(model, conditioning, x, t, size):
     + [("global_text_min0.9", Guidance(4.0, renorm_min=0.9))],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_recorded_guided_velocity(model, recorded, recorded_conditioning, key, guidance):
+def test_recorded_guided_velocity(model, recorded, recorded_trajectory, key, guidance):
     copy = (recorded["flow/x_t"][1:2], recorded["flow/t"][1:2], tuple(recorded["flow/image_hw"].tolist()))
-    velocity = branch_velocity(model, recorded_conditioning, *copy)
+    velocity = velocity_behind(model, model.contexts([recorded_trajectory]), *copy)
     branches = {
-        name: branch_velocity(model, model.guidance_conditioning(recorded_conditioning, name), *copy)
+        name: velocity_behind(model, model.branch_contexts([recorded_trajectory], name), *copy)
         for name in guidance.branches
     }
     expected = {"velocity": recorded["flow/velocity"][1], "text": recorded["cfg/velocity_sys_only"]}
@@ -65,7 +67,7 @@ def test_recorded_guided_velocity(model, recorded, recorded_conditioning, key, g
 
 
 def test_contexts_of_the_branches(model):
-    text, image = (model.contexts(model.guidance_conditioning(RAGGED, name)) for name in ("text", "image"))
+    text, image = (model.branch_contexts(RAGGED, name) for name in ("text", "image"))
     assert [row.ids.tolist() for row in text] == [[START, 5, 6, END], [], [START, 5, END]]
     assert [row.ids.tolist() for row in image] == [
         [START, 5, 6, END, START, 10, 11, 12, END],
@@ -77,24 +79,23 @@ def test_contexts_of_the_branches(model):
 def test_branches_of_an_edit(model):
     """Without the prompt the image to edit stays, without the image the prompt does."""
     shown, placeholder = ContextImage(torch.ones(6, 64), (2, 3)), model.config.image_token_id
-    edit = Conditioning(
-        [[START, 5, END, placeholder, START, 20, END, START]], [[40, END]], [[START, 5, END]], [[shown]]
-    )
-    text, image = (model.contexts(model.guidance_conditioning(edit, name))[0] for name in ("text", "image"))
+    prompt_ids = [START, 5, END, placeholder, START, 20, END, START]
+    edit = trajectory(prompt_ids, [40, END], system_ids=[START, 5, END], images=[shown])
+    text, image = (model.branch_contexts([edit], name)[0] for name in ("text", "image"))
     assert (text.ids.tolist(), list(text.images)) == ([START, 5, END, placeholder], [shown])
     assert (image.ids.tolist(), list(image.images)) == ([START, 5, END, START, 20, END], [])
 
 
 def test_system_messages_that_nobody_named(model):
-    conditioning = Conditioning(RAGGED.prompt_ids, RAGGED.completion_ids)
-    with pytest.raises(ValueError, match=r"set `Conditioning.system_ids`, to empty rows"):
-        rollout(model, Guidance(4.0), conditioning)
-    rollout(model, Guidance(image_guidance_scale=1.5), conditioning)
+    unnamed = [replace(trajectory, system_ids=None) for trajectory in RAGGED]
+    with pytest.raises(ValueError, match=r"set `Trajectory.system_ids`, to an empty list"):
+        rollout(model, Guidance(4.0), unnamed)
+    rollout(model, Guidance(image_guidance_scale=1.5), unnamed)
 
 
 def test_model_that_does_not_know_guidance(checkpoint):
     class Unguided(BagelForUnifiedGeneration):
-        guidance_conditioning = UnifiedModelMixin.guidance_conditioning
+        branch_contexts = UnifiedModelMixin.branch_contexts
 
     model = Unguided.from_pretrained(checkpoint)
     with pytest.raises(NotImplementedError, match=r"Unguided does not say what the branch 'text'.*scale of 1"):
@@ -102,9 +103,9 @@ def test_model_that_does_not_know_guidance(checkpoint):
     rollout(model, Guidance())
 
 
-def rollout(model, guidance, conditioning=RAGGED, rows=range(3), **plan):
+def rollout(model, guidance, trajectories=RAGGED, **plan):
     plan = RolloutPlan(NODES, SIZE, guidance=guidance, **plan)
-    return model.rollout(conditioning, plan, [torch.Generator().manual_seed(row) for row in rows])
+    return paint(model, trajectories, plan, [torch.Generator().manual_seed(t.row) for t in trajectories])
 
 
 @torch.no_grad()
@@ -112,15 +113,37 @@ def test_guided_rollout_is_eulers_method_on_guided_velocities(model):
     guidance = Guidance(4.0, 1.5, interval=(0.5, 1.0))
     inside = [bool(t > 0.5) for t in NODES[:-1]]
     assert 0 < sum(inside) < len(inside)
-    contexts = [RAGGED, *(model.guidance_conditioning(RAGGED, name) for name in ("text", "image"))]
+    contexts = [model.contexts(RAGGED), *(model.branch_contexts(RAGGED, name) for name in ("text", "image"))]
     x = torch.stack([torch.randn(6, 64, generator=torch.Generator().manual_seed(row)) for row in range(3)])
     for (t, t_next), guided in zip(itertools.pairwise(NODES), inside, strict=True):
-        v, *others = (branch_velocity(model, c, x, t.float().expand(3), SIZE) for c in contexts)
+        v, *others = (velocity_behind(model, c, x, t.float().expand(3), SIZE) for c in contexts)
         if guided:
             v = guide(v, dict(zip(("text", "image"), others, strict=True)), guidance)
         x = x + (t_next - t).float() * v
-    for record, expected in zip(rollout(model, guidance), x, strict=True):
-        torch.testing.assert_close(record.final_latents, expected, rtol=0, atol=1e-5)
+    for image, expected in zip(rollout(model, guidance), x, strict=True):
+        torch.testing.assert_close(image.latents, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packs", [False, True])
+def test_images_keep_what_guided_them_and_training_repeats_it(model, packs):
+    model.packs_velocities = packs
+    guidance = Guidance(4.0, 1.5, interval=(0.7, 1.0))
+    window = torch.tensor([0, 4])
+    assert [guidance.covers(t) for t in NODES[window]] == [True, False]
+    images = rollout(model, guidance, windows=window)
+    for name in guidance.branches:
+        for image, context in zip(images, model.branch_contexts(RAGGED, name), strict=True):
+            assert torch.equal(image.branches[name].ids, context.ids)
+    assert all(image.guidance == guidance and set(image.branches) == {"text", "image"} for image in images)
+    steps = steps_of(images)
+    again = in_order(model.velocities(steps))
+    assert_equal(again, steps.states.velocity)
+    alone = in_order(model.velocities(steps_of([replace(image, guidance=None) for image in images])))
+    guided = torch.arange(6) % 2 == 0  # the first of each image's two steps
+    assert_equal(again[~guided], alone[~guided])
+    # The last sample's branches see all that it sees.
+    assert ((again - alone)[guided].abs().amax((1, 2)) > 0.01).tolist() == [True, True, False]
 
 
 @pytest.mark.parametrize("renorm", ["global", "channel", "text_channel"])
@@ -128,15 +151,14 @@ def test_samples_do_not_depend_on_their_batch(model, renorm):
     guidance = Guidance(4.0, 1.5, renorm=renorm)
     together, in_twos = rollout(model, guidance), rollout(model, guidance, batch_size=2)
     for i in range(3):
-        row = Conditioning(*([rows[i]] for rows in (RAGGED.prompt_ids, RAGGED.completion_ids, RAGGED.system_ids)))
-        [alone] = rollout(model, guidance, row, rows=[i])
-        for record in (together[i], in_twos[i]):
-            torch.testing.assert_close(record.final_latents, alone.final_latents, rtol=0, atol=1e-5)
+        [alone] = rollout(model, guidance, RAGGED[i : i + 1])
+        for image in (together[i], in_twos[i]):
+            torch.testing.assert_close(image.latents, alone.latents, rtol=0, atol=1e-5)
 
 
 def test_scales_of_one_paint_what_no_guidance_paints(model):
     for a, b in zip(rollout(model, Guidance()), rollout(model, None), strict=True):
-        assert torch.equal(a.final_latents, b.final_latents)
+        assert torch.equal(a.latents, b.latents)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from tests.helpers.trajectories import steps_at
 from trl_unigrpo.models.bagel.attention import Layout, attend_streams
 from trl_unigrpo.models.bagel.segments import text_segments
-from trl_unigrpo.models.contract import ContextRow, FlowInputs
+from trl_unigrpo.models.contract import ContextRow
 
 
 TOLERANCE = 1e-4  # of max(1, largest recorded entry)
@@ -173,16 +174,11 @@ def test_autoencoder(model, recorded, image_size):
 @pytest.fixture
 def training_call(model, recorded, context_ids, image_size):
     """The packed call of the recorded training step: (think logits, velocities)."""
-    flow = FlowInputs(
-        latents=recorded["train/x_t"][None],
-        timesteps=recorded["train/t"][None],
-        contexts=[ContextRow(context_ids)],
-        image_size=image_size,
-        context_grad=True,
-    )
-    output = model.base_model(context_ids[None], flow=flow)
+    copies = recorded["train/x_t"][None], recorded["train/t"][None]
+    steps = steps_at([ContextRow(context_ids)], *copies, image_size)
+    output = model.base_model(context_ids[None], steps=steps, context_grad=True)
     start = len(recorded["prefill/input_ids"])
-    return model.get_output_embeddings()(output.last_hidden_state)[0, start:-1], output.velocity[0]
+    return model.get_output_embeddings()(output.last_hidden_state)[0, start:-1], output.velocity
 
 
 def training_losses(training_call, recorded) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,22 @@
 """Contexts with images: the table of segments, and every way to compute with it against every other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from tests.helpers.bagel_checks import END, PAD, SIZE, START, assert_equal, assert_same_gradients
+from tests.helpers.trajectories import image_at, steps_at, steps_of, trajectory
 from trl_unigrpo.flow import flow_timesteps
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.bagel import BagelProcessor
 from trl_unigrpo.models.bagel.attention import ROWWISE_QUERIES, Layout, attend_streams
 from trl_unigrpo.models.bagel.segments import ContextImage, segments
-from trl_unigrpo.models.contract import Conditioning, ContextRow, FlowInputs
+from trl_unigrpo.models.contract import ContextRow
+from trl_unigrpo.sampling import paint
+from trl_unigrpo.trajectory import Round, Steps, Trajectory
 
 
 IMAGE = 386  # the placeholder
@@ -109,26 +114,45 @@ def test_attention_is_dense_attention_under_the_table(rows):
 # The model
 
 
-@pytest.fixture
-def flow() -> FlowInputs:
-    generator = torch.Generator().manual_seed(5)
-    times = torch.tensor([[1.0, 0.6, 0.2]]).expand(4, -1)
-    return FlowInputs(torch.randn(4, 3, 6, 64, generator=generator), times, ROWS, SIZE, context_grad=True)
-
-
-def alone(model, flow: FlowInputs, i: int, k: int) -> Tensor:
-    """Velocity of one copy from a forward of its own, over exactly the context that it sees."""
-    whole, length = flow.contexts[i], flow.visible_ids[i][k]
+def beginning(whole: ContextRow, length: int) -> ContextRow:
+    """The first ids of a context, with the images that are among them."""
     ids = whole.ids[:length]
-    context = model.encode_context([ContextRow(ids, whole.images[: int((ids == IMAGE).sum())])])
-    return model.predict_velocity(context, flow.latents[i, k][None], flow.timesteps[i, k][None], flow.image_size)[0]
+    return ContextRow(ids, whole.images[: int((ids == IMAGE).sum())])
+
+
+def copies() -> tuple[Tensor, Tensor]:
+    """States (4, 3, 6, 64) and times (4, 3)."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(4, 3, 6, 64, generator=generator), torch.tensor([[1.0, 0.6, 0.2]]).expand(4, -1)
+
+
+@pytest.fixture
+def steps() -> Steps:
+    """Three steps behind each of the contexts."""
+    return steps_at(ROWS, *copies(), SIZE)
+
+
+def behind(visible: list[list[int]]) -> Steps:
+    """As `steps`, but each step is an image of its own behind so many ids of its row's context."""
+    trajectories = []
+    for i, (context, seen, x, t) in enumerate(zip(ROWS, visible, *copies(), strict=True)):
+        parts = zip(seen, x.split(1), t.split(1), strict=True)
+        images = [image_at(beginning(context, length), one, time, SIZE) for length, one, time in parts]
+        trajectories.append(Trajectory("", [], i, [Round([], images)]))
+    return Steps.of(trajectories)
+
+
+def alone(model, steps: Steps, step: int) -> Tensor:
+    """Velocity of one copy from a forward of its own, over exactly the context that it sees."""
+    context = model.encode_context([steps.contexts[step]])
+    return model.predict_velocity(context, steps.x[step][None], steps.t[step][None], steps.image_size)[0]
 
 
 @pytest.mark.parametrize("visible", [None, [[8, 3, 4], [0, 1, 4], [8, 6, 5], [3, 3, 0]]], ids=["all", "prefixes"])
-def test_packed_copies_are_separate_ones(model, flow, gradients, visible):
-    flow.visible = visible
-    packed = model.predict_velocities(flow)
-    separate = torch.stack([torch.stack([alone(model, flow, i, k) for k in range(3)]) for i in range(4)])
+def test_packed_copies_are_separate_ones(model, steps, gradients, visible):
+    steps = steps if visible is None else behind(visible)
+    packed = model.predict_velocities(steps, context_grad=True)
+    separate = torch.stack([alone(model, steps, step) for step in range(12)])
     assert_equal(packed, separate)
     weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(1))
     actual, expected = (gradients(model, (v * weights).sum()) for v in (packed, separate))
@@ -136,23 +160,23 @@ def test_packed_copies_are_separate_ones(model, flow, gradients, visible):
     assert actual["vae2llm.weight"].abs().max() > 0
 
 
-def test_wide_copies_attend_row_by_row(model, flow, monkeypatch):
-    masked = model.predict_velocities(flow)
+def test_wide_copies_attend_row_by_row(model, steps, monkeypatch):
+    masked = model.predict_velocities(steps)
     monkeypatch.setattr("trl_unigrpo.models.bagel.attention.ROWWISE_QUERIES", 8)
     assert ROWWISE_QUERIES > 8
-    assert_equal(model.predict_velocities(flow), masked)
+    assert_equal(model.predict_velocities(steps), masked)
 
 
 @torch.no_grad()
-def test_text_rows_come_back_in_the_layout_given(model, flow):
+def test_text_rows_come_back_in_the_layout_given(model, steps):
     # Prompts on the right of their padding, the rest of the context behind it.
     width = 12
     ids, mask = torch.full((4, width), PAD), torch.zeros(4, width, dtype=torch.long)
     starts = [1, 4, 0, 2]
     for i, (start, context) in enumerate(zip(starts, ROWS, strict=True)):
         ids[i, start : start + len(context)], mask[i, start : start + len(context)] = context.ids, 1
-    output = model.base_model(ids, attention_mask=mask, flow=flow)
-    assert_equal(output.velocity, model.predict_velocities(flow))
+    output = model.base_model(ids, attention_mask=mask, steps=steps)
+    assert_equal(output.velocity, model.predict_velocities(steps))
     plain = model.base_model(ids, attention_mask=mask, images=[context.images for context in ROWS])
     assert_equal(plain.last_hidden_state[mask.bool()], output.last_hidden_state[mask.bool()])
     for i, (start, context) in enumerate(zip(starts, ROWS, strict=True)):
@@ -171,10 +195,10 @@ def test_contexts_do_not_depend_on_the_batch(model):
             assert_equal(a[i, :, : single.lengths[0]], b[0])
 
 
-def test_checkpointing_changes_no_gradient(model, flow, gradients):
-    expected = gradients(model, model.predict_velocities(flow).square().sum())
+def test_checkpointing_changes_no_gradient(model, steps, gradients):
+    expected = gradients(model, model.predict_velocities(steps, context_grad=True).square().sum())
     model.train().gradient_checkpointing_enable()
-    actual = gradients(model, model.predict_velocities(flow).square().sum())
+    actual = gradients(model, model.predict_velocities(steps, context_grad=True).square().sum())
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
@@ -197,18 +221,17 @@ def test_generation_goes_on_from_the_images(model):
 
 
 def test_rollout_paints_from_images(model):
-    conditioning = Conditioning(
-        [[IMAGE, START, 20, END, START]] * 2, [[50, END], [51]], images=[[image(0)], [image(1)]]
-    )
+    texts, prompt_ids = [[50, END], [51]], [IMAGE, START, 20, END, START]
+    trajectories = [trajectory(prompt_ids, text, images=[image(i)]) for i, text in enumerate(texts)]
     plan = RolloutPlan(torch.tensor([1.0, 0.5, 0.0]), SIZE, windows=torch.tensor([0]))
-    records = model.rollout(conditioning, plan, [torch.Generator().manual_seed(3) for _ in range(2)])
-    assert [record.context.ids.tolist()[-2:] for record in records] == [[50, END], [51, END]]
-    flow = model.flow_inputs(records)
-    assert_equal(model.predict_velocities(flow), torch.stack([record.velocities for record in records]))
+    images = paint(model, trajectories, plan, [torch.Generator().manual_seed(3) for _ in range(2)])
+    assert [painted.context.ids.tolist()[-2:] for painted in images] == [[50, END], [51, END]]
+    sampled = steps_of(images).states.velocity
+    assert_equal(model.predict_velocities(steps_of(images)), sampled)
     # The image counts: with the other one the velocity is another.
-    flow.contexts = [ContextRow(record.context.ids, [image(7)]) for record in records]
-    changed = model.predict_velocities(flow) - torch.stack([record.velocities for record in records])
-    assert changed.abs().amax((1, 2, 3)).min() > 0.01
+    others = [replace(painted, context=ContextRow(painted.context.ids, [image(7)])) for painted in images]
+    changed = model.predict_velocities(steps_of(others)) - sampled
+    assert changed.abs().amax((1, 2)).min() > 0.01
 
 
 def test_image_that_does_not_fit_the_position_table(model):
@@ -233,10 +256,10 @@ def test_picture_to_answer_and_to_edit(model, checkpoint):
     ids = [model.config.image_token_id, *processor.prompt_ids("What is in the picture?"), START]
     answer = model.generate(torch.tensor([ids]), images=[[shown]], max_new_tokens=3, do_sample=False, eos_token_id=511)
     assert answer[0, : len(ids)].tolist() == ids
-    rows = Conditioning(prompt_ids=[ids], completion_ids=[[]], images=[[shown]])
-    (record,) = model.rollout(rows, RolloutPlan(flow_timesteps(2), SIZE), [torch.Generator().manual_seed(0)])
+    edit = Trajectory("", prompt_ids=ids, images=[shown])
+    (painted,) = paint(model, [edit], RolloutPlan(flow_timesteps(2), SIZE), [torch.Generator().manual_seed(0)])
     context = model.encode_context([ContextRow(torch.tensor(ids[:-1]), [shown])])
     noise = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(0))
     halfway = noise - 0.25 * model.predict_velocity(context, noise, torch.ones(1), SIZE)
     end = halfway - 0.75 * model.predict_velocity(context, halfway, torch.tensor([0.75]), SIZE)
-    assert_equal(record.final_latents, end[0])
+    assert_equal(painted.latents, end[0])

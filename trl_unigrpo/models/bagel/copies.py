@@ -49,17 +49,18 @@ class _Row:
         self.visible += [len(context)] * len(steps)
 
 
-def lay_out(steps: Steps, num_rows: int) -> Copies:
+def lay_out(steps: Steps, texts: Sequence[Tensor]) -> Copies:
     """
     Place the steps' copies behind their contexts.
 
-    A row stands for the text row of its number and holds the longest of the contexts there; images whose context is a
-    beginning of that are painted in the same row, others get rows of their own behind the first `num_rows`.
+    A row stands for the text row of its number and holds the longest of the contexts there that say what it says;
+    images whose context is a beginning of that are painted in the same row, others get rows of their own behind those
+    of the texts.
 
     Args:
-        num_rows: text rows; the steps' `row` is below it.
+        texts: for each text row its tokens, on the CPU; none where only its number counts.
     """
-    rows = [_Row(ContextRow(torch.empty(0, dtype=torch.long))) for _ in range(num_rows)]
+    rows = [_Row(ContextRow(torch.empty(0, dtype=torch.long))) for _ in texts]
     extra: list[tuple[int, _Row]] = []
     of_image: dict[int, list[int]] = {}
     for step, image in enumerate(steps.image.tolist()):
@@ -70,12 +71,18 @@ def lay_out(steps: Steps, num_rows: int) -> Copies:
         own, hosts = rows[number], [rows[number], *(row for at, row in extra if at == number)]
         host = next((row for row in hosts if row.steps and begins(row.context, context)), None)
         if host is None:
-            host = own if not own.steps else _Row(context)
+            host = own if not own.steps and agree(texts[number], context) else _Row(context)
             host.context = context
             if host is not own:
                 extra.append((number, host))
         host.take(context, of_image[image])
     return _filled([*rows, *(row for _, row in extra)], steps)
+
+
+def agree(text: Tensor, context: ContextRow) -> bool:
+    """Say whether one of a text and a context is the beginning of the other."""
+    both = min(len(text), len(context))
+    return torch.equal(text[:both], context.ids[:both])
 
 
 def begins(whole: ContextRow, part: ContextRow) -> bool:

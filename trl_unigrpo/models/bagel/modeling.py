@@ -271,7 +271,9 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
     def packed_forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, steps: Steps, context_grad: bool = False
     ) -> UnifiedOutput:
-        copies = lay_out(steps.to(self.device), len(input_ids))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = zip(input_ids.cpu(), mask.bool().cpu(), strict=True)
+        copies = lay_out(steps.to(self.device), [ids[real] for ids, real in rows])
         texts = TextRows.of(input_ids, attention_mask, copies.contexts)
         table = self._table(texts, [row.images for row in copies.contexts])
         hidden, velocity = self._packed(table, copies, context_grad)
@@ -302,7 +304,8 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
 
     def predict_velocities(self, steps: Steps, context_grad: bool = False) -> Tensor:
         rows = steps.row.unique(return_inverse=True)[1]
-        copies = lay_out(replace(steps.to(self.device), row=rows), int(rows.max()) + 1)
+        no_texts = [torch.empty(0, dtype=torch.long)] * (int(rows.max()) + 1)
+        copies = lay_out(replace(steps.to(self.device), row=rows), no_texts)
         _, velocity = self._packed(self._segments(copies.contexts), copies, context_grad)
         assert velocity is not None
         return velocity
