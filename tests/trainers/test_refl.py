@@ -225,7 +225,7 @@ def test_thinkings_are_sampled_anew_in_every_step_as_the_options_say(tmp_path):
         kept = captured(trainer)
         trainer.train()
         decode = trainer.processing_class.batch_decode
-        return [(shown, decode(seen.completion_ids, skip_special_tokens=True)) for seen, shown in kept]
+        return [(shown, decode([t.text_ids for t in seen], skip_special_tokens=True)) for seen, shown in kept]
 
     alike = ["a red cat"] * 4
     (_, first), (_, second) = thinkings(alike, max_steps=2)

@@ -67,12 +67,16 @@ def captured(trainer):
     flows, make = [], trainer._noisy_copies
 
     def kept(base, inputs):
-        flow, target = make(base, inputs)
-        flows.append((flow, target, inputs))
-        return flow, target
+        flows.append((make(base, inputs), inputs))
+        return flows[-1][0]
 
     trainer._noisy_copies = kept
     return flows
+
+
+def of_images(column):
+    """A column of the table of steps, image by image."""
+    return column.unflatten(0, (4, -1))
 
 
 def by_hand(model, row, x, t, target, ids=None):
@@ -105,20 +109,20 @@ def test_loss_is_the_hand_computed_one(tmp_path, weights_of):
     gradients = {}
     trainer.add_callback(Gradients(gradients))
     trainer.train()
-    ((noisy, target, inputs),) = flows
+    ((steps, inputs),) = flows
+    x, t, target = (of_images(column) for column in (steps.x, steps.t, steps.states.target))
     model = tiny_bagel()
     losses, errors = [], []
     for i, prompt_ids in enumerate(inputs["prompt_ids"]):
         prompt = trainer.processing_class.decode(prompt_ids)
         row = next(row for row in ROWS if f" {row['prompt']} " in prompt)
-        cross_entropy, error = by_hand(model, row, noisy.latents[i], noisy.timesteps[i], target[i])
+        cross_entropy, error = by_hand(model, row, x[i], t[i], target[i])
         losses.append(cross_entropy)
         errors.append(error)
         # The states lie on the straight line from the image to the noise, and the target points along it.
         pixels = torch.from_numpy(np.asarray(row["image"], dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
         clean = model.encode_images(pixels)
-        t = noisy.timesteps[i][:, None, None]
-        torch.testing.assert_close(noisy.latents[i], clean + t * target[i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(x[i], clean + t[i][:, None, None] * target[i], rtol=1e-4, atol=1e-5)
     cross_entropy, error = torch.cat(losses).mean(), torch.stack(errors).mean()
     loss = text * cross_entropy + flow * error
     log = trainer.state.log_history[0]
@@ -149,10 +153,11 @@ def test_context_dropout_hides_the_context_of_that_share(tmp_path):
     trainer = make_sft(tmp_path, context_dropout=1.0)
     flows = captured(trainer)
     trainer.train()
-    ((noisy, target, _),) = flows
-    assert noisy.visible == [[0] * noisy.latents.shape[1]] * 4
+    ((steps, _),) = flows
+    assert [len(image.context) for image in steps.images] == [0] * 4
     model = tiny_bagel()
-    errors = [by_hand(model, ROWS[0], noisy.latents[i], noisy.timesteps[i], target[i], ids=[])[1] for i in range(4)]
+    x, t, target = (of_images(column) for column in (steps.x, steps.t, steps.states.target))
+    errors = [by_hand(model, ROWS[0], x[i], t[i], target[i], ids=[])[1] for i in range(4)]
     assert trainer.state.log_history[0]["loss/flow"] == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
     # The text's own loss still sees its prompt.
     plain = make_sft(tmp_path)
@@ -164,7 +169,7 @@ def test_context_dropout_hides_the_context_of_that_share(tmp_path):
     some = make_sft(tmp_path, context_dropout=0.5, max_steps=30)
     flows = captured(some)
     some.train()
-    hidden = torch.tensor([row[0] == 0 for flow, _, _ in flows for row in flow.visible]).float().mean()
+    hidden = torch.tensor([len(image.context) == 0 for steps, _ in flows for image in steps.images]).float().mean()
     assert 0.3 < hidden < 0.7
 
 
@@ -172,8 +177,8 @@ def test_context_dropout_hides_the_context_of_that_share(tmp_path):
 def test_times_are_drawn_from_their_distribution(tmp_path, sampling, shift):
     trainer = make_sft(tmp_path, timestep_sampling=sampling, timestep_shift=shift, noise_draws=1000)
     batch = trainer.data_collator(ROWS[:1])
-    flow, _ = trainer._noisy_copies(trainer.model, batch)
-    u = flow.timesteps / (shift - (shift - 1) * flow.timesteps)
+    t = trainer._noisy_copies(trainer.model, batch).t
+    u = t / (shift - (shift - 1) * t)
     quartiles = torch.quantile(u, torch.tensor([0.25, 0.5, 0.75]))
     normal = torch.tensor([-0.6745, 0.0, 0.6745]).sigmoid()
     expected = torch.tensor([0.25, 0.5, 0.75]) if sampling == "uniform" else normal

@@ -16,7 +16,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from ..flow import flow_timesteps, sde_window
 from ..flow.sampler import RolloutPlan
-from ..flow.states import States
 from ..messages import user_text
 from ..models.adapters import target_experts
 from ..models.contract import UnifiedModelMixin
@@ -43,7 +42,7 @@ from ..seeding import (
     WINDOW,
     row_generator,
 )
-from ..trajectory import Image, Round, Steps, Trajectory, in_order
+from ..trajectory import Image
 from .arguments import check_lengths, load_tokenizer
 from .dataset_checks import check_columns
 from .refl import (
@@ -263,7 +262,9 @@ class ReFLTrainer(Trainer):
         images = self._paint("train", inputs["prompts"], nodes[: m + 1], step, batches * args.train_batch_size)
         latents, t = torch.stack([image.latents for image in images]), nodes[m].item()
         with self.accelerator.autocast():
-            velocity = in_order(base.velocities(late_steps(images, nodes[m])))
+            with torch.no_grad():
+                context = base.encode_context([image.context for image in images])
+            velocity = base.predict_velocity(context, latents, latents.new_full((len(images),), t), self._size)
             pixels = base.decode_latents(latents - t * velocity.float(), self._size, output_type="pt")
         with self._phases("reward"):
             rewards, loss, gradient = reward_gradient(lambda x: self._score(x, inputs), pixels, self._losses)
@@ -373,12 +374,6 @@ class ReFLTrainer(Trainer):
         if "loss" in logs:
             logs.update(self._means("train"))
         super().log(logs, start_time)
-
-
-def late_steps(images: Sequence[Image], t: Tensor) -> Steps:
-    """The table of images that were denoised to time t, one state each: what they have become so far."""
-    now = [replace(image, steps=States(image.latents[None], t.float()[None])) for image in images]
-    return Steps.of([Trajectory("", [], row, [Round(images=[image])]) for row, image in enumerate(now)])
 
 
 @contextmanager
