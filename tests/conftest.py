@@ -1,5 +1,6 @@
 """Set up for every test: nothing touches the network, and one thread computes."""
 
+import gc
 import os
 
 
@@ -20,6 +21,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def frozen_heap():
+    """Leave what is imported out of garbage collection: every trainer collects, and would walk all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_a_gallery_that_fails_does_not_stop_the_run(make_trainer, tmp_path, capl
 
 def test_evaluations_of_several_datasets_are_kept_apart(make_trainer, tmp_path):
     datasets = {"easy": prompts_dataset(["a red cat"], 1), "hard": prompts_dataset(["a small tree"], 1)}
-    trainer = make_trainer(eval_dataset=datasets, **{**EVALUATED, "per_device_eval_batch_size": 1})
+    trainer = make_trainer(eval_dataset=datasets, gallery_steps=50, **{**EVALUATED, "per_device_eval_batch_size": 1})
     trainer.train()
     evaluated = [shown for shown in read_run(tmp_path).shown if shown.mode == "eval"]
     assert {(s.dataset, s.samples[0].prompt) for s in evaluated} == {("easy", "a red cat"), ("hard", "a small tree")}
@@ -132,7 +132,9 @@ def test_evaluations_of_several_datasets_are_kept_apart(make_trainer, tmp_path):
 
 def test_long_evaluations_keep_few_images_in_memory(make_trainer):
     trainer = make_trainer(
-        eval_dataset=prompts_dataset(["a red cat"], 40), **{**EVALUATED, "per_device_eval_batch_size": 8}
+        eval_dataset=prompts_dataset(["a red cat"], 40),
+        gallery_steps=50,
+        **{**EVALUATED, "per_device_eval_batch_size": 8},
     )
     gallery = next(c for c in trainer.callback_handler.callbacks if isinstance(c, Gallery))
     kept = []

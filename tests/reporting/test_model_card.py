@@ -37,6 +37,7 @@ def test_the_card_of_a_run(make_trainer, tmp_path):
     trainer = make_trainer(
         reward_funcs=[redness, words],
         reward_weights=[0.5, 2.0],
+        gallery_steps=50,
         eval_dataset=prompts_dataset(prompts, 1),
         image_learning_rate=0.3,
         **SAVED,
@@ -75,7 +76,7 @@ def test_the_card_of_a_run(make_trainer, tmp_path):
 
 
 def test_without_evaluations_a_group_and_without_a_gallery_no_picture(make_trainer, tmp_path):
-    make_trainer(tmp_path / "group", **SAVED).train()
+    make_trainer(tmp_path / "group", gallery_steps=50, **SAVED).train()
     text = (tmp_path / "group" / "README.md").read_text()
     assert "A group of one prompt at step 0, the best first" in text
     assert Image.open(tmp_path / "group" / "before_after.jpg").size == (38, 8)

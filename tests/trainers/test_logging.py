@@ -23,6 +23,7 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(make_
     trainer = make_trainer(
         reward_funcs=[redness, words],
         process_reward_weight=0.5,
+        gallery_steps=50,
         eval_dataset=prompts_dataset(copies=1),
         eval_strategy="steps",
         eval_steps=2,

@@ -55,6 +55,38 @@ def alternating_reward(prompts: list[Any], completions: list[Any], images: list[
     return [float(i % 2) for i in range(len(prompts))]
 
 
+def dry_config(load: Workload, device: torch.device, folder: str, end: int) -> UniGRPOConfig:
+    """The settings of a workload's one generation; `end` is the token that closes each thinking."""
+    return UniGRPOConfig(
+        output_dir=folder,
+        max_steps=load.num_iterations,
+        bf16=load.half,
+        use_cpu=device.type == "cpu",
+        image_size=load.image_size,
+        num_inference_steps=load.num_inference_steps,
+        sde_window_size=load.sde_window_size,
+        sde_window_range=[0, min(max(5, load.sde_window_size), load.num_inference_steps - 1)],
+        image_batch_size=load.image_batch_size,
+        num_generations=load.num_generations,
+        num_iterations=load.num_iterations,
+        per_device_train_batch_size=load.scored_at_once,
+        max_completion_length=load.completion_length,
+        generation_kwargs={
+            "min_new_tokens": load.completion_length - 1,
+            "forced_eos_token_id": end,
+        },
+        system_prompt="",
+        flow_regularizer="velocity_mse" if load.reference else "none",
+        gradient_checkpointing=load.gradient_checkpointing,
+        trust_checks="off",  # random weights prove nothing
+        alarms="off",
+        gallery_steps=0,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
 def random_trainer(load: Workload, device: torch.device, folder: str) -> UniGRPOTrainer:
     """
     The trainer of a workload of one prompt, over random weights made on the device; `train()` runs one generation
@@ -74,34 +106,7 @@ def random_trainer(load: Workload, device: torch.device, folder: str) -> UniGRPO
     model = random_bagel(load.config, device, frozen, load.quantization)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    args = UniGRPOConfig(
-        output_dir=folder,
-        max_steps=load.num_iterations,
-        bf16=load.half,
-        use_cpu=device.type == "cpu",
-        image_size=load.image_size,
-        num_inference_steps=load.num_inference_steps,
-        sde_window_size=load.sde_window_size,
-        sde_window_range=[0, min(max(5, load.sde_window_size), load.num_inference_steps - 1)],
-        image_batch_size=load.image_batch_size,
-        num_generations=load.num_generations,
-        num_iterations=load.num_iterations,
-        per_device_train_batch_size=load.scored_at_once,
-        max_completion_length=load.completion_length,
-        generation_kwargs={
-            "min_new_tokens": load.completion_length - 1,
-            "forced_eos_token_id": tokenizer.eos_token_id,
-        },
-        system_prompt="",
-        flow_regularizer="velocity_mse" if load.reference else "none",
-        gradient_checkpointing=load.gradient_checkpointing,
-        trust_checks="off",  # random weights prove nothing
-        alarms="off",
-        gallery_steps=0,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+    args = dry_config(load, device, folder, tokenizer.eos_token_id)
     prompt = " ".join([f"word{len(SPECIAL)}"] * (load.prompt_length - MARKERS))
     text, image = load.lora_ranks or (0, 0)
     adapters = None

@@ -8,63 +8,9 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
+from .config_checks import check_choices, check_epochs, check_values, check_window
 from .trl_versions import check_options
 
-
-# TRL options that cannot work here, the value that is allowed, and why. One that a release lacks needs no refusal.
-_REFUSED: dict[str, tuple[Any, str]] = {
-    "use_vllm": (
-        False,
-        "vLLM can neither serve nor sync the image expert of a unified model",
-    ),
-    "use_transformers_continuous_batching": (
-        False,
-        "it casts the whole model, adapters included, to bfloat16",
-    ),
-    "use_transformers_paged": (
-        False,
-        "it casts the whole model, adapters included, to bfloat16",
-    ),
-    "use_liger_kernel": (
-        False,
-        "it patches layers by model type and knows no unified model",
-    ),
-    "sync_ref_model": (
-        False,
-        "the velocity reference would not follow the synced text reference",
-    ),
-    "off_policy_mask_threshold": (
-        None,
-        "it masks text only: the images of masked samples would still be trained on",
-    ),
-    "torch_compile": (
-        False,
-        "TRL's patched forward is not compiled with the image path",
-    ),
-    "neftune_noise_alpha": (
-        None,
-        "noise in the embeddings makes the first ratio differ from 1",
-    ),
-    "label_smoothing_factor": (0.0, "there are no labels"),
-    "deepspeed": (
-        None,
-        "the image rollout calls the model outside of DeepSpeed's wrapper",
-    ),
-}
-# Optimizers that bring parameter groups of their own, which two learning rates would break up.
-_OWN_GROUPS = ("galore", "apollo", "lomo", "layerwise")
-
-_CHOICES = {
-    "sde_type": ("sde", "cps"),
-    "sde_window_mode": ("contiguous", "scatter", "fixed"),
-    "sde_window_scope": ("generation", "rank", "group", "sample"),
-    "image_objective": ("flow_grpo", "fpo", "awm", "nft"),
-    "flow_regularizer": ("velocity_mse", "latent_kl", "latent_kl_flow_grpo", "none"),
-    "flow_old_source": ("recompute", "rollout"),
-    "flow_context_grad": ("detach", "full"),
-    "trust_checks": ("raise", "warn", "off"),
-    "alarms": ("stop", "warn", "off"),
-}
 
 _EPSILON = {"flow_grpo": 1e-6, "fpo": 1e-4, "awm": 1e-4, "nft": 1e-6}
 """Clip range of each image objective; DiffusionNFT has none."""
@@ -359,13 +305,13 @@ class UniGRPOConfig(GRPOConfig):
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing  # the newer name of the same thing
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        self._check_choices()
+        check_choices(self)
         if self.flow_epsilon is None:
             self.flow_epsilon = _EPSILON[self.image_objective]
-        self._check_values()
+        check_values(self)
         super().__post_init__()
-        self._check_window()
-        self._check_epochs()
+        check_window(self)
+        check_epochs(self)
 
     @classmethod
     def paper(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
@@ -383,112 +329,6 @@ class UniGRPOConfig(GRPOConfig):
 
     def _micro_batch(self) -> int:
         return self.per_device_train_batch_size * _world_size()
-
-    def _check_choices(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}.")
-        for name, (allowed, reason) in _REFUSED.items():
-            value = getattr(self, name, allowed)
-            if value != allowed and value:
-                raise ValueError(f"{name}={value!r} does not work with UniGRPO: {reason}. Leave it at {allowed!r}.")
-        if getattr(self, "fsdp", None):
-            raise ValueError(
-                f"fsdp={self.fsdp!r} is not supported: the image rollout calls the model outside of its wrapper."
-            )
-        if "inputs" in (getattr(self, "include_for_metrics", None) or []):
-            raise ValueError("include_for_metrics=['inputs'] does not work: batches are lists of rows here.")
-        optim = getattr(self.optim, "value", str(self.optim))
-        if any(name in optim for name in _OWN_GROUPS):
-            raise ValueError(
-                f"optim={optim!r} brings its own parameter groups, which the two learning rates would break up. "
-                "Use an AdamW variant, adafactor or sgd."
-            )
-
-    def _check_values(self) -> None:
-        for name in (
-            "image_size",
-            "image_batch_size",
-            "max_completion_length",
-            "num_inference_steps",
-            "eval_num_inference_steps",
-            "timestep_shift",
-            "matching_samples",
-            "nft_beta",
-            "flow_epsilon",
-            "learning_rate",
-            "image_learning_rate",
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value}: expected a positive number.")
-        for name in (
-            "text_weight",
-            "flow_weight",
-            "flow_regularizer_weight",
-            "noise_level",
-            "process_reward_weight",
-            "gallery_steps",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
-        for name in ("guidance_scale", "eval_guidance_scale"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 (off) or more.")
-        if self.text_weight == 0 and self.flow_weight == 0:
-            raise ValueError("text_weight and flow_weight are both 0: nothing would be trained. Raise one of them.")
-        if not self.thinking and self.text_weight > 0:
-            raise ValueError(
-                f"thinking=False with text_weight={self.text_weight}: there is no thinking to train. Set it to 0."
-            )
-        if self.image_objective != "flow_grpo" and self.flow_weight > 0:
-            if self.flow_regularizer not in ("velocity_mse", "none"):
-                raise ValueError(
-                    f"flow_regularizer={self.flow_regularizer!r} with image_objective={self.image_objective!r}: there "
-                    "are no noisy steps that could have a KL. Use 'velocity_mse' or 'none'."
-                )
-            if self.flow_old_source == "rollout":
-                raise ValueError(
-                    f"flow_old_source='rollout' with image_objective={self.image_objective!r}: the sampler predicts "
-                    "no velocities on the lines. Use 'recompute'."
-                )
-        if self.text_weight == 0 and self.process_reward_weight > 0:
-            raise ValueError(
-                f"process_reward_weight={self.process_reward_weight} with text_weight=0: process rewards train the "
-                "thinking alone, which is not trained. Raise text_weight, or leave them out."
-            )
-
-    def _check_window(self) -> None:
-        if len(self.sde_window_range) != 2:
-            raise ValueError(f"sde_window_range={self.sde_window_range}: expected two step indices, low and high.")
-        low, high = self.sde_window_range
-        if self.flow_weight == 0 or self.image_objective != "flow_grpo":
-            return
-        if not 0 <= low < high < self.num_inference_steps:
-            raise ValueError(
-                f"sde_window_range={list(self.sde_window_range)} with num_inference_steps={self.num_inference_steps}: "
-                f"expected 0 <= low < high <= {self.num_inference_steps - 1}, as the last step can't be noisy: its "
-                "noise would stay in the image."
-            )
-        if not 1 <= self.sde_window_size <= high - low:
-            raise ValueError(
-                f"sde_window_size={self.sde_window_size} does not fit into sde_window_range="
-                f"{list(self.sde_window_range)}: expected 1 to {high - low}. Shrink the window or widen the range."
-            )
-        if self.sde_type == "cps" and self.noise_level > 1:
-            raise ValueError(f"noise_level={self.noise_level} with sde_type='cps': expected at most 1.")
-        if self.noise_level == 0:
-            raise ValueError("noise_level=0 leaves no stochastic step to train on. Use flow_weight=0 for text alone.")
-
-    def _check_epochs(self) -> None:
-        repeats = self.steps_per_generation * self.num_iterations
-        if self.num_iterations > 1 and self.gradient_accumulation_steps % repeats == 0:
-            raise ValueError(
-                f"num_iterations={self.num_iterations} does nothing here: with gradient_accumulation_steps="
-                f"{self.gradient_accumulation_steps} and steps_per_generation={self.steps_per_generation}, all "
-                "passes over a generation fall into one optimizer step. Leave steps_per_generation unset, or set "
-                f"gradient_accumulation_steps={self.steps_per_generation}."
-            )
 
 
 def _world_size() -> int:

@@ -1,0 +1,173 @@
+"""What a `UniGRPOConfig` may not say: each error names the value, what was expected, and the remedy."""
+
+from typing import Any
+
+
+# TRL options that cannot work here, the value that is allowed, and why. One that a release lacks needs no refusal.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "use_vllm": (
+        False,
+        "vLLM can neither serve nor sync the image expert of a unified model",
+    ),
+    "use_transformers_continuous_batching": (
+        False,
+        "it casts the whole model, adapters included, to bfloat16",
+    ),
+    "use_transformers_paged": (
+        False,
+        "it casts the whole model, adapters included, to bfloat16",
+    ),
+    "use_liger_kernel": (
+        False,
+        "it patches layers by model type and knows no unified model",
+    ),
+    "sync_ref_model": (
+        False,
+        "the velocity reference would not follow the synced text reference",
+    ),
+    "off_policy_mask_threshold": (
+        None,
+        "it masks text only: the images of masked samples would still be trained on",
+    ),
+    "torch_compile": (
+        False,
+        "TRL's patched forward is not compiled with the image path",
+    ),
+    "neftune_noise_alpha": (
+        None,
+        "noise in the embeddings makes the first ratio differ from 1",
+    ),
+    "label_smoothing_factor": (0.0, "there are no labels"),
+    "deepspeed": (
+        None,
+        "the image rollout calls the model outside of DeepSpeed's wrapper",
+    ),
+}
+# Optimizers that bring parameter groups of their own, which two learning rates would break up.
+_OWN_GROUPS = ("galore", "apollo", "lomo", "layerwise")
+
+_CHOICES = {
+    "sde_type": ("sde", "cps"),
+    "sde_window_mode": ("contiguous", "scatter", "fixed"),
+    "sde_window_scope": ("generation", "rank", "group", "sample"),
+    "image_objective": ("flow_grpo", "fpo", "awm", "nft"),
+    "flow_regularizer": ("velocity_mse", "latent_kl", "latent_kl_flow_grpo", "none"),
+    "flow_old_source": ("recompute", "rollout"),
+    "flow_context_grad": ("detach", "full"),
+    "trust_checks": ("raise", "warn", "off"),
+    "alarms": ("stop", "warn", "off"),
+}
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError for an option that is none of its choices, and for options of TRL that can't work here."""
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"{name}={getattr(config, name)!r}: expected one of {', '.join(map(repr, choices))}.")
+    for name, (allowed, reason) in _REFUSED.items():
+        value = getattr(config, name, allowed)
+        if value != allowed and value:
+            raise ValueError(f"{name}={value!r} does not work with UniGRPO: {reason}. Leave it at {allowed!r}.")
+    if getattr(config, "fsdp", None):
+        raise ValueError(
+            f"fsdp={config.fsdp!r} is not supported: the image rollout calls the model outside of its wrapper."
+        )
+    if "inputs" in (getattr(config, "include_for_metrics", None) or []):
+        raise ValueError("include_for_metrics=['inputs'] does not work: batches are lists of rows here.")
+    optim = getattr(config.optim, "value", str(config.optim))
+    if any(name in optim for name in _OWN_GROUPS):
+        raise ValueError(
+            f"optim={optim!r} brings its own parameter groups, which the two learning rates would break up. "
+            "Use an AdamW variant, adafactor or sgd."
+        )
+
+
+def check_values(config: Any) -> None:
+    """Raise ValueError for numbers out of their range, and for settings that contradict one another."""
+    for name in (
+        "image_size",
+        "image_batch_size",
+        "max_completion_length",
+        "num_inference_steps",
+        "eval_num_inference_steps",
+        "timestep_shift",
+        "matching_samples",
+        "nft_beta",
+        "flow_epsilon",
+        "learning_rate",
+        "image_learning_rate",
+    ):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}={value}: expected a positive number.")
+    for name in (
+        "text_weight",
+        "flow_weight",
+        "flow_regularizer_weight",
+        "noise_level",
+        "process_reward_weight",
+        "gallery_steps",
+    ):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name}={getattr(config, name)}: expected 0 or more.")
+    for name in ("guidance_scale", "eval_guidance_scale"):
+        if not getattr(config, name) >= 1:
+            raise ValueError(f"{name}={getattr(config, name)}: expected 1 (off) or more.")
+    if config.text_weight == 0 and config.flow_weight == 0:
+        raise ValueError("text_weight and flow_weight are both 0: nothing would be trained. Raise one of them.")
+    if not config.thinking and config.text_weight > 0:
+        raise ValueError(
+            f"thinking=False with text_weight={config.text_weight}: there is no thinking to train. Set it to 0."
+        )
+    if config.image_objective != "flow_grpo" and config.flow_weight > 0:
+        if config.flow_regularizer not in ("velocity_mse", "none"):
+            raise ValueError(
+                f"flow_regularizer={config.flow_regularizer!r} with image_objective={config.image_objective!r}: there "
+                "are no noisy steps that could have a KL. Use 'velocity_mse' or 'none'."
+            )
+        if config.flow_old_source == "rollout":
+            raise ValueError(
+                f"flow_old_source='rollout' with image_objective={config.image_objective!r}: the sampler predicts "
+                "no velocities on the lines. Use 'recompute'."
+            )
+    if config.text_weight == 0 and config.process_reward_weight > 0:
+        raise ValueError(
+            f"process_reward_weight={config.process_reward_weight} with text_weight=0: process rewards train the "
+            "thinking alone, which is not trained. Raise text_weight, or leave them out."
+        )
+
+
+def check_window(config: Any) -> None:
+    """Raise ValueError for a window of noisy steps that no image could have."""
+    if len(config.sde_window_range) != 2:
+        raise ValueError(f"sde_window_range={config.sde_window_range}: expected two step indices, low and high.")
+    low, high = config.sde_window_range
+    if config.flow_weight == 0 or config.image_objective != "flow_grpo":
+        return
+    if not 0 <= low < high < config.num_inference_steps:
+        raise ValueError(
+            f"sde_window_range={list(config.sde_window_range)} with num_inference_steps={config.num_inference_steps}: "
+            f"expected 0 <= low < high <= {config.num_inference_steps - 1}, as the last step can't be noisy: its "
+            "noise would stay in the image."
+        )
+    if not 1 <= config.sde_window_size <= high - low:
+        raise ValueError(
+            f"sde_window_size={config.sde_window_size} does not fit into sde_window_range="
+            f"{list(config.sde_window_range)}: expected 1 to {high - low}. Shrink the window or widen the range."
+        )
+    if config.sde_type == "cps" and config.noise_level > 1:
+        raise ValueError(f"noise_level={config.noise_level} with sde_type='cps': expected at most 1.")
+    if config.noise_level == 0:
+        raise ValueError("noise_level=0 leaves no stochastic step to train on. Use flow_weight=0 for text alone.")
+
+
+def check_epochs(config: Any) -> None:
+    """Raise ValueError where several passes over a generation would fall into one optimizer step."""
+    repeats = config.steps_per_generation * config.num_iterations
+    if config.num_iterations > 1 and config.gradient_accumulation_steps % repeats == 0:
+        raise ValueError(
+            f"num_iterations={config.num_iterations} does nothing here: with gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} and steps_per_generation={config.steps_per_generation}, all "
+            "passes over a generation fall into one optimizer step. Leave steps_per_generation unset, or set "
+            f"gradient_accumulation_steps={config.steps_per_generation}."
+        )
