@@ -56,15 +56,19 @@ from trl_unigrpo.estimate.hardware import (
 )
 from trl_unigrpo.flow import (
     clipped_surrogate,
+    flow_timesteps,
     log_ratio,
-    transition,
     velocity_mse,
 )
-from trl_unigrpo.flow.sampler import FlowRecord, RolloutPlan
+from trl_unigrpo.flow.sampler import RolloutPlan
+from trl_unigrpo.flow.states import SDESteps, select
 from trl_unigrpo.models.bagel import BagelConfig
-from trl_unigrpo.models.contract import Conditioning
+from trl_unigrpo.monitoring.events import ImageLoss, Watcher
+from trl_unigrpo.sampling import decode, paint
 from trl_unigrpo.seeding import TRAIN, row_generator
 from trl_unigrpo.trainers.dry_run import random_trainer
+from trl_unigrpo.trainers.windows import draw_windows
+from trl_unigrpo.trajectory import Image, Round, Trajectory
 
 
 RESULTS = Path(__file__).parent / "results" / "bagel_step.json"
@@ -223,30 +227,27 @@ def watch_trainer(trainer: UniGRPOTrainer, phases: Phases) -> list[torch.Tensor]
     phases.watch(trainer, "_velocities", "reference pass")
     phases.watch(trainer, "_get_per_token_logps_and_entropies", "old log-probs", when=no_grad)
     trainer.add_callback(OptimizerPhase(phases))
-    shares: list[torch.Tensor] = []
-    flow_loss = trainer._flow_loss
-
-    def compared(velocity: torch.Tensor, inputs: dict[str, Any], steps: slice, first_pass: bool) -> torch.Tensor:
-        if first_pass:
-            shares.append(log_ratio_shares(trainer, velocity.detach().float(), inputs["flow_records"]))
-        return flow_loss(velocity, inputs, steps, first_pass)
-
-    trainer._flow_loss = compared
-    return shares
+    ratios = LogRatios()
+    trainer.add_callback(ratios)
+    return ratios.shares
 
 
-def log_ratio_shares(trainer: UniGRPOTrainer, velocity: torch.Tensor, records: list[FlowRecord]) -> torch.Tensor:
-    """Give (B, K) log-ratios of a training forward's velocities against the rollout's, over the clip range."""
-    args = trainer.args
-    latents, next_latents, sampled, times, next_times = (
-        torch.stack([getattr(record, name) for record in records])
-        for name in ("latents", "next_latents", "velocities", "timesteps", "next_timesteps")
-    )
-    first_node = trainer._timesteps("train")[1]
-    coefficients = transition(args.sde_type, times.cpu(), next_times.cpu(), args.noise_level, first_node)
-    states = (x.to(velocity.device) for x in (latents, next_latents))
-    ratio = log_ratio(*states, velocity, sampled.to(velocity), coefficients, args.ratio_norm)
-    return (ratio / trainer._objective.epsilon).cpu()
+class LogRatios(Watcher):
+    """Collects what [`log_ratio_shares`] says of the first pass over each micro-batch."""
+
+    def __init__(self) -> None:
+        self.shares: list[torch.Tensor] = []
+
+    def on_image_loss(self, args: Any, state: Any, control: Any, image_loss: ImageLoss, **kwargs: Any) -> None:
+        if image_loss.first_pass:
+            self.shares.append(log_ratio_shares(image_loss.velocity, image_loss.states, image_loss.objective))
+
+
+def log_ratio_shares(velocity: torch.Tensor, states: SDESteps, objective: Any) -> torch.Tensor:
+    """(S,) log-ratios of a training forward's velocities against the rollout's, over the clip range."""
+    sampled, transition = states.velocity.to(velocity), objective.transition(states)
+    ratio = log_ratio(states.x, states.x_next, velocity, sampled, transition, objective.args.ratio_norm)
+    return (ratio / objective.epsilon).cpu()
 
 
 def plain_generation(trainer: UniGRPOTrainer, trajectories: int, phases: Phases) -> None:
@@ -257,7 +258,8 @@ def plain_generation(trainer: UniGRPOTrainer, trajectories: int, phases: Phases)
     prompt_ids = trainer._tokenize_prompts([prompt])[0][0]
     ids = torch.tensor([prompt_ids], device=device)
     base.train()
-    rows: list[tuple[list[int], FlowRecord]] = []
+    nodes = flow_timesteps(args.num_inference_steps, args.timestep_shift)
+    rows: list[tuple[list[int], Image]] = []
     for i in range(trajectories):
         with torch.no_grad(), trainer.accelerator.autocast():
             with phases("thinking"):
@@ -265,24 +267,23 @@ def plain_generation(trainer: UniGRPOTrainer, trajectories: int, phases: Phases)
                     input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=trainer.generation_config
                 )
             thinking = sampled[0, ids.shape[1] :].tolist()
-            plan = RolloutPlan(trainer._timesteps("train"), size, trainer._draw_windows(1))
+            plan = RolloutPlan(nodes, size, draw_windows(args, trainer.generation, 0, 1))
+            trajectory = Trajectory(prompt, prompt_ids, i, [Round(thinking)])
             with phases("denoising"):
-                record = base.rollout(
-                    Conditioning([prompt_ids], [thinking]), plan, [row_generator(args.seed, TRAIN, 0, i)]
-                )[0]
+                [image] = paint(base, [trajectory], plan, [row_generator(args.seed, TRAIN, 0, i)])
             with phases("VAE decode"):
-                base.decode_latents(record.final_latents[None], size)
-        rows.append((thinking, record))
+                decode(base, [image])
+        rows.append((thinking, image))
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, eps=args.adam_epsilon)
     old: dict[tuple[int, int], torch.Tensor] = {}
     for _ in range(args.num_iterations):
-        for i, (thinking, record) in enumerate(rows):
+        for i, (thinking, image) in enumerate(rows):
             advantage = torch.tensor(1.0 if i % 2 else -1.0, device=device)
             with phases("update"):
                 plain_text_step(trainer, prompt_ids, thinking, advantage)
-            for k in range(len(record.timesteps)):
-                plain_flow_step(trainer, record, k, advantage, old.setdefault, (i, k), phases)
+            for k in range(len(image.steps)):
+                plain_flow_step(trainer, image, k, advantage, old.setdefault, (i, k), phases)
         with phases("optimizer"):
             torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
             optimizer.step()
@@ -300,34 +301,32 @@ def plain_text_step(trainer: UniGRPOTrainer, prompt: list[int], thinking: list[i
 
 def plain_flow_step(
     trainer: UniGRPOTrainer,
-    record: FlowRecord,
+    image: Image,
     k: int,
     advantage: torch.Tensor,
     keep: Callable[[Any, torch.Tensor], torch.Tensor],
     key: tuple[int, int],
     phases: Phases,
 ) -> None:
-    """Do one stochastic step: a forward of the reference, one of the policy, its backward pass."""
-    base, args = trainer.unified, trainer.args
-    flow = base.flow_inputs([record])
+    """One stochastic step: a forward of the reference, one of the policy, its backward pass."""
+    base, objective = trainer.unified, trainer._setup.objective
+    states = select(image.steps, slice(k, k + 1))
 
     def velocity(model: Any) -> torch.Tensor:
         with trainer.accelerator.autocast():
             with torch.no_grad():
-                context = model.encode_context(flow.contexts)
-            return model.predict_velocity(context, flow.latents[:, k], flow.timesteps[:, k], flow.image_size)
+                context = model.encode_context([image.context])
+            return model.predict_velocity(context, states.x, states.t.to(states.x.device), image.size)
 
     with phases("reference pass"), base.reference() as reference, torch.no_grad():
         anchor = velocity(reference)
     with phases("update"):
         predicted = velocity(base)
-        times, next_times = (x[k : k + 1].cpu() for x in (record.timesteps, record.next_timesteps))
-        coefficients = transition(args.sde_type, times, next_times, args.noise_level, trainer._timesteps("train")[1])
-        states = (x[k : k + 1].to(predicted.device) for x in (record.latents, record.next_latents))
-        ratio = log_ratio(*states, predicted, keep(key, predicted.detach()), coefficients, args.ratio_norm)
-        objective = clipped_surrogate(ratio, advantage, trainer._objective.epsilon).mean()
+        old, transition = keep(key, predicted.detach()), objective.transition(states)
+        ratio = log_ratio(states.x, states.x_next, predicted, old, transition, trainer.args.ratio_norm)
+        loss = clipped_surrogate(ratio, advantage, objective.epsilon).mean()
         regularizer = velocity_mse(predicted, anchor, num_batch_dims=1).mean()
-        (objective + trainer._regularizer_weight * regularizer).backward()
+        (loss + trainer._setup.regularizer_weight * regularizer).backward()
 
 
 def plain_flops(load: Workload) -> dict[str, int]:

@@ -37,8 +37,9 @@ from transformers import (
 
 from trl_unigrpo.estimate.counting import count_flops
 from trl_unigrpo.flow.sampler import RolloutPlan
-from trl_unigrpo.models.contract import Conditioning
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration, PipelineUnifiedConfig
+from trl_unigrpo.sampling import decode, paint
+from trl_unigrpo.trajectory import Image, Round, Steps, Trajectory
 
 
 RESULTS = Path(__file__).parent / "results" / "pipeline_step.json"
@@ -175,20 +176,20 @@ def measure(model: PipelineForUnifiedGeneration, arguments: argparse.Namespace) 
             torch.cuda.synchronize()
 
     prompts = [f"a picture of {row} things" for row in range(batch)]
-    conditioning = Conditioning([[3]] * batch, [[]] * batch, prompts=prompts)
     plan = RolloutPlan(model.own_timesteps(arguments.steps, size), size, torch.arange(window))
 
-    def rollout() -> Any:
+    def rollout() -> list[Image]:
         generators = [torch.Generator().manual_seed(row) for row in range(batch)]
-        return model.rollout(conditioning, plan, generators)
+        return paint(model, [Trajectory(prompt, [3]) for prompt in prompts], plan, generators)
 
-    def update(records: Any, backward: Callable[..., Any] = torch.Tensor.backward) -> None:
+    def update(images: list[Image], backward: Callable[..., Any] = torch.Tensor.backward) -> None:
         model.zero_grad(set_to_none=True)
-        for _, velocity in model.velocities(records):
+        steps = Steps.of([Trajectory("", [], row, [Round([], [image])]) for row, image in enumerate(images)])
+        for _, velocity in model.velocities(steps):
             backward(velocity.square().mean())
 
-    records = rollout()
-    update(records)
+    images = rollout()
+    update(images)
     network, loop = model.painter, model._runner.loop
     forward = Timed(loop.forward, wait)
     loop.forward = forward  # type: ignore[method-assign]
@@ -198,7 +199,7 @@ def measure(model: PipelineForUnifiedGeneration, arguments: argparse.Namespace) 
         forward.seconds = 0.0
         wait()
         start = time.perf_counter()
-        update(records, backward)
+        update(images, backward)
         wait()
         total = time.perf_counter() - start
         overheads.append(1 - (forward.seconds + backward.seconds) / total)
@@ -223,29 +224,28 @@ def measure(model: PipelineForUnifiedGeneration, arguments: argparse.Namespace) 
         update(rollout())
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     else:
-        found |= flops(model, network, conditioning, rollout, update, size, arguments)
+        found |= flops(model, network, prompts, rollout, update, arguments)
     return found
 
 
 def flops(
     model: PipelineForUnifiedGeneration,
     network: Any,
-    conditioning: Conditioning,
+    prompts: list[str],
     rollout: Callable[..., Any],
     update: Callable[..., Any],
-    size: tuple[int, int],
     arguments: argparse.Namespace,
 ) -> dict[str, float]:
     """Count FLOPs, and those of the floor's parts one by one."""
     with count_flops() as counted:
-        records = rollout()
-        latents = torch.stack([record.final_latents for record in records])
-        model.decode_latents(latents, size)
-        update(records)
+        images = rollout()
+        decode(model, images)
+        update(images)
+    latents = torch.stack([image.latents for image in images])
     embeds, pooled = None, None
     with count_flops() as encoding, torch.no_grad():
         embeds, _, pooled, _ = model.pipeline.encode_prompt(
-            list(conditioning.prompts or ()), None, None, do_classifier_free_guidance=False, max_sequence_length=77
+            prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=77
         )
     inputs = {
         "encoder_hidden_states": embeds,

@@ -80,10 +80,8 @@ def main() -> None:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.create_optimizer()
-        models = [trainer.unified, trainer.unified._reference]
-        for part in models:
-            part.backbone = watch.watch(part.backbone, "model")
-            for name in ("encode_context", "predict_velocity", "predict_velocities"):
+        for part in (trainer.unified, trainer.unified.kept_reference):
+            for name in ("backbone", "packed_forward", "encode_context", "predict_velocity", "predict_velocities"):
                 setattr(part, name, watch.watch(getattr(part, name), "model"))
         decoder = trainer.unified.language_model.model
         decoder.forward = watch.watch(decoder.forward, "model")

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tests.helpers.benchmarks import load
 from trl_unigrpo.estimate import floor_flops
 from trl_unigrpo.estimate.counting import count_flops
+from trl_unigrpo.monitoring.events import Watcher
 
 
 def test_attention_is_counted_forward_and_backward():
@@ -109,21 +110,20 @@ def test_log_ratios_grow_with_the_difference(bagel_step, tmp_path):
     work = script.workload(script.tiny_config(), script.TINY, half=False)
     trainer = script.random_trainer(work, torch.device("cpu"), str(tmp_path))
     found = []
-    flow_loss = trainer._flow_loss
 
-    def compared(velocity, inputs, steps, first_pass):
-        if first_pass:
-            records = inputs["flow_records"]
-            sampled = torch.stack([record.velocities for record in records])
-            noise = torch.randn(sampled.shape, generator=torch.Generator().manual_seed(0))
-            near, far = (script.log_ratio_shares(trainer, sampled + s * noise, records) for s in (1e-3, 2e-3))
-            found.append((near, far))
-        return flow_loss(velocity, inputs, steps, first_pass)
+    class Compared(Watcher):
+        def on_image_loss(self, args, state, control, image_loss, **kwargs):
+            if image_loss.first_pass:
+                states, objective = image_loss.states, image_loss.objective
+                noise = torch.randn(states.x.shape, generator=torch.Generator().manual_seed(0))
+                differing = (states.velocity + s * noise for s in (1e-3, 2e-3))
+                found.append([script.log_ratio_shares(velocity, states, objective) for velocity in differing])
 
-    trainer._flow_loss = compared
+    trainer.add_callback(Compared())
     trainer.train()
+    assert len(found) == script.TINY.num_generations // script.TINY.micro_batch_size
     for near, far in found:
-        assert near.shape == (script.TINY.micro_batch_size, 3) and near.abs().min() > 0
+        assert near.shape == (script.TINY.micro_batch_size * 3,) and near.abs().min() > 0
         torch.testing.assert_close(far, 2 * near, rtol=0.05, atol=0.0)
 
 

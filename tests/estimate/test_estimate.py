@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from tests.helpers.painting import steps_at
 from tests.helpers.paths import FIXTURES
 from trl_unigrpo.estimate import (
     Workload,
@@ -31,8 +32,9 @@ from trl_unigrpo.estimate.memory import saved_by_layer, weight_memory
 from trl_unigrpo.estimate.random_model import random_bagel
 from trl_unigrpo.estimate.vae import vae_decode, vae_parameters
 from trl_unigrpo.models.bagel import BagelConfig
-from trl_unigrpo.models.contract import ContextRow, FlowInputs
+from trl_unigrpo.models.contract import ContextRow
 from trl_unigrpo.trainers.dry_run import random_trainer
+from trl_unigrpo.trajectory import Steps
 
 
 RELEASED_KEYS = FIXTURES / "bagel" / "released_keys.txt"
@@ -196,18 +198,15 @@ def test_packed_forward_is_counted_to_the_last_product():
     load = small(lora_ranks=None, completion_length=9)
     model = random_bagel(load.config)
     with count_flops() as counter, torch.no_grad():
-        model.predict_velocities(flow(load))
+        model.predict_velocities(steps(load))
     assert counter.get_total_flops() == packed_forward(load).total * load.micro_batch_size
 
 
-def flow(load: Workload) -> FlowInputs:
-    batch, images, size = load.micro_batch_size, load.sde_window_size, load.image_size
-    return FlowInputs(
-        latents=torch.randn(batch, images, load.latents, load.config.latent_channels),
-        timesteps=torch.rand(batch, images),
-        contexts=[ContextRow(row) for row in torch.randint(6, 60, (batch, load.context))],
-        image_size=(size, size),
-    )
+def steps(load: Workload) -> Steps:
+    batch, copies, size = load.micro_batch_size, load.sde_window_size, load.image_size
+    x = torch.randn(batch, copies, load.latents, load.config.latent_channels)
+    contexts = [ContextRow(row) for row in torch.randint(6, 60, (batch, load.context))]
+    return steps_at(contexts, x, torch.rand(batch, copies), (size, size))
 
 
 # Memory
@@ -257,18 +256,18 @@ def test_trained_weights_gradients_and_optimizer_to_the_byte(tmp_path, ranks):
         state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq")
     )
     assert parts["adapters"] == (0 if ranks is None else trained)
-    reference = trainer.unified._reference
+    reference = trainer.unified.kept_reference
     copied = 0 if reference is None else sum(x.nbytes for x in reference.state_dict().values())
     assert parts["reference copy"] == copied
     assert parts["VAE"] == sum(p.nbytes for p in trainer.unified.codec.vae.parameters())
-    record_bytes = sum(
-        getattr(record, name).nbytes
-        for record in trainer._buffered_inputs[0]["flow_records"]
-        for name in ("final_latents", "latents", "next_latents", "velocities")
-    )
-    others = sum(trainer._buffered_inputs[0][f"flow_{name}_velocities"].nbytes for name in ("old", "reference"))
-    slices = load.trajectories // load.micro_batch_size
-    assert parts["rollout records"] == (record_bytes + others) * slices
+    trajectories = [t for batch in trainer._buffered_inputs for t in batch["trajectories"]]
+    images = [image for trajectory in trajectories for _, image in trajectory.painted()]
+    assert len(images) == load.trajectories
+    states = [x for image in images for x in (image.latents, image.steps.x, image.steps.x_next, image.steps.velocity)]
+    kept = trainer._kept.state()
+    assert set(kept) == {"old", "reference"}
+    others = [velocity for rows in kept.values() for _, velocity in rows]
+    assert parts["rollout records"] == sum(x.nbytes for x in states + others)
 
 
 def saved_bytes(load: Workload) -> int:
@@ -291,10 +290,11 @@ def saved_bytes(load: Workload) -> int:
             kept[storage.data_ptr()] = storage
         return x
 
-    inputs = flow(load)
+    table = steps(load)
+    ids = torch.stack([image.context.ids for image in table.images])
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=load.half)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast:
-        output = base.backbone(torch.stack([row.ids for row in inputs.contexts]), flow=inputs)
+        output = base.packed_forward(ids, None, table)
     assert output.velocity.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 

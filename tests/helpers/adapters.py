@@ -3,8 +3,8 @@
 import torch
 from peft import PeftModel
 
+from tests.helpers.painting import steps_at
 from tests.helpers.tiny_unified import IMAGE_SIZE, tiny_bagel
-from tests.helpers.trajectories import steps_at
 from trl_unigrpo.models.contract import ContextRow
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from tests.helpers.tiny_unified import IMAGE_SIZE, FixedTexts, tiny_bagel
-from trl_unigrpo.flow.states import select
+from trl_unigrpo.flow.states import rows_of
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.models.bagel.segments import ContextImage
 from trl_unigrpo.trajectory import Round
@@ -71,7 +71,7 @@ class ManyImages(FixedTexts):
         for trajectory in trajectories:
             for number, image in enumerate(images(trajectory)):
                 untrained = trajectory.row == 7 or (trajectory.row == 3 and number == 0)
-                image.steps = select(image.steps, slice(0 if untrained else 1 + (trajectory.row + number) % 3))
+                image.steps = rows_of(image.steps, slice(0 if untrained else 1 + (trajectory.row + number) % 3))
         return pictures
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.helpers.trajectories import steps_of, trajectory
+from tests.helpers.painting import steps_of, trajectory
 from trl_unigrpo.flow import flow_timesteps
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.flow.states import columns

@@ -8,8 +8,8 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from tests.helpers.painting import painted_steps, prompts_alone
-from tests.helpers.tiny_painters import PROMPTS
-from tests.helpers.tiny_pipelines import FAMILIES, generators, qwen3, tokenizer
+from tests.helpers.tiny_painters import PROMPTS, generators
+from tests.helpers.tiny_pipelines import FAMILIES, qwen3, tokenizer
 from tests.helpers.tiny_unified import moved, weights
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..models.registry import unified_model
 from ..statistics import FloatArray
-from .corpus import NO_ERRORS, draw_plans, paint
+from .corpus import NO_ERRORS, draw_plans, painted_cells
 from .grammar import parse_prompt
 from .render import render_images
 from .verifier import images_to_array
@@ -57,7 +57,7 @@ def clean_drawings(prompts: Sequence[str], seed: int = 0) -> list[Image.Image]:
     """Draw `DRAWINGS_PER_PROMPT` random scenes for each prompt, each as the prompt asks, without a mistake."""
     rng = np.random.default_rng(seed)
     specs = encode_specs([parse_prompt(prompt) for prompt in prompts for _ in range(DRAWINGS_PER_PROMPT)])
-    return render_images(paint(draw_plans(specs, rng), NO_ERRORS, rng))
+    return render_images(painted_cells(draw_plans(specs, rng), NO_ERRORS, rng))
 
 
 def latent_distance(model: Any, images: Sequence[Image.Image], prompts: Sequence[str]) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.bagel_checks import END, PAD, SIZE, START, assert_equal, assert_same_gradients
-from tests.helpers.trajectories import steps_at, steps_of, trajectory
+from tests.helpers.painting import steps_at, steps_of, trajectory
 from trl_unigrpo.flow import (
     flow_timesteps,
     log_ratio,

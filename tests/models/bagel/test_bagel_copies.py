@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.helpers.bagel_checks import END, PAD, SIZE, START, assert_equal, assert_same_gradients
-from tests.helpers.trajectories import image_at
+from tests.helpers.painting import image_at
 from trl_unigrpo.flow.guidance import Guidance
 from trl_unigrpo.models.bagel.copies import begins, lay_out
 from trl_unigrpo.models.bagel.segments import ContextImage

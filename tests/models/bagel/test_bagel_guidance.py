@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.bagel_checks import END, SIZE, START, assert_equal
-from tests.helpers.trajectories import steps_of, trajectory
+from tests.helpers.painting import steps_of, trajectory
 from trl_unigrpo.flow import flow_timesteps
 from trl_unigrpo.flow.guidance import Guidance, guide
 from trl_unigrpo.flow.sampler import RolloutPlan

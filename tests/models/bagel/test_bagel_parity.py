@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from tests.helpers.trajectories import steps_at
+from tests.helpers.painting import steps_at
 from trl_unigrpo.models.bagel.attention import Layout, attend_streams
 from trl_unigrpo.models.bagel.segments import text_segments
 from trl_unigrpo.models.contract import ContextRow

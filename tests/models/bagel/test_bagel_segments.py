@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from tests.helpers.bagel_checks import END, PAD, SIZE, START, assert_equal, assert_same_gradients
-from tests.helpers.trajectories import image_at, steps_at, steps_of, trajectory
+from tests.helpers.painting import image_at, steps_at, steps_of, trajectory
 from trl_unigrpo.flow import flow_timesteps
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.bagel import BagelProcessor

@@ -7,10 +7,12 @@ import torch
 from diffusers import Cosmos3OmniPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from tests.helpers.painting import prompts_alone, steps_of
 from tests.helpers.tiny_cosmos3 import parts, tiny_cosmos3
-from tests.helpers.tiny_painters import PROMPTS, generators, painted_from
+from tests.helpers.tiny_painters import PROMPTS, generators
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
+from trl_unigrpo.sampling import decode, paint
 
 
 SIZE = (16, 16)
@@ -31,9 +33,9 @@ def tower_logits(network):
     return network.lm_head(text)
 
 
-def records_of(model, steps=(0, 1)):
+def images_of(model, steps=(0, 1)):
     plan = RolloutPlan(model.own_timesteps(4, SIZE), SIZE, torch.tensor(steps))
-    return model.rollout(painted_from(PROMPTS[:2]), plan, generators(2))
+    return paint(model, prompts_alone(PROMPTS[:2]), plan, generators(2))
 
 
 def adapted(model, experts):
@@ -79,16 +81,17 @@ def test_images_expert_is_the_other_tower(model):
 def test_what_was_sampled_is_computed_again_one_image_at_a_time(model):
     adapted(model, "both")
     assert not model._runner.batches
-    records = records_of(model)
-    assert not torch.equal(records[0].latents, records[1].latents)
-    for k, velocity in model.velocities(records):
-        assert torch.equal(velocity, torch.stack([record.velocities[k] for record in records]))
+    images = images_of(model)
+    assert not torch.equal(images[0].steps.x, images[1].steps.x)
+    steps = steps_of(images)
+    for k, (index, velocity) in enumerate(model.velocities(steps)):
+        assert index.tolist() == [k, 2 + k]
+        assert torch.equal(velocity, torch.stack([image.steps.velocity[k] for image in images]))
         velocity.square().mean().backward()
     reached = {name.split(".")[4] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert {"to_k", "to_v", "add_q_proj"} <= reached  # through the keys and values of the text, too
-    images = model.decode_latents(torch.stack([record.final_latents for record in records]), SIZE)
-    assert [image.size for image in images] == [SIZE, SIZE]
-    pixels = model.decode_latents(torch.stack([record.final_latents for record in records]), SIZE, "pt")
+    assert [image.size for image in decode(model, images)] == [SIZE, SIZE]
+    pixels = model.decode_latents(torch.stack([image.latents for image in images]), SIZE, "pt")
     assert pixels.shape == (2, 3, *SIZE)
 
 
@@ -96,14 +99,14 @@ def test_the_safety_check_stays_on(model):
     """For every prompt the first time, and for every image; not for the steps between."""
     checks = model.pipeline.checks
     checks.clear()
-    records = records_of(model)
+    images = images_of(model)
     of_painting = list(checks)
     assert of_painting.count(True) >= 2
     checks.clear()
-    list(model.velocities(records))
+    list(model.velocities(steps_of(images)))
     assert checks == [True, True, False, False]
     checks.clear()
-    model.decode_latents(torch.stack([record.final_latents for record in records]), SIZE)
+    decode(model, images)
     assert checks == [True, True]
 
 

@@ -9,9 +9,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ModularPipeline
 from peft import LoraConfig, get_peft_model
 
-from tests.helpers.tiny_painters import PROMPTS, generators, painted_from, unified
+from tests.helpers.painting import prompts_alone, steps_of
+from tests.helpers.tiny_painters import PROMPTS, generators, unified
 from tests.helpers.tiny_pipelines import FAMILIES
 from trl_unigrpo.flow.sampler import RolloutPlan
+from trl_unigrpo.sampling import decode, paint
 
 
 STEPS = 4
@@ -93,8 +95,7 @@ def test_ode_paints_what_the_stock_pipeline_paints(tiny):
     before = [dict(vars(part)) for part in parts if hasattr(part, "__dict__")]
     model = unified(tiny)
     plan = RolloutPlan(model.own_timesteps(STEPS, tiny.size), tiny.size)
-    records = model.rollout(painted_from(PROMPTS), plan, generators())
-    images = model.decode_latents(torch.stack([record.final_latents for record in records]), tiny.size)
+    images = decode(model, paint(model, prompts_alone(PROMPTS), plan, generators()))
     after = [dict(vars(part)) for part in parts if hasattr(part, "__dict__")]
     for old, new in zip(before, after, strict=True):
         for name in ("scheduler", "encode_prompt", "forward", "_enabled", "_progress_bar_config", "transformer"):
@@ -113,12 +114,12 @@ def test_what_was_sampled_is_computed_again(tiny):
     adapted(model)
     times = model.own_timesteps(STEPS, tiny.size)
     exact = 1e-7 if tiny.name == "sana" else 0.0
-    one = model.rollout(painted_from(PROMPTS), RolloutPlan(times, tiny.size, torch.tensor([0, 1, 2])), generators())
+    one = paint(model, prompts_alone(PROMPTS), RolloutPlan(times, tiny.size, torch.tensor([0, 1, 2])), generators())
     windows = torch.tensor([[0, 1], [1, 2], [0, 2], [1, 2]])
-    own = model.rollout(painted_from(PROMPTS), RolloutPlan(times, tiny.size, windows), generators())
-    for records, limit in ((one, exact), (own, REGROUPED), (one[1::2], REGROUPED), (one[:1], REGROUPED)):
-        sampled = torch.stack([record.velocities for record in records], dim=1)
-        again = [velocity for _, velocity in model.velocities(records)]
+    own = paint(model, prompts_alone(PROMPTS), RolloutPlan(times, tiny.size, windows), generators())
+    for images, limit in ((one, exact), (own, REGROUPED), (one[1::2], REGROUPED), (one[:1], REGROUPED)):
+        sampled = torch.stack([image.steps.velocity for image in images], dim=1)
+        again = [velocity for _, velocity in model.velocities(steps_of(images))]
         assert all(velocity.requires_grad for velocity in again)
         assert (torch.stack(again) - sampled).abs().max() <= limit
         assert sampled.abs().mean() > 1e-3
@@ -129,13 +130,13 @@ def test_an_image_does_not_depend_on_its_neighbours(tiny):
     model = unified(tiny)
     plan = RolloutPlan(model.own_timesteps(3, tiny.size), tiny.size, torch.tensor([0, 1]))
     with counted_rows(model.painter) as rows:
-        together = model.rollout(painted_from(PROMPTS), plan, generators())
+        together = paint(model, prompts_alone(PROMPTS), plan, generators())
     assert rows == ([1] * len(PROMPTS) * 3 if tiny.name in APART else [len(PROMPTS)] * 3)
-    alone = model.rollout(painted_from(PROMPTS[2:3]), plan, generators(1, first=2))
+    alone = paint(model, prompts_alone(PROMPTS[2:3]), plan, generators(1, first=2))
+    torch.testing.assert_close(together[2].steps.x, alone[0].steps.x, rtol=0, atol=1e-5)
     torch.testing.assert_close(together[2].latents, alone[0].latents, rtol=0, atol=1e-5)
-    torch.testing.assert_close(together[2].final_latents, alone[0].final_latents, rtol=0, atol=1e-5)
-    other = model.rollout(painted_from(PROMPTS[:1]), plan, generators(1, first=2))
-    assert (other[0].velocities - alone[0].velocities).abs().max() > 1e-5  # but on its prompt
+    other = paint(model, prompts_alone(PROMPTS[:1]), plan, generators(1, first=2))
+    assert (other[0].steps.velocity - alone[0].steps.velocity).abs().max() > 1e-5  # but on its prompt
 
 
 def test_gradients_reach_every_adapter_and_recomputing_changes_none(tiny):
@@ -143,7 +144,7 @@ def test_gradients_reach_every_adapter_and_recomputing_changes_none(tiny):
     model = unified(tiny)
     weights = adapted(model)
     plan = RolloutPlan(model.own_timesteps(STEPS, tiny.size), tiny.size, torch.tensor([1, 2]))
-    records = model.rollout(painted_from(PROMPTS), plan, generators())
+    steps = steps_of(paint(model, prompts_alone(PROMPTS), plan, generators()))
     own = {p.data_ptr() for p in model.parameters()}
     gradients, kept = [], []
     for recompute in (False, True):
@@ -156,7 +157,7 @@ def test_gradients_reach_every_adapter_and_recomputing_changes_none(tiny):
             sizes.append(0 if x.data_ptr() in own else x.nbytes)
             return x
 
-        replay = model.velocities(records)
+        replay = model.velocities(steps)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             _, velocity = next(replay)
         kept.append(sum(sizes))
@@ -195,12 +196,12 @@ def test_half_precision_is_replayed_to_the_bit(tiny):
     for parameter in weights.values():
         parameter.data = parameter.data.float()
     plan = RolloutPlan(model.own_timesteps(STEPS, tiny.size), tiny.size, torch.tensor([0, 1]))
-    records = model.rollout(painted_from(PROMPTS), plan, generators())
-    sampled = torch.stack([record.velocities for record in records], dim=1)
-    again = torch.stack([velocity for _, velocity in model.velocities(records)])
+    images = paint(model, prompts_alone(PROMPTS), plan, generators())
+    sampled = torch.stack([image.steps.velocity for image in images], dim=1)
+    again = torch.stack([velocity for _, velocity in model.velocities(steps_of(images))])
     assert again.requires_grad
     assert torch.equal(again, sampled)
-    for record in records:
-        assert record.next_latents.dtype == torch.float32
-        assert not torch.equal(record.next_latents, record.next_latents.bfloat16().float())
-    assert len(model.decode_latents(torch.stack([r.final_latents for r in records]), tiny.size)) == len(records)
+    for image in images:
+        assert image.steps.x_next.dtype == torch.float32
+        assert not torch.equal(image.steps.x_next, image.steps.x_next.bfloat16().float())
+    assert len(decode(model, images)) == len(images)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers.utils import is_torchvision_available
 
-from tests.helpers.tiny_painters import PROMPTS, generators, painted_from, tiny_model, unified
+from tests.helpers.painting import prompts_alone, trajectory
+from tests.helpers.tiny_painters import PROMPTS, generators, tiny_model, unified
 from tests.helpers.tiny_pipelines import FAMILIES, TinyPipeline, qwen3, sd3, tokenizer, vae
 from trl_unigrpo.evaluation import generate
 from trl_unigrpo.flow.sampler import RolloutPlan
-from trl_unigrpo.models.contract import Conditioning
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration, PipelineUnifiedConfig, painter
 from trl_unigrpo.models.pipeline.painter import ReplayError
+from trl_unigrpo.sampling import paint
 
 
 # What the painter is told
@@ -41,7 +42,7 @@ def test_the_painter_is_told_the_answer(completion, told, marker):
     if marker == "token":  # as tokenizers that know `</think>` have it
         pieces = [encode(piece) for piece in completion.split("</think>")]
         ids = [i for k, piece in enumerate(pieces) for i in [*([7] if k else []), *piece]]
-    rows = Conditioning([[1]], [[*ids, 5]], prompts=["a cube"])
+    rows = [trajectory([1], [*ids, 5], "a cube")]
     assert model.contexts(rows) == [told]
     model.config.painter_prompt = "prompt_and_answer"
     assert model.contexts(rows) == ["a cube" if told == "a cube" else f"a cube\n{told}"]
@@ -54,17 +55,15 @@ def test_a_conversation_counts_with_what_the_user_says_last():
         [{"role": "system", "content": "think"}, {"role": "user", "content": "a cube"}],
         [{"role": "user", "content": [{"type": "text", "text": "a ball"}]}],
     ]
-    assert tiny_model().contexts(Conditioning([[1]] * 2, [[], []], prompts=prompts)) == ["a cube", "a ball"]
-    with pytest.raises(ValueError, match="set `Conditioning.prompts`"):
-        tiny_model().contexts(Conditioning([[1]], [[]]))
+    assert tiny_model().contexts(prompts_alone(prompts)) == ["a cube", "a ball"]
 
 
 def test_guidance_leaves_the_prompt_or_the_thinking_out():
     model = tiny_model()
-    rows = Conditioning([[1]], [tokenizer()("a thought", add_special_tokens=False)["input_ids"]], prompts=["a cube"])
+    rows = [trajectory([1], tokenizer()("a thought", add_special_tokens=False)["input_ids"], "a cube")]
     assert model.contexts(rows) == ["a thought"]
-    assert model.contexts(model.guidance_conditioning(rows, "text")) == [""]
-    assert model.contexts(model.guidance_conditioning(rows, "image")) == ["a cube"]
+    assert model.branch_contexts(rows, "text") == [""]
+    assert model.branch_contexts(rows, "image") == ["a cube"]
 
 
 # One model
@@ -102,7 +101,7 @@ def test_a_copy_shares_what_is_frozen_and_nothing_else():
     with torch.no_grad():
         next(clone.painter.parameters()).add_(1.0)
     plan = RolloutPlan(model.own_timesteps(2, (8, 8)), (8, 8))
-    images = [m.rollout(painted_from(PROMPTS[:1]), plan, generators(1))[0].final_latents for m in (model, clone)]
+    images = [paint(m, prompts_alone(PROMPTS[:1]), plan, generators(1))[0].latents for m in (model, clone)]
     assert not torch.equal(*images)
 
 

@@ -7,12 +7,14 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.tiny_painters import PROMPTS, generators, painted_from, tiny_model
+from tests.helpers.painting import prompts_alone
+from tests.helpers.tiny_painters import PROMPTS, generators, tiny_model
 from tests.helpers.tiny_pipelines import FAMILIES, qwen3, tokenizer
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models import load_unified_model
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
 from trl_unigrpo.models.registry import model_skeleton
+from trl_unigrpo.sampling import decode, paint
 
 
 STEPS = 3
@@ -21,8 +23,7 @@ IDS = torch.tensor([[10, 40, 90, 41]])
 
 def painted(model, size=(8, 8)):
     plan = RolloutPlan(model.own_timesteps(STEPS, size), size)
-    records = model.rollout(painted_from(PROMPTS[:2]), plan, generators(2))
-    return model.decode_latents(torch.stack([record.final_latents for record in records]), size)
+    return decode(model, paint(model, prompts_alone(PROMPTS[:2]), plan, generators(2)))
 
 
 def stock(pipeline, size=(8, 8), **arguments):

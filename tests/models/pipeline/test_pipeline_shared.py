@@ -4,7 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.helpers.tiny_painters import PROMPTS, generators, painted_from, tiny_model
+from tests.helpers.painting import painted_steps, prompts_alone
+from tests.helpers.tiny_painters import PROMPTS, generators, tiny_model
 from tests.helpers.tiny_pipelines import FAMILIES, sd3
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
@@ -22,9 +23,9 @@ def shared(request):
     return model, tiny.size
 
 
-def records_of(model, size, steps=(0, 1)):
-    plan = RolloutPlan(model.own_timesteps(3, size), size, torch.tensor(steps))
-    return model.rollout(painted_from(PROMPTS[:2]), plan, generators(2))
+def steps_painted(model, size, window=(0, 1)):
+    plan = RolloutPlan(model.own_timesteps(3, size), size, torch.tensor(window))
+    return painted_steps(model, prompts_alone(PROMPTS[:2]), plan, generators(2))
 
 
 def adapted(model, experts="both"):
@@ -55,13 +56,13 @@ def test_adapters_go_to_the_text_alone_of_a_thinker_that_also_sees(shared):
 
 def test_the_thinkers_adapters_change_what_the_painter_sees_and_the_reference_does_not_have_them(shared):
     model, size = shared
-    records = records_of(model, size)
-    before = [v for _, v in model.velocities(records)]
+    steps = steps_painted(model, size)
+    before = [v for _, v in model.velocities(steps)]
     adapted(model, "text")
-    after = [v for _, v in model.velocities(records)]
+    after = [v for _, v in model.velocities(steps)]
     assert all((a - b).abs().max() > 1e-5 for a, b in zip(before, after, strict=True))
     with model.reference() as reference, torch.no_grad():
-        again = [v for _, v in reference.velocities(records)]
+        again = [v for _, v in reference.velocities(steps)]
     for a, b in zip(before, again, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
@@ -70,8 +71,8 @@ def test_the_thinkers_adapters_change_what_the_painter_sees_and_the_reference_do
 def test_the_images_loss_reaches_the_thinker_if_it_may(shared, context_grad):
     model, size = shared
     adapted(model)
-    records = records_of(model, size)
-    for _, velocity in model.velocities(records, context_grad=context_grad):
+    steps = steps_painted(model, size)
+    for _, velocity in model.velocities(steps, context_grad=context_grad):
         velocity.square().sum().backward()
     thinker = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("thinker.")]
     painter = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith("painter.")]
@@ -82,12 +83,12 @@ def test_the_images_loss_reaches_the_thinker_if_it_may(shared, context_grad):
 def test_the_gradient_through_the_text_is_the_slope_of_the_loss(shared):
     """Against a difference quotient, along the gradient and a little to the side of it."""
     model, size = shared
-    records = records_of(model, size, steps=(1,))
+    steps = steps_painted(model, size, window=(1,))
     # Not the embedding: its row of the padding token has no gradient by design.
     weights = [p for n, p in model.thinker.named_parameters() if p.ndim == 2 and ".layers." in n]
 
     def loss():
-        _, velocity = next(model.velocities(records, context_grad=True))
+        _, velocity = next(model.velocities(steps, context_grad=True))
         return velocity.double().square().sum()
 
     loss().backward()
