@@ -346,7 +346,7 @@ def check_contract(model: Any) -> None:
     kind = type(model)
     wanted = (*REQUIRED, *(PACKED if kind.packs_velocities else ()))
     missing = [name for name in wanted if getattr(kind, name, None) is getattr(UnifiedModelMixin, name)]
-    missing += [name for name in TEXT if not callable(getattr(kind, name, None))]
+    missing += [name for name in TEXT if getattr(kind, name, None) in (None, getattr(nn.Module, name, None))]
     if missing:
         raise TypeError(
             f"{kind.__name__} lacks {', '.join(missing)}. A unified model must bring these methods: "

@@ -80,8 +80,8 @@ def check_scopes(reward_funcs: list[Any], process_reward_weight: float) -> None:
 
 def check_lengths(args: UniGRPOConfig, base: Any) -> None:
     """Raise ValueError if a thinking may be longer than the model has positions for."""
-    limit = base.config.get_text_config().max_position_embeddings
-    if args.max_completion_length is not None and args.max_completion_length >= limit:
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)  # not all models have one
+    if limit is not None and args.max_completion_length is not None and args.max_completion_length >= limit:
         raise ValueError(
             f"max_completion_length={args.max_completion_length} leaves no room for a prompt: the model has {limit} "
             "positions. Lower it."

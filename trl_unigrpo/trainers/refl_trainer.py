@@ -28,7 +28,7 @@ from ..flow import flow_timesteps, sde_window
 from ..flow.sampler import RolloutPlan
 from ..messages import user_text
 from ..models.adapters import target_experts
-from ..models.contract import UnifiedModelMixin
+from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.experts import freeze_experts, parameters_by_expert
 from ..models.prompts import as_messages
 from ..models.registry import load_unified_model, unified_model
@@ -208,6 +208,7 @@ class ReFLTrainer(Trainer):
             frozen_in_bf16 = args.bf16 and peft_config is not None
             model = load_unified_model(model, dtype=torch.bfloat16 if frozen_in_bf16 else torch.float32)
         base = unified_model(model)
+        check_contract(base)
         check_lengths(args, base)
         base.latent_shape((args.image_size, args.image_size))  # raises for a size that the model can't paint
         tokenizer = processing_class or base.tokenizer or load_tokenizer(source or model.config.name_or_path)

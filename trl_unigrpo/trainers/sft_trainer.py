@@ -21,13 +21,14 @@ from transformers import (
 
 from ..flow import line_state, shift_timesteps
 from ..flow.states import LinePoints
-from ..models.contract import UnifiedModelMixin
+from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.prompts import as_messages
 from ..models.registry import load_unified_model, unified_model
 from ..models.tokenizer import prepare_tokenizer
 from ..trajectory import Image, Round, Steps, Trajectory
 from .arguments import load_tokenizer
 from .dataset_checks import check_columns
+from .trl_bridge import take_steps
 
 
 COLUMNS = ("prompt", "completion", "image")
@@ -168,6 +169,8 @@ class UnifiedSFTTrainer(Trainer):
         if isinstance(model, str):
             model = load_unified_model(model, dtype=torch.float32)
         base = unified_model(model)
+        check_contract(base)
+        take_steps(base)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 check_columns(dataset, name, COLUMNS)

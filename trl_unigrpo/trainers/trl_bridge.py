@@ -1,10 +1,12 @@
 """What is TRL's own here: the private hooks that this package assumes, checked before anything else runs, and the
 velocities that travel through TRL's one forward."""
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -180,6 +182,21 @@ def return_velocity(base: UnifiedModelMixin) -> None:
 
     packed_forward.__wrapped__ = forward.__func__ if hasattr(forward, "__func__") else forward  # type: ignore[attr-defined]
     base.forward = packed_forward
+
+
+def take_steps(base: UnifiedModelMixin) -> None:
+    """
+    Let the model's own forward take steps too, and return hidden states and velocities then: both in the one call
+    that a wrapper around the model sees.
+    """
+
+    @functools.wraps(type(base).forward)  # keeps its signature, which `generate` asks for
+    def forward(self: Any, *args: Any, steps: Steps | None = None, context_grad: bool = False, **kwargs: Any) -> Any:
+        if steps is None:
+            return type(self).forward(self, *args, **kwargs)
+        return self.call_backbone(*args, steps=steps, context_grad=context_grad, **kwargs)
+
+    base.forward = MethodType(forward, base)  # a method, so that a copy of the model gets its own
 
 
 class TextAndVelocities:
