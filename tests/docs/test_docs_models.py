@@ -2,7 +2,7 @@
 
 from tests.helpers.models_page import code_blocks, toy_module
 from tests.helpers.paths import ROOT
-from trl_unigrpo.models.contract import OUTSIDE_FORWARD, PACKED, REQUIRED
+from trl_unigrpo.models.contract import OUTSIDE_FORWARD, PACKED_METHODS, REQUIRED_METHODS
 from trl_unigrpo.testing import CHECKS
 
 
@@ -26,5 +26,5 @@ def test_the_model_is_about_forty_lines():
 
 def test_the_page_names_every_method():
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    assert [name for name in REQUIRED if f"| `{name}(" not in page] == []
-    assert [name for name in (*OUTSIDE_FORWARD, *PACKED) if name not in page] == []
+    assert [name for name in REQUIRED_METHODS if f"| `{name}(" not in page] == []
+    assert [name for name in (*OUTSIDE_FORWARD, *PACKED_METHODS) if name not in page] == []

@@ -25,7 +25,7 @@ from trl_unigrpo import (
     UniGRPOConfig,
     UniGRPOTrainer,
 )
-from trl_unigrpo.models.contract import REQUIRED
+from trl_unigrpo.models.contract import REQUIRED_METHODS
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration, PipelineUnifiedConfig
 from trl_unigrpo.testing import CHECKS, ContractError, contract_case, contract_tests
 
@@ -154,7 +154,7 @@ class LacksPacked(TOY.ToyPainter):
 
 
 # All methods of the toy on a model that writes no text.
-METHODS = {name: method for name, method in vars(TOY.ToyPainter).items() if name in REQUIRED}
+METHODS = {name: method for name, method in vars(TOY.ToyPainter).items() if name in REQUIRED_METHODS}
 LacksGenerate = type("LacksGenerate", (UnifiedModelMixin, PreTrainedModel), {"config_class": TOY.ToyConfig, **METHODS})
 
 

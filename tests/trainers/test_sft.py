@@ -277,3 +277,21 @@ def test_wrong_option(tmp_path, changes, message):
 def test_model_without_the_contract(tmp_path):
     with pytest.raises(TypeError, match="Linear is not a unified model"):
         make_sft(tmp_path, model=torch.nn.Linear(1, 1))
+
+
+def test_gradient_accumulation_averages_over_micro_batches(tmp_path):
+    # Rows of one length, so that the mean over tokens is the mean over rows.
+    rows = [{**ROWS[0], "prompt": prompt} for prompt in ("a red cat", "a big dog", "the blue cat", "the small tree")]
+    norms = []
+    for batch, accumulation in ((4, 1), (1, 4)):
+        torch.manual_seed(0)
+        trainer = make_sft(
+            tmp_path,
+            rows=rows,
+            flow_weight=0.0,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+        )
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)

@@ -59,7 +59,8 @@ class UnifiedModelMixin(_Base):
     Mixin of a transformers `PreTrainedModel` with `GenerationMixin` that also paints.
 
     A model brings text as any causal LM in TRL does (`generate`, `get_output_embeddings`) and the methods named in
-    `REQUIRED`; one that computes text and velocities in one call (`packs_velocities`) brings those of `PACKED` too.
+    `REQUIRED_METHODS`; one that computes text and velocities in one call (`packs_velocities`) brings
+    `PACKED_METHODS` too.
     """
 
     # 1. What a model must bring
@@ -72,7 +73,8 @@ class UnifiedModelMixin(_Base):
 
     def contexts(self, trajectories: Sequence[Trajectory]) -> list[Any]:
         """
-        Say what stands before the next image of each trajectory: its prompt, and its rounds' texts and images.
+        Say what stands before the next image of each trajectory: its prompt, and its rounds' texts and images. One
+        without any tokens stands for nothing: supervised fine-tuning hides contexts so (`context_dropout`).
 
         In a form that can be kept in a checkpoint: tensors, numbers, texts, lists, dicts, and dataclasses of these
         that `context_types` names.
@@ -320,19 +322,19 @@ class UnifiedModelMixin(_Base):
             yield self
 
 
-REQUIRED = (
+REQUIRED_METHODS = (
     *("backbone", "contexts", "encode_context", "predict_velocity", "latent_shape", "encode_images", "decode_latents"),
     *("is_image_parameter", "default_lora_targets"),
 )
 """Methods that a model must bring."""
 
-PACKED = ("packed_forward", "predict_velocities")
+PACKED_METHODS = ("packed_forward", "predict_velocities")
 """Methods that a model with `packs_velocities` must bring too."""
 
 OUTSIDE_FORWARD = ("encode_context", "predict_velocity", "predict_velocities", "encode_images", "decode_latents")
 """Methods that use weights and are called outside of the model's `forward`, hence of any wrapper around it."""
 
-TEXT = ("forward", "generate", "get_output_embeddings", "get_input_embeddings")
+TEXT_METHODS = ("forward", "generate", "get_output_embeddings", "get_input_embeddings")
 """Methods of a causal language model that TRL calls."""
 
 
@@ -344,9 +346,9 @@ def check_contract(model: Any) -> None:
         model: a [`UnifiedModelMixin`], out of any wrapper.
     """
     kind = type(model)
-    wanted = (*REQUIRED, *(PACKED if kind.packs_velocities else ()))
+    wanted = (*REQUIRED_METHODS, *(PACKED_METHODS if kind.packs_velocities else ()))
     missing = [name for name in wanted if getattr(kind, name, None) is getattr(UnifiedModelMixin, name)]
-    missing += [name for name in TEXT if getattr(kind, name, None) in (None, getattr(nn.Module, name, None))]
+    missing += [name for name in TEXT_METHODS if getattr(kind, name, None) in (None, getattr(nn.Module, name, None))]
     if missing:
         raise TypeError(
             f"{kind.__name__} lacks {', '.join(missing)}. A unified model must bring these methods: "

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from trl.trainer.utils import get_config_model_id
 
 from ..models.contract import check_contract
 from ..models.registry import unified_model
@@ -47,7 +46,7 @@ def contract_case(
     check_contract(base)
     if base is not model:
         raise TypeError("The model has adapters, which the checks add themselves: pass it without.")
-    tokenizer = tokenizer or base.tokenizer or read_tokenizer(get_config_model_id(base.config))
+    tokenizer = tokenizer or base.tokenizer or read_tokenizer(base.config.name_or_path)
     return Case(
         model=copy.deepcopy(model).eval(),
         tokenizer=prepare_tokenizer(tokenizer, base.chat_template),

@@ -7,11 +7,11 @@ broken.
 import io
 
 import torch
-from trl.trainer.utils import add_fused_lm_head
 
 from ..models.contract import UnifiedModelMixin
 from ..models.tokenizer import never_sampled
 from ..sampling import Thinking, think
+from ..trainers.trl_bridge import add_fused_lm_head
 from ..trajectory import Round, from_state, to_state
 from .case import Case, expect
 

@@ -155,6 +155,8 @@ class UnifiedSFTTrainer(Trainer):
     """
 
     args: UnifiedSFTConfig
+    # `compute_loss` returns the mean of a micro-batch.
+    loss_is_scaled_for_ga = False
 
     def __init__(
         self,

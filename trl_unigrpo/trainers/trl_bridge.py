@@ -24,7 +24,7 @@ from .trl_versions import TRLChangedError, check_options, note_untested
 try:
     from trl.extras.profiling import profiling_context
     from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
-    from trl.trainer.utils import get_callable_name, is_async_callable, nanstd
+    from trl.trainer.utils import add_fused_lm_head, get_callable_name, is_async_callable, nanstd
 except ImportError as error:
     if (error.name or "").split(".")[0] != "trl":
         raise
@@ -39,6 +39,7 @@ __all__ = [
     "PackedOutput",
     "TRLChangedError",
     "TextAndVelocities",
+    "add_fused_lm_head",
     "check_attributes",
     "check_trl",
     "disable_gradient_checkpointing",
