@@ -235,8 +235,8 @@ def paint(
 
 def decode(model: UnifiedModelMixin, images: Sequence[Image], at_once: int | None = None) -> list[PILImage.Image]:
     """Decode finished images of one size, so many at once; None for all."""
-    at_once, pictures = at_once or len(images), []
+    at_once, painted = at_once or len(images), []
     for first in range(0, len(images), at_once):
         chunk = images[first : first + at_once]
-        pictures += model.decode_latents(torch.stack([image.latents for image in chunk]), chunk[0].size)
-    return pictures
+        painted += model.decode_latents(torch.stack([image.latents for image in chunk]), chunk[0].size)
+    return painted

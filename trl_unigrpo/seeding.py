@@ -5,10 +5,10 @@ import torch
 
 
 TRAIN, EVAL, WINDOW, THINK = range(4)
-"""What a stream is for; the first part of its key after the run's seed."""
+"""Purposes of a stream: the first part of its key after the run's seed."""
 
 
 def row_generator(*key: int) -> torch.Generator:
-    """A generator of its own for a key of non-negative integers, such as (seed, purpose, step, row)."""
+    """Make a generator of its own for a key of non-negative integers, such as (seed, purpose, step, row)."""
     low, high = np.random.SeedSequence(key).generate_state(2).tolist()
     return torch.Generator().manual_seed(high << 32 | low)

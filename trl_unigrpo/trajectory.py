@@ -86,7 +86,7 @@ class Trajectory:
         return [token for part in self.rounds for token in part.text_ids]
 
     def painted(self) -> Iterator[tuple[int, Image]]:
-        """The number of its round, and the image, of all images."""
+        """Walk through all images: the number of its round, and the image."""
         for number, part in enumerate(self.rounds):
             for image in part.images:
                 yield number, image
@@ -154,15 +154,15 @@ class Steps:
         return replace(self, states=rows_of(self.states, index), **parts)
 
     def to(self, device: torch.device) -> "Steps":
-        """The table with its states and weights on a device; its numbers and times stay on the CPU."""
+        """Bring states and weights to a device; numbers and times stay on the CPU."""
         return replace(self, states=on_device(self.states, device), weight=self.weight.to(device))
 
     def mean(self, values: Tensor) -> Tensor:
-        """Their share of the whole table's mean: over steps, then images, then trajectories; values (S,)."""
+        """Average values (S,) over steps, then images, then trajectories: their share of the whole table's mean."""
         return (values * self.weight.to(values.device)).sum() / self.total
 
     def by_place(self) -> list[Tensor]:
-        """For k = 0, 1, ..: the numbers of the k-th steps of all images, so that none has two steps of one image."""
+        """List the numbers of the k-th steps of all images, k = 0, 1, ..: none has two steps of one image."""
         order = torch.argsort(self.image, stable=True)
         counts = torch.bincount(self.image, minlength=len(self.images))
         place = torch.empty_like(self.image)
@@ -170,7 +170,7 @@ class Steps:
         return [(place == k).nonzero().flatten() for k in range(int(counts.max()) if len(self) else 0)]
 
     def branch(self, name: str) -> "Steps":
-        """The same steps behind the contexts of a branch of guidance."""
+        """Put the same steps behind the contexts of a branch of guidance."""
         return replace(self, images=[replace(image, context=image.branches[name]) for image in self.images])
 
     @property
@@ -190,7 +190,7 @@ class Steps:
 
     @property
     def contexts(self) -> list[Any]:
-        """What stands before each of the S steps."""
+        """Contexts of the S steps."""
         return [self.images[i].context for i in self.image.tolist()]
 
     @property
@@ -209,14 +209,14 @@ def in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 TYPES = (Trajectory, Round, Image, SDESteps, LinePoints, Guidance)
-"""What a buffer holds beside tensors, numbers and texts; a model's contexts may add their own."""
+"""Types that a buffer holds beside tensors, numbers and texts; a model's contexts may add their own."""
 
 _TYPE = "__type__"
 
 
 def to_state(value: Any, types: Sequence[type] = ()) -> Any:
     """
-    Plain tensors, numbers, texts, lists, tuples and dicts, of anything that is made of these and of dataclasses.
+    Turn anything that is made of tensors, numbers, texts, lists, dicts and dataclasses into such without dataclasses.
 
     What is held in two places is one thing in the state, too.
 
@@ -262,7 +262,7 @@ def _tensor(value: Tensor) -> Tensor:
 
 def from_state(state: Any, types: Sequence[type] = ()) -> Any:
     """
-    The value that [`to_state`] was given.
+    Rebuild the value that [`to_state`] was given.
 
     Args:
         types: dataclasses beside [`TYPES`] that it may hold.

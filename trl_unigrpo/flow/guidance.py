@@ -72,12 +72,12 @@ class Guidance:
 
     @property
     def branches(self) -> tuple[str, ...]:
-        """The branches to compute: "text" (without the prompt), "image" (without the thinking), both or none."""
+        """Branches to compute: "text" (without the prompt), "image" (without the thinking), both or none."""
         scales = {"text": self.guidance_scale, "image": self.image_guidance_scale}
         return tuple(name for name, scale in scales.items() if scale > 1)
 
     def covers(self, t: float | Tensor) -> bool:
-        """Whether time t is guided: low < t <= high, all in float32, as a rollout records its times."""
+        """Say whether time t is guided: low < t <= high, all in float32, as a rollout records its times."""
         low, high, time = torch.tensor([*self.interval, float(t)], dtype=torch.float32).tolist()
         return low < time <= high
 

@@ -1,5 +1,5 @@
-"""What the image expert is trained on: the noisy steps of its own sampling (FlowGRPO), or straight lines to the images
-that it painted (FPO, AWM, DiffusionNFT).
+"""Objectives of the image expert, trained on the noisy steps of its own sampling (FlowGRPO), or on straight lines to
+the images that it painted (FPO, AWM, DiffusionNFT).
 
 Every objective gives one loss per state; how these are averaged is the business of the table that they come from.
 
@@ -37,10 +37,12 @@ class Objective(Protocol):
     epsilon: float
 
     def states(self, image: Tensor, steps: SDESteps, generator: torch.Generator) -> Any:
-        """The states to train on, of a finished image (*latent) and the noisy steps of its sampling."""
+        """Make the states to train on, of a finished image (*latent) and the noisy steps of its sampling."""
 
     def loss(self, velocity: Tensor, old: Tensor, states: Any, advantages: Tensor, image: Tensor) -> Loss:
         """
+        Compute the loss of each state.
+
         Args:
             velocity: (S, *latent), carries the gradient.
             old: same shape, of the policy that sampled the images.
@@ -50,7 +52,7 @@ class Objective(Protocol):
         """
 
     def regularizer(self, velocity: Tensor, reference: Tensor, states: Any) -> Tensor:
-        """Distances (S,) to the reference model, means over the latent's numbers."""
+        """Measure the distances (S,) to the reference model, means over the latent's numbers."""
 
 
 class FlowGRPO:
@@ -73,7 +75,7 @@ class FlowGRPO:
         return steps
 
     def transition(self, states: SDESteps) -> Transition:
-        """The recorded steps as Gaussians."""
+        """Describe the recorded steps as Gaussians."""
         return transition(self.args.sde_type, states.t, states.t_next, self.args.noise_level, self.first_node)
 
     def loss(self, velocity: Tensor, old: Tensor, states: SDESteps, advantages: Tensor, image: Tensor) -> Loss:
@@ -145,7 +147,7 @@ OBJECTIVES: dict[str, Any] = {"flow_grpo": FlowGRPO, "fpo": FPO, "awm": AWM, "nf
 
 
 def clipped(ratio: Tensor, advantages: Tensor, epsilon: float) -> Loss:
-    """PPO's objective of log-ratios (S,), with what tells how far the policy has moved."""
+    """Compute PPO's objective of log-ratios (S,), with what tells how far the policy has moved."""
     return clipped_surrogate(ratio, advantages, epsilon), {
         "flow/ratio_mean": ratio.exp().mean(),
         "flow/log_ratio_std": ratio.std(correction=0),
@@ -154,7 +156,7 @@ def clipped(ratio: Tensor, advantages: Tensor, epsilon: float) -> Loss:
 
 
 def mean_by(image: Tensor, values: Tensor) -> Tensor:
-    """(S,) the mean of the values (S,) of each state's image."""
+    """Give each state the mean of its image's values; (S,) of values (S,)."""
     group = image.unique(return_inverse=True)[1].to(values.device)
     sums = values.new_zeros(int(group.max()) + 1).index_add(0, group, values)
     counts = values.new_zeros(len(sums)).index_add(0, group, torch.ones_like(values))

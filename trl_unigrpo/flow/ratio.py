@@ -1,4 +1,4 @@
-"""What UniGRPO optimises on the image side: ratio, clipped surrogate and the two regularisers.
+"""The image side of what UniGRPO optimises: ratio, clipped surrogate and the two regularisers.
 
 All functions reduce over the latent dims by the *mean*, as every public implementation does: log-ratio, clip range and
 regulariser weight keep one meaning only together (see `scale_with_latents`).
@@ -190,7 +190,7 @@ def scale_with_latents(value: float, num_latent_dims: int, reference_dims: int =
         value(D) = value(D_ref) sqrt(D_ref / D)
 
     The width of the normed log-ratio is |b| rms(v - v_old) / sqrt(D) and the policy gradient falls against the MSE's
-    by the same sqrt(D), so under this rule clip and weight mean the same change of velocity at every picture size.
+    by the same sqrt(D), so under this rule clip and weight mean the same change of velocity at every image size.
     The paper's 1e-6 and 1.5e-5 hold at D = 262144 (BAGEL, 1024 pixels).
 
     Args:

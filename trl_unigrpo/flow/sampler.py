@@ -39,14 +39,14 @@ class RolloutPlan:
     guidance: Guidance | None = None
 
     def rows(self, chunk: slice) -> "RolloutPlan":
-        """The plan of some of the images."""
+        """Plan some of the images."""
         return self if self.windows is None or self.windows.ndim == 1 else replace(self, windows=self.windows[chunk])
 
 
 def draw_noise(
     shape: tuple[int, ...], generators: Sequence[torch.Generator], rows: Sequence[int], device: torch.device | str
 ) -> Tensor:
-    """Noise (B, *shape) on a device, each of the `rows` drawn by its own generator on the CPU; 0 in the others."""
+    """Draw noise (B, *shape), for each of the `rows` by its own generator on the CPU; 0 in the others."""
     noise = torch.zeros(len(generators), *shape)
     for row in rows:
         noise[row] = torch.randn(shape, generator=generators[row])
@@ -91,7 +91,7 @@ def sample_latents(
 
 
 def _table(walked: list[tuple[Tensor, ...]], start: Tensor) -> SDESteps:
-    """The stochastic steps of one image."""
+    """Make a table of the stochastic steps of one image."""
     none, no_time = start.new_zeros(0, *start.shape[1:]), torch.zeros(0)
     x, t, x_next, t_next, velocity = (
         (torch.stack(column) for column in zip(*walked, strict=True))
@@ -102,7 +102,7 @@ def _table(walked: list[tuple[Tensor, ...]], start: Tensor) -> SDESteps:
 
 
 def stochastic_steps(windows: Tensor | None, batch_size: int, num_steps: int) -> Tensor:
-    """(B, N) True where a step of an image is stochastic."""
+    """Mark the stochastic steps: (B, N), True where a step of an image is one."""
     stochastic = torch.zeros(batch_size, num_steps, dtype=torch.bool)
     if windows is None:
         return stochastic

@@ -59,18 +59,18 @@ AnyStates = TypeVar("AnyStates", bound=States)
 
 
 def columns(states: States) -> dict[str, Tensor]:
-    """The tensors of a table of states, by name."""
+    """Name the tensors of a table of states."""
     return {field.name: getattr(states, field.name) for field in fields(states)}
 
 
 def rows_of(states: AnyStates, index: Any) -> AnyStates:
-    """Some of the states: a slice, or a tensor (S',) of their numbers."""
+    """Take some of the states: by a slice, or a tensor (S',) of their numbers."""
     at = {True: index, False: index.cpu() if isinstance(index, Tensor) else index}
     return type(states)(**{name: column[at[column.ndim > 1]] for name, column in columns(states).items()})
 
 
 def join(tables: Sequence[AnyStates]) -> AnyStates:
-    """One table of all; raises ValueError where they are of different kinds."""
+    """Join tables to one; raises ValueError where they are of different kinds."""
     kinds = {type(table) for table in tables}
     if len(kinds) > 1:
         raise ValueError(f"Images of one batch have states of different kinds: {sorted(k.__name__ for k in kinds)}.")
@@ -79,6 +79,6 @@ def join(tables: Sequence[AnyStates]) -> AnyStates:
 
 
 def on_device(states: AnyStates, device: torch.device) -> AnyStates:
-    """The states on a device, their times on the CPU."""
+    """Bring the states to a device, their times to the CPU."""
     moved = {name: x.to(device) if x.ndim > 1 else x.cpu() for name, x in columns(states).items()}
     return type(states)(**moved)

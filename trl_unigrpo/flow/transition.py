@@ -56,7 +56,7 @@ def sde_transition(t: Tensor, t_next: Tensor, noise_level: float, t_first: Tenso
     Args:
         t: Time before the step, in (0, 1], any shape, for example (B, K).
         t_next: Time after it, in (0, t), same shape. The last step (t_next = 0) is refused: it would leave noise of
-            std noise_level * sqrt(t) in the finished picture.
+            std noise_level * sqrt(t) in the finished image.
         noise_level: >= 0. The paper uses 0.8.
         t_first: `flow_timesteps(...)[1]`, the node after t = 1, in [0, 1).
 
@@ -78,7 +78,7 @@ def sde_transition(t: Tensor, t_next: Tensor, noise_level: float, t_first: Tenso
         )
     if noise_level > 0 and bool((t_next <= 0).any()):
         raise ValueError(
-            "An SDE step may not end at t = 0: its noise would stay in the finished picture. "
+            "An SDE step may not end at t = 0: its noise would stay in the finished image. "
             "Take the last step with kind 'ode', or end the SDE window before it."
         )
     dt = t_next - t
@@ -206,7 +206,7 @@ def _times(t: Tensor | float, t_next: Tensor | float) -> tuple[Tensor, Tensor]:
     if not bool(((t > 0) & (t <= 1) & (t_next >= 0) & (t_next < t)).all()):
         raise ValueError(
             f"A step goes from t in (0, 1] down to t_next in [0, t), but got t = {t.flatten()[:4].tolist()} and "
-            f"t_next = {t_next.flatten()[:4].tolist()}. Times run from 1 (noise) to 0 (picture), not from 1000."
+            f"t_next = {t_next.flatten()[:4].tolist()}. Times run from 1 (noise) to 0 (image), not from 1000."
         )
     return t, t_next
 

@@ -117,7 +117,7 @@ class UnifiedModelMixin(_Base):
     # 2. What a model that packs must bring
 
     packs_velocities: bool = False
-    """Whether text and all velocities come from one call."""
+    """True where text and all velocities come from one call."""
 
     def packed_forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, steps: Steps, context_grad: bool = False

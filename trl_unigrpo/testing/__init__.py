@@ -109,7 +109,7 @@ def contract_tests(
 
 
 def _broken(check: Callable[[Case], None], case: Case) -> str:
-    """What a check has found; nothing if the promise is kept."""
+    """Run a check, and say what it has found; nothing if the promise is kept."""
     try:
         check(case)
     except ContractError as error:

@@ -1,4 +1,4 @@
-"""What the promises of the contract are tried on: two prompts, their thinkings, and states of their images.
+"""The case that the promises of the contract are tried on: two prompts, their thinkings, and states of their images.
 
 Shapes: B = 2 trajectories, S = 5 steps, T text tokens, `latent` the model's own latent dimensions.
 """
@@ -70,7 +70,7 @@ class Case:
         return [Trajectory(m, ids, row, [Round(text)], system) for row, (m, ids, text, system) in rows]
 
     def contexts(self) -> list[Any]:
-        """What stands before the image of each."""
+        """Say what stands before the image of each."""
         return self.model.contexts(self.trajectories())
 
     def text(self) -> tuple[Tensor, Tensor]:

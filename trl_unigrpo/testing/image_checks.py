@@ -170,14 +170,14 @@ def images_are_encoded_to_latents(case: Case) -> None:
 def decoded_images_agree(case: Case) -> None:
     """`decode_latents` gives the same images as "pil" and as "pt", of the size asked for; "pt" with gradient."""
     latents, (height, width) = case.latents().requires_grad_(), case.image_size
-    pictures = case.model.decode_latents(latents.detach(), case.image_size)
-    sizes = [picture.size for picture in pictures]
+    shown_images = case.model.decode_latents(latents.detach(), case.image_size)
+    sizes = [image.size for image in shown_images]
     expect(sizes == [(width, height)] * 2, "decode_latents", f"gives images of {sizes}, expected {(width, height)}.")
     pixels = case.model.decode_latents(latents, case.image_size, "pt")
     shape = (2, 3, height, width)
     expect(pixels.shape == shape, "decode_latents", f'("pt") gives {tuple(pixels.shape)}, expected {shape}.')
     levels = (pixels.detach().float().clamp(-1, 1) + 1).movedim(1, 3).cpu().numpy() * 127.5
-    shown = np.stack([np.asarray(picture.convert("RGB"), dtype=np.float32) for picture in pictures])
+    shown = np.stack([np.asarray(image.convert("RGB"), dtype=np.float32) for image in shown_images])
     agree = bool(np.abs(shown - levels).max() <= 2)
     expect(agree, "decode_latents", '("pt"), taken from [-1, 1], is another image than "pil".')
     expect(pixels.requires_grad, "decode_latents", '("pt") has no gradient.')

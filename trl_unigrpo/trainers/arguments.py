@@ -1,4 +1,4 @@
-"""What a user hands to the trainer, checked and made ready before anything expensive."""
+"""Checks of what a user hands to the trainer, and models and tokenizers by name, before anything expensive."""
 
 import copy
 import warnings

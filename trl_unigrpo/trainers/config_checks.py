@@ -1,4 +1,4 @@
-"""What a `UniGRPOConfig` may not say: each error names the value, what was expected, and the remedy."""
+"""Checks of a `UniGRPOConfig`: each error names the value, what was expected, and the remedy."""
 
 from typing import Any
 

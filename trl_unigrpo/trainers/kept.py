@@ -33,14 +33,14 @@ class KeptVelocities:
             kept[image.seed] = velocity[(steps.image == number).to(velocity.device)].detach()
 
     def at(self, policy: str, steps: Steps) -> Tensor | None:
-        """The velocities (S, *latent) of a policy at all steps of some images; None where they were not kept."""
+        """Find the velocities (S, *latent) of a policy at all steps of some images; None where they were not kept."""
         kept = self._of.get(policy, {})
         if any(image.seed not in kept for image in steps.images):
             return None
         return torch.cat([kept[image.seed] for image in steps.images]).to(steps.x.device)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Give what a checkpoint keeps."""
         return {policy: list(kept.items()) for policy, kept in self._of.items()}
 
     def restore(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What ReFL does beside the model, as functions of tensors: which steps, which loss, and the reward's gradient.
+"""The maths of ReFL, as functions of tensors: which steps, which loss, and the reward's gradient.
 
 Shapes: B images of H x W pixels, N denoising steps.
 """

@@ -1,4 +1,4 @@
-"""What a run tells and leaves behind: what watchers see, logs, checkpoints, the model card."""
+"""The books of a run: what watchers are told, logs, checkpoints, the model card."""
 
 import warnings
 from collections import deque
@@ -78,6 +78,19 @@ class RunKeeping(GRPOTrainer):
         """Trajectories of one prompt."""
         return self.num_generations if self.mode == "train" else self.num_generations_eval
 
+    @property
+    def generation(self) -> int:
+        """Number of the generation batch that is trained on: the same however it is cut into micro-batches."""
+        return self._step // (self.args.steps_per_generation * self.num_iterations)
+
+    def rows(self, count: int) -> range:
+        """Give the places of this process' trajectories in the generation batch, or in the whole evaluation."""
+        first = self.accelerator.process_index * count
+        if self.mode == "eval":
+            first += self._progress.eval_rows
+            self._progress.eval_rows += count * self.accelerator.num_processes
+        return range(first, first + count)
+
     # What watchers are told
 
     @property
@@ -104,7 +117,7 @@ class RunKeeping(GRPOTrainer):
         self._tell("on_generation", generation=observed, metrics=self._metrics[self.mode])
 
     def _observed(self, images: Sequence[Any], advantages: Tensor) -> Generation:
-        """The generation batch of all processes, of which this one has its rewards from `_calculate_rewards`."""
+        """Describe the generation batch of all processes."""
         book, rows = self._book, gather_object(self._book.rows)
         columns = sorted({name for row in rows for name in row["extra"]})
         names = self.reward_func_names

@@ -1,4 +1,4 @@
-"""What happens around `GRPOTrainer.__init__`: the order of these steps is load-bearing, and nowhere else."""
+"""The steps around `GRPOTrainer.__init__`, whose order is load-bearing: here, and nowhere else."""
 
 import copy
 import math
@@ -51,7 +51,7 @@ class Setup:
 
     @property
     def regularized(self) -> bool:
-        """Whether the image expert is held near the reference model."""
+        """True where the image expert is held near the reference model."""
         return self.trains["image"] and self.regularizer_weight > 0
 
 

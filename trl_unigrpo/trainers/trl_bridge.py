@@ -1,5 +1,5 @@
-"""What is TRL's own here: the private hooks that this package assumes, checked before anything else runs, and the
-velocities that travel through TRL's one forward."""
+"""The bridge to TRL: private hooks that this package assumes, checked before anything else runs, and velocities that
+travel through TRL's one forward."""
 
 import functools
 import inspect

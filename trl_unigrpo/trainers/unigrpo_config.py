@@ -21,7 +21,7 @@ SINGLE_GPU: dict[str, Any] = {
     "learning_rate": 1e-5,
     "image_learning_rate": 3e-4,
 }
-"""What [`UniGRPOConfig.single_gpu`] sets."""
+"""Settings of [`UniGRPOConfig.single_gpu`]."""
 
 
 @dataclass
@@ -126,7 +126,7 @@ class UniGRPOConfig(GRPOConfig):
             If a start-up check fails (rollout and training velocities differ, noise repeats in a group, ...):
             `"raise"`, `"warn"`, or `"off"`.
         alarms (`str`, *optional*, defaults to `"stop"`):
-            What watches the whole run: drifting pictures, failing rewards, thinkings that repeat themselves, updates
+            What watches the whole run: drifting images, failing rewards, thinkings that repeat themselves, updates
             that grow. `"stop"` warns, and for the last of these saves a checkpoint and stops; `"warn"` only warns;
             `"off"` measures nothing.
         log_completions_images (`bool`, *optional*, defaults to `True`):

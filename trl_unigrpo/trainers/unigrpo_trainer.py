@@ -151,11 +151,6 @@ class UniGRPOTrainer(RunKeeping):
         self.reward_weights = self._book.image_weights  # process rewards count nothing in TRL's advantages
         self._tell("on_ready")
 
-    @property
-    def generation(self) -> int:
-        """Number of the generation batch that is trained on: the same however it is cut into micro-batches."""
-        return self._step // (self.args.steps_per_generation * self.num_iterations)
-
     # 1. Thinking
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
@@ -192,7 +187,7 @@ class UniGRPOTrainer(RunKeeping):
     def _trajectories(
         self, prompts: list[Any], prompt_ids: list[list[int]], completion_ids: list[list[int]]
     ) -> list[Trajectory]:
-        """What was thought, one round each; the image comes next."""
+        """Begin the trajectories, with one round each and no image yet."""
         rows = self.rows(len(prompts))
         texts = completion_ids if self.args.thinking else [[] for _ in prompts]
         made = zip(prompts, prompt_ids, rows, texts, strict=True)
@@ -203,14 +198,6 @@ class UniGRPOTrainer(RunKeeping):
             for trajectory, prompt, ids in zip(trajectories, prompts, systems, strict=True):
                 trajectory.prompt, trajectory.system_ids = prompt, ids
         return trajectories
-
-    def rows(self, count: int) -> range:
-        """Places of this process' trajectories in the generation batch, or in the whole evaluation."""
-        first = self.accelerator.process_index * count
-        if self.mode == "eval":
-            first += self._progress.eval_rows
-            self._progress.eval_rows += count * self.accelerator.num_processes
-        return range(first, first + count)
 
     # 2. Images
 
@@ -232,13 +219,13 @@ class UniGRPOTrainer(RunKeeping):
         ):
             base = unified_model(model)
             images = paint(base, trajectories, self._plan(len(trajectories)), generators)
-            pictures = decode(base, images, args.image_batch_size)
+            painted = decode(base, images, args.image_batch_size)
         for trajectory, image, seed, generator in zip(trajectories, images, seeds, generators, strict=True):
             image.seed = seed
             if trains:
                 image.steps = objective.states(image.latents, image.steps, generator)
             trajectory.rounds[-1].images.append(image)
-        spread = torch.tensor(pixel_spread(pictures), device=self.accelerator.device)
+        spread = torch.tensor(pixel_spread(painted), device=self.accelerator.device)
         self._note({"images/pixel_std": self.accelerator.gather(spread).mean().item()})
         if trains:
             one_window = objective.stochastic and args.sde_window_scope == "generation"
@@ -246,7 +233,7 @@ class UniGRPOTrainer(RunKeeping):
             windows = self.accelerator.gather(window) if one_window else None
             transition = objective.transition if objective.stochastic else None
             self._tell("on_rollout", rollout=Rollout(trajectories, self.num_generations, transition, windows))
-        return pictures
+        return painted
 
     @property
     def _trains_image(self) -> bool:
@@ -318,14 +305,14 @@ class UniGRPOTrainer(RunKeeping):
 
     @torch.no_grad()
     def _velocities(self, model: UnifiedModelMixin, steps: Steps) -> Tensor:
-        """Velocities (S, *latent) of a model, by the training forward."""
+        """Compute the velocities (S, *latent) of a model, by the training forward."""
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             return in_order(model.velocities(steps, autocast=self.accelerator.autocast))
 
     # 5. Loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """text_weight * text loss + flow_weight * flow objective + w * regulariser, of one micro-batch."""
+        """Compute text_weight * text loss + flow_weight * flow objective + w * regulariser, of one micro-batch."""
         if self.model.training:
             self._phases.begin("update")  # ended by `_get_learning_rate`
         of_text = {**inputs, "advantages": inputs.get("text_advantages", inputs["advantages"])}
@@ -342,11 +329,8 @@ class UniGRPOTrainer(RunKeeping):
         seen, done = torch.empty_like(steps.x), 0
         for index, velocity in forward.velocities():
             seen[index] = velocity.detach().float()
-            before = (seen if old is None else old)[index]
-            of_reference = None if reference is None else reference[index]
-            flow_loss = self._flow_loss(
-                velocity.float(), before, of_reference, steps[index], inputs["advantages"], first_pass=old is None
-            )
+            kept = (None if known is None else known[index] for known in (old, reference))
+            flow_loss = self._flow_loss(velocity.float(), *kept, steps[index], inputs["advantages"])
             flow_loss = flow_loss / self.current_gradient_accumulation_steps
             done += len(index)
             if done < len(steps):  # back-propagated at once, so that only one step's activations are alive
@@ -363,24 +347,28 @@ class UniGRPOTrainer(RunKeeping):
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def _flow_loss(
-        self,
-        velocity: Tensor,
-        old: Tensor,
-        reference: Tensor | None,
-        steps: Steps,
-        advantages: Tensor,
-        first_pass: bool,
+        self, velocity: Tensor, old: Tensor | None, reference: Tensor | None, steps: Steps, advantages: Tensor
     ) -> Tensor:
-        """lambda * flow objective + w * regulariser, a scalar; velocities (S', *latent) at some of the steps."""
+        """
+        Compute lambda * flow objective + w * regulariser, of velocities (S', *latent) at some of the steps. `old` is
+        None in the first pass, whose own velocities are the old policy's.
+        """
         objective, of_step = self._setup.objective, advantages.to(velocity.device)[steps.row.to(velocity.device)]
-        losses, metrics = objective.loss(velocity, old, steps.states, of_step, steps.image)
-        loss, regularizer = self.args.flow_weight * steps.mean(losses), None
-        metrics["flow/loss"] = steps.mean(losses) * steps.total / len(steps)  # logs average over parts of a table
+        losses, metrics = objective.loss(
+            velocity, velocity.detach() if old is None else old, steps.states, of_step, steps.image
+        )
+        flow, regularizer, parts = (
+            steps.mean(losses),
+            None,
+            steps.total / len(steps),
+        )  # logs average over a table's parts
+        metrics["flow/loss"] = flow * parts
+        loss = self.args.flow_weight * flow
         if reference is not None:
             regularizer = steps.mean(objective.regularizer(velocity, reference, steps.states))
             loss = loss + self._setup.regularizer_weight * regularizer
-            metrics[f"flow/{self.args.flow_regularizer}"] = regularizer * steps.total / len(steps)
-        told = ImageLoss(velocity.detach(), steps.states, first_pass, objective, regularizer)
+            metrics[f"flow/{self.args.flow_regularizer}"] = regularizer * parts
+        told = ImageLoss(velocity.detach(), steps.states, old is None, objective, regularizer)
         self._tell("on_image_loss", image_loss=told)
         for name, value in metrics.items():
             mean = self.accelerator.gather(value.detach()).mean().item()
