@@ -177,9 +177,8 @@ class UniGRPOTrainer(RunKeeping):
         trajectories = self._trajectories(prompts, prompt_ids, completion_ids)
         with profiling_context(self, "image_rollout"), self._phases("paint"):
             images = self._paint(trajectories)
-        metrics = self._metrics[self.mode]
-        number = len(images) * self.accelerator.num_processes
-        metrics["time/images_per_second"].append(number / metrics["time/paint"][-1])
+        number, seconds = len(images) * self.accelerator.num_processes, self._metrics[self.mode]["time/paint"][-1]
+        self._note({"time/images_per_second": number / seconds})
         self._progress.trajectories = trajectories
         extra_fields["images"] = images  # becomes an argument of every reward function
         return outputs
@@ -274,8 +273,7 @@ class UniGRPOTrainer(RunKeeping):
         freeze_experts(self.unified, self.model, self._setup.trains)  # TRL's reference pass thaws adapters
         trajectories, self._progress.trajectories = self._progress.trajectories, []
         if self.args.process_reward_weight > 0:
-            first = self.accelerator.process_index * len(inputs)
-            process = self._book.process_advantages[first : first + len(inputs)]
+            process = self._book.process_advantages.split(len(inputs))[self.accelerator.process_index]
             outputs["text_advantages"] = outputs["advantages"] + self.args.process_reward_weight * process
         self._show([row["images"] for row in inputs], outputs["advantages"])
         if self._trains_image:
@@ -388,16 +386,16 @@ class UniGRPOTrainer(RunKeeping):
     def _clip_grad_norm(self, model: Any) -> Tensor:
         self.accelerator.unscale_gradients()
         norms = clip_by_expert(self.unified, self.model, self.args.max_grad_norm)
-        self._note({f"grad_norm/{name}": norm.item() for name, norm in norms.items()})
-        metrics = {name: sum(values) / len(values) for name, values in self._progress.metrics.items()}
-        self._progress.metrics = {}
-        self._tell("on_update", update=Update({name: norm.item() for name, norm in norms.items()}, metrics))
+        found = {name: norm.item() for name, norm in norms.items()}
+        self._note({f"grad_norm/{name}": norm for name, norm in found.items()})
+        metrics, self._progress.metrics = self._progress.metrics, {}
+        means = {name: sum(values) / len(values) for name, values in metrics.items()}
+        self._tell("on_update", update=Update(found, means))
         return torch.stack(list(norms.values())).norm()
 
     def _get_learning_rate(self) -> float:
         # Called between the optimizer's step and the scheduler's: these are the rates that were used.
-        groups = self.optimizer.param_groups
         self._phases.end("update")
-        rates = {f"learning_rate/{group['name']}": group["lr"] for group in groups if "name" in group}
-        self._progress.learning_rates = rates
+        groups = [group for group in self.optimizer.param_groups if "name" in group]
+        self._progress.learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in groups}
         return super()._get_learning_rate()
