@@ -322,7 +322,6 @@ class UniGRPOTrainer(RunKeeping):
         self._progress.forward = forward
         loss = self.args.text_weight * super()._compute_loss(model, of_text)
         self._progress.forward = None
-
         old, reference = self._kept.at("old", steps), self._kept.at("reference", steps)
         seen, done = torch.empty_like(steps.x), 0
         for index, velocity in forward.velocities():
