@@ -2,14 +2,17 @@
 
 import socket
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 from peft import LoraConfig
+from PIL import Image
 
 from tests.helpers.runs import DIVERGING, alarms_of, assert_same_update
 from tests.helpers.tiny_unified import FixedTexts, build_trainer, redness, tiny_bagel, weights
 from trl_unigrpo.monitoring.alarm import read_alarms
+from trl_unigrpo.reporting.run_files import read_run
 from trl_unigrpo.rewards import thinking_reward
 
 
@@ -29,10 +32,12 @@ SETTINGS = {
     "save_steps": 3,
 }
 CASES = {
-    "full": {},
+    "full": {"gallery_steps": 50},
+    "lora, checkpointing": {"lora": True, "gradient_checkpointing": True},
+}
+MORE_CASES = {
     "full, checkpointing": {"gradient_checkpointing": True},
     "lora": {"lora": True},
-    "lora, checkpointing": {"lora": True, "gradient_checkpointing": True},
     "image": {"lora": True, "text_weight": 0.0},
     "text": {"flow_weight": 0.0},
     "process reward": {"reward_funcs": [redness, words], "process_reward_weight": 0.5},
@@ -43,7 +48,7 @@ CASES = {
 
 
 def run(folder, case, per_device_train_batch_size):
-    arguments = {**SETTINGS, **CASES[case]}
+    arguments = {**SETTINGS, **(CASES | MORE_CASES)[case]}
     lora = arguments.pop("lora", False)
     trainer = build_trainer(
         folder,
@@ -65,7 +70,7 @@ def diverge(folder, per_device_train_batch_size):
     return {"step": trainer.state.global_step, "memory": memory, "log": trainer.state.log_history[0]}
 
 
-def worker(rank, port, folder):
+def worker(rank, port, folder, cases):
     import os
 
     os.environ.update(
@@ -73,7 +78,7 @@ def worker(rank, port, folder):
     )
     torch.set_num_threads(1)
     results = {}
-    for case in CASES:
+    for case in cases:
         trainer, _, after = run(f"{folder}/{case}", case, 2)
         windows = [
             image.steps.t
@@ -88,20 +93,38 @@ def worker(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
+def in_two_processes(folder, cases):
+    """What each of two processes has found, and where it wrote."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(worker, args=(port, str(folder)), nprocs=2)
+    mp.spawn(worker, args=(port, str(folder), list(cases)), nprocs=2)
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
     return folder, ranks
 
 
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    return in_two_processes(tmp_path_factory.mktemp("two"), CASES)
+
+
+@pytest.fixture(scope="module")
+def two_more_processes(tmp_path_factory):
+    return in_two_processes(tmp_path_factory.mktemp("more"), MORE_CASES)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_make_the_same_update_as_one(two_processes, tmp_path, case):
-    _, ranks = two_processes
+    check_update(two_processes[1], tmp_path, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_CASES)
+def test_two_processes_make_the_same_update_as_one_in_all_settings(two_more_processes, tmp_path, case):
+    check_update(two_more_processes[1], tmp_path, case)
+
+
+def check_update(ranks, tmp_path, case):
     trainer, before, after = run(tmp_path, case, 4)
     for rank in ranks:
         assert_same_update(before, after, rank[case]["weights"])
@@ -119,9 +142,23 @@ def test_processes_share_the_window_but_not_the_work(two_processes):
     assert len(windows[0]) == len(windows[1]) == 4
 
 
+def test_the_gallery_shows_the_images_of_all_processes(two_processes, tmp_path):
+    folder, _ = two_processes
+    run(tmp_path, "full", 4)
+    one, two = (read_run(place).shown[0].samples for place in (tmp_path, folder / "full"))
+    assert len(one) == len(two) == 8
+    for alone, together in zip(one, two, strict=True):
+        assert (alone.prompt, alone.thinking) == (together.prompt, together.thinking)
+        images = [
+            np.asarray(Image.open(place / "gallery" / sample.picture), dtype=float)
+            for place, sample in ((tmp_path, alone), (folder / "full", together))
+        ]
+        assert np.abs(images[0] - images[1]).max() <= 2
+
+
 def test_each_process_saves_its_own_rollouts(two_processes):
     folder, _ = two_processes
-    for case in ("full", "lora"):
+    for case in CASES:
         names = {file.name for file in (folder / case / "checkpoint-3").glob("rollouts_*")}
         assert names == {"rollouts_0.pt", "rollouts_1.pt"}
 

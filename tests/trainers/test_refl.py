@@ -696,6 +696,7 @@ def run_of_a_process(rank, port, folder):
     faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_update_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -719,6 +720,7 @@ def test_two_processes_make_the_update_of_one(tmp_path):
 # The real thing
 
 
+@pytest.mark.slow
 def test_it_raises_the_verifiers_score_of_unseen_prompts(tmp_path):
     model, tokenizer = load_base()
     before = evaluate_model(model, tokenizer, 140, "validation")

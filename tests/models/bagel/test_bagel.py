@@ -443,6 +443,7 @@ def test_slices_of_the_vae_change_nothing(model):
     assert sizes == [2, 1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_tiles_of_the_vae_change_little(model):
     size = (512, 1024)
@@ -468,7 +469,7 @@ def test_what_fits_into_free_memory(model):
 # Full-size latents
 
 
-@pytest.mark.parametrize(("pixels", "numbers"), [(512, 65_536), (1024, 262_144)])
+@pytest.mark.parametrize(("pixels", "numbers"), [(512, 65_536), pytest.param(1024, 262_144, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_rollout_and_training_agree_within_the_clip_range(model, trajectories, pixels, numbers, dtype):

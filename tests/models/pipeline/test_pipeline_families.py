@@ -31,7 +31,11 @@ UNUSED = {
 APART = {"cogview4"}
 
 
-@pytest.fixture(params=FAMILIES)
+# The others are the same code on other pipelines: each is tried by `make test-slow`.
+QUICK = ("sd3", "flux1", "qwen_image", "lumina2", "modular_z_image")
+
+
+@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
 def tiny(request):
     if request.param == "prx":
         pytest.importorskip("ftfy")
