@@ -56,6 +56,9 @@ CHAT_TEMPLATE = (
 )
 """BAGEL's own format: one marked chunk per message, without roles. Not the one of its tokenizer."""
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the cache in `generate` and in outputs: the former from 5.24 on."""
+
 LINEARS = r"self_attn\.[qkvo]_proj{suffix}|mlp{suffix}\.(gate|up|down)_proj"
 
 
@@ -205,6 +208,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         flow: FlowInputs | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | UnifiedOutput:
         """
@@ -213,10 +217,12 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         Args:
             attention_mask: (B, cached + T), 1 at real tokens. Positions count the real tokens.
             flow: if given, the output is the backbone's instead: hidden states and velocities.
+            cache: newer transformers' name of `past_key_values`.
         """
         if flow is not None:
             return self.base_model(input_ids, attention_mask, flow=flow)
         batch, length = input_ids.shape
+        past_key_values = past_key_values if cache is None else cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.llm_config)
         if past_key_values is not None and self._recomputes():
@@ -243,7 +249,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         if copies is not None and past_key_values is not None:
             past_key_values.batch_select_indices(copies)
             logits = logits[copies]
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: past_key_values})
 
     def generate(
         self,
@@ -284,8 +290,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
             *args,
             attention_mask=(column >= missing).long(),
             position_ids=last.expand(-1, size + 1).contiguous(),
-            past_key_values=cache,
-            **{**kwargs, "return_dict_in_generate": False, "use_cache": True},
+            **{**kwargs, CACHE: cache, "return_dict_in_generate": False, "use_cache": True},
         )
         return torch.cat([ids, out[:, size + 1 :]], dim=1)
 
