@@ -50,6 +50,9 @@ CHAT_TEMPLATE = (
 )
 """BAGEL's own format: one marked chunk per message, without roles. Not the one of its tokenizer."""
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the cache in `generate` and in outputs: the former from 5.24 on."""
+
 LINEARS = r"self_attn\.[qkvo]_proj{suffix}|mlp{suffix}\.(gate|up|down)_proj"
 
 
@@ -157,6 +160,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         logits_to_keep: int = 0,
         steps: Steps | None = None,
         context_grad: bool = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | UnifiedOutput:
         """
@@ -165,10 +169,12 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         Args:
             attention_mask: (B, cached + T), 1 at real tokens. Positions count the real tokens.
             steps, context_grad: if given, the output is the backbone's instead: hidden states and velocities.
+            cache: newer transformers' name of `past_key_values`.
         """
         if steps is not None:
             return self.base_model(input_ids, attention_mask, steps=steps, context_grad=context_grad)
         batch, length = input_ids.shape
+        past_key_values = past_key_values if cache is None else cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.llm_config)
         if past_key_values is not None and self._recomputes():
@@ -195,7 +201,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         if copies is not None and past_key_values is not None:
             past_key_values.batch_select_indices(copies)
             logits = logits[copies]
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: past_key_values})
 
     def generate(
         self,
@@ -236,8 +242,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
             *args,
             attention_mask=(column >= missing).long(),
             position_ids=last.expand(-1, size + 1).contiguous(),
-            past_key_values=cache,
-            **{**kwargs, "return_dict_in_generate": False, "use_cache": True},
+            **{**kwargs, CACHE: cache, "return_dict_in_generate": False, "use_cache": True},
         )
         return torch.cat([ids, out[:, size + 1 :]], dim=1)
 
