@@ -25,12 +25,12 @@ SCALE = math.sqrt(262144 / NUMBERS)
 
 
 class SeesItsImages(BagelForUnifiedGeneration):
-    """A BAGEL that sees, behind all texts, the images of earlier rounds."""
+    """A BAGEL that sees, behind all texts, the images of the round before."""
 
     def contexts(self, trajectories):
         rows = super().contexts(trajectories)
         for row, trajectory in zip(rows, trajectories, strict=True):
-            seen = [self._seen(image) for part in trajectory.rounds[:-1] for image in part.images]
+            seen = [self._seen(image) for part in trajectory.rounds[-2:-1] for image in part.images]
             places = torch.full((len(seen),), self.config.image_token_id)
             row.ids, row.images = torch.cat([row.ids, places]), [*row.images, *seen]
         return rows
@@ -57,8 +57,8 @@ def seeing_bagel(kind=SeesItsImages):
 class ManyImages(FixedTexts):
     """
     Of each four trajectories, the first paints one image; the second a further one, in a round of its own that sees
-    the first; the third two of them there; the fourth two images behind one text, of which the first is not trained,
-    and of the last trajectory of a generation neither.
+    the first; the third two more, both in this round or, in the second group, each in a round of its own; the fourth
+    two images behind one text, of which the first is not trained, and in the second group neither.
     """
 
     def _paint(self, trajectories):
@@ -67,6 +67,7 @@ class ManyImages(FixedTexts):
             if trajectory.row % 4 in (1, 2):
                 trajectory.rounds.append(Round())
         super()._paint([t for t in trajectories if t.row % 4 in (1, 2, 3)])
+        next(t for t in trajectories if t.row == 6).rounds.append(Round())
         super()._paint([t for t in trajectories if t.row % 4 == 2])
         for trajectory in trajectories:
             for number, image in enumerate(images(trajectory)):
@@ -136,6 +137,7 @@ def mean(values):
 def flow_loss(models, batch, settings):
     """-(J_flow) + w L_MSE of one micro-batch: means over steps, images and trajectories, in this order."""
     rows, grad, kind = [], settings.get("flow_context_grad") == "full", settings.get("image_objective", "flow_grpo")
+    weight = settings.get("flow_regularizer_weight", 1.5e-5) * SCALE
     for trajectory, advantage in zip(batch["trajectories"], batch["advantages"].double(), strict=True):
         of_images = []
         for image in images(trajectory):
@@ -149,7 +151,7 @@ def flow_loss(models, batch, settings):
             terms = noisy_losses if kind == "flow_grpo" else line_losses
             losses = terms(image, v, old, advantage, *[kind] * (kind != "flow_grpo"))
             distance = mean([((a - b) ** 2).mean() for a, b in zip(v, reference, strict=True)])
-            of_images.append(mean(losses) + 1.5e-5 * SCALE * distance)
+            of_images.append(mean(losses) + weight * distance)
         rows.append(mean(of_images) if of_images else torch.zeros((), dtype=torch.float64))
     return mean(rows)
 
