@@ -76,7 +76,7 @@ def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
     if sum((asked, bool(judging.rewards), judging.detector is not None)) > 1:
         raise ValueError("Pass one of a judge, rewards and a detector: each gives other numbers.")
     if judging.rewards:
-        from ..rewards.remote.server import load_reward
+        from ..rewards.loading import load_reward
 
         return RewardScorer({path: load_reward(path) for path in judging.rewards})
     if asked:
