@@ -16,7 +16,7 @@ from tiny_unified import moved, prompts_dataset, redness, tiny_bagel, tiny_confi
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from trl_unigrpo.cli.train import main
+from trl_unigrpo.cli.train import run_training as main
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.models.quantization import ready_to_quantize
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer

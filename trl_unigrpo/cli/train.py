@@ -3,18 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+import typer
 
-from ..rewards.loading import load_reward
-from ..trainers.unigrpo_config import UniGRPOConfig
-from ..trainers.unigrpo_trainer import UniGRPOTrainer
-from .prompt_files import load_prompts
+from .options import told_in_a_line
+
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""Settings of a command whose options another parser reads."""
 
 
 @dataclass
 class TrainArguments:
     r"""
-    What to train on.
+    The data to train on, and the rewards.
 
     Parameters:
         dataset_name (`str`): hub id or folder of a dataset, a csv, json, jsonl, parquet or txt file, or `shapeworld`.
@@ -34,8 +35,20 @@ class TrainArguments:
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def train_command(context: typer.Context) -> None:
+    """Train with UniGRPO: --config file.yaml, or options; train --help lists them."""
+    run_training(context.args)
+
+
+def run_training(argv: Sequence[str] | None = None) -> None:
     """Parse arguments and the file named by `--config`, train, and save to `output_dir`."""
+    from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+    from ..rewards.loading import load_reward
+    from ..trainers.unigrpo_config import UniGRPOConfig
+    from ..trainers.unigrpo_trainer import UniGRPOTrainer
+    from .prompt_files import load_prompts
+
     parser = TrlParser((TrainArguments, UniGRPOConfig, ModelConfig), prog="trl-unigrpo train")
     script, args, model = parser.parse_args_and_config(
         list(argv) if argv is not None else None, fail_with_unknown_args=True
@@ -47,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from ..shapeworld import BASE
 
         source = str(BASE)
-    rewards = [load_reward(path) for path in script.reward_funcs]
+    with told_in_a_line("train", ValueError):
+        rewards = [load_reward(path) for path in script.reward_funcs]
     evaluates = args.eval_strategy != "no"
     trainer = UniGRPOTrainer(
         model=source,

@@ -112,8 +112,8 @@ def run_paper(options: Options, console: Console) -> int:
     """
     if options.search and (options.quick or options.generations) and options.chosen.resolve() == CHOSEN.resolve():
         raise ValueError(
-            "The choice that is shipped is made at full length: leave out --quick and --steps, or name another file "
-            "for it with --chosen."
+            "The choice that is shipped is made at full length: leave out --quick and --rollouts, or name another "
+            "file for it with --chosen."
         )
     if not options.all_jobs:
         raise ValueError(
@@ -169,7 +169,7 @@ def do(options: Options, jobs: Sequence[Job], console: Console) -> int:
     def command(job: Job) -> list[str]:
         wanted: dict[str, object] = {
             "--seed": job.seed,
-            "--generations": scale.generations,
+            "--rollouts": scale.generations,
             "--num-prompts": scale.num_prompts,
         }
         wanted |= {"--split": scale.split, "--chosen": options.chosen}
