@@ -2,19 +2,23 @@
 #
 #   make demo          train the tiny model and write report.html
 #   make test          the tests, without the slow ones (make test-slow for those)
+#   make test-newest   the tests of models and trainers with the newest trl, transformers, diffusers and peft, whatever
+#                      their number, in an environment of its own; PRE=--pre takes pre-releases too
 #   make test-browser  the pages in a real browser; needs Chromium (Debian: apt-get install chromium)
 #   make VENV=path ..  use another virtual environment; a torch that is already in it is kept
 #   make PYTHON=python3.12 ..  create the environment with this Python
 
 PYTHON ?= python3
 VENV ?= .venv
+NEWEST ?= .venv-newest
+PRE ?=
 WORKERS ?= 2
 DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.trl-unigrpo-installed
 
-.PHONY: help install demo test test-slow test-browser bench lint format types docs dist clean
+.PHONY: help install demo test test-slow test-newest test-browser bench lint format types docs dist clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -41,6 +45,15 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# First what is pinned, then the four as new as pip has them; torch stays. pip's warning of a newer major is expected.
+test-newest:
+	$(MAKE) VENV=$(NEWEST) install
+	grep '^torch==' $(NEWEST)/constraints.txt > $(NEWEST)/torch.txt
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(PRE) \
+		trl transformers diffusers peft -c $(NEWEST)/torch.txt
+	$(NEWEST)/bin/trl-unigrpo version
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow and not browser" tests/models tests/trainer*
 
 test-browser: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser

@@ -108,7 +108,7 @@ TINY = Piece(
 
 
 def tiny_config() -> BagelConfig:
-    """The released architecture, small in every direction."""
+    """Make the released architecture, small in every direction."""
     vae = {"in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 4}
     return BagelConfig(
         llm_config={
@@ -236,7 +236,7 @@ def watch_trainer(trainer: UniGRPOTrainer, phases: Phases) -> list[torch.Tensor]
 
 
 def log_ratio_shares(trainer: UniGRPOTrainer, velocity: torch.Tensor, records: list[FlowRecord]) -> torch.Tensor:
-    """(B, K) log-ratios of a training forward's velocities against the rollout's, over the clip range."""
+    """Give (B, K) log-ratios of a training forward's velocities against the rollout's, over the clip range."""
     args = trainer.args
     latents, next_latents, sampled, times, next_times = (
         torch.stack([getattr(record, name) for record in records])
@@ -250,7 +250,7 @@ def log_ratio_shares(trainer: UniGRPOTrainer, velocity: torch.Tensor, records: l
 
 
 def plain_generation(trainer: UniGRPOTrainer, trajectories: int, phases: Phases) -> None:
-    """The plain baseline's generation and passes, with the trainer's model and settings."""
+    """Run the plain baseline's generation and passes, with the trainer's model and settings."""
     args, base, device = trainer.args, trainer.unified, trainer.accelerator.device
     size = (args.image_size, args.image_size)
     prompt = trainer.train_dataset[0]["prompt"]
@@ -290,7 +290,7 @@ def plain_generation(trainer: UniGRPOTrainer, trajectories: int, phases: Phases)
 
 
 def plain_text_step(trainer: UniGRPOTrainer, prompt: list[int], thinking: list[int], advantage: torch.Tensor) -> None:
-    """Log-probs of a thinking from whole logits, and their backward pass."""
+    """Compute log-probs of a thinking from whole logits, and their backward pass."""
     ids = torch.tensor([prompt + thinking], device=advantage.device)
     with trainer.accelerator.autocast():
         logits = trainer.unified(input_ids=ids, logits_to_keep=len(thinking) + 1).logits[:, :-1]
@@ -307,7 +307,7 @@ def plain_flow_step(
     key: tuple[int, int],
     phases: Phases,
 ) -> None:
-    """One stochastic step: a forward of the reference, one of the policy, its backward pass."""
+    """Do one stochastic step: a forward of the reference, one of the policy, its backward pass."""
     base, args = trainer.unified, trainer.args
     flow = base.flow_inputs([record])
 
@@ -331,7 +331,7 @@ def plain_flow_step(
 
 
 def plain_flops(load: Workload) -> dict[str, int]:
-    """The plain baseline's FLOPs by phase in closed form, without adapters."""
+    """Count the plain baseline's FLOPs by phase in closed form, without adapters."""
     single = replace(load, sde_window_size=1)
     parts, text = floor_flops(single), replace(load, num_prompts=load.trajectories, num_generations=1)
     words = load.completion_length * logits_forward(load)
@@ -351,7 +351,7 @@ def plain_flops(load: Workload) -> dict[str, int]:
 
 
 def measure(name: str, piece: Piece, config: BagelConfig, device: torch.device, count: bool, plain: bool) -> dict:
-    """One piece: the trainer's generation with its two optimizer steps, then the plain baseline."""
+    """Measure one piece: the trainer's generation with its two optimizer steps, then the plain baseline."""
     load = workload(config, piece, half=device.type == "cuda")
     rate = matmul_rate(device, 8192 if device.type == "cuda" else 256)
     with tempfile.TemporaryDirectory() as folder, count_flops() if count else nullcontext() as counter:

@@ -2,7 +2,7 @@
 
     python benchmarks/judge.py
 
-1,000 questions about 250 pictures of 768 x 768 pixels, at an endpoint that takes 500 ms for each and fails on every
+1,000 questions about 250 images of 768 x 768 pixels, at an endpoint that takes 500 ms for each and fails on every
 fifth request (busy, error, connection dropped, garbage), 32 at a time. The simulation holds the same faults, and the
 pauses that the client makes after them; what is above it is the judge's own. The server is another process.
 """
@@ -38,18 +38,18 @@ RETRY_AFTER = 1.0  # seconds, of a busy server
 
 
 def fault(question: int, attempt: int, share: float) -> str | None:
-    """What goes wrong when a question is asked for the attempt-th time: the same in the server and the simulation."""
+    """Say what goes wrong when a question is asked for the attempt-th time, to server and simulation alike."""
     draw = random.Random(f"{question} {attempt}")
     return draw.choice(FAULTS) if draw.random() < share else None
 
 
 def pause(kind: str, attempt: int, draw: random.Random) -> float:
-    """Seconds that the client waits after a fault: as told, or 0.5 doubling to 8, less up to a quarter."""
+    """Give the seconds that the client waits after a fault: as told, or 0.5 doubling to 8, less up to a quarter."""
     return RETRY_AFTER if kind == "busy" else min(0.5 * 2**attempt, 8.0) * (1 - draw.random() / 4)
 
 
 def simulate(questions: int, concurrency: int, seconds: float, share: float) -> float:
-    """Seconds until the last answer, if the client cost nothing; a question keeps its place through its pauses."""
+    """Give the seconds until the last answer, if the client cost nothing; a question keeps its place in its pauses."""
     draw, free, end = random.Random(0), [0.0] * concurrency, 0.0
     for question in range(questions):
         now, attempt = heapq.heappop(free) + seconds, 0
@@ -62,7 +62,7 @@ def simulate(questions: int, concurrency: int, seconds: float, share: float) -> 
 
 
 def serve(seconds: float, share: float) -> None:
-    """An endpoint on the loopback; its port is its first line of output. Ends with its input."""
+    """Serve an endpoint on the loopback, whose port is the first line of output, until the input ends."""
     attempts: Counter[int] = Counter()
     top = [{"token": token, "logprob": float(np.log(p))} for token, p in (("Yes", 0.75), ("No", 0.25))]
     good = {"choices": [{"message": {"content": "Yes"}, "logprobs": {"content": [{"top_logprobs": top}]}}]}
@@ -104,7 +104,7 @@ def serve(seconds: float, share: float) -> None:
 
 @contextmanager
 def server(seconds: float, share: float) -> Any:
-    """The endpoint's URL, in another process."""
+    """Serve in another process; yields the endpoint's URL."""
     command = [sys.executable, __file__, "--serve", "--seconds", str(seconds), "--faults", str(share)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -114,8 +114,8 @@ def server(seconds: float, share: float) -> Any:
             process.stdin.close()
 
 
-def pictures(number: int, side: int = 768) -> list[Image.Image]:
-    """Different crops of one smooth, slightly noisy picture: about the detail of a photograph."""
+def crops(number: int, side: int = 768) -> list[Image.Image]:
+    """Cut different crops out of one smooth, slightly noisy image, about as detailed as a camera's."""
     draw = np.random.default_rng(0)
     coarse = Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8))
     large = np.asarray(coarse.resize((2 * side, 2 * side), Image.Resampling.BICUBIC), dtype=np.float32)
@@ -128,7 +128,7 @@ def measure(questions: int, per_picture: int, seconds: float, share: float, conc
     from trl_unigrpo.rewards import VLMJudge
     from trl_unigrpo.rewards.judge.vlm_judge import data_url
 
-    images = pictures(-(-questions // per_picture))
+    images = crops(-(-questions // per_picture))
     with server(seconds, share) as url:
         judge = VLMJudge("m", url, concurrency=concurrency, max_retries=10, timeout=30)
         pairs = [(images[i // per_picture], f"Is this number {i}?") for i in range(questions)]

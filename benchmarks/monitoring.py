@@ -2,8 +2,8 @@
 
     python benchmarks/monitoring.py
 
-24 pictures of 512 x 512 pixels and their thinkings of 300 words, a generation of one prompt, in one thread:
-statistics, twins, rewards, thinkings; the tripwire of the two updates that are made of it; the gallery's pictures and
+24 images of 512 x 512 pixels and their thinkings of 300 words, a generation of one prompt, in one thread:
+statistics, twins, rewards, thinkings; the tripwire of the two updates that are made of it; the gallery's images and
 its page. Such a generation takes at least 23 s on a large GPU (docs/doctor.md); about 1 % of it, 0.25 s, is for alarms
 and galleries together. The gallery shows one generation in 25 (`gallery_steps=50`, two steps each), and works beside
 the training, in a thread of its own.
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -44,7 +45,7 @@ LIMIT = 0.25  # seconds
 SHOWN = 25  # generations of which one is shown
 
 
-def picture(random: np.random.Generator, size: int) -> Image.Image:
+def noisy_image(random: np.random.Generator, size: int) -> Image.Image:
     image = Image.new("RGB", (size, size), tuple(random.integers(0, 256, 3).tolist()))
     draw = ImageDraw.Draw(image)
     for _ in range(12):
@@ -57,12 +58,14 @@ def picture(random: np.random.Generator, size: int) -> Image.Image:
 def generation(number: int, size: int, seed: int) -> Generation:
     random = np.random.default_rng(seed)
     words = [f"word{i}" for i in range(2000)]
+    images = [noisy_image(random, size) for _ in range(number)]
     return Generation(
         mode="train",
         group_size=number,
         prompts=[f"prompt {seed}"] * number,
         thinking=[" ".join(random.choice(words, 300)) for _ in range(number)],
-        images=[picture(random, size) for _ in range(number)],
+        images=images,
+        statistics=[image_statistics(image) for image in images],
         rewards={"judge": random.uniform(0, 1, number).tolist()},
         advantages=random.normal(0, 1, number).tolist(),
         extra={},
@@ -71,14 +74,14 @@ def generation(number: int, size: int, seed: int) -> Generation:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """CPU time of a call."""
+    """Measure the CPU time of a call."""
     started = time.process_time()
     function()
     return time.process_time() - started
 
 
 def machine() -> str:
-    """Name of the processor, where the system tells it."""
+    """Name the processor, where the system tells it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -86,7 +89,7 @@ def machine() -> str:
 
 
 def measure(number: int, size: int, repeats: int) -> dict[str, float]:
-    """Part -> median of its CPU seconds."""
+    """Measure each part: its name -> median of its CPU seconds."""
     generations = [generation(number, size, seed) for seed in range(repeats)]
     names = ("alarms: pictures", "alarms: thinkings", "alarms", "gallery: a shown generation", "gallery: a page")
     parts: dict[str, list[float]] = {name: [] for name in names}
@@ -99,6 +102,7 @@ def measure(number: int, size: int, repeats: int) -> dict[str, float]:
         update = Update({"text": 0.3, "image": 0.005}, {"flow/velocity_mse": 0.01, "flow/log_ratio_std": 1e-5})
 
         def step(seen: Generation) -> None:
+            seen = replace(seen, statistics=[image_statistics(image) for image in seen.images])  # as the trainer does
             alarms.on_generation(args, state, control, generation=seen, metrics={})
             for _ in range(args.num_iterations):
                 alarms.on_update(args, state, control, update=update)

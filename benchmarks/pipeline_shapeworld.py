@@ -48,7 +48,7 @@ LENGTH = 22
 
 
 def encoder(vocabulary: int, seed: int) -> nn.Module:
-    """A text encoder of random features: words and places are told apart by embeddings of unit size."""
+    """Make a text encoder of random features: embeddings of unit size tell words and places apart."""
     torch.manual_seed(seed)
     config = CLIPTextConfig(
         vocab_size=vocabulary,
@@ -67,7 +67,7 @@ def encoder(vocabulary: int, seed: int) -> nn.Module:
 
 
 def untrained_model(seed: int = 0) -> PipelineForUnifiedGeneration:
-    """Half a million weights that think and paint: four layers of width 64 in each network."""
+    """Make half a million weights that think and paint: four layers of width 64 in each network."""
     words = shapeworld_tokenizer()
     vae = load_base()[0].codec.vae
     told = [shapeworld_tokenizer() for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What running a pipeline's own loop costs: one rollout and one update of Stable Diffusion 3 with random weights.
+"""The cost of running a pipeline's own loop: one rollout and one update of Stable Diffusion 3 with random weights.
 
     python benchmarks/pipeline_step.py                                      a tiny one, on the CPU
     python benchmarks/pipeline_step.py --size medium --device cuda          the sizes of SD 3.5 medium, 512 pixels
@@ -94,7 +94,7 @@ def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
 
 
 def build(size: str, dtype: torch.dtype, device: str) -> PipelineForUnifiedGeneration:
-    """A tiny thinker and a painter of the size, with adapters on both."""
+    """Make a tiny thinker and a painter of the size, with adapters on both."""
     torch.manual_seed(0)
     sizes = SIZES[size]
     with torch.device(device):
@@ -189,9 +189,9 @@ def measure(model: PipelineForUnifiedGeneration, arguments: argparse.Namespace) 
 
     records = rollout()
     update(records)
-    network, runner = model.painter, model._runner
-    forward = Timed(runner._forward, wait)
-    runner._forward = forward  # type: ignore[method-assign]
+    network, loop = model.painter, model._runner.loop
+    forward = Timed(loop.forward, wait)
+    loop.forward = forward  # type: ignore[method-assign]
     overheads, seconds = [], []
     for _ in range(arguments.repeats):
         backward = Timed(torch.Tensor.backward, wait)
@@ -210,7 +210,7 @@ def measure(model: PipelineForUnifiedGeneration, arguments: argparse.Namespace) 
     wait()
     rollout_seconds = time.perf_counter() - start
     rollout_overhead = 1 - forward.seconds / rollout_seconds
-    del runner._forward
+    del loop.forward
 
     found: dict[str, float] = {
         "replay_overhead": sorted(overheads)[len(overheads) // 2],
@@ -236,7 +236,7 @@ def flops(
     size: tuple[int, int],
     arguments: argparse.Namespace,
 ) -> dict[str, float]:
-    """FLOPs counted, and those of the floor's parts counted one by one."""
+    """Count FLOPs, and those of the floor's parts one by one."""
     with count_flops() as counted:
         records = rollout()
         latents = torch.stack([record.final_latents for record in records])

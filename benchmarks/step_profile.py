@@ -1,4 +1,4 @@
-"""Where the demo's training time goes: the model, the optimizer, the reward, and what lies around them.
+"""The demo's training time by where it goes: the model, the optimizer, the reward, and what lies around them.
 
     python benchmarks/step_profile.py --rollouts 10
 
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "step_profile.json"
 
 
 class Stopwatch:
-    """Adds up seconds per name; time inside a watched call counts for the innermost name only."""
+    """A stopwatch that adds up seconds per name; time inside a watched call counts for the innermost name only."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)

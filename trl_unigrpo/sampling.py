@@ -1,32 +1,50 @@
-"""Think and paint with a unified model, outside of training."""
+"""Think and paint with a unified model: what trainers, evaluation and the demo have in common."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from PIL import Image
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl.trainer.utils import get_config_model_id
+from PIL import Image as PILImage
+from transformers import PreTrainedTokenizerBase
 
 from .flow import flow_timesteps
-from .flow.guidance import Guidance
-from .flow.sampler import RolloutPlan
-from .models.contract import Conditioning
+from .flow.guidance import Guidance, guided_velocity
+from .flow.sampler import RolloutPlan, draw_noise, sample_latents
+from .models.contract import UnifiedModelMixin
 from .models.prompts import as_messages, system_ids
 from .models.registry import unified_model
-from .models.tokenizer import never_sampled, prepare_tokenizer
+from .models.tokenizer import never_sampled, prepare_tokenizer, read_tokenizer
 from .seeding import EVAL, row_generator
+from .trajectory import Image, Round, Trajectory
 
 
 @dataclass
 class Sample:
-    """One prompt, what the model thought about it, and the image that it painted."""
+    """One prompt, the thinking about it, and the image that was painted from both."""
 
     prompt: Any
     thinking: str
-    image: Image.Image
+    image: PILImage.Image
     latents: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """
+    How thinkings are sampled.
+
+    Attributes:
+        thinking: False leaves them empty.
+        do_sample: False is greedy.
+        temperature: of the sampling.
+        max_completion_length: most tokens.
+    """
+
+    thinking: bool = True
+    do_sample: bool = True
+    temperature: float = 1.0
+    max_completion_length: int = 512
 
 
 @torch.no_grad()
@@ -68,44 +86,48 @@ def generate(
     Raises:
         ValueError: for guidance by a thinking that there is not.
     """
+    _check_guidance(guidance, thinking)
+    base = unified_model(model)
+    tokenizer = tokenizer or base.tokenizer or read_tokenizer(model.config.name_or_path)
+    tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
+    how = Thinking(thinking, do_sample, temperature, max_completion_length)
+    size = (image_size, image_size)
+    plan = RolloutPlan(flow_timesteps(num_inference_steps, timestep_shift), size, guidance=guidance)
+    system = base.default_system_prompt if system_prompt == "auto" else system_prompt
+    messages = [as_messages(prompt, system if thinking else None) for prompt in prompts]
+    was_training = model.training
+    model.eval()
+    samples = []
+    for start in range(0, len(prompts), batch_size):
+        chunk, row = slice(start, start + batch_size), first_row + start
+        trajectories = think(model, tokenizer, messages[chunk], how, seed=seed + row)
+        if guidance is not None:
+            systems = system_ids(tokenizer, messages[chunk])
+            trajectories = [replace(t, system_ids=ids) for t, ids in zip(trajectories, systems, strict=True)]
+        images = paint(base, trajectories, plan, [row_generator(seed, EVAL, 0, row + t.row) for t in trajectories])
+        samples += _samples(prompts[chunk], trajectories, images, base, tokenizer)
+    model.train(was_training)
+    return samples
+
+
+def _check_guidance(guidance: Guidance | None, thinking: bool) -> None:
     if guidance is not None and "image" in guidance.branches and not thinking:
         raise ValueError(
             f"image_guidance_scale={guidance.image_guidance_scale} pushes the image towards its thinking, but "
             "thinking=False leaves none. Set it to 1 and raise guidance_scale, or think."
         )
-    base = unified_model(model)
-    tokenizer = tokenizer or base.tokenizer or AutoTokenizer.from_pretrained(get_config_model_id(model.config))
-    tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
-    system = base.default_system_prompt if system_prompt == "auto" else system_prompt
-    size = (image_size, image_size)
-    plan = RolloutPlan(flow_timesteps(num_inference_steps, timestep_shift), size, guidance=guidance)
-    was_training = model.training
-    model.eval()
-    samples = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = prompts[start : start + batch_size]
-        messages = [as_messages(prompt, system if thinking else None) for prompt in chunk]
-        conditioning = think(
-            model,
-            tokenizer,
-            messages,
-            thinking=thinking,
-            do_sample=do_sample,
-            temperature=temperature,
-            max_completion_length=max_completion_length,
-            seed=seed + first_row + start,
-        )
-        generators = [
-            row_generator(seed, EVAL, 0, row) for row in range(first_row + start, first_row + start + len(chunk))
-        ]
-        conditioning.system_ids = system_ids(tokenizer, messages) if guidance is not None else None
-        records = base.rollout(conditioning, plan, generators)
-        latents = torch.stack([record.final_latents for record in records])
-        images = base.decode_latents(latents, size)
-        texts = tokenizer.batch_decode(conditioning.completion_ids, skip_special_tokens=True)
-        samples += [Sample(*row) for row in zip(chunk, texts, images, latents.cpu(), strict=True)]
-    model.train(was_training)
-    return samples
+
+
+def _samples(
+    prompts: Sequence[Any],
+    trajectories: Sequence[Trajectory],
+    images: Sequence[Image],
+    base: UnifiedModelMixin,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Sample]:
+    texts = tokenizer.batch_decode([t.text_ids for t in trajectories], skip_special_tokens=True)
+    latents = [image.latents.cpu() for image in images]
+    return [Sample(*row) for row in zip(prompts, texts, decode(base, images), latents, strict=True)]
 
 
 @torch.no_grad()
@@ -113,57 +135,108 @@ def think(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[list[dict[str, Any]]],
-    *,
-    thinking: bool = True,
-    do_sample: bool = True,
-    temperature: float = 1.0,
-    max_completion_length: int = 512,
+    how: Thinking,
     seed: int = 0,
-) -> Conditioning:
+) -> list[Trajectory]:
     """
-    Sample one thinking for each of B conversations: what their images are to be painted from.
+    Sample one thinking for each of B conversations: trajectories of one round, without its image.
 
     Args:
         model: a unified model, adapted or not, in the mode that it is to be sampled in.
         tokenizer: as [`prepare_tokenizer`] returns it.
         messages: conversations, with their system prompts.
-        thinking: False leaves the thinkings empty.
-        do_sample, temperature, max_completion_length: how they are sampled; do_sample=False is greedy.
+        how: how thinkings are sampled.
         seed: of the B thinkings together. The global random state stays as it is.
     """
     base = unified_model(model)
     encoded = tokenizer.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        padding=True,
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
     ).to(base.device)
-    prompt_ids = [
-        ids[mask.bool()].tolist() for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
-    ]
-    if not thinking:
-        return Conditioning(prompt_ids, [[] for _ in prompt_ids], prompts=messages)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
-            do_sample=do_sample,
-            temperature=temperature if do_sample else None,
-            top_k=0 if do_sample else None,
-            top_p=1.0 if do_sample else None,
-            max_new_tokens=max_completion_length,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=never_sampled(base, tokenizer, [tokenizer.eos_token_id]),
-            use_cache=True,
-        )
-    new = out[:, encoded["input_ids"].shape[1] :].tolist()
-    return Conditioning(prompt_ids, [trim(ids, tokenizer.eos_token_id) for ids in new], prompts=messages)
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    prompt_ids = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]
+    texts: list[list[int]] = [[] for _ in prompt_ids]
+    if how.thinking:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=how.do_sample,
+                temperature=how.temperature if how.do_sample else None,
+                top_k=0 if how.do_sample else None,
+                top_p=1.0 if how.do_sample else None,
+                max_new_tokens=how.max_completion_length,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                suppress_tokens=never_sampled(base, tokenizer, [tokenizer.eos_token_id]),
+                use_cache=True,
+            )
+        texts = [trim(row, tokenizer.eos_token_id) for row in out[:, ids.shape[1] :].tolist()]
+    rows = enumerate(zip(messages, prompt_ids, texts, strict=True))
+    return [Trajectory(prompt, ids, row, [Round(text)]) for row, (prompt, ids, text) in rows]
 
 
 def trim(ids: list[int], end: int) -> list[int]:
-    """Tokens up to the first `end`, which stays."""
+    """Keep the tokens up to the first `end`, which stays."""
     return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+@torch.no_grad()
+def paint(
+    model: UnifiedModelMixin,
+    trajectories: Sequence[Trajectory],
+    plan: RolloutPlan,
+    generators: Sequence[torch.Generator],
+) -> list[Image]:
+    """
+    Paint the next image of each trajectory with the hybrid ODE/SDE sampler of the plan, and keep its SDE steps.
+
+    The branches of guidance are further contexts, whose velocities are computed one after the other.
+
+    Args:
+        model: a unified model, out of any wrapper.
+        trajectories: B of them; they stay as they are.
+        plan: steps, windows, noise, guidance and size of the images.
+        generators: B random generators; each draws all the noise of its own image, so that the result does not depend
+            on how images are batched.
+    """
+    if len(generators) != len(trajectories):
+        raise ValueError(f"Got {len(generators)} generators for {len(trajectories)} trajectories: pass one for each.")
+    shape, size = model.latent_shape(plan.image_size), plan.image_size
+    contexts = model.contexts(trajectories)
+    names = plan.guidance.branches if plan.guidance is not None else ()
+    branches = {name: model.branch_contexts(trajectories, name) for name in names}
+    images: list[Image] = []
+    at_once = plan.batch_size or max(1, model.images_at_once(size) or len(contexts))
+    for first in range(0, len(contexts), at_once):
+        chunk = slice(first, first + at_once)
+        own, rows = generators[chunk], range(len(contexts[chunk]))
+        velocity = guided_velocity(
+            model.velocity_after(contexts[chunk], size),
+            {name: model.velocity_after(branch[chunk], size) for name, branch in branches.items()},
+            plan.guidance,
+        )
+        start = model.initial_latents(size, own)
+        start = draw_noise(shape, own, rows, model.device) if start is None else start.to(model.device)
+        latents, steps = sample_latents(velocity, start, plan.rows(chunk), own)
+        images += [
+            Image(
+                latents=latents[i].clone(),  # a view would keep the whole batch
+                size=size,
+                context=contexts[first + i],
+                steps=steps[i],
+                guidance=plan.guidance,
+                branches={name: branch[first + i] for name, branch in branches.items()},
+            )
+            for i in rows
+        ]
+    return images
+
+
+def decode(model: UnifiedModelMixin, images: Sequence[Image], at_once: int | None = None) -> list[PILImage.Image]:
+    """Decode finished images of one size, so many at once; None for all."""
+    at_once, pictures = at_once or len(images), []
+    for first in range(0, len(images), at_once):
+        chunk = images[first : first + at_once]
+        pictures += model.decode_latents(torch.stack([image.latents for image in chunk]), chunk[0].size)
+    return pictures

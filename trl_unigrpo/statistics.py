@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 NORMAL_95 = 1.959964
 """Standard errors on each side of a mean in its normal 95 % interval."""
@@ -31,7 +34,7 @@ class Interval(NamedTuple):
 
 def mean_interval(values: ArrayLike, clusters: Sequence[Any] | None = None) -> Interval:
     """
-    Mean of `values` with a normal 95 % interval, robust to values of one cluster (such as one prompt) being alike.
+    Average `values`, with a normal 95 % interval robust to values of one cluster (such as one prompt) being alike.
 
     Args:
         values: (N,) numbers.
@@ -56,7 +59,7 @@ def stratified_interval(
     weights: ArrayLike | None = None,
 ) -> Interval:
     """
-    Weighted mean of the means of strata (such as a benchmark's tasks), with a normal 95 % interval.
+    Average the means of strata (such as a benchmark's tasks) by their shares, with a normal 95 % interval.
 
     With value x, weight w and share s of each stratum t:
 
@@ -117,7 +120,7 @@ class CrossedInterval(NamedTuple):
 
 def crossed_interval(values: ArrayLike, prompts: Sequence[Any] | None = None) -> CrossedInterval:
     """
-    Mean of scores in which every seed was scored on the same prompts, for new seeds and for new prompts.
+    Average scores in which every seed was scored on the same prompts, for new seeds and for new prompts.
 
     Seeds and prompts are crossed random effects, y = mean + seed + prompt + rest. The variance of the mean is
     V_seed + V_prompt - V_rest, each estimated from its mean square, with Satterthwaite's degrees of freedom for the
@@ -169,7 +172,7 @@ def crossed_interval(values: ArrayLike, prompts: Sequence[Any] | None = None) ->
 
 def t_interval(interval: Interval, freedom: float) -> tuple[float, float, float]:
     """
-    A mean's 95 % interval, and the two-sided p-value of "the mean is zero", by Student's t.
+    Give a mean's 95 % interval, and the two-sided p-value of "the mean is zero", by Student's t.
 
     Args:
         freedom: degrees of freedom of the interval's standard error, above 0.
@@ -188,7 +191,7 @@ def t_interval(interval: Interval, freedom: float) -> tuple[float, float, float]
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """
-    P-values corrected for their number, in the order given (Holm, 1979): all those below 0.05 hold together with at
+    Correct p-values for their number, in the order given (Holm, 1979): all those below 0.05 hold together with at
     most 5 % chance of a single false one, whatever their dependence.
     """
     order = np.argsort(p_values, kind="stable")

@@ -2,16 +2,12 @@
 
 import os
 import shutil
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-
-os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
-sys.path += [str(Path(__file__).parent.parent / "pages"), str(Path(__file__).parent.parent / "trainer")]
-
 import pytest
-from looking import DESKTOP, LOOK, Look
+
+from tests.helpers.looking import DESKTOP, LOOK, Look
 
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

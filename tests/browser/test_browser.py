@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from looking import DESKTOP, PHONE
-from run_folders import HOSTILE, write_run
 
+from tests.helpers.looking import DESKTOP, PHONE
+from tests.helpers.run_folders import HOSTILE, write_run
 from trl_unigrpo.reporting.pages import readable, write_page
 from trl_unigrpo.reporting.run_files import read_run
 from trl_unigrpo.reporting.run_page import comparison_page, run_page, write_report
@@ -61,7 +61,7 @@ def test_pages_are_sound(look, pages, name, size, dark):
 
 
 def test_the_page_of_a_training(look, tmp_path):
-    from tiny_unified import build_trainer, prompts_dataset
+    from tests.helpers.tiny_unified import build_trainer, prompts_dataset
 
     trainer = build_trainer(
         tmp_path,

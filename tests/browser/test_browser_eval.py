@@ -1,22 +1,18 @@
 """Pages of evaluations in a real browser: sound on a phone and on a desk, whatever their texts hold."""
 
-import sys
-from pathlib import Path
-
 import pytest
-from looking import DESKTOP, PHONE
 
+from tests.helpers.looking import DESKTOP, PHONE
 from trl_unigrpo.evaluation.compare import compare_folders
 from trl_unigrpo.evaluation.page import write_comparison
 
 
-sys.path.append(str(Path(__file__).parents[1] / "evaluation"))
 pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    from hostile_results import folder_of, index_of
+    from tests.helpers.hostile_results import folder_of, index_of
 
     root = tmp_path_factory.mktemp("eval")
     folders = [folder_of(root / name, 6, 1, seed=seed)[0] for seed, name in enumerate("ab")]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from trl_unigrpo.cli import app
 from trl_unigrpo.cli.doctor import WorkloadOptions
 from trl_unigrpo.cli.options import as_command, told_in_a_line
-from trl_unigrpo.cli.paper import PaperOptions, grid_options
+from trl_unigrpo.cli.paper import GridOptions, grid_options
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ def test_doctor_s_options_are_a_workload_s():
 
 
 def test_paper_s_options_are_the_grid_s():
-    grid = grid_options(PaperOptions(only=["a,b", " c "], seeds=["0,1", "5"], jobs=3, rollouts=7, page="p.md"))
+    grid = grid_options(GridOptions(only=["a,b", " c "], seeds=["0,1", "5"], jobs=3, rollouts=7, page="p.md"))
     assert (grid.only, grid.seeds, grid.jobs, grid.generations) == (("a", "b", "c"), (0, 1, 5), 3, 7)
     assert (grid.output, grid.page) == (Path("paper-runs"), Path("p.md"))
-    quick = grid_options(PaperOptions(quick=True))
+    quick = grid_options(GridOptions(quick=True))
     assert (quick.output, quick.seeds, quick.only) == (Path("paper-quick"), (0, 1), ())
     with pytest.raises(ValueError, match="--seeds x: expected whole numbers"):
-        grid_options(PaperOptions(seeds=["x"]))
+        grid_options(GridOptions(seeds=["x"]))

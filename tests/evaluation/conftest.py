@@ -1,10 +1,6 @@
-"""The built-in model, small benchmarks to paint with it, and the judge's server of the rewards' tests."""
-
-import sys
-from pathlib import Path
+"""The built-in model and small benchmarks to paint with it."""
 
 import pytest
-import torch
 
 from trl_unigrpo.evaluation.benchmark import Benchmark, Item, Painting
 from trl_unigrpo.evaluation.metrics import accuracy
@@ -12,18 +8,7 @@ from trl_unigrpo.rewards.questions.question import Question
 from trl_unigrpo.shapeworld import load_base
 
 
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS / "rewards"), str(TESTS / "models")]
-
 SMALL = Painting(num_inference_steps=2, image_size=48, max_completion_length=6, batch_size=3, seed=7)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import math
 import pytest
 from PIL import Image
 
-from trl_unigrpo.evaluation.benchmark import Item, spread
+from trl_unigrpo.evaluation.benchmark import Item, evenly_spread
 from trl_unigrpo.evaluation.benchmarks import load_benchmark, wise
 from trl_unigrpo.evaluation.metrics import all_correct
 from trl_unigrpo.evaluation.scorers import question_score
@@ -256,7 +256,7 @@ def test_gedit_is_read_and_refused(tmp_path):
     bad = [row | {"task_type": "cooking"}, row | {"instruction": ""}, row | {"instruction_language": "fr"}]
     file = write_jsonl(tmp_path / "gedit.jsonl", row, *bad, row | {"input_image": None})
     with pytest.raises(
-        NotImplementedError, match="1 edits.*4 not(.|\n)*line 2: 'task_type'(.|\n)*takes the picture to edit"
+        NotImplementedError, match="1 edits.*4 not(.|\n)*line 2: 'task_type'(.|\n)*takes the image to edit"
     ):
         load_benchmark("gedit", file)
     with pytest.raises(ValueError, match="no edit"):
@@ -295,8 +295,8 @@ def test_a_picture_with_too_few_answers_has_no_score(tmp_path):
 
 def test_spread_takes_from_all_tasks():
     items = [Item(str(i), "p", f"task {i // 100}") for i in range(600)]
-    chosen = spread(items, 60)
+    chosen = evenly_spread(items, 60)
     assert len({item.key for item in chosen}) == 60
     assert all(sum(item.task == f"task {t}" for item in chosen) == 10 for t in range(6))
-    assert spread(items, None) == spread(items, 1000) == tuple(items)
-    assert math.prod(len(spread(items, n)) == n for n in (1, 7, 599))
+    assert evenly_spread(items, None) == evenly_spread(items, 1000) == tuple(items)
+    assert math.prod(len(evenly_spread(items, n)) == n for n in (1, 7, 599))

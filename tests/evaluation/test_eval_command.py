@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
-from judge_server import ChatServer, text_of, yes
 from typer.testing import CliRunner
 
+from tests.helpers.judge_server import ChatServer, text_of, yes
 from trl_unigrpo.cli import app
 from trl_unigrpo.rewards import read_questions
 from trl_unigrpo.shapeworld import evaluate_model
@@ -130,8 +130,8 @@ def test_mistakes_are_told_before_anything_is_painted(tmp_path, monkeypatch, arg
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("a red circle\n")
-    for module in ("judge", "judge_client"):
-        monkeypatch.delitem(sys.modules, f"trl_unigrpo.rewards.{module}", raising=False)
+    for module in ("vlm_judge", "client"):
+        monkeypatch.delitem(sys.modules, f"trl_unigrpo.rewards.judge.{module}", raising=False)
     monkeypatch.setitem(sys.modules, "openai", None)
     judge = invoke(
         "--prompts", "p.txt", "--model", "x", "--judge-model", "m", "--judge-base-url", "http://localhost/v1"
@@ -179,7 +179,7 @@ def test_training_prompts_are_written(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "train" / "geneval.jsonl").read_text().splitlines()]
     assert 40 < len(rows) <= 50 and {"prompt", "tag", "geneval"} == set(rows[0])
     assert json.loads(rows[0]["geneval"])["prompt"] == rows[0]["prompt"]
-    from trl_unigrpo.shapeworld.prompt_files import load_prompts
+    from trl_unigrpo.cli.prompt_files import load_prompts
 
     assert load_prompts(str(tmp_path / "train" / "geneval.jsonl"), "train")["prompt"] == [
         row["prompt"] for row in rows
@@ -189,14 +189,14 @@ def test_training_prompts_are_written(tmp_path):
 def test_decomposed_prompts_can_be_evaluated(tmp_path):
     """What `trl-unigrpo decompose` writes is what `--prompts` reads."""
     from trl_unigrpo.evaluation.benchmarks import load_benchmark
-    from trl_unigrpo.rewards.questions.decompose import run
+    from trl_unigrpo.rewards.questions.decompose import decompose_with_progress
 
     row = {
         "prompt": "a photo of a red dog",
         "tag": "colors",
         "include": [{"class": "dog", "count": 1, "color": "red"}],
     }
-    run([row], tmp_path / "q.jsonl", geneval=True)
+    decompose_with_progress([row], tmp_path / "q.jsonl", geneval=True)
     (item,) = load_benchmark("prompts", tmp_path / "q.jsonl").items
     assert item.task == "colors" and len(item.questions) == 2
     assert item.questions == read_questions(json.loads((tmp_path / "q.jsonl").read_text())["questions"])

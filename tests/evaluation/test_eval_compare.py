@@ -125,7 +125,7 @@ def test_the_page_shows_both_sides_and_what_else_differs(tmp_path, numbers, caps
     assert report["different_settings"] == {"painting.seed": {"a": 1, "b": 2}}
     page = (tmp_path / "c" / "compare.html").read_text(encoding="utf-8")
     assert "<b>bold" not in page and "&lt;b&gt;bold" in page and "painting.seed" in page
-    assert page.count("data:image/jpeg") == 2 and page.count("picture missing") == 78
+    assert page.count("data:image/jpeg") == 2 and page.count("image missing") == 78
     assert 'href="../a/images/00000/samples/0000.png"' in page and "b%20%232/images" in page
     output = capsys.readouterr().out
     assert (

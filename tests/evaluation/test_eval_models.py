@@ -3,13 +3,13 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from tests.helpers.paths import FIXTURES
 from trl_unigrpo.evaluation import generate
 from trl_unigrpo.evaluation.benchmark import Painting
 from trl_unigrpo.evaluation.models import fingerprint, load_model, parts_of
@@ -18,7 +18,7 @@ from trl_unigrpo.evaluation.scorers import RewardScorer
 from trl_unigrpo.shapeworld import BASE, load_base
 
 
-RELEASED = Path(__file__).parents[1] / "fixtures" / "bagel" / "tiny_bagel"
+RELEASED = FIXTURES / "bagel" / "tiny_bagel"
 FLOAT = {"dtype": "float32", "device": "cpu"}
 
 
@@ -75,8 +75,7 @@ def test_adapters_on_what_they_were_trained_on(base, tmp_path):
 
 
 def test_a_pipelines_folder_and_its_parts(tmp_path):
-    from tiny_pipelines import FAMILIES, qwen3, tokenizer
-
+    from tests.helpers.tiny_pipelines import FAMILIES, qwen3, tokenizer
     from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
 
     tiny = FAMILIES["sd3"]()
@@ -115,7 +114,7 @@ def test_weights_are_known_by_their_content_and_not_by_a_runs_checkpoints(tmp_pa
 
 
 def test_a_pipeline_runs_a_benchmark(asked, tmp_path):
-    from tiny_painters import tiny_model
+    from tests.helpers.tiny_painters import tiny_model
 
     model = tiny_model("sd3")
     benchmark = replace(asked, metric=None, painting=Painting(1, 2, 8, 4, 2))

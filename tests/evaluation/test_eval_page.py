@@ -3,10 +3,10 @@
 from html.parser import HTMLParser
 
 import pytest
-from hostile_results import folder_of, index_of
 
+from tests.helpers.hostile_results import folder_of, index_of
 from trl_unigrpo.evaluation.compare import compare_folders
-from trl_unigrpo.evaluation.page import PICTURES, write_comparison
+from trl_unigrpo.evaluation.page import MAX_IMAGES, write_comparison
 
 
 class Tags(HTMLParser):
@@ -70,6 +70,6 @@ def test_hostile_texts_are_texts_side_by_side(tmp_path):
 
 def test_a_page_of_a_large_benchmark_stays_small(tmp_path):
     """Noise is what JPEG compresses worst."""
-    page = index_of(tmp_path, PICTURES, 2, size=256).read_text(encoding="utf-8")
-    assert page.count("data:image/jpeg") == PICTURES and f"{PICTURES // 2} prompts are not on this page" in page
+    page = index_of(tmp_path, MAX_IMAGES, 2, size=256).read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg") == MAX_IMAGES and f"{MAX_IMAGES // 2} prompts are not on this page" in page
     assert len(page) < 10e6

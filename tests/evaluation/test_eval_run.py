@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from judge_server import ChatServer, Reply, text_of, yes
 from PIL import Image
 
+from tests.helpers.judge_server import ChatServer, Reply, text_of, yes
 from trl_unigrpo.evaluation import runner
-from trl_unigrpo.evaluation.benchmark import Item, Painting, spread
+from trl_unigrpo.evaluation.benchmark import Item, Painting, evenly_spread
 from trl_unigrpo.evaluation.benchmarks import load_benchmark
 from trl_unigrpo.evaluation.results import DifferentSettingsError, read_lines
 from trl_unigrpo.evaluation.runner import Options, run, without_long_prompts
@@ -210,7 +210,7 @@ def test_painting_first_and_scoring_later(base, asked, tmp_path, monkeypatch):
 def test_the_folder_is_what_genevals_scorer_reads(base, tmp_path):
     """Walked as its evaluate_images.py walks: folders named by digits, `metadata.jsonl` as one object, `\\d+.png`."""
     whole = load_benchmark("geneval")
-    benchmark = replace(whole, items=spread(whole.items, 6), painting=Painting(2, 2, 48, 4, 6))
+    benchmark = replace(whole, items=evenly_spread(whole.items, 6), painting=Painting(2, 2, 48, 4, 6))
 
     def detector(images):
         """A bench and a cow in every picture, the bench left."""

@@ -10,35 +10,35 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import logging
 
+from tests.helpers.paths import FIXTURES
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 
 
-FIXTURES = Path(__file__).parent.parent / "fixtures" / "bagel"
+RECORDED = FIXTURES / "bagel"
 logging.disable_progress_bar()
-torch.set_num_threads(1)  # tensors are too small to be worth a second one
 
 
 @pytest.fixture(scope="session")
 def checkpoint() -> Path:
     """Folder of a random fp32 checkpoint in the released layout."""
-    return FIXTURES / "tiny_bagel"
+    return RECORDED / "tiny_bagel"
 
 
 @pytest.fixture(scope="session")
 def recorded() -> dict[str, Tensor]:
     """Inputs and outputs of the official implementation, "case/name"."""
-    return load_file(FIXTURES / "reference.safetensors")
+    return load_file(RECORDED / "reference.safetensors")
 
 
 @pytest.fixture(scope="session")
 def recorded_gradients() -> dict[str, Tensor]:
     """Gradients of the official implementation, "text/<parameter>" and "image/<parameter>"."""
-    return load_file(FIXTURES / "reference_grads.safetensors")
+    return load_file(RECORDED / "reference_grads.safetensors")
 
 
 @pytest.fixture(scope="session")
 def recorded_meta() -> dict:
-    return json.loads((FIXTURES / "reference_meta.json").read_text(encoding="utf-8"))
+    return json.loads((RECORDED / "reference_meta.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import asdict, replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,7 +123,8 @@ def generation(rewards, weights, group_size=4, mode="train"):
         group_size=group_size,
         prompts=[f"{i // group_size}" for i in range(n)],
         thinking=[""] * n,
-        images=[SimpleNamespace()] * n,
+        images=[],
+        statistics=[],
         rewards=rewards,
         advantages=[0.0] * n,
         extra={},

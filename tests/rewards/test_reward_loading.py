@@ -90,6 +90,7 @@ def test_the_package_s_own_rewards_and_trl_s():
     ("path", "message"),
     [
         ("sharpness", "'sharpness' names no reward. Write it as module:NAME, such as my_rewards:redness"),
+        ("trl_unigrpo.rewards", "'trl_unigrpo.rewards' names no reward"),
         ("rewards_of_mine:", "names no reward"),
         ("rewards_of_mine.", "names no reward"),
         (":brightness", "names no reward"),

@@ -6,8 +6,8 @@ from io import BytesIO
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_perception import word_picture
 
+from tests.helpers.tiny_perception import word_picture
 from trl_unigrpo.rewards import OCRReward
 from trl_unigrpo.rewards.common import DeadRewardError
 from trl_unigrpo.rewards.ocr import quoted_text, text_match

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from trl_unigrpo.shapeworld.corpus import corpus_columns
-from trl_unigrpo.shapeworld.tokenizer import SPECIAL_TOKENS, shapeworld_tokenizer
+from trl_unigrpo.shapeworld.tokenizer import NON_WORD_TOKENS, shapeworld_tokenizer
 from trl_unigrpo.shapeworld.world import WORDS
 
 
@@ -19,8 +19,8 @@ def test_roles_of_the_special_tokens(tokenizer):
         "<|im_end|>",
         "left",
     )
-    assert len(tokenizer) == len(SPECIAL_TOKENS) + len(WORDS)
-    assert set(tokenizer.all_special_tokens) == set(SPECIAL_TOKENS)
+    assert len(tokenizer) == len(NON_WORD_TOKENS) + len(WORDS)
+    assert set(tokenizer.all_special_tokens) == set(NON_WORD_TOKENS)
     assert tokenizer.unk_token_id not in tokenizer(list(WORDS), is_split_into_words=True)["input_ids"]
 
 

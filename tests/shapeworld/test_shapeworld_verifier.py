@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trl_unigrpo.shapeworld.diversity import diversity
+from trl_unigrpo.shapeworld.diversity import cell_diversity
 from trl_unigrpo.shapeworld.grammar import parse_prompt
 from trl_unigrpo.shapeworld.plan import (
     format_plan,
@@ -259,15 +259,15 @@ def test_plan_scores_and_faithfulness():
 def test_diversity_in_closed_form():
     same = np.stack([scene(top=RED_CIRCLE)] * 4)
     spread = np.stack([scene(top=RED_CIRCLE), scene(left=BLUE_CIRCLE), scene(right=RED_RING), scene(center=CYAN_RING)])
-    collapsed = diversity(same[None])
+    collapsed = cell_diversity(same[None])
     assert (collapsed.position_entropy, collapsed.color_entropy, collapsed.distinct_pictures) == (0, 0, 0.25)
-    varied = diversity(spread[None])
+    varied = cell_diversity(spread[None])
     assert varied.position_entropy == pytest.approx(2)  # four places, equally often
     assert varied.color_entropy == pytest.approx(1.5)  # shares 1/2, 1/4, 1/4
     assert varied.distinct_pictures == 1
-    assert diversity(np.stack([same, spread])).position_entropy == pytest.approx(1)
-    everywhere = diversity(np.full((1, 1, 9), RED_CIRCLE))
+    assert cell_diversity(np.stack([same, spread])).position_entropy == pytest.approx(1)
+    everywhere = cell_diversity(np.full((1, 1, 9), RED_CIRCLE))
     assert everywhere.position_entropy == pytest.approx(np.log2(9))
-    assert diversity(np.full((1, 2, 9), -1)).position_entropy == 0
+    assert cell_diversity(np.full((1, 2, 9), -1)).position_entropy == 0
     with pytest.raises(ValueError, match="cells have shape"):
-        diversity(same)
+        cell_diversity(same)

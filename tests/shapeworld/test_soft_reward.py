@@ -11,14 +11,14 @@ from trl_unigrpo.shapeworld import shapeworld_dataset, shapeworld_reward, soft_s
 from trl_unigrpo.shapeworld.corpus import (
     ErrorRates,
     draw_plans,
-    paint,
+    painted_cells,
     spoil_plans,
 )
 from trl_unigrpo.shapeworld.grammar import FAMILIES, parse_prompt, prompts_by_split
-from trl_unigrpo.shapeworld.render import TEMPLATES, render_images, render_tensor
+from trl_unigrpo.shapeworld.render import CLEAN_CELLS, render_images, render_tensor
 from trl_unigrpo.shapeworld.soft_reward import cell_probabilities, count_distribution, expected_score
 from trl_unigrpo.shapeworld.verifier import read_cells, score
-from trl_unigrpo.shapeworld.world import RELATIONS, encode_specs
+from trl_unigrpo.shapeworld.world import SPATIAL_RELATIONS, encode_specs
 
 
 def prompts_of_every_kind():
@@ -26,7 +26,7 @@ def prompts_of_every_kind():
     prompts = prompts_by_split()["train"]
     kinds = {(spec.category, spec.family, spec.relation): text for text, spec in prompts.items()}
     assert len({kind[:2] for kind in kinds}) == sum(map(len, FAMILIES.values()))
-    assert {kind[2] for kind in kinds} == {*RELATIONS, None}
+    assert {kind[2] for kind in kinds} == {*SPATIAL_RELATIONS, None}
     return list(kinds.values())
 
 
@@ -35,8 +35,8 @@ def scenes(prompts, rng):
     specs = [parse_prompt(prompt) for prompt in prompts]
     arrays, rates = encode_specs(specs), ErrorRates().scaled(2, 2)
     plans = draw_plans(arrays, rng)
-    right = paint(plans, ErrorRates().scaled(0, 0), rng)
-    wrong = paint(spoil_plans(plans, arrays, specs, rates, rng), rates, rng)
+    right = painted_cells(plans, ErrorRates().scaled(0, 0), rng)
+    wrong = painted_cells(spoil_plans(plans, arrays, specs, rates, rng), rates, rng)
     random = np.where(rng.random(right.shape) < 0.6, 0, rng.integers(0, 31, right.shape))
     return np.choose(np.arange(len(prompts))[:, None] % 3, [right, wrong, random])
 
@@ -117,7 +117,7 @@ def test_cells_are_read_by_a_softmax_of_their_squared_distances(blurred):
     for picture, cell in itertools.product(range(4), range(9)):
         row, column = divmod(cell, 3)
         tile = blurred[picture, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16].numpy() * 2 - 1
-        errors = [((tile - template) ** 2).mean() for template in TEMPLATES.astype(np.float64)] + [0.08]
+        errors = [((tile - template) ** 2).mean() for template in CLEAN_CELLS.astype(np.float64)] + [0.08]
         weights = np.exp(-np.array(errors) / 0.05)
         np.testing.assert_allclose(p[picture, cell], weights / weights.sum(), rtol=1e-6)
 

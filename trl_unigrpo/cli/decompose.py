@@ -39,11 +39,11 @@ class DecomposerOptions:
 
 def decompose_command(options: DecomposeOptions, decomposer: DecomposerOptions) -> None:
     """Turn prompts into yes-no questions for DVReward and QuestionReward."""
-    from ..rewards.questions.decompose import failures_file, run
+    from ..rewards.questions.decompose import decompose_with_progress, failures_file
     from .prompt_files import read_rows
 
     with told_in_a_line("decompose", ValueError, OSError, ImportError):
-        report = run(
+        report = decompose_with_progress(
             read_rows(options.input, options.split),
             options.output,
             model=options.model,

@@ -11,11 +11,11 @@ from .options import told_in_a_line
 
 
 if TYPE_CHECKING:
-    from ..experiments.paper.runner import Options
+    from ..experiments.paper.runner import PaperOptions
 
 
 @dataclass(frozen=True)
-class PaperOptions:
+class GridOptions:
     """Options of `trl-unigrpo paper`."""
 
     output_dir: Annotated[
@@ -36,6 +36,9 @@ class PaperOptions:
     ] = False
     chosen: Annotated[str | None, typer.Option(help="File of the chosen rates; without it, the shipped one.")] = None
     page: Annotated[str | None, typer.Option(help="Markdown file to write; paper.md in the output folder.")] = None
+    from_results: Annotated[
+        bool, typer.Option("--from-results", help="Only write the page again, from the folder's results.json.")
+    ] = False
     show: Annotated[bool, typer.Option("--list", help="Only show the runs that are done and left, and the time.")] = (
         False
     )
@@ -46,7 +49,7 @@ class PaperOptions:
     ] = None
 
 
-def paper_command(options: PaperOptions) -> None:
+def paper_command(options: GridOptions) -> None:
     """Train every system of the paper's tables on ShapeWorld, and write them as a page. Goes on where it stopped."""
     from rich.console import Console
 
@@ -61,12 +64,12 @@ def paper_command(options: PaperOptions) -> None:
     raise typer.Exit(code)
 
 
-def grid_options(options: PaperOptions) -> "Options":
+def grid_options(options: GridOptions) -> "PaperOptions":
     """Fill in what depends on other options, and on this machine."""
-    from ..experiments.paper.runner import Options, usable_cores
+    from ..experiments.paper.runner import PaperOptions, usable_cores
     from ..experiments.paper.systems import CHOSEN
 
-    return Options(
+    return PaperOptions(
         output=Path(options.output_dir or ("paper-quick" if options.quick else "paper-runs")),
         chosen=Path(options.chosen) if options.chosen else CHOSEN,
         jobs=options.jobs or usable_cores(),
@@ -76,6 +79,7 @@ def grid_options(options: PaperOptions) -> "Options":
         search=options.search,
         page=Path(options.page) if options.page else None,
         generations=options.rollouts,
+        from_results=options.from_results,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a generation costs before it runs: memory by part, FLOPs by part, the floor in seconds."""
+"""The cost of a generation before it runs: memory by part, FLOPs by part, the floor in seconds."""
 
 from .flops import (
     decode_read_bytes,

@@ -1,4 +1,4 @@
-"""What to change, in which order, where a run does not fit into memory."""
+"""Advice on what to change, in which order, where a run does not fit into memory."""
 
 from dataclasses import dataclass, replace
 
@@ -17,8 +17,8 @@ class Advice:
 
 def advise(load: Workload, limit: int) -> list[Advice]:
     """
-    Changes, each on top of those before, until the peak is at most `limit` bytes or none of those left lowers it. The
-    next one is always the first of the list that does.
+    Find changes, each on top of those before, until the peak is at most `limit` bytes or none of those left lowers
+    it. The next one is always the first of the list that does.
     """
     found: list[Advice] = []
     peak = estimate_memory(load).peak
@@ -34,7 +34,7 @@ def advise(load: Workload, limit: int) -> list[Advice]:
 
 
 def _changes(load: Workload) -> list[tuple[str, dict]]:
-    """In order of what they cost: first time, then precision, then what is learned."""
+    """List changes in the order of their cost: first time, then precision, then what is learned."""
     unit = load.config.pixels_per_token
     changes: list[tuple[str, dict]] = []
     if load.lora_ranks is None:

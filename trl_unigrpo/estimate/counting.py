@@ -1,4 +1,4 @@
-"""Counting the FLOPs that a run really computes, attention over visible pairs included."""
+"""A counter of the FLOPs that a run really computes, attention over visible pairs included."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def attention_flops(query: tuple[int, ...], key: tuple[int, ...], is_causal: bool = False) -> int:
-    """Scores and weighted sum of (B, A, S, D) queries over (B, A, S', D) keys: 4 B A D a visible pair."""
+    """Count scores and weighted sum of (B, A, S, D) queries over (B, A, S', D) keys: 4 B A D a visible pair."""
     batch, heads, length, size = query
     pairs = sum(min(i + 1, key[2]) for i in range(length)) if is_causal else length * key[2]
     return 4 * batch * heads * size * pairs
@@ -30,7 +30,7 @@ def _backward(
     is_causal: bool,
     **kwargs: Any,
 ) -> int:
-    """Five products of the forward's two: the scores again, and the gradients of scores, values, queries, keys."""
+    """Count five products, to the forward's two: scores again, gradients of scores, values, queries and keys."""
     return attention_flops(query, key, is_causal) * 5 // 2
 
 

@@ -35,12 +35,12 @@ class Forward(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Without adapters."""
+        """All but the adapters."""
         return self.linear + self.attention + self.entry + self.exit
 
 
 def text_forward(load: Workload, length: int, start: int = 0) -> Forward:
-    """Tokens start .. start + length - 1 of a row, each over all before it and itself; without logits."""
+    """Count tokens start .. start + length - 1 of a row, each over all before it and itself; without logits."""
     llm = load.config.llm_config
     pairs = length * start + length * (length + 1) // 2
     rank = load.lora_ranks[0] if load.lora_ranks else 0
@@ -52,7 +52,7 @@ def text_forward(load: Workload, length: int, start: int = 0) -> Forward:
 
 
 def image_forward(load: Workload) -> Forward:
-    """One velocity of one image: its two markers and N latents over the context and themselves."""
+    """Count one velocity of one image: its two markers and N latents over the context and themselves."""
     llm, width, latents = load.config.llm_config, load.config.llm_config.hidden_size, load.latents
     tokens, (text, image) = latents + 2, load.lora_ranks or (0, 0)
     projection = 2 * latents * load.config.latent_channels * width
@@ -66,23 +66,23 @@ def image_forward(load: Workload) -> Forward:
 
 
 def logits_forward(load: Workload) -> int:
-    """Logits of one token."""
+    """Count the logits of one token."""
     return 2 * load.config.llm_config.hidden_size * load.config.llm_config.vocab_size
 
 
 def _pair(llm: Any) -> int:
-    """One query and one key, in every head of every layer: a score and a weighted sum."""
+    """Count one query and one key, in every head of every layer: a score and a weighted sum."""
     return 4 * llm.num_attention_heads * head_size(llm) * llm.num_hidden_layers
 
 
 def packed_forward(load: Workload) -> Forward:
-    """A trajectory's text and its K noisy images in one pass, without logits."""
+    """Count a trajectory's text and its K noisy images in one pass, without logits."""
     return text_forward(load, load.context).plus(image_forward(load), load.sde_window_size)
 
 
 def update_flops(load: Workload) -> tuple[int, int]:
     """
-    FLOPs of one trajectory's forward and backward pass, and of the adapters in it.
+    Count the FLOPs of one trajectory's forward and backward pass, and of the adapters in it.
 
     A matrix product costs itself again for the gradient of its input, and again for that of its weight if it is
     trained; attention's backward pass costs 2.5 of its forward. Checkpointing computes the layers' forward again.
@@ -100,7 +100,7 @@ def update_flops(load: Workload) -> tuple[int, int]:
 
 
 def floor_flops(load: Workload) -> dict[str, int]:
-    """FLOPs of each part of a generation that no implementation with these settings avoids."""
+    """Count the FLOPs of each part of a generation that no implementation with these settings avoids."""
     count, steps = load.trajectories, load.completion_length - 1
     return {
         "prefill": load.num_prompts * (text_forward(load, load.prompt_length).total + logits_forward(load)),
@@ -114,7 +114,7 @@ def floor_flops(load: Workload) -> dict[str, int]:
 
 
 def overhead_flops(load: Workload) -> dict[str, int]:
-    """FLOPs beyond the floor that a run of these settings computes."""
+    """Count the FLOPs beyond the floor that a run of these settings computes."""
     count = load.trajectories
     text, image = text_forward(load, load.context), image_forward(load)
     thinking = load.num_prompts * text_forward(load, load.prompt_length).adapters
@@ -130,14 +130,14 @@ def overhead_flops(load: Workload) -> dict[str, int]:
 
 
 def decode_read_bytes(load: Workload) -> int:
-    """Bytes of weights that sampling the thinkings reads at least: the text expert and the head, once per token."""
+    """Count the bytes of weights that sampling the thinkings reads at least: text expert and head, once per token."""
     head = load.weight_bytes * load.config.llm_config.hidden_size * load.config.llm_config.vocab_size
     return (load.completion_length - 1) * (linear_bytes(load.config, load.quantization, load.weight_bytes) + head)
 
 
 def floor_seconds(load: Workload, flops_per_second: float, bytes_per_second: float) -> dict[str, float]:
     """
-    Least seconds of each part of the floor.
+    Give the least seconds of each part of the floor.
 
     Args:
         flops_per_second: matrix products at the activations' precision.

@@ -40,7 +40,7 @@ class Memory:
 
 
 def weight_memory(load: Workload) -> int:
-    """Bytes of the model without adapters and VAE."""
+    """Count the bytes of the model without adapters and VAE."""
     counts = parameter_counts(load.config)
     linear = linear_parameters(load.config.llm_config)
     experts = 2 * linear_bytes(load.config, load.quantization, load.weight_bytes)
@@ -51,7 +51,7 @@ def weight_memory(load: Workload) -> int:
     return experts + plain * load.weight_bytes
 
 
-def trained_parameters(load: Workload) -> int:
+def trained_parameter_count(load: Workload) -> int:
     if load.lora_ranks is not None:
         return sum(lora_parameters(load.config.llm_config, rank) for rank in load.lora_ranks)
     counts = parameter_counts(load.config)
@@ -60,7 +60,7 @@ def trained_parameters(load: Workload) -> int:
 
 
 def saved_per_token(load: Workload, rank: int) -> int:
-    """Bytes that one layer saves per token: for its norms, q/k norms, MLP, linear layers and attention."""
+    """Count the bytes that one layer saves per token: for norms, q/k norms, MLP, linear layers and attention."""
     llm, a = load.config.llm_config, load.activation_bytes
     width, inner, heads, groups = llm.hidden_size, llm.intermediate_size, llm.num_attention_heads, key_value_heads(llm)
     query, key = heads * head_size(llm), groups * head_size(llm)
@@ -77,7 +77,7 @@ def saved_per_token(load: Workload, rank: int) -> int:
 
 
 def saved_by_layer(load: Workload) -> int:
-    """Bytes that one layer saves in the packed forward of one micro-batch."""
+    """Count the bytes that one layer saves in the packed forward of one micro-batch."""
     llm, images = load.config.llm_config, load.sde_window_size
     text_rank, image_rank = load.lora_ranks or (0, 0)
     # Each image keeps the context's keys and values beside its own.
@@ -88,8 +88,8 @@ def saved_by_layer(load: Workload) -> int:
 
 def workspace(load: Workload, tokens: int) -> int:
     """
-    Bytes that one layer works in, at its widest point (the MLP), for so many tokens: the activated gate, the other
-    half, their product, with adapters one more, and the states that the layer still holds.
+    Count the bytes that one layer works in, at its widest point (the MLP), for so many tokens: the activated gate,
+    the other half, their product, with adapters one more, and the states that the layer still holds.
     """
     llm, a = load.config.llm_config, load.activation_bytes
     inner = 3 if load.lora_ranks is None else 4
@@ -99,17 +99,17 @@ def workspace(load: Workload, tokens: int) -> int:
 
 
 def backward_workspace(load: Workload, tokens: int) -> int:
-    """Bytes beside what was saved: the gradients of the MLP's widest states and of the layer's own."""
+    """Count the bytes beside those saved: the gradients of the MLP's widest states and of the layer's own."""
     llm, a = load.config.llm_config, load.activation_bytes
     dequantised = a * llm.intermediate_size * llm.hidden_size if load.quantization else 0
     return a * tokens * (3 * llm.intermediate_size + 4 * llm.hidden_size) + dequantised
 
 
 def estimate_memory(load: Workload) -> Memory:
-    """Memory by part and the peak of each phase."""
+    """Add up the memory by part, and the peak of each phase."""
     llm, a, count = load.config.llm_config, load.activation_bytes, load.trajectories
     width, layers = llm.hidden_size, llm.num_hidden_layers
-    trained, weights = trained_parameters(load), weight_memory(load)
+    trained, weights = trained_parameter_count(load), weight_memory(load)
     cached = 2 * layers * key_value_heads(llm) * head_size(llm) * a  # per token
     packed = load.context + load.sde_window_size * (load.latents + 2)
     numbers = 4 * load.latents * load.config.latent_channels  # one latent state in float32

@@ -19,8 +19,8 @@ def random_bagel(
     quantization: str | None = None,
 ) -> BagelForUnifiedGeneration:
     """
-    A model as `from_pretrained` would give it, filled with noise layer by layer, so that no more than one layer is
-    ever held twice.
+    Make a model as `from_pretrained` would give it, filled with noise layer by layer, so that no more than one layer
+    is ever held twice.
 
     Args:
         dtype: of the weights; the VAE is float32.

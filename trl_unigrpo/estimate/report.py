@@ -24,11 +24,11 @@ class Estimate:
     flops: dict[str, int]
 
     def seconds_by_part(self, flops_per_second: float, bytes_per_second: float) -> dict[str, float]:
-        """Least seconds of each part."""
+        """Give the least seconds of each part."""
         return floor_seconds(self.workload, flops_per_second, bytes_per_second)
 
     def floor_seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """Least seconds per generation, all its passes included."""
+        """Give the least seconds per generation, all its passes included."""
         return sum(self.seconds_by_part(flops_per_second, bytes_per_second).values())
 
 
@@ -43,6 +43,6 @@ ESTIMATES: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def estimate_run(model: Any, args: Any) -> Any:
-    """The estimate of a run: that of the model's class or the nearest of its parents, else None."""
+    """Estimate a run by the model's class or the nearest of its parents; None where no class has an estimate."""
     found = next((ESTIMATES[parent] for parent in type(model).__mro__ if parent in ESTIMATES), None)
     return None if found is None else found(model, args)

@@ -32,7 +32,7 @@ RELEASED_VIT = {
 
 
 def released_config() -> BagelConfig:
-    """The sizes of BAGEL-7B-MoT."""
+    """Give the sizes of BAGEL-7B-MoT."""
     return BagelConfig(llm_config=dict(RELEASED_LLM), vit_config=dict(RELEASED_VIT))
 
 
@@ -41,25 +41,25 @@ def key_value_heads(llm: Any) -> int:
 
 
 def linears(llm: Any) -> list[tuple[int, int]]:
-    """(in, out) of the seven linear layers of one expert in one layer: q, k, v, o, gate, up, down."""
+    """List (in, out) of the seven linear layers of one expert in one layer: q, k, v, o, gate, up, down."""
     width, inner = llm.hidden_size, llm.intermediate_size
     query, key = (heads * head_size(llm) for heads in (llm.num_attention_heads, key_value_heads(llm)))
     return [(width, query), (width, key), (width, key), (query, width), (width, inner), (width, inner), (inner, width)]
 
 
 def linear_parameters(llm: Any) -> int:
-    """Weights of the linear layers of one expert, all layers."""
+    """Count the weights of the linear layers of one expert, all layers."""
     return llm.num_hidden_layers * sum(rows * columns for rows, columns in linears(llm))
 
 
 def lora_parameters(llm: Any, rank: int) -> int:
-    """Weights of the adapters of one expert: r (in + out) for each of its linear layers."""
+    """Count the weights of the adapters of one expert: r (in + out) for each of its linear layers."""
     return llm.num_hidden_layers * sum(rank * (rows + columns) for rows, columns in linears(llm))
 
 
 def parameter_counts(config: BagelConfig) -> dict[str, int]:
     """
-    Parameters by group, as many as the released checkpoint stores.
+    Count the parameters by group, as many as the released checkpoint stores.
 
     Groups: `text expert`, `image expert`, `embeddings` (input and output), `image ends` (time embedder, projections
     and table around the image expert), `understanding tower` (0 without a `vit_config`).
@@ -81,7 +81,7 @@ def parameter_counts(config: BagelConfig) -> dict[str, int]:
 
 
 def _tower_parameters(vit: Any, width: int) -> int:
-    """The tower without the last layer that its file names, its connector, and the table of its positions."""
+    """Count the tower without the last layer that its file names, its connector, and its table of positions."""
     if not vit:
         return 0
     hidden, inner, patch = vit.hidden_size, vit.intermediate_size, vit.patch_size
@@ -95,8 +95,8 @@ def _tower_parameters(vit: Any, width: int) -> int:
 
 def linear_bytes(config: BagelConfig, quantization: str | None, weight_bytes: int) -> int:
     """
-    Bytes of one expert's linear layers: 4 bits a weight and a scale per 64 under "nf4", where the scale takes 4 bytes
-    or, quantised itself ("nf4-double"), one and 4 more per 256 scales; biases stay as they are.
+    Count the bytes of one expert's linear layers: 4 bits a weight and a scale per 64 under "nf4", where the scale
+    takes 4 bytes or, quantised itself ("nf4-double"), one and 4 more per 256 scales; biases stay as they are.
     """
     llm = config.llm_config
     biases = llm.num_hidden_layers * sum(columns for _, columns in linears(llm)[:3]) * weight_bytes

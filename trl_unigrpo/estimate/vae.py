@@ -1,4 +1,4 @@
-"""What the VAE costs, counted on tensors without data: any VAE that a configuration can name."""
+"""The cost of any VAE that a configuration can name, counted on tensors without data."""
 
 import torch
 from torch import nn
@@ -9,13 +9,13 @@ from ..models.bagel.configuration import BagelConfig
 
 
 def vae_parameters(config: BagelConfig) -> int:
-    """Parameters of the whole VAE."""
+    """Count the parameters of the whole VAE."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build_vae(config.vae_config).parameters())
 
 
 def vae_decode(config: BagelConfig, image_size: int) -> tuple[int, int]:
-    """FLOPs of decoding one square image, and the numbers in the largest input of one of its layers."""
+    """Count the FLOPs of decoding one square image, and the numbers in the largest input of one of its layers."""
     with torch.device("meta"):
         vae = build_vae(config.vae_config)
         side = image_size // config.vae_downsample

@@ -1,4 +1,4 @@
-"""What is to be run: a model's sizes and the settings that its cost depends on."""
+"""A run that is to be estimated: the model's sizes and the settings that its cost depends on."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +30,11 @@ class Workload:
         lora_ranks: of the text and the image expert's adapters, 0 for none; None for full fine-tuning, whose weights
             are stored in float32.
         quantization: of the experts' linear layers, None, "nf4" or "nf4-double" (its constants quantised again).
-        half: whether products are computed in bfloat16, in which frozen weights are then stored, too; else all is
+        half: products are computed in bfloat16, in which frozen weights are then stored, too; else all is
             float32.
-        gradient_checkpointing: whether the update keeps only the inputs of layers and computes the rest again.
-        reference: whether the regulariser keeps reference velocities, and full fine-tuning a frozen copy.
-        with_tower: whether the understanding tower is loaded.
+        gradient_checkpointing: the update keeps only the inputs of layers and computes the rest again.
+        reference: the regulariser keeps reference velocities, and full fine-tuning a frozen copy.
+        with_tower: the understanding tower is loaded.
 
     Raises:
         ValueError: for a size that no run can have.
@@ -122,7 +122,7 @@ class Workload:
     @classmethod
     def of_run(cls, model: Any, args: Any, prompt_length: int = 128) -> "Workload":
         """
-        The workload of a loaded BAGEL, adapters included, and a `UniGRPOConfig`.
+        Read the workload off a loaded BAGEL, adapters included, and a `UniGRPOConfig`.
 
         Args:
             prompt_length: tokens of a prompt, which the arguments don't say.

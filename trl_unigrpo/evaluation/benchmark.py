@@ -1,15 +1,17 @@
-"""What a benchmark is: prompts, how their pictures are scored, and how scores become one number."""
+"""A benchmark: prompts, how their images are scored, and how scores become one number."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ..rewards.common import Scores
 from ..rewards.questions.question import Question
 
 
+_T = TypeVar("_T")
+
 Metric = Callable[[Sequence[Question], Scores], dict[str, float | None]]
-"""From a picture's questions and P(yes) of each, None where there is none, to its scores; the first is its reward."""
+"""From an image's questions and P(yes) of each, None where there is none, to its scores; the first is its reward."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +20,9 @@ class Item:
     One prompt of a benchmark.
 
     Attributes:
-        key: what it is known by, its own within the benchmark.
-        prompt: what is painted.
-        task: what it is counted with.
+        key: its own name within the benchmark.
+        prompt: the text that is painted.
+        task: the name that it is counted with.
         questions: for a judge.
         columns: the benchmark's own row, for rewards and for `metadata.jsonl`.
         cluster: items of one cluster are alike, and so no independent evidence; the prompt by default.
@@ -51,10 +53,10 @@ def check_prompt(prompt: Any) -> None:
 @dataclass(frozen=True)
 class Painting:
     """
-    How a benchmark is painted unless the user says otherwise.
+    Settings that a benchmark is painted with unless the user says otherwise.
 
     Attributes:
-        samples: pictures of each prompt.
+        samples: images of each prompt.
         image_size: pixels of a side.
         max_completion_length: tokens of a thinking.
     """
@@ -75,8 +77,8 @@ class Benchmark:
         items: its prompts.
         problems: rows of its file that were left out, each with its line and the reason.
         metric: of answers to questions; None for a benchmark that has no questions.
-        overall: "mean" of all pictures, "tasks" for the mean of the tasks' means, or each task's share.
-        pooled: a task's score is the share of its questions, not the mean over its pictures.
+        overall: "mean" of all images, "tasks" for the mean of the tasks' means, or each task's share.
+        pooled: a task's score is the share of its questions, not the mean over its images.
         soft: a question earns its probability, not 1 or 0.
         painting: defaults.
         notes: in which way the numbers differ from the official ones.
@@ -99,8 +101,8 @@ class Benchmark:
             raise ValueError(f"{self.title} has no prompt that can be painted.{shown}")
 
 
-def spread(items: Sequence[Item], number: int | None) -> tuple[Item, ...]:
-    """`number` of the items, evenly spread over their list and so over the tasks; all if there are not more."""
-    if number is None or number >= len(items):
-        return tuple(items)
-    return tuple(items[place * len(items) // number] for place in range(number))
+def evenly_spread(values: Sequence[_T], number: int | None) -> tuple[_T, ...]:
+    """Take `number` of the values, evenly spread over their list, as over a benchmark's tasks; all of no more."""
+    if number is None or number >= len(values):
+        return tuple(values)
+    return tuple(values[place * len(values) // number] for place in range(number))

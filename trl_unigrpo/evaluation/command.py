@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..flow.guidance import Guidance
 from ..monitoring.files import replace_file
-from .benchmark import Benchmark, Painting, spread
+from .benchmark import Benchmark, Painting, evenly_spread
 from .benchmarks import load_benchmark
 from .compare import compare_folders, comparison_table
 from .options import BenchmarkOptions, Judging, ModelOptions, PaintingOptions
@@ -22,7 +22,7 @@ from .scorers import (
     Scorer,
     ShapeWorldScorer,
     detector_scorer,
-    fitting,
+    scorer_kind,
 )
 from .summary import plain, summarize, table
 
@@ -39,7 +39,7 @@ def prepare(prompts: BenchmarkOptions, seed: int | None) -> Benchmark:
         return benchmark
     if number < 1:
         raise ValueError(f"num_prompts={number}: expected at least 1.")
-    return replace(benchmark, items=spread(benchmark.items, number))
+    return replace(benchmark, items=evenly_spread(benchmark.items, number))
 
 
 def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
@@ -61,7 +61,7 @@ def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
         return RewardScorer({path: load_reward(path) for path in judging.rewards})
     if asked:
         return _judge(benchmark, judging)
-    kind = fitting(benchmark)
+    kind = scorer_kind(benchmark)
     if kind == "rule":
         return ShapeWorldScorer()
     if kind == "detector":

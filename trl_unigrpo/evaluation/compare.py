@@ -1,4 +1,4 @@
-"""Two folders of results, picture by picture: who is better, by how much, and is that more than chance?"""
+"""Two folders of results, image by image: who is better, by how much, and is that more than chance?"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,16 +31,16 @@ class Pair:
 
     @property
     def difference(self) -> float:
-        """How much more B's picture got."""
+        """Reward of B's image minus that of A's."""
         return self.b["reward"] - self.a["reward"]
 
 
 def compare_folders(first: str | Path, second: str | Path) -> tuple[dict[str, Any], list[Pair]]:
     """
-    The paired comparison of two folders: B minus A, over prompts that both painted and scored.
+    Compare two folders in pairs: B minus A, over prompts that both painted and scored.
 
     Differences are averaged as the benchmark averages scores. Intervals and p-values are Student's, over prompts:
-    with one picture of each, the paired t-test. P-values of tasks are corrected for their number (Holm).
+    with one image of each, the paired t-test. P-values of tasks are corrected for their number (Holm).
 
     Raises:
         ValueError: if they are of different benchmarks, or of different prompts under one name, or share fewer than
@@ -80,7 +80,7 @@ def compare_folders(first: str | Path, second: str | Path) -> tuple[dict[str, An
 
 
 def other_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What differs between two results but for the models: dotted name -> the values of A and B."""
+    """List what differs between two results but for the models: dotted name -> the values of A and B."""
     return {
         name: {"a": old, "b": new}
         for name, (old, new) in differences(first, second).items()
@@ -89,7 +89,7 @@ def other_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[
 
 
 def match(first: Sequence[Line], second: Sequence[Line]) -> tuple[list[Pair], int]:
-    """Pairs of lines that both have a score, and the number of the other lines."""
+    """Pair the lines that both have a score; returns the pairs and the number of the other lines."""
     others = {(line["key"], line["sample"]): line for line in second}
     pairs = []
     for line in first:
@@ -108,7 +108,7 @@ def match(first: Sequence[Line], second: Sequence[Line]) -> tuple[list[Pair], in
 
 def difference(benchmark: Mapping[str, Any], pairs: Sequence[Pair], overall: bool = False) -> dict[str, Any]:
     """
-    Mean of B minus A, with interval and p-value; with fewer than two prompts in a task, the mean alone.
+    Average B minus A, with interval and p-value; with fewer than two prompts in a task, the mean alone.
 
     Args:
         overall: weigh the tasks as the benchmark does; otherwise all pairs alike.

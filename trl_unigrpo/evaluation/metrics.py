@@ -1,4 +1,4 @@
-"""From the answers about one picture to its scores, as the benchmarks define them. The first score is the reward."""
+"""Scores of one image from the answers about it, as the benchmarks define them. The first score is the reward."""
 
 from collections.abc import Sequence
 
@@ -14,24 +14,24 @@ from ..rewards.questions.question import (
 
 
 def accuracy(questions: Sequence[Question], answers: Scores) -> dict[str, float | None]:
-    """Share of the answered questions that were answered as expected: TIIF-Bench, and exam points (TA of UniGRPO)."""
+    """Give the share of answered questions that were answered as expected: TIIF-Bench, and UniGRPO's exam points."""
     return {"accuracy": exam_points(questions, answers)}
 
 
 def all_correct(questions: Sequence[Question], answers: Scores) -> dict[str, float | None]:
-    """1 if every question was answered as expected, 0 if one was not; None if that hangs on one without an answer."""
+    """Give 1 if every question was answered as expected, 0 if one was not; None if that hangs on a missing answer."""
     right = [e if e is None else e >= 0.5 for e in earned(questions, answers)]
     return {"correct": 0.0 if False in right else None if None in right else 1.0}
 
 
 def dependency_score(questions: Sequence[Question], answers: Scores) -> dict[str, float | None]:
-    """DPG-Bench: share of the questions answered yes, where a question counts as no if one of its parents does."""
+    """Give DPG-Bench's share of questions answered yes, where one counts as no if one of its parents does."""
     firm = [answer if answer is None else float(answer >= 0.5) for answer in answers]
     return {"dpg": dependency_mean(questions, firm)}
 
 
 def soft_tifa(questions: Sequence[Question], answers: Scores) -> dict[str, float | None]:
-    """GenEval 2: geometric mean of the probabilities of the right answers (prompts), and arithmetic mean (atoms)."""
+    """Give GenEval 2's geometric mean of the right answers' probabilities (prompts), and the arithmetic (atoms)."""
     return {
         "soft_tifa_gm": geometric_mean(questions, answers),
         "soft_tifa_am": weighted_mean(questions, answers),

@@ -1,4 +1,4 @@
-"""Any model by name: a released folder or hub id, a checkpoint, an adapter, a pipeline; and what its weights are."""
+"""Any model by name: a released folder or hub id, a checkpoint, an adapter, a pipeline; and its weights' digest."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def load_model(
     device: str | None = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """
-    A model that thinks and paints, and its tokenizer.
+    Load a model that thinks and paints, and its tokenizer.
 
     Args:
         source: "shapeworld" for the built-in one; a folder or hub id of a model, or a folder with PEFT's adapters.
@@ -68,7 +68,7 @@ def load_model(
 
 
 def parts_of(source: str | None, base: str | None, thinker: str | None, painter: str | None) -> dict[str, str]:
-    """What a model is made of, by the names of [`load_model`]'s arguments; of adapters also what they sit on."""
+    """Name the parts of a model by [`load_model`]'s arguments; of adapters also what they sit on."""
     if source is not None and is_adapter(source) and painter is None:
         base = base or _base_of(source)
     given = {"source": source, "base": base, "thinker": thinker, "painter": painter}
@@ -107,8 +107,8 @@ def _tokenizer(source: str, model: Any) -> PreTrainedTokenizerBase:
 
 def fingerprint(source: str) -> dict[str, Any]:
     """
-    What a model's weights are known by: a digest of all weight files of a folder, of their names and sizes where they
-    are more than 2 GiB, or a hub repository's revision where the cache knows it.
+    Give what a model's weights are known by: a digest of all weight files of a folder, of their names and sizes where
+    they are more than 2 GiB, or a hub repository's revision where the cache knows it.
     """
     folder = Path(_named(source))
     if not folder.is_dir():

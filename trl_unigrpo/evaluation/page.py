@@ -13,26 +13,27 @@ from ..reporting.pages import (
     render_page,
     write_page,
 )
+from .benchmark import evenly_spread
 from .compare import Pair
 from .results import Line
 from .runner import read_image
 from .summary import shown
 
 
-PICTURES = 240
-"""Pictures on a page at most."""
+MAX_IMAGES = 240
+"""The most images on a page."""
 SIDE = 176
-"""Pixels of a picture's longer side."""
-QUESTIONS = 12
-"""Answers shown below a picture; the wrong ones first."""
+"""Pixels of an image's longer side."""
+MAX_ANSWERS = 12
+"""Answers shown below an image; the wrong ones first."""
 
 
 def write_index(folder: Path, summary: Mapping[str, Any], lines: Sequence[Line]) -> None:
-    """Write `index.html`: scores, and each prompt's pictures with thinkings and answers."""
+    """Write `index.html`: scores, and each prompt's images with thinkings and answers."""
     groups: dict[int, list[Line]] = {}
     for line in sorted(lines, key=lambda line: (line["index"], line["sample"])):
         groups.setdefault(line["index"], []).append(line)
-    chosen = evenly(list(groups.values()), PICTURES // max(map(len, groups.values()), default=1))
+    chosen = evenly_spread(list(groups.values()), max(1, MAX_IMAGES // max(map(len, groups.values()), default=1)))
     tasks: dict[str, list[list[dict[str, Any]]]] = {}
     for group in chosen:
         tasks.setdefault(group[0]["tag"], []).append([card(folder, line) for line in group])
@@ -49,8 +50,8 @@ def write_index(folder: Path, summary: Mapping[str, Any], lines: Sequence[Line])
 
 
 def write_comparison(folder: Path, report: Mapping[str, Any], pairs: Sequence[Pair]) -> None:
-    """Write `compare.html`: the differences, and pairs of pictures, those that differ most first."""
-    chosen = evenly(sorted(pairs, key=lambda pair: pair.difference), PICTURES // 2)
+    """Write `compare.html`: the differences, and pairs of images, those that differ most first."""
+    chosen = evenly_spread(sorted(pairs, key=lambda pair: pair.difference), MAX_IMAGES // 2)
     ordered = sorted(chosen, key=lambda pair: -abs(pair.difference))
     a, b = Path(report["a"]), Path(report["b"])
     html = render_page(
@@ -67,17 +68,17 @@ def write_comparison(folder: Path, report: Mapping[str, Any], pairs: Sequence[Pa
 
 
 def card(folder: Path, line: Line, prefix: str = "") -> dict[str, Any]:
-    """What a page shows of one picture; `prefix` leads from the page to the folder."""
+    """Collect what a page shows of one image; `prefix` leads from the page to the folder."""
     file = folder / line["image"]
     image = read_image(file) if file.is_file() else None
     questions = sorted(line["questions"], key=lambda question: (question["earned"] is None, question["earned"] or 0))
     return {
         **line,
-        "picture": None if image is None else data_uri(jpeg(image, SIDE)),
+        "embedded": None if image is None else data_uri(jpeg(image, SIDE)),
         "tiny": image is not None and max(image.size) <= SIDE // 2,
         "file": prefix + line["image"],
-        "shown_questions": questions[:QUESTIONS],
-        "more_questions": max(0, len(questions) - QUESTIONS),
+        "shown_questions": questions[:MAX_ANSWERS],
+        "more_questions": max(0, len(questions) - MAX_ANSWERS),
     }
 
 
@@ -85,14 +86,8 @@ def bounds(interval: Sequence[float]) -> str:
     return f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
-def evenly(values: Sequence[Any], number: int) -> list[Any]:
-    """`number` of the values, evenly spread; all if there are not more."""
-    number = min(max(number, 1), len(values))
-    return [values[place * len(values) // number] for place in range(number)]
-
-
 def _from(folder: Path, other: Path) -> str:
-    """The URL from a page in one folder to the other folder; "" where there is none, as between Windows' drives."""
+    """Give the URL from a page in one folder to another folder; "" where there is none, as between Windows' drives."""
     try:
         return quote(Path(os.path.relpath(other, folder)).as_posix()) + "/"
     except ValueError:

@@ -1,7 +1,7 @@
-"""A folder of results: settings that never change, and a line of JSON per picture that is added as it is scored.
+"""A folder of results: settings that never change, and a line of JSON per image that is added as it is scored.
 
-settings.json     what the pictures and scores depend on
-results.jsonl     one line per picture, in the order of painting
+settings.json     all that the images and scores depend on
+results.jsonl     one line per image, in the order of painting
 images/00000/     of each prompt GenEval's layout: `metadata.jsonl`, one object, and `samples/0000.png`, ...
 """
 
@@ -27,7 +27,7 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     Make the folder, or see that what it holds came from the same settings.
 
-    What scores may be named later: `settings["scorer"]` None stands for pictures that wait for a scorer.
+    What scores may be named later: `settings["scorer"]` None stands for images that wait for a scorer.
 
     Raises:
         DifferentSettingsError: with what differs.
@@ -54,7 +54,7 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a folder of results; ValueError if it is none."""
+    """Read the settings of a folder of results; ValueError if it is none."""
     try:
         found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
@@ -67,7 +67,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, name: str = "") -> dict[str, tuple[Any, Any]]:
-    """Names, dotted, of what differs between two settings, and both values; None for what is not there."""
+    """List the dotted names of what differs between two settings, with both values; None for what is not there."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = dict.fromkeys([*old, *new])
         return {
@@ -85,7 +85,7 @@ def _short(value: Any) -> str:
 
 def read_lines(folder: Path) -> list[Line]:
     """
-    The whole lines of a folder; of a run that was killed in a line that line is left out.
+    Read the whole lines of a folder; of a run that was killed in a line that line is left out.
 
     Raises:
         ValueError: if the file was not written by this package.
@@ -124,12 +124,12 @@ def _as_text(line: Line) -> str:
 
 
 def image_file(place: int, sample: int) -> str:
-    """Path of a picture below the folder, as GenEval's scorer finds it."""
+    """Give the path of an image below the folder, as GenEval's scorer finds it."""
     return f"images/{place:05}/samples/{sample:04}.png"
 
 
 def write_metadata(folder: Path, place: int, row: Mapping[str, Any]) -> None:
-    """The benchmark's row beside the prompt's pictures, as the one object that GenEval's scorer reads."""
+    """Write the benchmark's row beside the prompt's images, as the one object that GenEval's scorer reads."""
     file = folder / f"images/{place:05}/metadata.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, json.dumps(row, default=str) + "\n")

@@ -1,4 +1,4 @@
-"""Paint a benchmark and score it, picture by picture into a folder that a later run goes on with."""
+"""Paint a benchmark and score it, image by image into a folder that a later run goes on with."""
 
 import hashlib
 import json
@@ -31,13 +31,13 @@ from .scorers import Score, Scorer
 
 
 IMAGE_POSITIONS = 8
-"""More than an image and the markers around it take."""
+"""Positions kept for an image and the markers around it, which take fewer."""
 
 
 @dataclass(frozen=True)
 class Options:
     """
-    How the pictures are made; see [`generate`].
+    Settings that images are made with; see [`generate`].
 
     Attributes:
         painting: samples, steps, sizes and seed; a benchmark's own by default.
@@ -59,14 +59,14 @@ class Options:
 
 
 def with_changes(painting: Painting, **changes: int | None) -> Painting:
-    """A benchmark's defaults with what the user set."""
+    """Change a benchmark's defaults to what the user set."""
     return replace(painting, **{name: value for name, value in changes.items() if value is not None})
 
 
 def settings_of(
     benchmark: Benchmark, options: Options, scorer: Scorer | None, model: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that a folder's results depend on, as JSON can hold it."""
+    """Collect all that a folder's results depend on, as JSON can hold it."""
     guidance = asdict(options.guidance) if options.guidance.branches else None
     painting = {**asdict(options.painting), **{k: v for k, v in asdict(options).items() if k != "painting"}}
     return {
@@ -88,8 +88,9 @@ def without_long_prompts(
     benchmark: Benchmark, model: Any, tokenizer: PreTrainedTokenizerBase, options: Options
 ) -> Benchmark:
     """
-    The benchmark without the prompts that the model has no room for beside its longest thinking; they are among the
-    problems then. Found before anything is painted, where a batch with one of them would fail as a whole.
+    Move the prompts that the model has no room for, beside its longest thinking, to the benchmark's problems.
+
+    This is done before anything is painted: a batch with one of them would fail as a whole.
     """
     base = unified_model(model)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
@@ -113,7 +114,7 @@ def without_long_prompts(
 
 
 def items_digest(items: Sequence[Item]) -> str:
-    """16 hexadecimal digits of the SHA-256 of all prompts, tasks and questions."""
+    """Give 16 hexadecimal digits of the SHA-256 of all prompts, tasks and questions."""
     rows = [[item.key, item.prompt, item.task, [question.to_dict() for question in item.questions]] for item in items]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
@@ -129,19 +130,19 @@ def run(
     on_pictures: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Line]:
     """
-    Paint and score what the folder does not have yet. Pictures without a score are scored again, not painted again.
+    Paint and score what the folder does not have yet. Images without a score are scored again, not painted again.
 
     Row r is sample r // N of prompt r % N, of N prompts: more samples leave the first ones as they are. Whole batches
-    are painted, so that a run that was stopped and goes on gives the same pictures as one that was not.
+    are painted, so that a run that was stopped and goes on gives the same images as one that was not.
 
     Args:
         scorer: None only paints.
         folder: see [`results`].
-        fingerprint: what the model's weights are known by.
-        on_pictures: called with (pictures done, pictures to do) at the start and after each batch.
+        fingerprint: the digest by which the model's weights are known.
+        on_pictures: called with (images done, images to do) at the start and after each batch.
 
     Returns:
-        One line per picture, in the order of rows.
+        One line per image, in the order of rows.
 
     Raises:
         DifferentSettingsError: if the folder holds results of other settings.
@@ -184,7 +185,7 @@ def _paint(
     folder: Path,
     options: Options,
 ) -> tuple[list[Line], list[Image.Image]]:
-    """Paint the batch of these rows; keep the pictures that are missing, with their lines."""
+    """Paint the batch of these rows; keep the images that are missing, with their lines."""
     started = time.perf_counter()
     samples = generate(
         model,
@@ -231,7 +232,7 @@ def _paint(
 def scored(
     lines: Sequence[Line], items: Sequence[Item], images: Sequence[Image.Image], scorer: Scorer | None, soft: bool
 ) -> list[Line]:
-    """The lines with their scores; without a scorer with none."""
+    """Add their scores to the lines; without a scorer, none."""
     own = [items[line["index"]] for line in lines]
     if scorer is None:
         return [line | {"reward": None, "scores": {}, "questions": [], "error": "not scored"} for line in lines]
@@ -249,7 +250,7 @@ def scored(
 
 
 def answered(item: Item, score: Score, soft: bool) -> list[dict[str, Any]]:
-    """Each question with P(yes) and what that earned, None for both where there was no answer."""
+    """List the questions with P(yes) and what that earned, None for both where there was no answer."""
     if not score.answers:
         return []
     points = earned(item.questions, list(score.answers))
@@ -268,7 +269,7 @@ def answered(item: Item, score: Score, soft: bool) -> list[dict[str, Any]]:
 def _score_again(
     folder: Path, done: dict[int, Line], items: Sequence[Item], scorer: Scorer, batch: int, soft: bool
 ) -> None:
-    """Score the pictures on the disk that have no score."""
+    """Score the images on the disk that have no score."""
     waiting = [line for _, line in sorted(done.items()) if line["reward"] is None]
     for start in range(0, len(waiting), batch):
         chunk = waiting[start : start + batch]

@@ -1,4 +1,4 @@
-"""What scores pictures: a judge that answers questions, a detector, ShapeWorld's rule, or reward functions."""
+"""Scorers of images: a judge that answers questions, a detector, ShapeWorld's rule, or reward functions."""
 
 import asyncio
 import inspect
@@ -18,13 +18,13 @@ from .benchmark import Benchmark, Item, Metric
 
 
 MAX_FAILED = 0.25
-"""A picture has no score if a larger share of its questions got no answer, as in `QuestionReward`."""
+"""An image has no score if a larger share of its questions got no answer, as in `QuestionReward`."""
 
 
 @dataclass(frozen=True)
 class Score:
     """
-    What one picture got.
+    The scores that one image got.
 
     Attributes:
         reward: the main score; None if there is none, which is not 0.
@@ -42,15 +42,15 @@ class Score:
 class Scorer(Protocol):
     """
     Attributes:
-        label: what numbers are to be labelled with, such as "judge Qwen3-VL-8B".
-        settings: what its scores depend on, for the record; no keys, no addresses.
+        label: the name that numbers are to be labelled with, such as "judge Qwen3-VL-8B".
+        settings: all that its scores depend on, for the record; no keys, no addresses.
     """
 
     label: str
     settings: dict[str, Any]
 
     def __call__(self, items: Sequence[Item], images: Sequence[Image.Image], thinkings: Sequence[str]) -> list[Score]:
-        """One score per picture."""
+        """Give one score per image."""
         ...
 
 
@@ -62,7 +62,7 @@ class JudgeScorer:
         asker: a judge, see [`~trl_unigrpo.rewards.common.Asker`].
         metric: the benchmark's.
         name: of the judge's model.
-        settings: what else its answers depend on.
+        settings: all else that its answers depend on.
         max_dead_batches: see [`~trl_unigrpo.rewards.common.Breaker`].
     """
 
@@ -98,7 +98,7 @@ async def _answers(asker: Asker, pairs: Sequence[tuple[Image.Image, str]]) -> Sc
 
 
 def question_score(metric: Metric, item: Item, answers: Scores, error: str = "no answer") -> Score:
-    """One picture's score from the answers to its item's questions."""
+    """Score one image by the answers to its item's questions."""
     scores = metric(item.questions, answers)
     if sum(answer is None for answer in answers) > MAX_FAILED * len(answers):
         scores = dict.fromkeys(scores)
@@ -107,7 +107,7 @@ def question_score(metric: Metric, item: Item, answers: Scores, error: str = "no
 
 
 class ShapeWorldScorer:
-    """ShapeWorld's rule: the share of a prompt's checks that hold, whether all do, and how clean the picture is."""
+    """ShapeWorld's rule: the share of a prompt's checks that hold, whether all do, and how clean the image is."""
 
     label = "rule"
 
@@ -138,7 +138,7 @@ class RewardScorer:
 
     Args:
         rewards: by name. They are called with `prompts`, `completions`, `images` and the rows' columns.
-        label: what the numbers are labelled with.
+        label: the name that numbers are labelled with.
         settings: for the record.
         total: name of the main score.
     """
@@ -185,7 +185,7 @@ def _called(reward: Callable[..., Any], **arguments: Any) -> Sequence[float | No
 
 def detector_scorer(detector: Any, colors: Any, name: str) -> RewardScorer:
     """
-    GenEval's own rule by a detector and a CLIP.
+    Score by GenEval's own rule, with a detector and a CLIP.
 
     Args:
         detector, colors: see [`GenEvalReward`].
@@ -205,8 +205,8 @@ def detector_scorer(detector: Any, colors: Any, name: str) -> RewardScorer:
     return RewardScorer({"correct": strict}, f"detector {name}", {"detector": name}, total="correct")
 
 
-def fitting(benchmark: Benchmark) -> str:
-    """What a benchmark is scored by: "rule", "detector", "judge" or "rewards"."""
+def scorer_kind(benchmark: Benchmark) -> str:
+    """Name the kind of scorer that fits a benchmark: "rule", "detector", "judge" or "rewards"."""
     if benchmark.name == "shapeworld":
         return "rule"
     if benchmark.name == "geneval":

@@ -1,4 +1,4 @@
-"""From the lines of a folder to its numbers: overall, by task and by kind of question, with 95 % intervals."""
+"""The numbers of a folder's lines: overall, by task and by kind of question, with 95 % intervals."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ from .results import Line
 
 def summarize(settings: Mapping[str, Any], lines: Sequence[Line], label: str = "") -> dict[str, Any]:
     """
-    The numbers of a folder's lines.
+    Compute the numbers of a folder's lines.
 
-    Pictures without a score are in none of the means; how many there are stands beside them. Intervals are over
-    prompts: pictures of one prompt are alike.
+    Images without a score are in none of the means; how many there are stands beside them. Intervals are over
+    prompts: images of one prompt are alike.
 
     Args:
         settings: of the folder.
-        label: the benchmark's title with what scored it.
+        label: the benchmark's title, and the name of its scorer.
     """
     benchmark = settings["benchmark"]
     names = list(dict.fromkeys(name for line in lines for name in line["scores"]))
@@ -50,18 +50,18 @@ def summarize(settings: Mapping[str, Any], lines: Sequence[Line], label: str = "
 
 
 def metric_summary(benchmark: Mapping[str, Any], lines: Sequence[Line], name: str) -> dict[str, Any]:
-    """One score's mean, overall and by task."""
+    """Average one score, overall and by task."""
     kept = [line for line in lines if line["scores"].get(name) is not None]
     tasks = list(dict.fromkeys(line["tag"] for line in lines))
     by_task = {task: task_mean(benchmark, [line for line in kept if line["tag"] == task], name) for task in tasks}
     return {
-        **as_json(overall_mean(benchmark, kept, name, tasks)),
-        "tasks": {task: as_json(found) for task, found in by_task.items()},
+        **interval_json(overall_mean(benchmark, kept, name, tasks)),
+        "tasks": {task: interval_json(found) for task, found in by_task.items()},
     }
 
 
 def task_mean(benchmark: Mapping[str, Any], lines: Sequence[Line], name: str) -> Interval | None:
-    """The mean of lines that have the score; None of none."""
+    """Average the lines that have the score; None of none."""
     if not lines:
         return None
     values, clusters = values_of(lines, name), clusters_of(lines)
@@ -74,7 +74,7 @@ def overall_mean(
     benchmark: Mapping[str, Any], lines: Sequence[Line], name: str, tasks: Sequence[str]
 ) -> Interval | None:
     """
-    The benchmark's one number: the mean of all pictures, of all tasks' means, or of those by their shares.
+    Give the benchmark's one number: the mean of all images, of all tasks' means, or of those by their shares.
 
     None where a task is missing: the others' mean would be another number.
     """
@@ -98,18 +98,18 @@ def values_of(lines: Sequence[Line], name: str) -> list[float]:
 
 
 def clusters_of(lines: Sequence[Line]) -> list[int]:
-    """The clusters as whole numbers, in the order of their names."""
+    """Number the clusters, in the order of their names."""
     places = {name: place for place, name in enumerate(sorted({line["cluster"] for line in lines}))}
     return [places[line["cluster"]] for line in lines]
 
 
 def weights_of(lines: Sequence[Line]) -> list[int]:
-    """Answered questions of each line."""
+    """Count the answered questions of each line."""
     return [sum(question["answer"] is not None for question in line["questions"]) for line in lines]
 
 
 def question_groups(lines: Sequence[Line]) -> dict[str, Any]:
-    """What the answered questions of each group earned on average, all of a group alike."""
+    """Average what the answered questions of each group earned, all of a group alike."""
     groups = dict.fromkeys(question["group"] for line in lines for question in line["questions"])
     found: dict[str, Any] = {}
     for group in groups:
@@ -120,12 +120,12 @@ def question_groups(lines: Sequence[Line]) -> dict[str, Any]:
             if question["group"] == group and question["earned"] is not None
         ]
         clusters = clusters_of([line for _, line in rows])
-        found[group] = as_json(mean_interval([value for value, _ in rows], clusters) if rows else None)
+        found[group] = interval_json(mean_interval([value for value, _ in rows], clusters) if rows else None)
     return found
 
 
-def as_json(interval: Interval | None) -> dict[str, Any]:
-    """An interval for a file; without bounds where there are none."""
+def interval_json(interval: Interval | None) -> dict[str, Any]:
+    """Write an interval as JSON can hold it; without bounds where there are none."""
     if interval is None:
         return {"mean": None, "ci95": None, "clusters": 0}
     bounds = [interval.low, interval.high]
@@ -137,7 +137,7 @@ def as_json(interval: Interval | None) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any]) -> Table:
-    """The tasks' and the overall scores, for the console: the main one with its interval."""
+    """Tabulate the tasks' and the overall scores for the console: the main one with its interval."""
     metrics = summary["metrics"]
     main, *others = metrics.values()
     names = list(metrics)
@@ -148,22 +148,22 @@ def table(summary: Mapping[str, Any]) -> Table:
     tasks = list(main["tasks"])
     for place, task in enumerate(tasks):
         number = main["tasks"][task]
-        cells = [mean(metric["tasks"][task]) for metric in others]
+        cells = [mean_text(metric["tasks"][task]) for metric in others]
         found.add_row(plain(task), str(number["clusters"]), shown(number), *cells, end_section=place == len(tasks) - 1)
-    found.add_row("overall", str(main["clusters"]), shown(main), *map(mean, others))
+    found.add_row("overall", str(main["clusters"]), shown(main), *map(mean_text, others))
     return found
 
 
 def plain(text: str) -> Text:
-    """A user's text for the console: without markup and control characters."""
+    """Make a user's text fit for the console: without markup and control characters."""
     return Text(readable(text))
 
 
-def mean(number: Mapping[str, Any]) -> str:
+def mean_text(number: Mapping[str, Any]) -> str:
     return "-" if number["mean"] is None else f"{number['mean']:.4g}"
 
 
 def shown(number: Mapping[str, Any]) -> str:
-    """As ".712 [.690, .734]"."""
+    """Write a number with its interval, as ".712 [.690, .734]"."""
     bounds = number["ci95"]
-    return mean(number) if bounds is None else f"{number['mean']:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+    return mean_text(number) if bounds is None else f"{number['mean']:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"

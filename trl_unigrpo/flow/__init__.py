@@ -1,7 +1,7 @@
 """The flow maths of UniGRPO (arXiv 2603.23500) as pure functions of tensors: no model, no trainer.
 
 Read in this order: `schedule` (which times, which steps are noisy), `transition` (one step as a Gaussian),
-`objective` (ratio, clip, regularisers), `matching` (objectives without noisy steps).
+`ratio` (ratio, clip, regularisers), `matching` (objectives without noisy steps).
 """
 
 from .matching import (

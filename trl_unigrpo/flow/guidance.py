@@ -3,7 +3,7 @@
 Shapes: B samples, `latent` the model's own latent dimensions, of which the last is the numbers of one token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .transition import expand_left
 
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""Predicts the velocity (B, *latent) at states (B, *latent) and times (B,)."""
 
 RENORMS = ("global", "channel", "text_channel")
 
@@ -118,6 +121,26 @@ def guide_where_covered(velocity: Tensor, branches: Mapping[str, Tensor], times:
     """[`guide`] for the rows (B, *latent) whose time, of `times` (B,), is guided; the others stay as they are."""
     covered = torch.tensor([guidance.covers(t) for t in times.tolist()], device=velocity.device)
     return torch.where(expand_left(covered, velocity).bool(), guide(velocity, branches, guidance), velocity)
+
+
+def guided_velocity(velocity: Velocity, branches: Mapping[str, Velocity], guidance: Guidance | None) -> Velocity:
+    """
+    The guided velocity of a sampler whose rows have one time: branches are computed where that time is guided.
+
+    Args:
+        velocity: of the whole context.
+        branches: of the contexts that `guidance.branches` names.
+    """
+    if guidance is None or not guidance.branches:
+        return velocity
+
+    def guided(latents: Tensor, times: Tensor) -> Tensor:
+        predicted = velocity(latents, times).float()
+        if not guidance.covers(times[0]):
+            return predicted
+        return guide(predicted, {name: branch(latents, times).float() for name, branch in branches.items()}, guidance)
+
+    return guided
 
 
 def shrink(guided: Tensor, velocity: Tensor, dims: tuple[int, ...], renorm_min: float) -> Tensor:

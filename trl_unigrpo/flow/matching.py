@@ -8,7 +8,7 @@ image alone, whatever sampler made it.
 import torch
 from torch import Tensor
 
-from .ratio import _latent_mean, _same_float
+from .ratio import latent_mean, same_float
 from .schedule import shift_timesteps
 from .transition import expand_left
 
@@ -57,8 +57,8 @@ def matching_log_ratio(velocity: Tensor, old_velocity: Tensor, target: Tensor, n
         >>> matching_log_ratio(0.5 * one, 0.0 * one, one, num_batch_dims=1)  # 1 - 0.25
         tensor([0.7500])
     """
-    velocity, old_velocity, target = _same_float(velocity, old_velocity, target)
-    return _latent_mean((old_velocity - velocity) * (old_velocity + velocity - 2 * target), num_batch_dims)
+    velocity, old_velocity, target = same_float(velocity, old_velocity, target)
+    return latent_mean((old_velocity - velocity) * (old_velocity + velocity - 2 * target), num_batch_dims)
 
 
 def nft_loss(
@@ -97,7 +97,7 @@ def nft_loss(
         >>> nft_loss(old, old, target, target, t, torch.tensor([5.0]), beta=1.0)  # r = 1; one off, over w+ = 1
         tensor([5.])
     """
-    velocity, old_velocity, state, target = _same_float(velocity, old_velocity, state, target)
+    velocity, old_velocity, state, target = same_float(velocity, old_velocity, state, target)
     num_batch_dims = timesteps.dim()
     t = expand_left(timesteps.to(state), state)
     image = state - t * target
@@ -105,8 +105,8 @@ def nft_loss(
 
     def distance(towards: Tensor) -> Tensor:
         error = state - t * towards - image
-        width = _latent_mean(error.detach().abs(), num_batch_dims).clamp(min=1e-5)
-        return _latent_mean(error.square(), num_batch_dims) / width
+        width = latent_mean(error.detach().abs(), num_batch_dims).clamp(min=1e-5)
+        return latent_mean(error.square(), num_batch_dims) / width
 
     positive = distance((1 - beta) * old_velocity + beta * velocity)
     negative = distance((1 + beta) * old_velocity - beta * velocity)

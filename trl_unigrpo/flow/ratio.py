@@ -62,14 +62,14 @@ def log_ratio(
         raise ValueError("log_ratio needs one transition per row, but tr is 0-dim. Pass times of shape (*batch).")
     if not bool((tr.std > 0).all()):
         raise ValueError("A step without noise has no ratio: tr.std must be above 0. Leave ODE steps out of the loss.")
-    x, x_next, velocity, old_velocity = _same_float(x, x_next, velocity, old_velocity)
+    x, x_next, velocity, old_velocity = same_float(x, x_next, velocity, old_velocity)
     b, std = expand_left(tr.b, x), tr.std.to(x.dtype).to(x.device)
     scaled_noise = x_next - (expand_left(tr.a, x) * x + b * old_velocity)
     drift = b * (velocity - old_velocity)
-    normed = _latent_mean(scaled_noise * drift, num_batch_dims) / std
+    normed = latent_mean(scaled_noise * drift, num_batch_dims) / std
     if ratio_norm:
         return normed
-    return normed / std - _latent_mean(drift.square(), num_batch_dims) / (2.0 * std.square())
+    return normed / std - latent_mean(drift.square(), num_batch_dims) / (2.0 * std.square())
 
 
 def clipped_surrogate(
@@ -130,8 +130,8 @@ def velocity_mse(velocity: Tensor, reference_velocity: Tensor, num_batch_dims: i
         >>> velocity_mse(torch.zeros(2, 3), torch.ones(2, 3), num_batch_dims=1)
         tensor([1., 1.])
     """
-    velocity, reference_velocity = _same_float(velocity, reference_velocity)
-    return _latent_mean((velocity - reference_velocity).square(), num_batch_dims)
+    velocity, reference_velocity = same_float(velocity, reference_velocity)
+    return latent_mean((velocity - reference_velocity).square(), num_batch_dims)
 
 
 def latent_kl(
@@ -175,12 +175,12 @@ def latent_kl(
         raise ValueError(f"tr has {tr.std.dim()} dims, but the batch has only num_batch_dims={num_batch_dims}.")
     if not bool((tr.std > 0).all()):
         raise ValueError("A step without noise has no KL: tr.std must be above 0. Use velocity_mse for ODE steps.")
-    velocity, reference_velocity = _same_float(velocity, reference_velocity)
+    velocity, reference_velocity = same_float(velocity, reference_velocity)
     # Coefficients are combined in float64 before they meet the latents.
     weight = tr.b.square() / (2.0 * tr.std.square())
     if form == "flow_grpo":
         weight = weight * torch.as_tensor(dt, dtype=torch.float64, device=weight.device).abs()
-    squared = _latent_mean((velocity - reference_velocity).square(), num_batch_dims)
+    squared = latent_mean((velocity - reference_velocity).square(), num_batch_dims)
     return expand_left(weight, squared) * squared
 
 
@@ -210,7 +210,7 @@ def scale_with_latents(value: float, num_latent_dims: int, reference_dims: int =
     return value * math.sqrt(reference_dims / num_latent_dims)
 
 
-def _same_float(*tensors: Tensor) -> tuple[Tensor, ...]:
+def same_float(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Check that all shapes agree; promote to float32, or to float64 where one of them has it."""
     if len({tuple(tensor.shape) for tensor in tensors}) > 1:
         raise ValueError(f"Latents and velocities must have one shape, but have {[tuple(t.shape) for t in tensors]}.")
@@ -218,7 +218,7 @@ def _same_float(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.float64 if double else torch.float32) for tensor in tensors)
 
 
-def _latent_mean(values: Tensor, num_batch_dims: int) -> Tensor:
+def latent_mean(values: Tensor, num_batch_dims: int) -> Tensor:
     """Mean over the trailing dims, those after the first `num_batch_dims`."""
     if not 0 <= num_batch_dims < values.dim():
         raise ValueError(

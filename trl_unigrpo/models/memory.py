@@ -1,10 +1,10 @@
-"""How much fits at once."""
+"""Free memory, and the number of things that fit into it."""
 
 import torch
 
 
 def free_memory(device: torch.device | str) -> int | None:
-    """Bytes that new tensors can take on a CUDA device, the allocator's reserve included; None elsewhere."""
+    """Count the bytes that new tensors can take on a CUDA device, the allocator's reserve included; None elsewhere."""
     device = torch.device(device)
     if device.type != "cuda":
         return None
@@ -13,5 +13,7 @@ def free_memory(device: torch.device | str) -> int | None:
 
 
 def fitting(free: int | None, bytes_each: float, share: float = 0.8) -> int | None:
-    """How many things of a size fit into a share of the free memory, possibly 0; None if memory is not counted."""
+    """
+    Count the things of a size that fit into a share of the free memory, possibly 0; None if memory is not counted.
+    """
     return None if free is None else int(share * free / bytes_each)

@@ -1,4 +1,4 @@
-"""A small variational autoencoder whose encoder cuts the picture into patches, with `AutoencoderKL`'s interface."""
+"""A small variational autoencoder whose encoder cuts the image into patches, with `AutoencoderKL`'s interface."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
     """
     Encodes every square of `spatial_compression_ratio` pixels into one latent vector of its own, by convolutions whose
     kernels are as wide as their strides. Its decoder looks a little around. Orders of magnitude cheaper than
-    `AutoencoderKL`, for pictures simple enough.
+    `AutoencoderKL`, for images simple enough.
 
     As in `AutoencoderKL`, `encode` and `decode` speak of raw latents z; the flow works on
     `scaling_factor * (z - shift_factor)`, and it is up to the caller to convert.
 
     Args:
-        in_channels: channels of the pictures read.
-        out_channels: channels of the pictures written.
+        in_channels: channels of the images read.
+        out_channels: channels of the images written.
         latent_channels: numbers per latent position.
         block_out_channels: width of each block of the encoder, first to last; the decoder has them in reverse.
         strides: downsampling of each block. Their product is `spatial_compression_ratio`.
@@ -73,10 +73,10 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """
-        The posterior over raw latents.
+        Return the posterior over raw latents.
 
         Args:
-            x: pictures (B, in_channels, H, W) in [-1, 1], H and W multiples of `spatial_compression_ratio`.
+            x: images (B, in_channels, H, W) in [-1, 1], H and W multiples of `spatial_compression_ratio`.
             return_dict: whether to return an output object instead of a tuple.
 
         Returns:
@@ -85,7 +85,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         ratio, height, width = self.spatial_compression_ratio, *x.shape[-2:]
         if height % ratio or width % ratio:
             raise ValueError(
-                f"a picture of {height} x {width} pixels can't be cut into patches of {ratio} x {ratio}: resize it to "
+                f"an image of {height} x {width} pixels can't be cut into patches of {ratio} x {ratio}: resize it to "
                 f"multiples of {ratio}"
             )
         posterior = DiagonalGaussianDistribution(self.encoder(x))
@@ -93,7 +93,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
 
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """
-        Pictures of raw latents.
+        Decode raw latents to images.
 
         Args:
             z: raw latents (B, latent_channels, h, w).
@@ -112,7 +112,7 @@ class PatchAutoencoderKL(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Encodes and decodes pictures (B, in_channels, H, W), through the mean of the posterior or a sample of it."""
+        """Encode and decode images (B, in_channels, H, W), through the mean of the posterior or a sample of it."""
         posterior = self.encode(sample, return_dict=False)[0]
         z = posterior.sample(generator=generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict)

@@ -1,1 +1,1 @@
-"""Checks, galleries and alarms around a run."""
+"""Parts that watch a run: its events, start-up checks, alarms, statistics of images, progress."""

@@ -1,4 +1,4 @@
-"""What an alarm says, and the file that keeps what was said."""
+"""An alarm, and the file that keeps those that were given."""
 
 import json
 from collections.abc import Mapping
@@ -11,17 +11,19 @@ from .files import replace_file
 
 ALARMS_FILE = "alarms.jsonl"
 MOST_INDICES = 8
-"""Pictures that an alarm names at most."""
+"""Images that an alarm names at most."""
 
 
 @dataclass(frozen=True)
 class Alarm:
     """
+    One thing that was seen and should be known.
+
     Attributes:
         name: what it looks at, such as "images/dark_share".
         message: what was seen and what to do, in one or two sentences.
         values: the numbers behind it.
-        indices: the pictures that it means: their places in [`Generation.images`], counted from 0.
+        indices: the images that it means: their places in [`Generation.images`], counted from 0.
         stops: whether the run should stop for it.
     """
 
@@ -32,8 +34,8 @@ class Alarm:
     stops: bool = False
 
     def __str__(self) -> str:
-        pictures = f" Pictures {', '.join(map(str, self.indices))}." if self.indices else ""
-        return f"{self.name}: {self.message}{pictures}"
+        images = f" Images {', '.join(map(str, self.indices))}." if self.indices else ""
+        return f"{self.name}: {self.message}{images}"
 
 
 def append_alarm(output_dir: str | Path, step: int, mode: str, alarm: Alarm, stopped: bool) -> None:
@@ -42,7 +44,7 @@ def append_alarm(output_dir: str | Path, step: int, mode: str, alarm: Alarm, sto
 
     Args:
         step: optimizer steps made before.
-        mode: "train" or "eval", what the indices count pictures of.
+        mode: "train" or "eval", what the indices count images of.
         stopped: whether the run stops for it.
     """
     line = {
@@ -61,7 +63,9 @@ def append_alarm(output_dir: str | Path, step: int, mode: str, alarm: Alarm, sto
 
 
 def read_alarms(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's `alarms.jsonl`, in order; none if it has no such file. A line cut short is left out."""
+    """
+    Read the lines of a run's `alarms.jsonl`, in order; none if it has no such file. A line cut short is left out.
+    """
     file = Path(output_dir) / ALARMS_FILE
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:

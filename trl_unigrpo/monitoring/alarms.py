@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -17,7 +16,6 @@ from ..models.registry import unified_model
 from .alarm import Alarm, append_alarm, forget_alarms
 from .events import Generation, Update, Watcher
 from .image_alarms import ImageWatch
-from .image_statistics import image_statistics
 from .memory import revive
 from .reward_alarms import RewardWatch
 from .thinking_alarms import ThinkingWatch, plain_text, repetition
@@ -31,14 +29,14 @@ COOL_DOWN = 50
 
 
 def default_alarms(mode: str) -> list["Alarms"]:
-    """The alarms of a run, by its `alarms`."""
+    """Make the alarms of a run, by its `alarms`."""
     return [] if mode == "off" else [Alarms(mode)]
 
 
 class Alarms(Watcher, ExportableState):
     """
-    Watches updates, pictures, rewards and thinkings. An alarm is a line in the log and in `alarms.jsonl` in the output
-    folder (see [`append_alarm`]).
+    A watcher of updates, images, rewards and thinkings. An alarm is a line in the log and in `alarms.jsonl` in the
+    output folder (see [`append_alarm`]).
 
     What it knows of the start of the run is saved in the checkpoint's `trainer_state.json` and comes back on resuming.
 
@@ -51,7 +49,7 @@ class Alarms(Watcher, ExportableState):
         self._remember({})
         self._updates_told = 0
 
-    # What survives a checkpoint
+    # Memory, which survives a checkpoint
 
     def _remember(self, memory: dict[str, Any]) -> None:
         self._tripwire = revive(Tripwire, memory.get("tripwire", {}))
@@ -81,7 +79,7 @@ class Alarms(Watcher, ExportableState):
         if state.is_world_process_zero:
             forget_alarms(args.output_dir, state.global_step)
 
-    # What it sees
+    # Events
 
     def on_generation(
         self,
@@ -95,7 +93,7 @@ class Alarms(Watcher, ExportableState):
         texts = [plain_text(thinking) for thinking in generation.thinking]
         repeated = np.array([repetition(text) for text in texts])
         trains, prompts = generation.mode == "train", list(map(str, generation.prompts))
-        images = self._images.statistics(_shared_statistics(args, generation), prompts, trains)
+        images = self._images.statistics(generation.statistics, prompts, trains)
         for name, values in {**images, "thinking/repetition": repeated}.items():
             metrics.setdefault(name, []).append(float(values.mean()))
         if not trains:
@@ -155,7 +153,7 @@ class Alarms(Watcher, ExportableState):
             rates = {group.get("name"): float(group["lr"]) for group in optimizer.param_groups}
             self._tripwire.stepped(rates.get("image", max(rates.values())), self._signal)
 
-    # What it says
+    # Alarms
 
     def _give(
         self,
@@ -182,10 +180,3 @@ def _stopping(args: TrainingArguments) -> str:
     if args.save_strategy == "no":
         return " The run stops here, without a checkpoint, as save_strategy is 'no'."
     return " A checkpoint is saved and the run stops here."
-
-
-def _shared_statistics(args: TrainingArguments, generation: Generation) -> list[Any]:
-    """Statistics of all images, of which each process measures its part."""
-    size = -(-len(generation.images) // args.world_size)
-    part = generation.images[args.process_index * size :][:size]
-    return gather_object([image_statistics(image) for image in part])

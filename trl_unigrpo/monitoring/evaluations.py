@@ -17,15 +17,15 @@ LEAST = 8
 MOST_DATASETS = 4
 """Evaluation datasets that are told apart."""
 
-Scores = dict[str, list[float | None]]
+ScoresByName = dict[str, list[float | None]]
 """Score -> one value per sample, None where there is none."""
 
 
 @dataclass
 class Evaluations:
     """
-    What it knows between two evaluations; all of it can be written as JSON. Evaluations repeat prompts and noise:
-    what is compared are differences, whose spread is far below that of the prompts.
+    The memory between two evaluations; all of it can be written as JSON. Evaluations repeat prompts and noise:
+    differences are compared, whose spread is far below that of the prompts.
 
     Attributes:
         first: checksum of the prompts -> scores of the first evaluation of them.
@@ -33,8 +33,8 @@ class Evaluations:
         checksum: of its prompts so far.
     """
 
-    first: dict[str, Scores] = field(default_factory=dict)
-    scores: Scores = field(default_factory=dict)
+    first: dict[str, ScoresByName] = field(default_factory=dict)
+    scores: ScoresByName = field(default_factory=dict)
     checksum: int = 0
 
     def add(self, prompts: Sequence[Any], scores: Mapping[str, FloatArray]) -> None:
@@ -44,8 +44,10 @@ class Evaluations:
             known = [None if math.isnan(value) else value for value in values.tolist()]
             self.scores.setdefault(name, []).extend(known)
 
-    def end(self) -> tuple[Scores, dict[str, Change]]:
-        """The scores of the evaluation that ends here, and how they differ from the first of the same prompts."""
+    def end(self) -> tuple[ScoresByName, dict[str, Change]]:
+        """
+        Return the scores of the evaluation that ends here, and how they differ from the first of the same prompts.
+        """
         scores, key = self.scores, str(self.checksum)
         self.scores, self.checksum = {}, 0
         if key not in self.first:
@@ -57,7 +59,7 @@ class Evaluations:
 
 
 def paired_change(before: Sequence[float | None], now: Sequence[float | None]) -> Change | None:
-    """Of the mean over samples that have a score in both; None for fewer than eight of them."""
+    """Compare means over samples that have a score in both; None for fewer than eight of them."""
     if len(before) != len(now):
         return None
     pairs = np.array([before, now], dtype=float)

@@ -1,14 +1,21 @@
-"""What a run tells those who watch it, beside the events of `transformers.TrainerCallback`."""
+"""The events of a run for those who watch it, beside those of `transformers.TrainerCallback`."""
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor
+from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..flow import Transition
+from ..flow.states import SDESteps
+from ..trajectory import Trajectory
+from .image_statistics import ImageStatistics
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,8 @@ class Generation:
         group_size: G.
         prompts: N, as the dataset has them: texts or conversations.
         thinking: N texts.
-        images: N.
+        images: of this process' samples, which stand side by side.
+        statistics: N, of the images of all processes.
         rewards: function -> N numbers, NaN where it has none.
         weights: function that judges images -> what it counts in the reward; one of weight 0 is a held-out score.
         advantages: N, of the image's rewards.
@@ -33,10 +41,30 @@ class Generation:
     prompts: Sequence[Any]
     thinking: Sequence[str]
     images: Sequence[Image.Image]
+    statistics: Sequence[ImageStatistics]
     rewards: Mapping[str, Sequence[float]]
     weights: Mapping[str, float]
     advantages: Sequence[float]
     extra: Mapping[str, Sequence[Any]]
+    first: int = 0
+    """Place of this process' first sample among the N."""
+
+    def fetch(self, places: Sequence[int]) -> dict[int, Image.Image]:
+        """
+        Bring the images at some places to the first process: place -> image; nothing in the others.
+
+        All processes must call it, with the same places.
+        """
+        own = {place: self.images[place - self.first] for place in places if self.holds(place)}
+        if not (dist.is_available() and dist.is_initialized()):
+            return own
+        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(own, parts)
+        return {place: image for part in parts or [] for place, image in part.items()}
+
+    def holds(self, place: int) -> bool:
+        """Say whether this process has the image at a place."""
+        return self.first <= place < self.first + len(self.images)
 
     @cached_property
     def reward(self) -> NDArray[np.float64]:
@@ -44,6 +72,45 @@ class Generation:
         rewards = np.array([self.rewards[name] for name in self.weights], dtype=np.float64)
         total = np.nansum(rewards * np.array([*self.weights.values()])[:, None], axis=0)
         return np.where(np.isnan(rewards).all(axis=0), np.nan, total)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    What one process has painted for training, before it is rewarded.
+
+    Attributes:
+        trajectories: B of them, with their images.
+        group_size: G, of one prompt side by side.
+        transition: of the update, states -> Gaussians; None where steps are not noisy.
+        windows: (P, K) times of the noisy steps of each process, where all images of a generation must have one
+            window; else None.
+    """
+
+    trajectories: Sequence[Trajectory]
+    group_size: int
+    transition: Callable[[SDESteps], Transition] | None
+    windows: Tensor | None
+
+
+@dataclass(frozen=True)
+class ImageLoss:
+    """
+    One micro-batch's loss of the image expert, before it is back-propagated.
+
+    Attributes:
+        velocity: (S, *latent) of the current weights, without gradient.
+        states: where it was predicted.
+        first_pass: whether these weights are those that the images were sampled with.
+        objective: what it is trained on.
+        regularizer: scalar with its gradient; None without one.
+    """
+
+    velocity: Tensor
+    states: Any
+    first_pass: bool
+    objective: Any
+    regularizer: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -62,9 +129,29 @@ class Update:
 
 class Watcher(TrainerCallback):
     """
-    A callback with two more events. Both are called in all processes, with the same values in each, so that what a
-    watcher asks of `control` is asked in all.
+    A callback with more events, in the order of a step. What a watcher asks of `control` must be asked in all
+    processes: `on_generation` and `on_update` are called with the same values in each.
     """
+
+    def on_ready(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """The trainer is made, and its weights are as they will be trained."""
+
+    def on_rollout_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> None:
+        """Thinkings are about to be sampled."""
+
+    def on_rollout(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, rollout: Rollout, **kwargs: Any
+    ) -> None:
+        """Images of a training's generation batch have been painted."""
 
     def on_generation(
         self,
@@ -76,13 +163,23 @@ class Watcher(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """
-        Images have been painted and rewarded; nothing has been trained on them yet.
+        Take note that images have been painted and rewarded; nothing has been trained on them yet.
 
         Args:
             metrics: name -> values that the next log averages. A watcher may add some, the same in all processes.
         """
 
+    def on_image_loss(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        image_loss: ImageLoss,
+        **kwargs: Any,
+    ) -> None:
+        """Velocities of the current weights have met those of the old ones."""
+
     def on_update(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, update: Update, **kwargs: Any
     ) -> None:
-        """Gradients are complete and clipped; the optimizer's step comes next."""
+        """Take note that gradients are complete and clipped; the optimizer's step comes next."""

@@ -1,4 +1,4 @@
-"""What a run will cost at least, said once at its start."""
+"""The least that a run will cost, said once at its start."""
 
 import logging
 from typing import Any
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 class ExpectedCost(TrainerCallback):
     """
-    On a GPU, print the least seconds per generation and the peak of memory that the model estimates.
+    A callback that prints, on a GPU, the least seconds per generation and the peak of memory that the model estimates.
 
     Models whose class has no estimate (`trl_unigrpo.estimate.report.ESTIMATES`) are skipped. Never stops a run.
     """
@@ -42,7 +42,7 @@ class ExpectedCost(TrainerCallback):
 
 def expected_cost(model: Any, args: Any, flops_per_second: float, bytes_per_second: float, memory: int) -> str | None:
     """
-    The line to print, or None if the model's class has no estimate.
+    Write the line to print; None if the model's class has no estimate.
 
     Args:
         flops_per_second, bytes_per_second: what the device reaches.

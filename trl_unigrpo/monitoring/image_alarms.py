@@ -1,4 +1,4 @@
-"""Pictures that drift away from what the model painted at the start: reward hacking shows here first."""
+"""Images that drift away from what the model painted at the start: reward hacking shows here first."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,13 +8,13 @@ import numpy as np
 from .alarm import MOST_INDICES, Alarm
 from .image_statistics import FloatArray, ImageStatistics, near_twins
 from .memory import revive
-from .shift import LIMIT, Change, Shift
+from .shift import BEYOND_CHANCE, Change, Shift
 
 
 @dataclass(frozen=True)
 class Rule:
     """
-    When a statistic has drifted: by `least`, and by more than chance (see [`Shift`]).
+    The limit of a statistic: it has drifted if by `least`, and by more than chance (see [`Shift`]).
 
     Attributes:
         sign: +1 or -1, the direction that is bad.
@@ -31,7 +31,7 @@ class Rule:
 
     def broken(self, change: Change) -> bool:
         least = self.least * (change.before if self.relative else 1)
-        return self.sign * (change.now - change.before) > least and self.sign * change.errors > LIMIT
+        return self.sign * (change.now - change.before) > least and self.sign * change.errors > BEYOND_CHANCE
 
 
 LOOK = (
@@ -44,22 +44,22 @@ NOISY = (
 )
 DIVERSITY = "Diversity is what training costs first: stop earlier, or raise flow_regularizer_weight."
 RULES = {
-    "images/dark_share": Rule(+1, 0.15, False, "the pictures have become darker", LOOK),
-    "images/bright_share": Rule(+1, 0.15, False, "the pictures have become brighter", LOOK),
-    "images/color_entropy": Rule(-1, 0.2, True, "the pictures have lost colours", LOOK),
-    "images/edge_density": Rule(-1, 0.3, True, "the pictures have lost detail", LOOK),
-    "images/noise": Rule(+1, 0.02, False, "the pictures have become noisy", NOISY),
-    "images/twins": Rule(+1, 0.3, False, "pictures of one prompt repeat each other", DIVERSITY),
-    "images/twins_across": Rule(+1, 0.3, False, "pictures of different prompts repeat each other", DIVERSITY),
+    "images/dark_share": Rule(+1, 0.15, False, "the images have become darker", LOOK),
+    "images/bright_share": Rule(+1, 0.15, False, "the images have become brighter", LOOK),
+    "images/color_entropy": Rule(-1, 0.2, True, "the images have lost colours", LOOK),
+    "images/edge_density": Rule(-1, 0.3, True, "the images have lost detail", LOOK),
+    "images/noise": Rule(+1, 0.02, False, "the images have become noisy", NOISY),
+    "images/twins": Rule(+1, 0.3, False, "images of one prompt repeat each other", DIVERSITY),
+    "images/twins_across": Rule(+1, 0.3, False, "images of different prompts repeat each other", DIVERSITY),
 }
 """In UniRL#407, by rollout 100, the dark share rose by .475, colour entropy fell by 54 % and edge density by 60 %: the
-limits are a third to a half of that, to be met while most pictures are still good."""
+limits are a third to a half of that, to be met while most images are still good."""
 
 
 @dataclass
 class ImageWatch:
     """
-    What it knows between two generations; all of it can be written as JSON.
+    The memory between two generations; all of it can be written as JSON.
 
     Attributes:
         shifts: statistic -> its means at the start and now.
@@ -76,7 +76,7 @@ class ImageWatch:
         self, images: Sequence[ImageStatistics], prompts: Sequence[str], trains: bool = True
     ) -> dict[str, FloatArray]:
         """
-        Statistic -> N numbers, one per picture.
+        Collect the statistics: name -> N numbers, one per image.
 
         Args:
             prompts: N texts.
@@ -94,7 +94,7 @@ class ImageWatch:
         return {**found, "images/twins": own.astype(float), "images/twins_across": across[: len(images)].astype(float)}
 
     def look(self, found: dict[str, FloatArray], group_size: int) -> list[Alarm]:
-        """What has drifted, by the statistics of a training generation, groups side by side."""
+        """Find what has drifted, by the statistics of a training generation, groups side by side."""
         alarms = []
         for name, rule in RULES.items():
             self.shifts[name].add(found[name].reshape(-1, group_size).mean(1).tolist())

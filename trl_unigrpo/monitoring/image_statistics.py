@@ -1,6 +1,6 @@
-"""What pictures look like, in a few numbers: those that reward hacking moved in public runs.
+"""The looks of images in a few numbers: those that reward hacking moved in public runs.
 
-Shapes: N pictures.
+Shapes: N images; P groups of G; D numbers of a thumbnail.
 """
 
 import math
@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..statistics import BoolArray, FloatArray
 
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
 
 WORKING_SIDE = 128
 """Pixels of the shorter side of the copy that all but the noise is measured on: averages of blocks, so that shares,
@@ -24,12 +23,14 @@ THUMBNAIL_SIDE = 8
 DARK, BRIGHT = 0.25, 0.75
 EDGE = 0.1
 TWIN_DISTANCE = 5 / 255
+MOST_PAIRED = 96
+"""Images that the diversity looks at, at most."""
 
 
 @dataclass(frozen=True)
 class ImageStatistics:
     """
-    Of one picture, whose values go from 0 (black) to 1 (white).
+    The numbers of one image, whose values go from 0 (black) to 1 (white).
 
     Attributes:
         dark_share: share of pixels darker than a quarter, in [0, 1].
@@ -49,7 +50,7 @@ class ImageStatistics:
 
 
 def image_statistics(image: Image.Image) -> ImageStatistics:
-    """Measure a picture of any size and mode; parts that are transparent count as they are stored."""
+    """Measure an image of any size and mode; parts that are transparent count as they are stored."""
     rgb = image.convert("RGB")
     small = rgb.reduce(max(1, min(rgb.size) // WORKING_SIDE))
     colors = np.asarray(small)
@@ -65,7 +66,7 @@ def image_statistics(image: Image.Image) -> ImageStatistics:
 
 
 def thumbnail(image: Image.Image) -> FloatArray:
-    """(192,) colours of 8 x 8 blocks, in [0, 1]."""
+    """Average the colours of 8 x 8 blocks: (192,), in [0, 1]."""
     small = image.convert("RGB").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float64).flatten() / 255
 
@@ -78,7 +79,7 @@ def _color_entropy(colors: NDArray[np.uint8]) -> float:
 
 
 def _edge_density(luma: FloatArray) -> float:
-    """Of the changes to the right and downwards, where both neighbours exist."""
+    """Return the share of pixels that differ from those to the right and below, where both of these exist."""
     if min(luma.shape) < 2:
         return 0.0
     right, down = np.diff(luma, axis=1)[:-1], np.diff(luma, axis=0)[:, :-1]
@@ -87,13 +88,14 @@ def _edge_density(luma: FloatArray) -> float:
 
 def noise_residual(image: Image.Image) -> float:
     """
-    Standard deviation of the noise of a picture, in [0, 1]: what second differences across and along leave of it.
+    Estimate the standard deviation of an image's noise, in [0, 1], by what second differences across and along leave
+    of it.
 
-        sigma = sqrt(pi / 2) / 6 * mean |L|,   L = picture convolved with [1 -2 1]^T [1 -2 1]
+        sigma = sqrt(pi / 2) / 6 * mean |L|,   L = image convolved with [1 -2 1]^T [1 -2 1]
 
     L has no answer to flat areas, slopes and straight edges along an axis, and sum of squares 36. Exact for white
     Gaussian noise; noise of high frequency ("blue") counts more. Other edges and fine texture count too, so that it
-    says something only beside the same model's earlier pictures. Source: J. Immerkaer, Fast noise variance estimation,
+    says something only beside the same model's earlier images. Source: J. Immerkaer, Fast noise variance estimation,
     Computer Vision and Image Understanding 64 (1996).
     """
     width, height = image.size
@@ -108,14 +110,14 @@ def noise_residual(image: Image.Image) -> float:
 
 def near_twins(thumbnails: FloatArray, groups: Sequence[int]) -> tuple[BoolArray, BoolArray]:
     """
-    Pictures that nearly repeat another one: the root mean square of what their thumbnails differ by is below 5/255.
+    Find images that nearly repeat another one: the root mean square of what their thumbnails differ by is below 5/255.
 
     Args:
         thumbnails: (N, 192).
-        groups: N numbers, the same for pictures of one prompt.
+        groups: N numbers, the same for images of one prompt.
 
     Returns:
-        (N,) whether a picture has a twin of its own prompt, and (N,) whether it has one of another.
+        (N,) whether an image has a twin of its own prompt, and (N,) whether it has one of another.
     """
     squares = (thumbnails**2).sum(1)
     distances = squares[:, None] + squares - 2 * thumbnails @ thumbnails.T
@@ -123,3 +125,22 @@ def near_twins(thumbnails: FloatArray, groups: Sequence[int]) -> tuple[BoolArray
     same = np.equal.outer(groups, groups)
     own = near & same & ~np.eye(len(thumbnails), dtype=bool)
     return own.any(1), (near & ~same).any(1)
+
+
+def diversity(statistics: Sequence[ImageStatistics], group_size: int) -> float:
+    """
+    Measure how much the images of one prompt differ: the mean over pairs of a group of the root mean squared
+    difference of their 8 x 8 thumbnails, in [0, 1]. Of the first groups up to 96 images; NaN for groups of one.
+    """
+    groups = max(1, min(len(statistics), MOST_PAIRED) // group_size)
+    thumbnails_ND = np.stack([image.thumbnail for image in statistics[: groups * group_size]])
+    vectors_PGD = thumbnails_ND.reshape(-1, group_size, thumbnails_ND.shape[1])
+    first, second = np.triu_indices(group_size, 1)
+    if not len(first):
+        return float("nan")
+    return float(np.sqrt(((vectors_PGD[:, first] - vectors_PGD[:, second]) ** 2).mean(2)).mean())
+
+
+def pixel_spread(images: Sequence[Image.Image]) -> float:
+    """Average the standard deviation of each image's pixels, in [0, 255]: near 0 where images turn blank."""
+    return float(np.mean([np.asarray(image, dtype=np.float32).std() for image in images]))

@@ -1,4 +1,4 @@
-"""What callbacks know, out of the JSON of a checkpoint."""
+"""Memories of callbacks, out of the JSON of a checkpoint."""
 
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -8,7 +8,10 @@ T = TypeVar("T")
 
 
 def revive(kind: type[T], memory: Any) -> T:
-    """A dataclass as it is, or from what `dataclasses.asdict` made of it; what it no longer has is left out."""
+    """
+    Make a dataclass of what `dataclasses.asdict` made of it; one that is there is kept, keys that it no longer has are
+    left out.
+    """
     if isinstance(memory, kind):
         return memory
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]

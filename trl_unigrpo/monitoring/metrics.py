@@ -1,4 +1,4 @@
-"""What the trainers log."""
+"""Names and meanings of the numbers that the trainers log."""
 
 LOGGED_METRICS = {
     "flow/loss": "the image's clipped objective, to be minimised, before its weight",
@@ -31,7 +31,7 @@ LOGGED_METRICS = {
     "time/old_and_reference": "seconds for the old and reference velocities",
     "time/update": "seconds of an optimizer step: its forward and backward passes, and the step itself",
 }
-"""What [`~trl_unigrpo.UniGRPOTrainer`] logs beside TRL's metrics."""
+"""Logged by [`~trl_unigrpo.UniGRPOTrainer`] beside TRL's metrics."""
 
 REFL_METRICS = {
     "reward": "mean reward of the images that one late step points to; in evaluation, of finished images",
@@ -43,4 +43,4 @@ REFL_METRICS = {
     "time/paint": "seconds to denoise its images to the step m",
     "time/reward": "seconds in the reward and its gradient to the pixels",
 }
-"""What [`~trl_unigrpo.ReFLTrainer`] logs beside what every [`~transformers.Trainer`] does."""
+"""Logged by [`~trl_unigrpo.ReFLTrainer`] beside the metrics of every [`~transformers.Trainer`]."""

@@ -1,4 +1,4 @@
-"""How long the phases of a step take, and a bar for those that are slow."""
+"""Seconds of the phases of a step, and a bar for those that are slow."""
 
 import threading
 import time
@@ -32,7 +32,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """A phase that is a block of code."""
+        """Time a block of code as a phase."""
         self.begin(name)
         try:
             yield

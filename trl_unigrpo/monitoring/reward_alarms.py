@@ -10,7 +10,7 @@ from .evaluations import Evaluations
 from .events import Generation
 from .image_statistics import FloatArray
 from .memory import revive
-from .shift import LIMIT, Change, Shift
+from .shift import BEYOND_CHANCE, Change, Shift
 
 
 FAILED, FAILED_GENERATIONS = 0.1, 3
@@ -28,7 +28,7 @@ STALLED = 100
 @dataclass
 class RewardWatch:
     """
-    What it knows between two generations; all of it can be written as JSON.
+    The memory between two generations; all of it can be written as JSON.
 
     Attributes:
         failures: share of samples without a score, in the last generations.
@@ -98,12 +98,12 @@ class RewardWatch:
 
     def _fallen(self, scores: Mapping[str, FloatArray]) -> list[Alarm]:
         change = self.best.change()
-        if change is None or change.errors > -LIMIT:
-            if change is not None and change.errors > LIMIT:
+        if change is None or change.errors > -BEYOND_CHANCE:
+            if change is not None and change.errors > BEYOND_CHANCE:
                 self.best = Shift(first=self.best.recent)
             return []
         message = (
-            f"the reward has fallen to {change.now:.3g} from {change.before:.3g}. Look at the pictures: if they are "
+            f"the reward has fallen to {change.now:.3g} from {change.before:.3g}. Look at the images: if they are "
             "broken, go on from an earlier checkpoint with lower learning rates, one SDE window per generation and "
             "groups of 16 or more."
         )
@@ -127,12 +127,12 @@ class RewardWatch:
         self.evaluations.add(generation.prompts, _scores(generation))
 
     def evaluation_ends(self) -> list[Alarm]:
-        """All of an evaluation has been taken in."""
+        """Look at an evaluation whose batches have all been taken in."""
         scores, self.evaluated = self.evaluations.end()
         return self._gap({name: np.array(values, dtype=float) for name, values in scores.items()})
 
     def _gap(self, scores: Mapping[str, FloatArray]) -> list[Alarm]:
-        """Whether the reward rises, in training or evaluation, while a score that trains nothing falls in one."""
+        """Find a reward that rises, in training or evaluation, while a score that trains nothing falls in one."""
         changes = {f"{name} in training": shift.change() for name, shift in self.train.items()}
         changes |= {f"{name} in evaluation": change for name, change in self.evaluated.items()}
         rises = {
@@ -152,7 +152,7 @@ class RewardWatch:
         ]
         message = (
             f"{'; '.join(said)}. The policy learns what pleases the reward and not what the held-out score measures: "
-            "compare the pictures, stop at the best held-out score, raise flow_regularizer_weight, or train on both."
+            "compare the images, stop at the best held-out score, raise flow_regularizer_weight, or train on both."
         )
         values = {
             f"{name}, {when}": number
@@ -167,7 +167,7 @@ REWARD = "the reward"
 
 
 def _scores(generation: Generation) -> dict[str, FloatArray]:
-    """The reward, and each function of weight 0 under its own name: N numbers, NaN where there is none."""
+    """Return the reward, and each function of weight 0 under its own name: N numbers, NaN where there is none."""
     held_out = [name for name, weight in generation.weights.items() if not weight]
     return {REWARD: generation.reward, **{name: np.array(generation.rewards[name], dtype=float) for name in held_out}}
 
@@ -182,7 +182,7 @@ def _places(chosen: FloatArray) -> tuple[int, ...]:
 
 
 def _worst(scores: Mapping[str, FloatArray]) -> tuple[int, ...]:
-    """Samples of high reward and low held-out scores, by rank; none without a held-out score."""
+    """Find samples of high reward and low held-out scores, by rank; none without a held-out score."""
     if len(scores) < 2:
         return ()
     ranks = {name: np.nan_to_num(values, nan=0.0).argsort().argsort() for name, values in scores.items()}

@@ -1,4 +1,4 @@
-"""Whether a number is another one now than at the start of the run, beyond what prompts differ by."""
+"""Numbers held against those at the start of the run: have they changed beyond what prompts differ by?"""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,15 @@ import numpy as np
 
 SPAN = 8
 """Groups at the start and now, at least: all of the first and of the last generation, if these have more."""
-LIMIT = 5.0
+BEYOND_CHANCE = 5.0
 """Standard errors. By Student's t with 14 degrees of freedom, chance goes beyond in 2 of 10,000 comparisons."""
 
 
 @dataclass(frozen=True)
 class Change:
     """
+    A number at the start of a run and now.
+
     Attributes:
         before, now: means at the start and now.
         errors: now - before, in standard errors.
@@ -37,14 +39,14 @@ class Shift:
     recent: list[float] = field(default_factory=list)
 
     def add(self, means: Sequence[float]) -> None:
-        """The means of a generation's groups."""
+        """Take in the means of a generation's groups."""
         if len(self.first) < SPAN:
             self.first += means
         else:
             self.recent = [*self.recent, *means][-max(SPAN, len(means)) :]
 
     def change(self) -> Change | None:
-        """None until there are as many groups as a comparison takes."""
+        """Compare now with the start; None until there are as many groups as a comparison takes."""
         if len(self.recent) < SPAN:
             return None
         samples = np.array(self.first), np.array(self.recent)

@@ -17,7 +17,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 class SaveOnSignal(TrainerCallback):
     """
-    At the first SIGINT or SIGTERM, finish the optimizer step, save a checkpoint and stop; a second one acts as always.
+    A callback that, at the first SIGINT or SIGTERM, lets the optimizer step end, saves a checkpoint and stops; a
+    second signal acts as always.
 
     Does nothing where checkpoints are switched off (`save_strategy="no"`) or off the main thread. All processes stop
     at the same step, whichever of them got the signal.

@@ -10,7 +10,7 @@ import numpy as np
 from .alarm import MOST_INDICES, Alarm
 from .image_statistics import FloatArray
 from .memory import revive
-from .shift import LIMIT, Shift
+from .shift import BEYOND_CHANCE, Shift
 
 
 NGRAM = 4
@@ -26,7 +26,7 @@ _WORDS = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30f
 
 def repetition(text: str) -> float:
     """
-    Share, in [0, 1), of the four-word phrases of a text that stood in it before; 0 for fewer than four words.
+    Return the share, in [0, 1), of a text's four-word phrases that stood in it before; 0 for fewer than four words.
 
     A character of Chinese, Japanese or Korean counts as a word.
     """
@@ -36,7 +36,9 @@ def repetition(text: str) -> float:
 
 
 def plain_text(thinking: Any) -> str:
-    """The text of a completion: a string, or a conversation of which only the model's own messages are there."""
+    """
+    Return the text of a completion: a string, or a conversation of which only the model's own messages are there.
+    """
     if isinstance(thinking, str):
         return thinking
     contents = [message.get("content") or "" for message in thinking]
@@ -46,7 +48,7 @@ def plain_text(thinking: Any) -> str:
 @dataclass
 class ThinkingWatch:
     """
-    What it knows between two generations; all of it can be written as JSON.
+    The memory between two generations; all of it can be written as JSON.
 
     Attributes:
         length, repeated: characters and repetition of a thinking, at the start and now.
@@ -76,10 +78,10 @@ class ThinkingWatch:
 
     def _short(self, lengths: FloatArray) -> list[Alarm]:
         change = self.length.change()
-        if change is None or change.now > SHRUNK * change.before or change.errors > -LIMIT:
+        if change is None or change.now > SHRUNK * change.before or change.errors > -BEYOND_CHANCE:
             return []
         message = (
-            f"thinkings have shrunk to {change.now:.3g} characters from {change.before:.3g} at the start. If pictures "
+            f"thinkings have shrunk to {change.now:.3g} characters from {change.before:.3g} at the start. If images "
             "need them, reward their length or format, raise beta, or lower learning_rate."
         )
         values = {"before": change.before, "now": change.now}
@@ -87,7 +89,7 @@ class ThinkingWatch:
 
     def _repeating(self, found: FloatArray) -> list[Alarm]:
         change = self.repeated.change()
-        if change is None or change.now - change.before < REPEATED or change.errors < LIMIT:
+        if change is None or change.now - change.before < REPEATED or change.errors < BEYOND_CHANCE:
             return []
         message = (
             f"{change.now:.0%} of a thinking's phrases stood in it before, {change.before:.0%} at the start. Raise "
@@ -111,5 +113,5 @@ class ThinkingWatch:
 
 
 def _first(values: FloatArray) -> tuple[int, ...]:
-    """Places of the smallest values."""
+    """Find the places of the smallest values."""
     return tuple(sorted(int(i) for i in np.argsort(values, kind="stable")[:MOST_INDICES]))

@@ -34,7 +34,7 @@ REMEDY = (
 
 def growth(logarithms: Sequence[float]) -> float | None:
     """
-    How many times larger a series has become, if it has grown beyond its noise; otherwise None.
+    Say how many times larger a series has become, if it has grown beyond its noise; otherwise None.
 
     Args:
         logarithms: of a positive series, the last value last.
@@ -61,7 +61,7 @@ def growth(logarithms: Sequence[float]) -> float | None:
 @dataclass
 class Tripwire:
     """
-    What it knows between two updates; all of it can be written as JSON.
+    The memory between two updates; all of it can be written as JSON.
 
     Attributes:
         series: name -> logarithms of its last values.
@@ -76,7 +76,7 @@ class Tripwire:
     skipped: int = 0
 
     def stepped(self, rate: float, signal: float) -> None:
-        """An optimizer step was taken, at this learning rate of the image expert; `signal` as for its update."""
+        """Take note of an optimizer step, at this learning rate of the image expert; `signal` as for its update."""
         self.rate = rate
         self.travelled += rate if signal > 0 else 0
 
@@ -106,7 +106,7 @@ class Tripwire:
         return [alarm for name, value in self._normalized(update, signal).items() for alarm in self._add(name, value)]
 
     def _normalized(self, update: Update, signal: float) -> Mapping[str, float]:
-        """What should be stationary in a sound run, and is positive."""
+        """Return the numbers that should be stationary in a sound run, and are positive."""
         found = {}
         if signal > 0:
             found = {f"grad_norm/{name}": norm / signal for name, norm in update.grad_norm.items()}

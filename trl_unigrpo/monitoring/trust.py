@@ -7,23 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from ..flow import Transition
-from ..flow.objectives import States
-from ..flow.sampler import FlowRecord
+from ..flow.states import SDESteps, columns
 from ..flow.transition import expand_left
+from ..trajectory import Image, Trajectory
+from .events import ImageLoss, Rollout, Watcher
 
 
 class TrustError(RuntimeError):
     """A start-up check failed."""
 
 
-class TrustChecks:
+class TrustChecks(Watcher):
     """
-    The checks of one run; each runs once.
+    The checks of one run. Each runs once, but for the noise and the window, which every generation has anew.
 
     Args:
-        mode: "raise", "warn" or "off".
+        mode: "raise" or "warn".
     """
 
     def __init__(self, mode: str):
@@ -31,7 +33,7 @@ class TrustChecks:
         self._done: set[str] = set()
 
     def _first(self, name: str) -> bool:
-        first = self.mode != "off" and name not in self._done
+        first = name not in self._done
         self._done.add(name)
         return first
 
@@ -43,126 +45,135 @@ class TrustChecks:
             raise TrustError(message)
         warnings.warn(message, stacklevel=3)
 
-    def weights(self, model: nn.Module) -> None:
-        """Trained weights in float32."""
-        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
-        if self._first("weights") and dtypes & {torch.bfloat16, torch.float16}:
-            self._report(
-                f"weights to train are stored in {', '.join(sorted(map(str, dtypes)))}, where small updates round to "
-                "nothing. Load the model in torch.float32 (bf16=True computes in bfloat16 all the same) or train "
-                "adapters."
-            )
+    def on_ready(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        if model is not None and self._first("weights"):
+            self._report(weights_problem(model))
 
-    def records(
-        self,
-        records: Sequence[FlowRecord],
-        group_size: int,
-        one_window: bool,
-        transition: Callable[[States], Transition] | None = None,
+    def on_rollout_begin(
+        self, args: Any, state: Any, control: Any, generation_config: GenerationConfig, **kwargs: Any
     ) -> None:
-        """
-        States in float32; and, in every generation, one window if there should be one, and noise of its own for each
-        sample of a group, as strong as the update takes it to be.
+        if self._first("sampling"):
+            self._report(sampling_problem(generation_config, args.temperature))
 
-        Args:
-            transition: of the update, where steps are noisy.
-        """
-        if self._first("records"):
-            self._report(_dtype_problem(records))
-        if self.mode != "off" and transition is not None:
-            self._report(_noise_problem(_noise(records, transition), group_size))
-        if self.mode != "off" and one_window:
-            if any(not torch.equal(r.timesteps, records[0].timesteps) for r in records):
+    def on_rollout(self, args: Any, state: Any, control: Any, rollout: Rollout, **kwargs: Any) -> None:
+        images = [image for trajectory in rollout.trajectories for _, image in trajectory.painted()]
+        if self._first("states"):
+            self._report(dtype_problem(images))
+        if rollout.transition is not None:
+            self._report(noise_problem(rollout, rollout.transition))
+        if rollout.windows is not None:
+            if any(not torch.equal(image.steps.t, images[0].steps.t) for image in images):
                 self._report(
                     "images of one generation have different SDE windows. Rewards would compare unequal noise."
                 )
+            if self._first("windows"):
+                self._report(windows_problem(rollout.windows))
 
-    def sampling(self, config: Any, temperature: float) -> None:
-        """
-        Thinkings are sampled as their log-probs are computed.
-
-        Args:
-            config: the sampler's, transformers' `GenerationConfig`.
-            temperature: that logits are divided by in training.
-        """
-        if self._first("sampling") and not (config.do_sample and math.isclose(config.temperature, temperature)):
-            sampled = f"at temperature {config.temperature}" if config.do_sample else "greedily"
-            self._report(
-                f"thinkings are sampled {sampled}, but trained on at temperature {temperature}: every ratio would be "
-                "biased. Set `temperature` in the configuration, and nowhere else."
-            )
-
-    def windows(self, starts: Tensor) -> None:
-        """`starts` (P, K): the window of each process, which must be one."""
-        if self._first("windows") and (starts != starts[0]).any():
-            self._report(f"processes drew different SDE windows: {starts.tolist()}. Give all of them the same seed.")
-
-    def velocities(
-        self,
-        trained: Tensor,
-        sampled: Tensor,
-        coefficients: Transition,
-        epsilon: float,
-        low_precision: bool,
-    ) -> None:
-        """
-        The training forward must see what the sampler saw.
-
-        Args:
-            trained, sampled: (B, K, *latent) velocities of both, at the same weights and states.
-            coefficients: of the (B, K) steps.
-            epsilon: the clip range that the difference, as a log-ratio, is held against.
-        """
-        if not self._first("velocities"):
-            return
-        numbers = math.prod(trained.shape[2:])
-        rms = (trained - sampled).flatten(2).double().pow(2).mean(2).sqrt()
-        share = float((coefficients.b.abs().to(rms) * rms / math.sqrt(numbers)).max()) / epsilon
-        limit = 0.15 if low_precision else 0.01
-        if share > limit:
-            self._report(
-                f"velocities of the rollout and of the training forward differ by {share:.1%} of the clip range "
-                f"(limit {limit:.0%}). The model must compute both in the same way: check dropout, padding and the "
-                "positions of images."
-            )
-
-    def regularizer(self, loss: Tensor) -> None:
-        """A regulariser under no_grad would be a number in the logs and nothing else."""
-        if self._first("regularizer") and not loss.requires_grad:
-            self._report("the regulariser has no gradient. Is the image expert trainable?")
+    def on_image_loss(self, args: Any, state: Any, control: Any, image_loss: ImageLoss, **kwargs: Any) -> None:
+        if image_loss.first_pass and image_loss.objective.stochastic and self._first("velocities"):
+            self._report(velocity_problem(image_loss, 0.15 if args.bf16 or args.fp16 else 0.01))
+        if image_loss.regularizer is not None and self._first("regularizer"):
+            # A regulariser under no_grad would be a number in the logs and nothing else.
+            if not image_loss.regularizer.requires_grad:
+                self._report("the regulariser has no gradient. Is the image expert trainable?")
 
 
-def _dtype_problem(records: Sequence[FlowRecord]) -> str | None:
-    states = torch.stack([torch.stack([r.latents.float(), r.next_latents.float()]) for r in records])
+def default_checks(mode: str) -> list["TrustChecks"]:
+    """The checks of a run, by its `trust_checks`."""
+    return [] if mode == "off" else [TrustChecks(mode)]
+
+
+def weights_problem(model: nn.Module) -> str | None:
+    """Weights to train that are not in float32."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if not dtypes & {torch.bfloat16, torch.float16}:
+        return None
+    return (
+        f"weights to train are stored in {', '.join(sorted(map(str, dtypes)))}, where small updates round to nothing. "
+        "Load the model in torch.float32 (bf16=True computes in bfloat16 all the same) or train adapters."
+    )
+
+
+def sampling_problem(config: GenerationConfig, temperature: float) -> str | None:
+    """Thinkings that are sampled in another way than their log-probs are computed, at this temperature."""
+    if config.do_sample and math.isclose(config.temperature, temperature):
+        return None
+    sampled = f"at temperature {config.temperature}" if config.do_sample else "greedily"
+    return (
+        f"thinkings are sampled {sampled}, but trained on at temperature {temperature}: every ratio would be biased. "
+        "Set `temperature` in the configuration, and nowhere else."
+    )
+
+
+def windows_problem(windows: Tensor) -> str | None:
+    """Processes whose windows (P, K) are not one."""
+    if not (windows != windows[0]).any():
+        return None
+    return f"processes drew different SDE windows: {windows.tolist()}. Give all of them the same seed."
+
+
+def velocity_problem(image_loss: ImageLoss, limit: float) -> str | None:
+    """
+    A training forward that does not see what the sampler saw, at the same weights and states.
+
+    Args:
+        limit: share of the clip range that the difference, as a log-ratio, may take.
+    """
+    trained, states, objective = image_loss.velocity, image_loss.states, image_loss.objective
+    numbers = math.prod(trained.shape[1:])
+    rms = (trained - states.velocity).flatten(1).double().pow(2).mean(1).sqrt()
+    weight = objective.transition(states).b.abs().to(rms)
+    share = float((weight * rms / math.sqrt(numbers)).max()) / objective.epsilon
+    if share <= limit:
+        return None
+    return (
+        f"velocities of the rollout and of the training forward differ by {share:.1%} of the clip range (limit "
+        f"{limit:.0%}). The model must compute both in the same way: check dropout, padding and the positions of "
+        "images."
+    )
+
+
+def dtype_problem(images: Sequence[Image]) -> str | None:
+    """States that are not kept in float32."""
+    tensors = [x for image in images for x in columns(image.steps).values() if x.ndim > 1 and len(x)]
     for low in (torch.bfloat16, torch.float16):
-        stored_low = any(x.dtype == low for r in records for x in (r.latents, r.next_latents))
-        if stored_low or torch.equal(states, states.to(low).float()):
+        rounded = bool(tensors) and all(torch.equal(x.float(), x.to(low).float()) for x in tensors)
+        if rounded or any(x.dtype == low for x in tensors):
             return f"states have the precision of {low}, expected torch.float32: rounding would bias every ratio."
     return None
 
 
-def _noise(records: Sequence[FlowRecord], transition: Callable[[States], Transition]) -> Tensor:
-    """(N, K, n) the noise of the recorded steps, of at most 8192 numbers each: eps = (x_next - a x - b v) / std."""
-
-    def some(name: str) -> Tensor:
-        return torch.stack([getattr(record, name).flatten(1)[:, :8192] for record in records]).double().cpu()
-
-    times = (torch.stack([getattr(r, name) for r in records]).cpu() for name in ("timesteps", "next_timesteps"))
-    states = States(some("latents"), some("next_latents"), some("velocities"), *times)
-    a, b, std = (expand_left(x, states.latents) for x in transition(states))
-    return (states.next_latents - a * states.latents - b * states.velocities) / std
-
-
-def _noise_problem(noise: Tensor, group_size: int) -> str | None:
-    for group in noise.flatten(1).split(group_size):
-        distances = torch.cdist(group, group).square() / group.shape[1]  # 2 for independent noise
-        if (distances + 2 * torch.eye(len(group)) < 0.01).any():
-            return "samples of one group share their noise: their rewards can't differ. Seed each sample on its own."
-    power = float(noise.square().mean())
-    if abs(power - 1) > 6 * math.sqrt(2 / noise.numel()) + 0.001:
+def noise_problem(rollout: Rollout, transition: Callable[[SDESteps], Transition]) -> str | None:
+    """Noise that images of one group share, or that has not the power that the update takes it to have."""
+    powers, numbers = 0.0, 0
+    for first in range(0, len(rollout.trajectories), rollout.group_size):
+        group = [recorded_noise(t, transition) for t in rollout.trajectories[first:][: rollout.group_size]]
+        size = min(map(len, group))
+        if size:
+            vectors = torch.stack([noise[:size] for noise in group])
+            distances = torch.cdist(vectors, vectors).square() / size  # 2 for independent noise
+            if (distances + 2 * torch.eye(len(vectors)) < 0.01).any():
+                return "samples of one group share their noise: their rewards can't differ. Seed each on its own."
+        powers += float(sum(noise.square().sum() for noise in group))
+        numbers += sum(map(len, group))
+    if numbers and abs(powers / numbers - 1) > 6 * math.sqrt(2 / numbers) + 0.001:
         return (
-            f"the noise of the recorded states has {power:.3g} times the power that the update takes it to have: that "
-            "biases every ratio. Sampler and update must have the same num_inference_steps, schedule, sde_type and "
-            "noise_level."
+            f"the noise of the recorded states has {powers / numbers:.3g} times the power that the update takes it to "
+            "have: that biases every ratio. Sampler and update must have the same num_inference_steps, schedule, "
+            "sde_type and noise_level."
         )
     return None
+
+
+def recorded_noise(trajectory: Trajectory, transition: Callable[[SDESteps], Transition]) -> Tensor:
+    """(n,) noise of a trajectory's steps, at most 8192 numbers each: eps = (x_next - a x - b v) / std."""
+    noise = [torch.zeros(0, dtype=torch.float64)]
+    for _, image in trajectory.painted():
+        some = {
+            name: x.flatten(1)[:, :8192].double().cpu() if x.ndim > 1 else x.cpu()
+            for name, x in columns(image.steps).items()
+        }
+        states = SDESteps(**some)
+        a, b, std = (expand_left(x, states.x) for x in transition(states))
+        noise.append(((states.x_next - a * states.x - b * states.velocity) / std).flatten())
+    return torch.cat(noise)

@@ -1,1 +1,1 @@
-"""What shows a run: galleries, pages, run files, trackers, the model card."""
+"""Parts that show a run: gallery, pages, run files, trackers, the model card."""

@@ -1,4 +1,4 @@
-"""What a run trains, in words and numbers for pages and cards."""
+"""A run in words and numbers, for pages and cards."""
 
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ SETTINGS = (
 )
 
 
-def describe(model: Any, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """What is trained, with which settings, in JSON's types."""
+def describe_run(model: Any, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    """Describe what is trained, and with which settings, in JSON's types."""
     return {
         "method": "UniGRPO",
         "model": model_name(model),
@@ -52,12 +52,12 @@ def describe(model: Any, args: TrainingArguments, state: TrainerState) -> dict[s
 
 
 def model_name(model: Any) -> str:
-    """The models that it was made of; of folders their last names; its class where it was made from nothing."""
+    """Name the models that it was made of; of folders their last names; its class where it was made from nothing."""
     return " + ".join(map(short_name, base_models(model))) or type(unified_model(model)).__name__
 
 
 def base_models(model: Any) -> list[str]:
-    """Hub ids or folders of the models that it was made of: its own, or those of a pipeline's parts."""
+    """Return the hub ids or folders of the models that it was made of: its own, or those of a pipeline's parts."""
     config = unified_model(model).config
     sources = getattr(config, "sources", None) or {}
     names = [getattr(config, "_name_or_path", ""), *sources.values()]
@@ -65,17 +65,17 @@ def base_models(model: Any) -> list[str]:
 
 
 def short_name(name: str) -> str:
-    """A hub id as it is; of a folder its last two names, as the rest is about a machine and not about a model."""
+    """Keep a hub id; of a folder return its last two names, as the rest is about a machine and not about a model."""
     return "/".join(Path(name).parts[-2:]) if is_folder(name) else name
 
 
 def is_folder(name: str) -> bool:
-    """Whether a model's name is a place on a disk and no hub id."""
+    """Say whether a model's name is a place on a disk and no hub id."""
     return Path(name).is_absolute() or name.startswith(".") or Path(name).is_dir()
 
 
 def trained_parameters(model: Any) -> str:
-    """Such as "adapters, 1.2 M of 14,000 M parameters"."""
+    """Count parameters in words, such as "adapters, 1.2 M of 14,000 M parameters"."""
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
     total, trained = sum(n for n, _ in counts), sum(n for n, trains in counts if trains)
     kind = "adapters, " if getattr(model, "peft_config", None) else ""

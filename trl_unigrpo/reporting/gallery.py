@@ -3,52 +3,56 @@
 import logging
 import time
 import uuid
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..monitoring.events import Generation, Watcher
-from ..monitoring.images import diversity
-from .description import describe
+from ..monitoring.image_statistics import diversity
+from .description import describe_run
 from .pages import jpeg, prompt_text, write_page
 from .run_files import (
     Records,
-    Sample,
     Shown,
+    ShownSample,
     read_run,
 )
 from .run_page import run_page
-from .trackers import grid, log_picture
+from .trackers import grid, log_image
 from .worker import Worker
 
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = 48  # pictures of a generation that are kept, in whole groups but at least one
-PROMPTS = 16  # prompts of an evaluation whose pictures are kept
-SIDE, QUALITY = 256, 80  # of the pictures, as JPEG
+SAMPLES = 48  # images of a generation that are kept, in whole groups but at least one
+PROMPTS = 16  # prompts of an evaluation whose images are kept
+SIDE, QUALITY = 256, 80  # of the images, as JPEG
 SHARE = 0.01  # of the time that may go into pages, between the last and the next
 
 
 class Gallery(Watcher):
     """
-    Keeps what a run painted and logged, and a page of it. The first process writes; nothing of it can stop a run.
+    A watcher that keeps what a run painted and logged, and a page of it. The first process writes; nothing of it can
+    stop a run.
 
     Every `gallery_steps` optimizer steps the page gets the generation of the time, at the end the last one, and each
     evaluation. It shows groups sorted by reward, the evaluation's prompts over time, curves and alarms.
 
-    Pictures are encoded, and the page is written, in a thread of their own.
+    Images are encoded, and the page is written, in a thread of their own.
     """
 
     def __init__(self) -> None:
         self._records: Records | None = None
         self._worker = Worker("The gallery")
         self._last_shown: int | None = None
-        self._evaluated: list[Generation] = []  # the batches of the evaluation in progress
+        self._evaluated: list[
+            tuple[Generation, dict[int, Image.Image]]
+        ] = []  # the batches of the evaluation in progress
         self._callbacks: Sequence[TrainerCallback] = ()
         self._page_cost, self._page_time = 0.0, 0.0
 
@@ -59,7 +63,7 @@ class Gallery(Watcher):
             return
         records = self._open(args)
         self._last_shown = None
-        info = describe(model, args, state)
+        info = describe_run(model, args, state)
         self._worker.do(lambda: records.info(info))
         start = state.global_step
         self._worker.do(lambda: records.add("start", start))
@@ -75,22 +79,24 @@ class Gallery(Watcher):
         **kwargs: Any,
     ) -> None:
         if getattr(args, "gallery_steps", 0) > 0 and generation.group_size > 1:
-            metrics.setdefault("images/diversity", []).append(diversity(generation.images, generation.group_size))
-        if not self._writes(args, state):
+            metrics.setdefault("images/diversity", []).append(diversity(generation.statistics, generation.group_size))
+        if getattr(args, "gallery_steps", 0) == 0:
             return
         self._callbacks = callbacks
+        # What is shown is decided in every process alike: its images come from all of them.
         if generation.mode == "eval":
             self._evaluated.append(self._few_images(generation))
-            return
-        if self._due(args, state):
-            self._show(args, state, generation, "")
+        elif self._due(args, state):
+            images = generation.fetch(choose_places(generation))
+            if self._writes(args, state):
+                self._show(args, state, generation, images, "")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         batches, self._evaluated = self._evaluated, []
         if batches and self._writes(args, state):
-            self._show(args, state, merge(batches), dataset_name(metrics or {}))
+            self._show(args, state, *merge(batches), dataset_name(metrics or {}))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -112,11 +118,11 @@ class Gallery(Watcher):
             self._finish(args, state)
             records.close()
 
-    def _few_images(self, batch: Generation) -> Generation:
-        """The batch without the images that will not be shown: those of a long evaluation would fill the memory."""
-        before = sum(len(earlier.prompts) // earlier.group_size for earlier in self._evaluated)
-        keep = (PROMPTS - before) * batch.group_size
-        return replace(batch, images=batch.images[: max(0, keep)])
+    def _few_images(self, batch: Generation) -> tuple[Generation, dict[int, Image.Image]]:
+        """Leave out the images that will not be shown: those of a long evaluation would fill the memory."""
+        before = sum(len(earlier.prompts) // earlier.group_size for earlier, _ in self._evaluated)
+        images = batch.fetch(choose_places(batch)[: max(0, PROMPTS - before)])
+        return replace(batch, images=[], statistics=[]), images
 
     def wait(self) -> None:
         """Return when all that was shown so far is on disk."""
@@ -137,7 +143,9 @@ class Gallery(Watcher):
         return self._records
 
     def _due(self, args: Any, state: TrainerState) -> bool:
-        """Whether the generation before this step is shown: the first in each `gallery_steps`, and the run's last."""
+        """
+        Say whether the generation before this step is shown: the first in each `gallery_steps`, and the run's last.
+        """
         step, last = state.global_step, self._last_shown
         of_generation = max(1, args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps)
         due = last is None or step // args.gallery_steps > last // args.gallery_steps
@@ -151,28 +159,28 @@ class Gallery(Watcher):
         args: TrainingArguments,
         state: TrainerState,
         generation: Generation,
+        images: Mapping[int, Image.Image],
         dataset: str,
     ) -> None:
         records, step = self._open(args), state.global_step
 
         def work() -> None:
-            shown, pictures = choose(generation, step, dataset)
-            records.show(shown, pictures)
+            shown, files = choose(generation, step, dataset, images)
+            records.show(shown, files)
             self._write_page(args)
 
         self._worker.do(work)
-        kept = choose_indices(generation)
         columns = generation.group_size if generation.group_size > 1 else 8
         try:
-            log_picture(
+            log_image(
                 f"gallery/{generation.mode}",
-                lambda: grid([generation.images[i] for i in kept], columns),
+                lambda: grid(list(images.values()), columns),
                 step,
                 args.report_to or (),
                 self._callbacks,
             )
         except Exception:
-            logger.exception("The gallery's pictures did not reach a tracker. Training goes on.")
+            logger.exception("The gallery's images did not reach a tracker. Training goes on.")
 
     def _write_page(self, args: TrainingArguments, at_once: bool = False) -> None:
         started = time.perf_counter()
@@ -184,24 +192,32 @@ class Gallery(Watcher):
         self._page_cost = self._page_time - started
 
 
-def choose_indices(generation: Generation) -> list[int]:
-    """Samples whose pictures are kept: the first groups of a training's batch, the first prompts of an evaluation."""
+def choose_places(generation: Generation) -> list[int]:
+    """Choose what is kept: the first groups of a training's batch, the first prompts of an evaluation."""
     size, total = generation.group_size, len(generation.prompts)
     if generation.mode == "eval":
         return list(range(0, total, size))[:PROMPTS]
     return list(range(min(total, max(1, SAMPLES // size) * size)))
 
 
-def choose(generation: Generation, step: int, dataset: str = "") -> tuple[Shown, dict[str, bytes]]:
-    """What the gallery keeps of a generation, and its pictures: file in the folder `gallery` -> JPEG."""
-    kept = choose_indices(generation)
+def choose(
+    generation: Generation, step: int, dataset: str = "", images: Mapping[int, Image.Image] | None = None
+) -> tuple[Shown, dict[str, bytes]]:
+    """
+    Choose what the gallery keeps of a generation, and its images: file in the folder `gallery` -> JPEG.
+
+    Args:
+        images: place -> image, of those that are kept; by default this process has them all.
+    """
+    kept = choose_places(generation)
+    images = generation.fetch(kept) if images is None else images
     place = "-".join(filter(None, [generation.mode, _file_name(dataset), f"{step:06d}"]))
-    pictures = {f"pictures/{place}-{i:04d}.jpg": jpeg(generation.images[i], SIDE, QUALITY) for i in kept}
-    names = dict(zip(kept, pictures, strict=True))
+    files = {f"pictures/{place}-{i:04d}.jpg": jpeg(images[i], SIDE, QUALITY) for i in kept}
+    names = dict(zip(kept, files, strict=True))
     # Of an evaluation all numbers are kept, as two of them are compared prompt by prompt.
     chosen = range(len(generation.prompts)) if generation.mode == "eval" else kept
     samples = [
-        Sample(
+        ShownSample(
             index=i,
             prompt=prompt_text(generation.prompts[i]),
             thinking=generation.thinking[i],
@@ -213,9 +229,9 @@ def choose(generation: Generation, step: int, dataset: str = "") -> tuple[Shown,
         )
         for i in chosen
     ]
-    side = max(generation.images[0].size)
+    side = max(images[kept[0]].size)
     total = len(generation.prompts)
-    return Shown(step, generation.mode, dataset, generation.group_size, total, side, samples), pictures
+    return Shown(step, generation.mode, dataset, generation.group_size, total, side, samples), files
 
 
 def _finite(value: float) -> float | None:
@@ -226,15 +242,22 @@ def _file_name(text: str) -> str:
     return "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in text)[:40]
 
 
-def merge(batches: Sequence[Generation]) -> Generation:
-    """The batches of an evaluation as one."""
+def merge(
+    parts: Sequence[tuple[Generation, Mapping[int, Image.Image]]],
+) -> tuple[Generation, dict[int, Image.Image]]:
+    """Join the batches of an evaluation, and the images of those that are kept."""
+    batches, images, before = [batch for batch, _ in parts], {}, 0
+    for batch, kept in parts:
+        images.update({before + place: image for place, image in kept.items()})
+        before += len(batch.prompts)
     names = {name for batch in batches for name in batch.extra}
-    return Generation(
+    merged = Generation(
         mode=batches[0].mode,
         group_size=batches[0].group_size,
         prompts=[prompt for batch in batches for prompt in batch.prompts],
         thinking=[text for batch in batches for text in batch.thinking],
-        images=[image for batch in batches for image in batch.images],
+        images=[],
+        statistics=[],
         rewards={name: [x for batch in batches for x in batch.rewards[name]] for name in batches[0].rewards},
         weights=batches[0].weights,
         advantages=[x for batch in batches for x in batch.advantages],
@@ -243,9 +266,12 @@ def merge(batches: Sequence[Generation]) -> Generation:
             for name in sorted(names)
         },
     )
+    return merged, images
 
 
 def dataset_name(metrics: dict[str, Any]) -> str:
-    """Name of the evaluation's dataset where there are several, as `evaluate` puts it into its metrics; else ""."""
+    """
+    Find the name of the evaluation's dataset where there are several, as `evaluate` puts it into its metrics; else "".
+    """
     prefix = next((name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime")), "eval")
     return prefix.removeprefix("eval").strip("_")

@@ -1,4 +1,4 @@
-"""The model card of a trained model: TRL's, with pictures, rewards, settings, and an example that paints."""
+"""The model card of a trained model: TRL's, with images, rewards, settings, and an example that paints."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,14 @@ from .run_files import (
     FOLDER,
     NoRunError,
     Run,
-    Sample,
+    ShownSample,
     read_run,
 )
 from .run_summary import change, evaluations
 from .trackers import grid
 
 
-QUICK_START = """## Quick start
+PACKAGE_QUICK_START = """## Quick start
 
 ```python
 {imports}
@@ -41,8 +41,8 @@ sample.image.save("image.png")
 ```
 
 """
-PICTURE = "before_after.jpg"
-COLUMNS = 6  # prompts in the picture of the card
+CARD_IMAGE = "before_after.jpg"
+CARD_COLUMNS = 6  # prompts in the image of the card
 
 
 def rewrite_card(
@@ -52,7 +52,7 @@ def rewrite_card(
     Turn the card that TRL wrote into one of a model that paints; its metadata, links to trackers and citations stay.
 
     Args:
-        readme: the card; the picture goes beside it, made from the gallery there.
+        readme: the card; the image goes beside it, made from the gallery there.
         rewards: function -> weight.
         process: those of them that score the thinking alone.
         source: where others will load the model from.
@@ -86,8 +86,8 @@ def rewrite_card(
         paper_id="2603.23500",
         trained=trained_parameters(model),
         step=step,
-        picture=_picture(run, readme.parent),
-        quick_start=own.quick_start(source) or quick_start(model, source),
+        image=_image(run, readme.parent),
+        quick_start=own.quick_start(source) or package_quick_start(model, source),
         rewards=[
             {"name": _code(name), "weight": f"{weight:g}", "note": " (of the thinking)" * (name in process)}
             for name, weight in rewards.items()
@@ -103,30 +103,32 @@ def rewrite_card(
     card.save(readme)
 
 
-def quick_start(model: Any, source: str) -> str:
-    """An example that thinks and paints with this package; adapters are put on their base model by PEFT."""
+def package_quick_start(model: Any, source: str) -> str:
+    """Write an example that thinks and paints with this package; adapters are put on their base model by PEFT."""
     imports = ["from trl_unigrpo.evaluation import generate", "from trl_unigrpo.models import load_unified_model"]
     loading = f'model = load_unified_model("{source}")'
     if getattr(model, "peft_config", None):
         imports.insert(0, "from peft import PeftModel")
         base = (base_models(model) or ["the-base-model"])[0]
         loading = f'model = PeftModel.from_pretrained(load_unified_model("{base}"), "{source}")'
-    return QUICK_START.format(imports="\n".join(imports), loading=loading)
+    return PACKAGE_QUICK_START.format(imports="\n".join(imports), loading=loading)
 
 
 def _sections(text: str) -> dict[str, str]:
-    """Title -> section with its title, of the card's second and third level, each without those below it."""
+    """Split the card: title -> section with its title, of the second and third level, each without those below it."""
     parts = re.split(r"^(?=#{2,3} )", text, flags=re.MULTILINE)
     return {part.splitlines()[0].lstrip("# "): part.rstrip() + "\n" for part in parts if part.startswith("#")}
 
 
 def _code(text: str) -> str:
-    """A text for `...` in Markdown: one line, at most 200 characters, without the marks that would end it."""
+    """Clean a text for `...` in Markdown: one line, at most 200 characters, without the marks that would end it."""
     return " ".join(readable(text).replace("`", "'").split())[:200]
 
 
-def _picture(run: Run, folder: Path) -> dict[str, Any] | None:
-    """Write the pictures of the first evaluation above those of the last, or of the last generation; and its title."""
+def _image(run: Run, folder: Path) -> dict[str, Any] | None:
+    """
+    Write the images of the first evaluation above those of the last, or of the last generation; return file and title.
+    """
     evaluated = next((shown for shown in evaluations(run).values() if len(shown) > 1), None)
     trained = [shown for shown in run.shown if shown.mode == "train"]
     if evaluated is not None:
@@ -138,17 +140,17 @@ def _picture(run: Run, folder: Path) -> dict[str, Any] | None:
         rows, title = [trained[-1].groups[0]], f"A group of one prompt at step {trained[-1].step}, the best first"
     else:
         return None
-    shown = [[sample for sample in row if sample.picture is not None][:COLUMNS] for row in rows]
+    shown = [[sample for sample in row if sample.picture is not None][:CARD_COLUMNS] for row in rows]
     images = [_opened(run, sample) for row in shown for sample in row]
     if not images or len({len(row) for row in shown}) > 1 or None in images:
         return None
     columns = len(shown[0])
-    grid([image for image in images if image is not None], columns).save(folder / PICTURE, quality=85)
+    grid([image for image in images if image is not None], columns).save(folder / CARD_IMAGE, quality=85)
     prompts = list(dict.fromkeys(_code(sample.prompt) for sample in shown[0]))
-    return {"file": PICTURE, "title": title, "prompts": prompts}
+    return {"file": CARD_IMAGE, "title": title, "prompts": prompts}
 
 
-def _opened(run: Run, sample: Sample) -> Image.Image | None:
+def _opened(run: Run, sample: ShownSample) -> Image.Image | None:
     try:
         with Image.open(run.folder / FOLDER / str(sample.picture)) as image:
             return image.convert("RGB")

@@ -24,7 +24,7 @@ FOLDER = "gallery"
 
 
 @dataclass(frozen=True)
-class Sample:
+class ShownSample:
     """
     One trajectory of a shown generation.
 
@@ -66,24 +66,24 @@ class Shown:
     group_size: int
     total: int
     side: int
-    samples: Sequence[Sample]
+    samples: Sequence[ShownSample]
 
     @property
-    def groups(self) -> list[list[Sample]]:
+    def groups(self) -> list[list[ShownSample]]:
         """The samples of each prompt, the best first."""
         size = self.group_size
         groups = [self.samples[start : start + size] for start in range(0, len(self.samples), size)]
         return [sorted(group, key=_rank, reverse=True) for group in groups]
 
 
-def _rank(sample: Sample) -> tuple[float, float]:
+def _rank(sample: ShownSample) -> tuple[float, float]:
     return -math.inf if sample.reward is None else sample.reward, sample.advantage
 
 
 @dataclass(frozen=True)
 class GivenAlarm:
     """
-    A trust check that fired: at a step, about the samples of these indices of its generation batch.
+    An alarm that was given: at a step, about the samples of these indices of its generation batch.
 
     Attributes:
         mode: "train" or "eval", what the indices count samples of.
@@ -101,7 +101,7 @@ class GivenAlarm:
 @dataclass
 class Run:
     """
-    What is known of a run from its folder.
+    A run, as far as its folder tells.
 
     Attributes:
         info: of run.json; empty without one.
@@ -134,7 +134,7 @@ class NoRunError(ValueError):
 
 class Records:
     """
-    Adds lines to `gallery/records.jsonl`.
+    The lines of `gallery/records.jsonl`, which are only ever added to.
 
     Args:
         output_dir: of the run.
@@ -147,11 +147,11 @@ class Records:
 
     def info(self, info: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace_file(self.folder / "run.json", json.dumps(plain(info), indent=2) + "\n")
+        replace_file(self.folder / "run.json", json.dumps(json_value(info), indent=2) + "\n")
 
     def add(self, kind: str, step: int, **values: Any) -> None:
         """Write a line, whole and at once."""
-        line = json.dumps(plain({"kind": kind, "step": step, "session": self.session, **values}))
+        line = json.dumps(json_value({"kind": kind, "step": step, "session": self.session, **values}))
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / "records.jsonl"
@@ -161,11 +161,11 @@ class Records:
         self._file.write(line + "\n")
         self._file.flush()
 
-    def show(self, shown: Shown, pictures: Mapping[str, bytes]) -> None:
-        """Write a generation: the pictures (file in the folder -> JPEG), then the line that names them."""
-        for name, picture in pictures.items():
+    def show(self, shown: Shown, files: Mapping[str, bytes]) -> None:
+        """Write a generation: the images (file in the folder -> JPEG), then the line that names them."""
+        for name, jpeg in files.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).write_bytes(picture)
+            (self.folder / name).write_bytes(jpeg)
         values = asdict(shown)
         self.add("shown", values.pop("step"), **values)
 
@@ -175,12 +175,12 @@ class Records:
             self._file = None
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """The value as JSON has it: numbers that are not finite become null, what JSON does not know its text."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [plain(item) for item in value]
+        return [json_value(item) for item in value]
     if value is None or isinstance(value, (str, bool, int)):
         return value
     try:
@@ -192,7 +192,7 @@ def plain(value: Any) -> Any:
 
 def read_run(folder: str | Path) -> Run:
     """
-    What a folder tells of its run, whether that is finished, still going on, or broke off.
+    Read what a folder tells of its run, whether that is finished, still going on, or broke off.
 
     Reads `gallery/`; without one the logs in the newest `trainer_state.json`, of the folder or of its checkpoints.
 
@@ -259,13 +259,13 @@ def _read_records(run: Run, file: Path) -> None:
 
 
 def _shown(row: Mapping[str, Any]) -> Shown:
-    samples = [Sample(**sample) for sample in row["samples"]]
+    samples = [ShownSample(**sample) for sample in row["samples"]]
     names = ("step", "mode", "dataset", "group_size", "total", "side")
     return Shown(**{name: row[name] for name in names}, samples=samples)
 
 
 def _json_lines(file: Path, problems: list[str]) -> Iterable[tuple[int, dict[str, Any]]]:
-    """Number and object of each line; what can't be read is named, but for a last line that is being written."""
+    """Yield number and object of each line; name what can't be read, but for a last line that is being written."""
     lines = file.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -282,7 +282,7 @@ def _json_lines(file: Path, problems: list[str]) -> Iterable[tuple[int, dict[str
 
 
 def newest_state(folder: Path) -> Path | None:
-    """`trainer_state.json` of the folder, or of its newest checkpoint."""
+    """Find `trainer_state.json` of the folder, or of its newest checkpoint."""
     if (folder / "trainer_state.json").is_file():
         return folder / "trainer_state.json"
     steps = {

@@ -8,12 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .pages import data_uri, render_page
+from .pages import data_uri, render_page, write_page
 from .run_files import (
     FOLDER,
     Run,
-    Sample,
     Shown,
+    ShownSample,
+    read_run,
 )
 from .run_summary import (
     change,
@@ -24,24 +25,24 @@ from .run_summary import (
 )
 
 
-BUDGET = 4_400_000  # bytes of pictures and texts in a page; with the rest it stays below 5 MB
+BUDGET = 4_400_000  # bytes of images and texts in a page; with the rest it stays below 5 MB
 GENERATIONS = 12
-COLUMNS = 8  # evaluations beside each other
+MOST_EVALUATIONS = 8  # evaluations beside each other
 ROWS = 8  # prompts of an evaluation
 TEXT = 4000  # bytes of a text that a page holds, see `shown_text`
 ALARMS = 30
 
 
 def run_page(run: Run) -> str:
-    """The page of one run."""
+    """Render the page of one run."""
     evaluated = _Budget(BUDGET * 2 // 5)
-    view = _view(run, evaluated, ROWS, COLUMNS)
+    view = _view(run, evaluated, ROWS, MOST_EVALUATIONS)
     budget = _Budget(BUDGET * 3 // 5 + evaluated.left)
     return render_page("run.html.jinja", view=view, panels=panels(run), generations=_generations(run, budget))
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
-    """Several runs in one page: their numbers, curves over each other, and the last pictures of each."""
+    """Render several runs in one page: their numbers, curves over each other, and the last images of each."""
     names = unique_names(runs)
     budget = _Budget(BUDGET)
     views = [_view(run, budget, ROWS, 0) for run in runs]
@@ -57,7 +58,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
 
 
 def unique_names(runs: Sequence[Run]) -> list[str]:
-    """Names of the folders, with their parents' where two have the same."""
+    """Name runs by their folders, with the parents' names where two have the same."""
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         names = ["/".join(run.folder.resolve().parts[-2:]) for run in runs]
@@ -69,14 +70,14 @@ class _Budget:
         self.left = size
 
     def take(self, size: int) -> bool:
-        """Whether there is room for so many bytes, which are then taken."""
+        """Take so many bytes if there is room for them, and say whether there was."""
         fits = size <= self.left
         self.left -= size if fits else 0
         return fits
 
 
 def _view(run: Run, budget: _Budget, rows: int, columns: int) -> dict[str, Any]:
-    """What both pages say of a run."""
+    """Collect what both pages say of a run."""
     return {
         "name": run.name,
         "info": run.info,
@@ -93,7 +94,7 @@ def _view(run: Run, budget: _Budget, rows: int, columns: int) -> dict[str, Any]:
 
 
 def trust(run: Run) -> dict[str, Any]:
-    """What the macro `trusted` of run_parts.html.jinja says: the alarms, and what could not be read."""
+    """Collect what the macro `trusted` of run_parts.html.jinja says: the alarms, and what could not be read."""
     alarms = run.alarms
     return {
         "alarms": alarms,
@@ -125,7 +126,9 @@ def _rewards(run: Run) -> list[str]:
 def _generations(
     run: Run, budget: _Budget, most: int = GENERATIONS, groups: int | None = None
 ) -> list[dict[str, Any]]:
-    """Generations of the training, the newest first: the last, the first, and of those between as many as fit."""
+    """
+    Choose generations of the training, the newest first: the last, the first, and of those between as many as fit.
+    """
     shown = [s for s in run.shown if s.mode == "train"]
     found: dict[int, dict[str, Any]] = {}
     for i in spread(len(shown)):
@@ -139,7 +142,7 @@ def _generations(
 
 
 def spread(number: int) -> Iterable[int]:
-    """All of 0 ... number - 1: the last, the first, then again and again the middle of the widest gap."""
+    """Order 0 ... number - 1: the last, the first, then again and again the middle of the widest gap."""
     taken = list(dict.fromkeys([number - 1, 0])) if number else []
     yield from taken
     while len(taken) < number:
@@ -150,8 +153,8 @@ def spread(number: int) -> Iterable[int]:
         yield taken[-1]
 
 
-def _size(run: Run, samples: Iterable[Sample]) -> int:
-    """Bytes that samples take in a page, about."""
+def _size(run: Run, samples: Iterable[ShownSample]) -> int:
+    """Estimate the bytes that samples take in a page."""
     size = 0
     for sample in samples:
         texts = [sample.prompt, sample.thinking, *(str(value) for value in sample.extra.values())]
@@ -173,7 +176,7 @@ def _generation(run: Run, shown: Shown, groups: int | None = None) -> dict[str, 
     }
 
 
-def _sample(run: Run, shown: Shown, sample: Sample) -> dict[str, Any]:
+def _sample(run: Run, shown: Shown, sample: ShownSample) -> dict[str, Any]:
     alarms = [alarm for alarm in run.alarms if (alarm.step, alarm.mode) == (shown.step, shown.mode)]
     return {
         "index": sample.index,
@@ -183,14 +186,14 @@ def _sample(run: Run, shown: Shown, sample: Sample) -> dict[str, Any]:
         "advantage": sample.advantage,
         "rewards": sample.rewards,
         "extra": {name: value for name, value in sample.extra.items() if value not in (None, "")},
-        "picture": _picture(run, sample),
+        "image": _image(run, sample),
         "tiny": shown.side <= 96,
         "alarms": [alarm.name for alarm in alarms if sample.index in alarm.indices],
     }
 
 
-def _picture(run: Run, sample: Sample) -> Markup | None:
-    """The picture as a URL; None where it was not kept, or its file is gone."""
+def _image(run: Run, sample: ShownSample) -> Markup | None:
+    """Read the image as a URL; None where it was not kept, or its file is gone."""
     if sample.picture is None:
         return None
     folder = (run.folder / FOLDER).resolve()
@@ -206,7 +209,7 @@ def _picture(run: Run, sample: Sample) -> Markup | None:
 def _evaluation(
     run: Run, name: str, evaluated: Sequence[Shown], budget: _Budget, rows: int, columns: int
 ) -> dict[str, Any]:
-    """Prompts down, evaluations across; each prompt's first picture."""
+    """Arrange prompts down and evaluations across; each prompt's first image."""
     kept: list[Shown] = []
     for i in spread(len(evaluated)):
         if len(kept) == columns or not budget.take(_size(run, _firsts(evaluated[i])[:rows])):
@@ -231,13 +234,13 @@ def _evaluation(
     }
 
 
-def _firsts(shown: Shown) -> list[Sample]:
-    """The first sample of each group of an evaluation: the same prompt and noise whenever it runs."""
+def _firsts(shown: Shown) -> list[ShownSample]:
+    """Return the first sample of each group of an evaluation: the same prompt and noise whenever it runs."""
     return list(shown.samples[:: shown.group_size])
 
 
 def _side_by_side(runs: Sequence[Run], budget: _Budget) -> list[dict[str, Any]]:
-    """Prompts that all runs were evaluated on: the picture of each run's last evaluation."""
+    """Arrange prompts that all runs were evaluated on: the image of each run's last evaluation."""
     last = [next((found[-1] for found in evaluations(run).values()), None) for run in runs]
     if any(shown is None for shown in last):
         return []
@@ -271,9 +274,6 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     Raises:
         NoRunError: for a folder without a run.
     """
-    from .pages import write_page
-    from .run_files import read_run
-
     runs = [read_run(folder) for folder in folders]
     if not runs:
         raise ValueError("No folder given: expected at least one.")

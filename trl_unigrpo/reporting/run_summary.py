@@ -1,4 +1,4 @@
-"""What a run's numbers say: whether it worked, and its curves."""
+"""The verdict of a run's numbers, whether it worked, and its curves."""
 
 import math
 from collections import Counter
@@ -14,7 +14,7 @@ FEWEST = 5  # values that each end of a curve needs before an interval means any
 
 
 @dataclass(frozen=True)
-class Change:
+class RunChange:
     """
     A score before and after.
 
@@ -39,13 +39,13 @@ class Change:
 
 
 def series(run: Run, name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a logged metric."""
+    """Return steps and values of a logged metric."""
     rows = [(row["step"], row[name]) for row in run.metrics if isinstance(row.get(name), (int, float))]
     return [step for step, _ in rows], [float(value) for _, value in rows]
 
 
 def evaluations(run: Run) -> dict[str, list[Shown]]:
-    """Dataset -> its evaluations, in the order of steps."""
+    """Sort evaluations by dataset, in the order of steps."""
     found: dict[str, list[Shown]] = {}
     for shown in run.shown:
         if shown.mode == "eval":
@@ -53,8 +53,10 @@ def evaluations(run: Run) -> dict[str, list[Shown]]:
     return found
 
 
-def held_out_change(evaluated: Sequence[Shown]) -> Change | None:
-    """Rewards of the first evaluation against the last, paired by prompt and place; None without two evaluations."""
+def held_out_change(evaluated: Sequence[Shown]) -> RunChange | None:
+    """
+    Compare rewards of the first evaluation with the last, paired by prompt and place; None without two evaluations.
+    """
     if len(evaluated) < 2:
         return None
     before, after = by_place(evaluated[0]), by_place(evaluated[-1])
@@ -67,11 +69,11 @@ def held_out_change(evaluated: Sequence[Shown]) -> Change | None:
         return None
     prompts, olds, news = zip(*pairs, strict=True)
     gain = mean_interval([new - old for old, new in zip(olds, news, strict=True)], prompts)
-    return Change(sum(olds) / len(olds), sum(news) / len(news), gain, fixed=True)
+    return RunChange(sum(olds) / len(olds), sum(news) / len(news), gain, fixed=True)
 
 
 def by_place(shown: Shown) -> dict[tuple[str, int], float | None]:
-    """(prompt, how often it came before) -> reward."""
+    """Key rewards by (prompt, how often it came before)."""
     seen: Counter[str] = Counter()
     found = {}
     for sample in shown.samples:
@@ -80,8 +82,8 @@ def by_place(shown: Shown) -> dict[tuple[str, int], float | None]:
     return found
 
 
-def training_change(rewards: Sequence[float]) -> Change | None:
-    """The first tenth of the logged rewards against the last; None without two."""
+def training_change(rewards: Sequence[float]) -> RunChange | None:
+    """Compare the first tenth of the logged rewards with the last; None without two."""
     rewards = [value for value in rewards if math.isfinite(value)]
     if len(rewards) < 2:
         return None
@@ -92,11 +94,11 @@ def training_change(rewards: Sequence[float]) -> Change | None:
         half = math.hypot(first.high - first.mean, last.high - last.mean)
         mean = last.mean - first.mean
         gain = Interval(mean, mean - half, mean + half, 2 * tenth)
-    return Change(first.mean, last.mean, gain, fixed=False)
+    return RunChange(first.mean, last.mean, gain, fixed=False)
 
 
-def change(run: Run) -> Change | None:
-    """On fixed prompts where the run was evaluated twice, else of the training's own reward."""
+def change(run: Run) -> RunChange | None:
+    """Compare rewards on fixed prompts where the run was evaluated twice, else the training's own."""
     for evaluated in evaluations(run).values():
         if (found := held_out_change(evaluated)) is not None:
             return found
@@ -131,7 +133,7 @@ PANELS: tuple[tuple[str, dict[str, tuple[str, ...]], str], ...] = (
 
 
 def panels(run: Run) -> list[Panel]:
-    """The curves of one run."""
+    """Collect the curves of one run."""
     found = []
     for title, names, note in PANELS:
         curves = [_curve(run, options, name if len(names) > 1 else "") for name, options in names.items()]
@@ -140,7 +142,7 @@ def panels(run: Run) -> list[Panel]:
 
 
 def panels_of(runs: Sequence[Run], names: Sequence[str]) -> list[Panel]:
-    """The same curves of several runs in one chart each."""
+    """Collect the same curves of several runs in one chart each."""
     found = []
     for title, metrics, note in PANELS:
         for label, options in metrics.items():

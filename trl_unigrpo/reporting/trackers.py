@@ -1,4 +1,4 @@
-"""The gallery's pictures in TensorBoard, wandb and trackio, for those that a run reports to."""
+"""The gallery's images in TensorBoard, wandb and trackio, for those that a run reports to."""
 
 import importlib
 import math
@@ -10,12 +10,12 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
 
-CELL = 128  # pixels of a picture in the grid, at most
+CELL = 128  # pixels of an image in the grid, at most
 GAP = 2
 
 
 def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """The images in rows of `columns`, scaled down to `CELL` pixels where they are larger."""
+    """Lay the images out in rows of `columns`, scaled down to `CELL` pixels where they are larger."""
     if not images:
         raise ValueError("No images: a grid needs at least one.")
     width, height = images[0].size
@@ -32,7 +32,7 @@ def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     return whole
 
 
-def log_picture(
+def log_image(
     name: str,
     draw: Callable[[], Image.Image],
     step: int,
@@ -40,11 +40,11 @@ def log_picture(
     callbacks: Iterable[TrainerCallback] = (),
 ) -> None:
     """
-    Send a picture to the trackers that are running.
+    Send an image to the trackers that are running.
 
     Args:
         name: such as "gallery/train".
-        draw: makes the picture; not called where no tracker runs.
+        draw: makes the image; not called where no tracker runs.
         report_to: of the configuration.
         callbacks: of the trainer, of which TensorBoard's has the writer.
     """
@@ -55,8 +55,8 @@ def log_picture(
         del modules["wandb"]
     if not writers and not modules:
         return
-    picture = draw()
+    image = draw()
     for writer in writers:
-        writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        writer.add_image(name, np.asarray(image), step, dataformats="HWC")
     for module in modules.values():
-        module.log({name: module.Image(picture), "train/global_step": step})
+        module.log({name: module.Image(image), "train/global_step": step})

@@ -1,4 +1,4 @@
-"""What all rewards share: the form of the call, names, and what happens to failures.
+"""The common parts of all rewards: the form of the call, names, and the way of failures.
 
 A reward is a TRL reward function: it is called with `prompts`, `completions`, `images` (flat list of PIL images) and
 the dataset's columns, and returns one number per image, or `None` where it has none. None needs the trainer.
@@ -25,16 +25,16 @@ class DeadRewardError(RuntimeError):
 
 
 class Asker(Protocol):
-    """Answers yes-no questions about images: a judge behind an endpoint, or one in this process."""
+    """A judge that answers yes-no questions about images: one behind an endpoint, or one in this process."""
 
     async def ask(self, pairs: Sequence[tuple[Image.Image, str]]) -> Scores:
-        """P(yes) in [0, 1] for each (image, question), `None` for those that could not be answered."""
+        """Return P(yes) in [0, 1] for each (image, question), `None` for those that could not be answered."""
         ...
 
 
 class Breaker:
     """
-    Stops a run whose reward is dead: GPU hours without a reward teach nothing.
+    A guard that stops a run whose reward is dead: GPU hours without a reward teach nothing.
 
     Args:
         name: of the reward.
@@ -78,7 +78,7 @@ class ImageReward(ABC):
 
     @abstractmethod
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any]) -> Scores:
-        """One score per image, `None` where there is none; `prompts` as plain texts."""
+        """Return one score per image, `None` where there is none; `prompts` as plain texts."""
 
     def __call__(
         self,
@@ -114,7 +114,7 @@ class ImageReward(ABC):
 
 
 def finite(score: Any) -> float | None:
-    """A score as a float; `None` for `None`, NaN and infinity."""
+    """Turn a score into a float; `None` for `None`, NaN and infinity."""
     return None if score is None or not math.isfinite(float(score)) else float(score)
 
 
@@ -128,7 +128,7 @@ def check_images(images: Sequence[Any], number: int) -> None:
 
 
 def column(columns: dict[str, Any], name: str, reward: str) -> Sequence[Any]:
-    """A column of the dataset; ValueError, with those that are there, if it is missing."""
+    """Return a column of the dataset; ValueError, with those that are there, if it is missing."""
     if name not in columns:
         known = ", ".join(sorted(columns)) or "none"
         raise ValueError(f"{reward} reads the column {name!r}, which the dataset does not have (it has: {known}).")
@@ -136,7 +136,7 @@ def column(columns: dict[str, Any], name: str, reward: str) -> Sequence[Any]:
 
 
 def to_rgb(image: Image.Image, max_side: int | None = None) -> Image.Image:
-    """The image in RGB, transparent parts white, no side longer than `max_side` pixels."""
+    """Convert the image to RGB, transparent parts white, no side longer than `max_side` pixels."""
     if image.mode != "RGB":
         rgba = image.convert("RGBA")
         image = Image.new("RGB", image.size, "white")

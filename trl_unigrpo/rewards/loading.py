@@ -11,6 +11,7 @@ from typing import Any
 
 # TRL's own, under the name that TRL's command line has for it.
 SHORT_NAMES = {"think_format_reward": "trl.rewards:think_format_reward"}
+NO_REWARD = "{!r} names no reward. Write it as module:NAME, such as my_rewards:redness."
 
 
 def load_reward(path: str) -> Callable[..., Any]:
@@ -47,8 +48,8 @@ def split_path(path: str) -> tuple[str, str]:
     """Module and name of `module:NAME` or `module.NAME`; ValueError for another form."""
     path = SHORT_NAMES.get(path, path)
     module, _, name = path.partition(":") if ":" in path else path.rpartition(".")
-    if not module.strip(".") or module.startswith(".") or not name:
-        raise ValueError(f"{path!r} names no reward. Write it as module:NAME, such as my_rewards:redness.")
+    if not module or module.startswith(".") or not name:
+        raise ValueError(NO_REWARD.format(path))
     return module, name
 
 
@@ -64,6 +65,8 @@ def find_working_directory() -> None:
 
 def check_reward(path: str, value: Any) -> None:
     """Raise ValueError if what a path names can't be called with prompts, completions, images and columns."""
+    if inspect.ismodule(value) and ":" not in path:
+        raise ValueError(NO_REWARD.format(path))
     if not callable(value):
         raise ValueError(f"{path!r} is a {type(value).__name__}, expected a function or a callable object.")
     try:

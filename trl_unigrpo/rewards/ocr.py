@@ -1,4 +1,4 @@
-"""Is the text that was asked for in the picture? Read by a real OCR model that runs on a CPU."""
+"""A reward for text that was asked for in the image, read by a real OCR model that runs on a CPU."""
 
 import re
 from collections.abc import Sequence
@@ -25,7 +25,9 @@ _QUOTED = (
 
 
 def quoted_text(prompt: str) -> str | None:
-    """The first quoted text of a prompt, double quotation marks before single ones; `None` if nothing is quoted."""
+    """
+    Find the first quoted text of a prompt, double quotation marks before single ones; `None` if nothing is quoted.
+    """
     for pattern in _QUOTED:
         if (match := pattern.search(prompt)) and match[1].strip():
             return match[1]
@@ -34,7 +36,7 @@ def quoted_text(prompt: str) -> str | None:
 
 def text_match(recognized: str, target: str) -> float:
     """
-    How much of a text was recognized, in [0, 1], by Flow-GRPO's definition (arXiv 2505.05470).
+    Say how much of a text was recognized, in [0, 1], by Flow-GRPO's definition (arXiv 2505.05470).
 
     `1 - min(Lev(recognized, target), len(target)) / len(target)`, Lev the edit distance, both texts in lower case and
     without spaces; 1 where the target is a part of what was recognized.
@@ -54,8 +56,8 @@ def text_match(recognized: str, target: str) -> float:
 
 class OCRReward(ImageReward):
     """
-    [`text_match`] of the text that an OCR model reads in each image. Needs `pip install trl-unigrpo[ocr]`, whose wheel
-    brings the model.
+    A reward by [`text_match`] of the text that an OCR model reads in each image. Needs `pip install trl-unigrpo[ocr]`,
+    whose wheel brings the model.
 
     Args:
         target_column: column with the texts. By default `target` if the dataset has it, or else the text that each
@@ -99,7 +101,7 @@ class OCRReward(ImageReward):
         self._engine = RapidOCR(params=params)
 
     def read(self, image: Image.Image) -> str:
-        """The text in an image: its lines from top to bottom, one after the other."""
+        """Read the text in an image: its lines from top to bottom, one after the other."""
         blue_green_red = np.ascontiguousarray(np.asarray(to_rgb(image))[:, :, ::-1])
         return "".join(getattr(self._engine(blue_green_red), "txts", None) or ())
 
@@ -111,7 +113,7 @@ class OCRReward(ImageReward):
 
     def targets(self, prompts: Sequence[str], columns: dict[str, Any]) -> list[str | None]:
         """
-        The text that each image should show, `None` where there is none.
+        Return the text that each image should show, `None` where there is none.
 
         Raises:
             ValueError: if a row has none and `missing="error"`, or the dataset lacks the column that was named.

@@ -13,7 +13,7 @@ _MODES = {Resampling.BILINEAR: "bilinear", Resampling.BICUBIC: "bicubic"}
 
 def processed_size(height: int, width: int, size: Any) -> tuple[int, int]:
     """
-    What (height, width) become by an image processor's `size`, in pixels.
+    Return what (height, width) become by an image processor's `size`, in pixels.
 
     Raises:
         ValueError: for a size that is neither {height, width} nor {shortest_edge}.

@@ -12,20 +12,22 @@ from .common import Scores, check_images, to_rgb
 
 
 def think_format(completions: Sequence[Any], **kwargs: Any) -> list[float]:
-    """1 where a completion begins with one `<think>...</think>`, else 0: TRL's rule, for plain texts as well."""
+    """
+    Return 1 where a completion begins with one `<think>...</think>`, else 0: TRL's rule, for plain texts as well.
+    """
     messages = [[{"content": text}] if isinstance(text, str) else text for text in completions]
     return list(think_format_reward(messages, **kwargs))
 
 
 def length_score(length: float, low: float, high: float, margin: float) -> float:
-    """1 for a length within [low, high], 0 from `margin` beyond them on, linear between."""
+    """Return 1 for a length within [low, high], 0 from `margin` beyond them on, linear between."""
     beyond = max(low - length, length - high, 0)
     return max(0.0, 1 - beyond / margin) if margin > 0 else float(beyond == 0)
 
 
 def thinking_length(low: int, high: int, margin: int = 0) -> Callable[..., list[float]]:
     """
-    A reward for thinkings of `low` to `high` tokens: [`length_score`] of each completion's tokens.
+    Make a reward for thinkings of `low` to `high` tokens: [`length_score`] of each completion's tokens.
 
     Args:
         low, high, margin: in tokens, the end token included. Beyond them the reward falls to 0 over `margin`.
@@ -44,8 +46,8 @@ def thinking_length(low: int, high: int, margin: int = 0) -> Callable[..., list[
 
 def laplacian_variance(image: Image.Image) -> float | None:
     """
-    Variance of the Laplacian of the brightness (0 to 255), over the pixels with four neighbours: large where edges are
-    sharp, and for noise. `None` for an image without such pixels.
+    Compute the variance of the Laplacian of the brightness (0 to 255), over the pixels with four neighbours: large
+    where edges are sharp, and for noise. `None` for an image without such pixels.
     """
     gray = np.asarray(to_rgb(image).convert("L"), dtype=np.float64)
     if min(gray.shape) < 3:
@@ -55,19 +57,22 @@ def laplacian_variance(image: Image.Image) -> float | None:
 
 
 def sharpness(prompts: Sequence[Any], images: Sequence[Image.Image] = (), **kwargs: Any) -> Scores:
-    """[`laplacian_variance`] of each image."""
+    """Return the [`laplacian_variance`] of each image."""
     check_images(images, len(prompts))
     return [laplacian_variance(image) for image in images]
 
 
 def jpeg_kilobytes(image: Image.Image, quality: int = 95) -> float:
-    """Size of an image as JPEG, in 1000 bytes."""
+    """Measure the size of an image as JPEG, in 1000 bytes."""
     file = BytesIO()
     to_rgb(image).save(file, format="JPEG", quality=quality)
     return file.tell() / 1000
 
 
 def jpeg_size(prompts: Sequence[Any], images: Sequence[Image.Image] = (), **kwargs: Any) -> Scores:
-    """[`jpeg_kilobytes`] of each image: incompressibility (arXiv 2305.13301); weigh it with -1 for compressibility."""
+    """
+    Return the [`jpeg_kilobytes`] of each image: incompressibility (arXiv 2305.13301); weigh it with -1 for
+    compressibility.
+    """
     check_images(images, len(prompts))
     return [jpeg_kilobytes(image) for image in images]

@@ -36,7 +36,7 @@ def thinking_reward(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def reward_scope(function: Any) -> str:
     """
-    What a reward function trains: "both", the thinking and the image, or "text", the thinking alone.
+    Say what a reward function trains: "both", the thinking and the image, or "text", the thinking alone.
 
     Raises:
         ValueError: if the function has an attribute `scope` that is neither.

@@ -1,4 +1,4 @@
-"""ShapeWorld: a built-in world of coloured shapes: prompts, a renderer, a rule that scores pictures, a tiny model."""
+"""ShapeWorld: a built-in world of coloured shapes: prompts, a renderer, a rule that scores images, a tiny model."""
 
 from typing import TYPE_CHECKING
 

@@ -13,5 +13,5 @@ BASE = Path(__file__).parent / "weights"
 
 
 def load_base() -> tuple[BagelForUnifiedGeneration, PreTrainedTokenizerBase]:
-    """The tiny BAGEL that `trl-unigrpo build-shapeworld` makes, and its tokenizer."""
+    """Load the tiny BAGEL that `trl-unigrpo build-shapeworld` makes, and its tokenizer."""
     return BagelForUnifiedGeneration.from_pretrained(BASE), AutoTokenizer.from_pretrained(BASE)

@@ -1,4 +1,4 @@
-"""The corpus on which ShapeWorld's base model is pre-trained: prompts, plans, pictures, and deliberate mistakes.
+"""The corpus on which ShapeWorld's base model is pre-trained: prompts, plans, images, and deliberate mistakes.
 
 A base model must leave its two experts something to learn. So the corpus is written by a thinker that miscounts and
 swaps sides and colours, and drawn by a painter that mistakes triangles for squares. The mistakes are made once, from
@@ -15,6 +15,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from ..statistics import BoolArray
 from .dataset import check_split
 from .grammar import sampling_weights
 from .render import render_images
@@ -29,7 +30,6 @@ from .world import (
     SHAPES,
     THINK_END,
     THINK_START,
-    BoolArray,
     IntArray,
     PromptSpec,
     SpecArrays,
@@ -39,11 +39,11 @@ from .world import (
 
 @dataclass(frozen=True)
 class ErrorRates:
-    """How often the corpus is wrong: chances in [0, 1].
+    """Chances in [0, 1] that the corpus is wrong.
 
     The first group are mistakes of the plan, per plan to which they can happen; `miscount` has one chance for each
     number of objects from two to five. The second group are mistakes of the painter, per planned object of that kind
-    (`extra`: per picture); a painter never drops the only object.
+    (`extra`: per image); a painter never drops the only object.
     """
 
     miscount: tuple[float, float, float, float] = (0.16, 0.28, 0.36, 0.40)
@@ -66,7 +66,7 @@ class ErrorRates:
     extra: float = 0.1152
 
     def scaled(self, plan: float = 1.0, painter: float = 1.0) -> ErrorRates:
-        """The same mistakes more or less often; chances stay at most 1."""
+        """Make the same mistakes more or less often; chances stay at most 1."""
         rates: dict[str, Any] = {}
         for field in fields(self):
             factor, value = painter if field.name in _PAINTER_ERRORS else plan, getattr(self, field.name)
@@ -93,7 +93,7 @@ class Plans:
         color: indexes `COLORS`.
         shape: indexes `SHAPES`.
         cell: 0 to 8.
-        present: which slots hold an object. The other three are meaningless where this is false.
+        present: the slots that hold an object. The other three are meaningless where this is false.
     """
 
     color: IntArray
@@ -103,12 +103,12 @@ class Plans:
 
 
 def _pick(mask: BoolArray, rng: np.random.Generator) -> IntArray:
-    """One random true column of each row of (N, M); an arbitrary one where there is none."""
+    """Pick one random true column of each row of (N, M); an arbitrary one where there is none."""
     return np.where(mask, rng.random(mask.shape), -1.0).argmax(1)
 
 
 def draw_plans(specs: SpecArrays, rng: np.random.Generator) -> Plans:
-    """One faultless plan for each of N specs. Whatever the prompt leaves open is drawn uniformly."""
+    """Draw one faultless plan for each of N specs. Whatever the prompt leaves open is drawn uniformly."""
     number = len(specs)
     rows = np.arange(number)
     ends = specs.count.cumsum(1)
@@ -139,7 +139,7 @@ def draw_plans(specs: SpecArrays, rng: np.random.Generator) -> Plans:
 
 
 def _free_cells(plans: Plans) -> BoolArray:
-    """(N, 9): the cells without an object."""
+    """Find the cells without an object, (N, 9)."""
     free = np.ones((len(plans.cell), NUM_CELLS), dtype=bool)
     rows, slots = np.nonzero(plans.present)
     free[rows, plans.cell[rows, slots]] = False
@@ -149,7 +149,7 @@ def _free_cells(plans: Plans) -> BoolArray:
 def spoil_plans(
     plans: Plans, specs: SpecArrays, prompts: list[PromptSpec], rates: ErrorRates, rng: np.random.Generator
 ) -> Plans:
-    """The thinker's mistakes. `prompts` and `specs` are the same N prompts."""
+    """Make the thinker's mistakes. `prompts` and `specs` are the same N prompts."""
     color, shape, cell, present = plans.color.copy(), plans.shape.copy(), plans.cell.copy(), plans.present.copy()
     category = np.array([spec.category for spec in prompts])
     family = np.array([spec.family for spec in prompts])
@@ -195,8 +195,8 @@ def spoil_plans(
     return Plans(color, shape, cell, present)
 
 
-def paint(plans: Plans, rates: ErrorRates, rng: np.random.Generator) -> IntArray:
-    """Cells (N, 9) of the pictures of N plans, with the painter's mistakes."""
+def painted_cells(plans: Plans, rates: ErrorRates, rng: np.random.Generator) -> IntArray:
+    """Paint N plans as cells (N, 9), with the painter's mistakes."""
     color, shape, present = plans.color, plans.shape, plans.present
 
     def hit(rate: float) -> BoolArray:
@@ -220,7 +220,7 @@ _OBJECT_WORDS = [f"{color} {shape} {place}" for color in COLORS for shape in SHA
 
 
 def plan_texts(plans: Plans) -> list[str]:
-    """The thinking text of each of N plans."""
+    """Write the thinking text of each of N plans."""
     index = (plans.color * len(SHAPES) + plans.shape) * NUM_CELLS + plans.cell
     marked = np.where(plans.present, index, -1).tolist()
     return [" ".join([THINK_START, *(_OBJECT_WORDS[i] for i in row if i >= 0), THINK_END]) for row in marked]
@@ -233,7 +233,7 @@ def corpus_columns(
     no_thinking_share: float = 0.2,
     split: str = "train",
 ) -> dict[str, Any]:
-    """The corpus as columns: `prompt`, `completion` ("" without thinking), `cells` (num_rows, 9), `category`.
+    """Write the corpus as columns: `prompt`, `completion` ("" without thinking), `cells` (num_rows, 9), `category`.
 
     Prompts are drawn as `grammar.sampling_weights` says: categories evenly. About 10 microseconds a row.
     """
@@ -248,13 +248,13 @@ def corpus_columns(
     return {
         "prompt": [texts[i] for i in rows],
         "completion": [text if think else "" for text, think in zip(plan_texts(plans), thinks, strict=True)],
-        "cells": paint(plans, rates, rng).astype(np.int8),
+        "cells": painted_cells(plans, rates, rng).astype(np.int8),
         "category": [spec.category for spec in drawn],
     }
 
 
 def render_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Replaces the column `cells` of a batch by `image`, pictures of 48 x 48 pixels."""
+    """Replace the column `cells` of a batch by `image`, images of 48 x 48 pixels."""
     columns = {name: values for name, values in batch.items() if name != "cells"}
     if "cells" in batch:
         columns["image"] = render_images(np.array(batch["cells"], dtype=np.int64))
@@ -269,19 +269,19 @@ def pretraining_corpus(
     split: str = "train",
     transform: Callable[[dict[str, list[Any]]], dict[str, list[Any]]] = render_batch,
 ) -> Dataset:
-    """The corpus as a dataset, pictures drawn when a row is read.
+    """Make the corpus a dataset whose images are drawn when a row is read.
 
     Args:
         num_rows: number of examples; a prompt comes many times, with another plan each time.
         seed: fixes prompts, plans and mistakes.
         rates: of the mistakes. `None`: the defaults of `ErrorRates`.
-        no_thinking_share: share of rows in [0, 1] whose `completion` is "" (the picture follows the prompt directly).
+        no_thinking_share: share of rows in [0, 1] whose `completion` is "" (the image follows the prompt directly).
         split: the prompts' split. Only "train" keeps the other splits unseen.
         transform: turns a batch of columns with `cells` into what the trainer reads.
 
     Returns:
         Columns `prompt` (str), `completion` (str), `category` (str), `image` (PIL), the format of TRL's
-        prompt-completion datasets with a picture.
+        prompt-completion datasets with an image.
     """
     columns = corpus_columns(num_rows, seed, rates, no_thinking_share, split)
     columns["cells"] = list(columns["cells"])

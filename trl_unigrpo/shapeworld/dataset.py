@@ -15,14 +15,14 @@ from .world import PromptSpec
 
 
 def check_split(split: str) -> dict[str, PromptSpec]:
-    """The prompts of a split; a ValueError for a split that does not exist."""
+    """Look up the prompts of a split; a ValueError for a split that does not exist."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} does not exist, expected one of {', '.join(SPLITS)}")
     return prompts_by_split()[split]
 
 
 def shapeworld_dataset(split: str = "train", num_prompts: int | None = None, seed: int = 0) -> Dataset:
-    """Prompts of one split, in random order.
+    """Draw prompts of one split, in random order.
 
     Args:
         split: `"train"`, `"validation"` or `"test"`. No meaning of a prompt is in two of them.
@@ -48,7 +48,7 @@ def shapeworld_dataset(split: str = "train", num_prompts: int | None = None, see
 
 
 def _balanced(specs: list[PromptSpec], number: int, rng: np.random.Generator) -> np.ndarray:
-    """Indices of `number` prompts, balanced over the categories."""
+    """Choose indices of `number` prompts, balanced over the categories."""
     category = np.array([CATEGORIES.index(spec.category) for spec in specs])
     # The largest of log(weight) + Gumbel noise are a weighted draw without replacement.
     keys = np.log(sampling_weights(specs)) + rng.gumbel(size=len(specs))

@@ -1,4 +1,4 @@
-"""Score a model on prompts of ShapeWorld that it has never seen."""
+"""Scores of a model on prompts of ShapeWorld that it has never seen."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ..flow.guidance import Guidance
 from ..sampling import generate
+from ..statistics import FloatArray
 from .dataset import shapeworld_dataset
-from .diversity import Diversity, diversity
+from .diversity import Diversity, cell_diversity
 from .grammar import parse_prompt
 from .plan import score_plans
 from .render import IMAGE_SIZE
@@ -33,8 +32,6 @@ NUM_INFERENCE_STEPS = 10
 MAX_COMPLETION_LENGTH = 24
 EVALUATION_SEED = 1234
 
-FloatArray = NDArray[np.float64]
-
 
 @dataclass
 class Evaluation:
@@ -42,9 +39,9 @@ class Evaluation:
     One sample for each of N prompts, and what it scored.
 
     Attributes:
-        reward, strict: (N,) share of the prompt's checks that hold, and whether all do.
+        reward, strict: (N,) share of the prompt's checks that hold, and 1 where all do.
         plan: (N,) the score of a perfect drawing of the thinking.
-        error: (N,) picture errors.
+        error: (N,) image errors.
         latents: (N, tokens, channels) of the images.
     """
 
@@ -78,7 +75,7 @@ def evaluate_model(
     guidance: Guidance | None = None,
 ) -> Evaluation:
     """
-    Paint `num_prompts` prompts of a split, balanced over categories, and score the pictures.
+    Paint `num_prompts` prompts of a split, balanced over categories, and score the images.
 
     The same arguments give the same prompts, the same random numbers and so a paired comparison of two models.
 
@@ -126,7 +123,7 @@ def group_diversity(
     seed: int = 5,
     thinking: bool = True,
 ) -> Diversity:
-    """How much 16 samples of one prompt differ: the mean over ten prompts of each category."""
+    """Measure how much 16 samples of one prompt differ: the mean over ten prompts of each category."""
     dataset = shapeworld_dataset("test", seed=seed)
     prompts = [
         prompt
@@ -146,4 +143,4 @@ def group_diversity(
         seed=seed,
     )
     cells = read_cells(images_to_array([sample.image for sample in samples]))[0]
-    return diversity(cells.reshape(-1, 16, NUM_CELLS))
+    return cell_diversity(cells.reshape(-1, 16, NUM_CELLS))

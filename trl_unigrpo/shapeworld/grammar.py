@@ -22,8 +22,8 @@ from .world import (
     PLACES,
     PLURALS,
     REGIONS,
-    RELATIONS,
     SHAPES,
+    SPATIAL_RELATIONS,
     THINGS,
     WORDS,
     ObjectGroup,
@@ -62,20 +62,20 @@ def _word(count: int) -> str:
 
 
 def _noun(group: ObjectGroup, number: str | None = None) -> str:
-    """The words for a group without its place, as "a red circle", "two circles" or "three red shapes"."""
+    """Name a group without its place, as "a red circle", "two circles" or "three red shapes"."""
     singular, plural = (group.shape, PLURALS[group.shape]) if group.shape else ("shape", "shapes")
     number = number or ("a" if group.count == 1 else _word(group.count))
     return " ".join(word for word in (number, group.color, singular if group.count == 1 else plural) if word)
 
 
 def _nouns(count: int, cells: tuple[int, ...] | None = None) -> list[ObjectGroup]:
-    """All groups of this size that name a shape, a colour or both."""
+    """List all groups of this size that name a shape, a colour or both."""
     colors, shapes = [*COLORS, None], [*SHAPES, None]
     return [ObjectGroup(count, c, s, cells) for c, s in product(colors, shapes) if c or s]
 
 
 def _different_pairs() -> Iterator[tuple[str, str, str, str]]:
-    """(color, shape, color, shape) with both colours and both shapes different."""
+    """List (color, shape, color, shape) with both colours and both shapes different."""
     for (c1, c2), (s1, s2) in product(permutations(COLORS, 2), permutations(SHAPES, 2)):
         yield c1, s1, c2, s2
 
@@ -156,12 +156,12 @@ def _position(family: str) -> Iterator[Entry]:
         pairs = [(ObjectGroup(1, c1, s1), ObjectGroup(1, c2, s2)) for c1, s1, c2, s2 in _different_pairs()]
     else:
         pairs = [(ObjectGroup(1, None, s1), ObjectGroup(1, None, s2)) for s1, s2 in permutations(SHAPES, 2)]
-    for (first, second), relation in product(pairs, RELATIONS):
+    for (first, second), relation in product(pairs, SPATIAL_RELATIONS):
         yield f"{_noun(first)} {relation} {_noun(second)}", (first, second), relation
 
 
 def _sums(count: int) -> list[str]:
-    """All ways to say `count` as a sum or a difference of numbers from one to five."""
+    """List all ways to say `count` as a sum or a difference of numbers from one to five."""
     plus = [f"{_word(a)} plus {_word(count - a)}" for a in range(1, count)]
     return plus + [f"{_word(a)} minus {_word(a - count)}" for a in range(count + 1, MAX_OBJECTS + 1)]
 
@@ -211,7 +211,7 @@ _GENERATORS = {
 
 @lru_cache(maxsize=1)
 def all_prompts() -> dict[str, PromptSpec]:
-    """Every prompt of the grammar with its meaning, in a fixed order. Built once per process, in about 0.3 s."""
+    """List every prompt of the grammar with its meaning, in a fixed order. Built once per process, in about 0.3 s."""
     prompts: dict[str, PromptSpec] = {}
     for category, families in FAMILIES.items():
         for family in families:
@@ -223,7 +223,7 @@ def all_prompts() -> dict[str, PromptSpec]:
 
 
 def parse_prompt(text: str) -> PromptSpec:
-    """What a prompt asks for. White space at the ends and between words is not significant.
+    """Read what a prompt asks for. White space at the ends and between words is not significant.
 
     Raises:
         ValueError: the text is not a prompt of this grammar.
@@ -245,9 +245,9 @@ def parse_prompt(text: str) -> PromptSpec:
 
 
 def split_of(spec: PromptSpec) -> str:
-    """The split of a prompt: 70 % train, 10 % validation, 20 % test, by a hash of its meaning alone.
+    """Find the split of a prompt: 70 % train, 10 % validation, 20 % test, by a hash of its meaning alone.
 
-    Prompts that the same pictures satisfy share a split, so that no wording of a test prompt is ever trained on.
+    Prompts that the same images satisfy share a split, so that no wording of a test prompt is ever trained on.
     """
     digest = hashlib.blake2b(f"shapeworld-1 {spec.content}".encode(), digest_size=8).digest()
     bucket = int.from_bytes(digest, "little") % 10
@@ -256,7 +256,7 @@ def split_of(spec: PromptSpec) -> str:
 
 @lru_cache(maxsize=1)
 def prompts_by_split() -> dict[str, dict[str, PromptSpec]]:
-    """Split -> text -> spec, in the order of `all_prompts`."""
+    """Sort the prompts by split: split -> text -> spec, in the order of `all_prompts`."""
     splits: dict[str, dict[str, PromptSpec]] = {split: {} for split in SPLITS}
     for text, spec in all_prompts().items():
         splits[split_of(spec)][text] = spec
@@ -264,7 +264,7 @@ def prompts_by_split() -> dict[str, dict[str, PromptSpec]]:
 
 
 def sampling_weights(specs: list[PromptSpec]) -> list[float]:
-    """The chance of each of these prompts in a draw that picks a category, then a family, then a prompt.
+    """Give the chance of each of these prompts in a draw that picks a category, then a family, then a prompt.
 
     Categories are equally likely, families have the shares of `FAMILIES`. Sums to 1 if every family occurs.
     """

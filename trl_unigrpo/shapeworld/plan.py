@@ -27,12 +27,12 @@ PlannedObject = tuple[str, str, str]
 
 
 def format_plan(plan: Sequence[PlannedObject]) -> str:
-    """The thinking text of a plan."""
+    """Write the thinking text of a plan."""
     return " ".join([THINK_START, *(word for planned in plan for word in planned), THINK_END])
 
 
 def parse_plan(text: str) -> list[PlannedObject] | None:
-    """The inverse of `format_plan`; `None` if the text is no plan, or plans two objects for one place.
+    """Read a plan, the inverse of `format_plan`; `None` for no plan, or one with two objects in one place.
 
     At most `MAX_OBJECTS` objects make a plan; none at all (an empty thought) are one too.
     """
@@ -47,7 +47,7 @@ def parse_plan(text: str) -> list[PlannedObject] | None:
 
 
 def plan_cells(plan: Sequence[PlannedObject]) -> IntArray:
-    """The cells (9,) of the picture that the plan describes."""
+    """Draw the plan: the cells (9,) of the image that it describes."""
     cells = np.full(NUM_CELLS, EMPTY, dtype=np.int64)
     for color, shape, place in plan:
         cells[PLACES.index(place)] = cell_code(color, shape)
@@ -55,17 +55,17 @@ def plan_cells(plan: Sequence[PlannedObject]) -> IntArray:
 
 
 def score_plans(specs: Sequence[PromptSpec], completions: Sequence[str]) -> ScoreArray:
-    """(B,) in [0, 1]: the score that a picture painted exactly as planned would get; 0 for a text that is no plan."""
-    # No plan is scored as an empty picture, which passes no check of any prompt.
+    """Score images painted exactly as planned, (B,) in [0, 1]; 0 for a text that is no plan."""
+    # No plan is scored as an empty image, which passes no check of any prompt.
     plans = [plan_cells(parse_plan(text) or []) for text in completions]
     return score(specs, np.array(plans, dtype=np.int64).reshape(-1, NUM_CELLS)).score
 
 
 def plan_faithfulness(completions: Sequence[str], cells: IntArray) -> tuple[ScoreArray, ScoreArray]:
-    """Compares B plans with the cells (B, 9) of their pictures.
+    """Compare B plans with the cells (B, 9) of their images.
 
     Returns:
-        (B,) 1 where the picture is exactly the planned one, else 0; and (B,) the share of the planned objects that
+        (B,) 1 where the image is exactly the planned one, else 0; and (B,) the share of the planned objects that
         were painted in their place, colour and shape. Both are NaN where there is no plan to compare with.
     """
     exact, objects = np.full(len(cells), np.nan), np.full(len(cells), np.nan)

@@ -1,4 +1,4 @@
-"""A score of pictures that no training sees: how far they are, as a set, from clean drawings, in the way of FID."""
+"""A score of images that no training sees: how far they are, as a set, from clean drawings, in the way of FID."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from ..models.registry import unified_model
+from ..statistics import FloatArray
 from .corpus import NO_ERRORS, draw_plans, paint
 from .grammar import parse_prompt
 from .render import render_images
@@ -18,14 +18,12 @@ from .verifier import images_to_array
 from .world import encode_specs
 
 
-FloatArray = NDArray[np.float64]
-
 DRAWINGS_PER_PROMPT = 10
 
 
 def frechet_distance(a: FloatArray, b: FloatArray) -> float:
     """
-    Squared Wasserstein-2 distance of the Gaussians fitted to two sets of points, as in FID (arXiv 1706.08500):
+    Compute the squared Wasserstein-2 distance of Gaussians fitted to two sets of points, as FID (arXiv 1706.08500):
 
         |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))
 
@@ -43,20 +41,20 @@ def frechet_distance(a: FloatArray, b: FloatArray) -> float:
 
 
 def _square_root(covariance: FloatArray) -> FloatArray:
-    """The symmetric root of a positive semi-definite matrix."""
+    """Take the symmetric root of a positive semi-definite matrix."""
     values, vectors = np.linalg.eigh(covariance)
     return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
 
 def image_tokens(model: Any, images: Sequence[Image.Image]) -> FloatArray:
-    """(tokens of all images, C): what the autoencoder makes of pictures of 48 x 48 pixels."""
+    """Encode images of 48 x 48 pixels by the autoencoder: (tokens of all images, C)."""
     base = unified_model(model)
     pixels = torch.from_numpy(images_to_array(images)).to(base.device)
     return base.encode_images(pixels).flatten(0, 1).double().cpu().numpy()
 
 
 def clean_drawings(prompts: Sequence[str], seed: int = 0) -> list[Image.Image]:
-    """`DRAWINGS_PER_PROMPT` random scenes for each prompt, each as the prompt asks, drawn without a mistake."""
+    """Draw `DRAWINGS_PER_PROMPT` random scenes for each prompt, each as the prompt asks, without a mistake."""
     rng = np.random.default_rng(seed)
     specs = encode_specs([parse_prompt(prompt) for prompt in prompts for _ in range(DRAWINGS_PER_PROMPT)])
     return render_images(paint(draw_plans(specs, rng), NO_ERRORS, rng))
@@ -64,14 +62,14 @@ def clean_drawings(prompts: Sequence[str], seed: int = 0) -> list[Image.Image]:
 
 def latent_distance(model: Any, images: Sequence[Image.Image], prompts: Sequence[str]) -> float:
     """
-    Frechet distance between the autoencoder's tokens of pictures and those of clean drawings for the same prompts.
+    Compute the Frechet distance between the autoencoder's tokens of images and of clean drawings of the same prompts.
 
-    It sees decay of the pictures and a narrowed choice of colours, shapes and numbers alike, and nothing of whether a
-    picture fits its own prompt. 0 would be a painter of clean pictures as varied as the prompts allow.
+    It sees decay of the images and a narrowed choice of colours, shapes and numbers alike, and not if an image fits
+    its own prompt. 0 would be a painter of clean images as varied as the prompts allow.
 
     Args:
         model: a unified model; all that are trained from the shipped base share its autoencoder.
-        images: B pictures of 48 x 48 pixels.
+        images: B images of 48 x 48 pixels.
         prompts: their B prompts.
     """
     return frechet_distance(image_tokens(model, images), image_tokens(model, clean_drawings(prompts)))

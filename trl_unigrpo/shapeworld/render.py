@@ -1,4 +1,4 @@
-"""Cells to pictures: 48 x 48 pixels, nine cells of 16 x 16, one anti-aliased shape per cell on a dark ground."""
+"""The renderer: images of 48 x 48 pixels, nine cells of 16 x 16, one anti-aliased shape a cell on a dark ground."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from .world import (
     COLORS,
-    GRID,
+    GRID_SIDE,
     NUM_CELLS,
     NUM_CODES,
     SHAPES,
@@ -17,13 +17,13 @@ from .world import (
 )
 
 
-FloatArray = NDArray[np.float32]
+Float32Array = NDArray[np.float32]
 
 CELL_SIZE = 16
-IMAGE_SIZE = GRID * CELL_SIZE
+IMAGE_SIZE = GRID_SIDE * CELL_SIZE
 
 BACKGROUND = np.array([-0.9, -0.9, -0.85], dtype=np.float32)
-PALETTE: FloatArray = np.array(
+PALETTE: Float32Array = np.array(
     [
         [1.0, -0.7, -0.7],
         [-0.7, 0.6, -0.7],
@@ -37,8 +37,8 @@ PALETTE: FloatArray = np.array(
 """(6, 3): RGB in [-1, 1] of each of `COLORS`."""
 
 
-def shape_masks(size: int = CELL_SIZE, oversample: int = 4) -> FloatArray:
-    """Coverage (5, size, size) in [0, 1] of each of `SHAPES` in its cell: the mean over `oversample`^2 points."""
+def shape_masks(size: int = CELL_SIZE, oversample: int = 4) -> Float32Array:
+    """Give the coverage (5, size, size) in [0, 1] of each of `SHAPES`: the mean over `oversample`^2 points."""
     points = (np.arange(size * oversample) + 0.5) * (CELL_SIZE / (size * oversample))
     y, x = points[:, None], points[None, :]
     dy, dx = abs(y - CELL_SIZE / 2), abs(x - CELL_SIZE / 2)
@@ -54,7 +54,7 @@ def shape_masks(size: int = CELL_SIZE, oversample: int = 4) -> FloatArray:
     return blocks.mean((2, 4), dtype=np.float32)
 
 
-def _templates() -> FloatArray:
+def _clean_cells() -> Float32Array:
     templates = np.empty((NUM_CODES, 3, CELL_SIZE, CELL_SIZE), dtype=np.float32)
     templates[:] = BACKGROUND[:, None, None]
     ink = (PALETTE - BACKGROUND)[:, None, :, None, None] * shape_masks()[None, :, None]
@@ -62,9 +62,9 @@ def _templates() -> FloatArray:
     return templates
 
 
-TEMPLATES = _templates()
+CLEAN_CELLS = _clean_cells()
 """(31, 3, 16, 16) in [-1, 1]: the clean cell of each code."""
-_TEMPLATES_UINT8 = np.round((TEMPLATES + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1).copy()
+_CLEAN_CELLS_UINT8 = np.round((CLEAN_CELLS + 1) * 127.5).astype(np.uint8).transpose(0, 2, 3, 1).copy()
 
 
 def _check(cells: IntArray) -> IntArray:
@@ -78,13 +78,13 @@ def _check(cells: IntArray) -> IntArray:
 
 
 def render_tensor(cells: IntArray) -> torch.Tensor:
-    """Pictures (B, 3, 48, 48), float32 in [-1, 1], of cells (B, 9) or (9,)."""
-    tiles = TEMPLATES[_check(cells)].reshape(-1, GRID, GRID, 3, CELL_SIZE, CELL_SIZE)
+    """Render cells (B, 9) or (9,) as images (B, 3, 48, 48), float32 in [-1, 1]."""
+    tiles = CLEAN_CELLS[_check(cells)].reshape(-1, GRID_SIDE, GRID_SIDE, 3, CELL_SIZE, CELL_SIZE)
     return torch.from_numpy(tiles.transpose(0, 3, 1, 4, 2, 5).reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE))
 
 
 def render_images(cells: IntArray) -> list[Image.Image]:
-    """Pictures of cells (B, 9) or (9,) as RGB images of 48 x 48 pixels."""
-    tiles = _TEMPLATES_UINT8[_check(cells)].reshape(-1, GRID, GRID, CELL_SIZE, CELL_SIZE, 3)
+    """Render cells (B, 9) or (9,) as RGB images of 48 x 48 pixels."""
+    tiles = _CLEAN_CELLS_UINT8[_check(cells)].reshape(-1, GRID_SIDE, GRID_SIDE, CELL_SIZE, CELL_SIZE, 3)
     pixels = tiles.transpose(0, 1, 3, 2, 4, 5).reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(image) for image in pixels]

@@ -11,7 +11,7 @@ PROMPTS_PER_GENERATION = 12
 
 def demo_settings(generations: int = 140) -> dict[str, Any]:
     """
-    The demo's settings: the paper's, but for sizes and learning rates, which were chosen on validation prompts.
+    Give the demo's settings: the paper's, but for sizes and learning rates, which were chosen on validation prompts.
 
     Args:
         generations: rollouts of 12 prompts x 16 trajectories, each trained on twice.

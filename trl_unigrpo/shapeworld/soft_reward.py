@@ -1,6 +1,6 @@
 """The verifier's score with cells that are read softly, so that it has a gradient to the pixels: a reward for ReFL.
 
-Shapes: B pictures, G groups, 9 cells, 31 codes; a column of 3 cells is a line of the grid, and so is a row.
+Shapes: B images, G groups, 9 cells, 31 codes; a column of 3 cells is a line of the grid, and so is a row.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..messages import user_text
 from .grammar import parse_prompt
-from .render import CELL_SIZE, IMAGE_SIZE, TEMPLATES
+from .render import CELL_SIZE, CLEAN_CELLS, IMAGE_SIZE
 from .verifier import MAX_CELL_ERROR
 from .world import (
     EMPTY,
-    GRID,
+    GRID_SIDE,
     NUM_CODES,
     RELATION_TABLE,
     PromptSpec,
@@ -34,20 +34,20 @@ TEMPERATURE = 0.005
 Mean squared distance, pixels in [-1, 1], over which a cell's code is in doubt.
 
 The nearest two clean cells, a green circle and a green square, are 0.0365 apart: a clean drawing scores as the
-verifier says within 5e-4. At 0.02 every wrong picture has a gradient, but that holds within 0.1 only, and ReFL learns
+verifier says within 5e-4. At 0.02 every wrong image has a gradient, but that holds within 0.1 only, and ReFL learns
 no more.
 """
 
-_TEMPLATE_ROWS = torch.from_numpy(TEMPLATES.reshape(NUM_CODES, -1))
+_TEMPLATE_ROWS = torch.from_numpy(CLEAN_CELLS.reshape(NUM_CODES, -1))
 # The three lines of each relation, (4, 3, 3) cells, in its direction: columns from the left for "left of".
-_LINES = torch.from_numpy(np.argsort(-RELATION_TABLE.sum(2), axis=1, kind="stable").reshape(-1, GRID, GRID))
+_LINES = torch.from_numpy(np.argsort(-RELATION_TABLE.sum(2), axis=1, kind="stable").reshape(-1, GRID_SIDE, GRID_SIDE))
 
 
 def soft_shapeworld_reward(
     pixels: Tensor, prompts: Sequence[str | list[dict[str, Any]]], temperature: float = TEMPERATURE, **kwargs: Any
 ) -> Tensor:
     """
-    The score that [`shapeworld_reward`] is expected to give if each cell is read at random by `cell_probabilities`.
+    Expect the score of [`shapeworld_reward`] if each cell is read at random by `cell_probabilities`.
 
     Args:
         pixels: (B, 3, 48, 48) in [0, 1].
@@ -68,7 +68,7 @@ def soft_shapeworld_reward(
 
 def cell_probabilities(pixels: Tensor, temperature: float = TEMPERATURE) -> Tensor:
     """
-    How likely each cell holds each code: softmax(-error / temperature).
+    Say how likely each cell holds each code: softmax(-error / temperature).
 
     The error is the mean squared distance to the clean cell, pixels in [-1, 1]. An unreadable cell is one more class,
     of the constant error `MAX_CELL_ERROR`: the verifier's rule is the limit of temperature 0.
@@ -87,7 +87,7 @@ def cell_probabilities(pixels: Tensor, temperature: float = TEMPERATURE) -> Tens
         )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}, expected a number above 0")
-    tiles = (2 * pixels - 1).unflatten(3, (GRID, CELL_SIZE)).unflatten(2, (GRID, CELL_SIZE))
+    tiles = (2 * pixels - 1).unflatten(3, (GRID_SIDE, CELL_SIZE)).unflatten(2, (GRID_SIDE, CELL_SIZE))
     rows = tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     templates = _TEMPLATE_ROWS.to(rows)
     squares = rows.square().sum(-1, keepdim=True) - 2 * rows @ templates.T + templates.square().sum(-1)
@@ -98,10 +98,10 @@ def cell_probabilities(pixels: Tensor, temperature: float = TEMPERATURE) -> Tens
 
 def expected_score(specs: Sequence[PromptSpec], probabilities: Tensor) -> Tensor:
     """
-    The mean of `verifier.score` over pictures whose cells are drawn independently of each other, in closed form.
+    Average `verifier.score` over images whose cells are drawn independently of each other, in closed form.
 
     Args:
-        specs: what B prompts ask for.
+        specs: the meanings of B prompts.
         probabilities: (B, 9, 32) of each cell's codes, unreadable last.
 
     Returns:
@@ -116,9 +116,9 @@ def expected_score(specs: Sequence[PromptSpec], probabilities: Tensor) -> Tensor
     outside = none_of(hit, ~region)
     # An unreadable cell counts as an object.
     objects = count_distribution(1 - probabilities[..., EMPTY])
-    related = in_order(hit[:, 0], hit[:, 1], _LINES.to(device)[relation])
+    related = stands_in_order(hit[:, 0], hit[:, 1], _LINES.to(device)[relation])
 
-    # name of the verifier's check: (probability that it holds, whether it applies), each (B, number of checks)
+    # name of the verifier's check: (probability that it holds, where it applies), each (B, number of checks)
     used, restricted = count > 0, ~region.all(-1)
     checks = {
         "present": (1 - found[..., 0], used),
@@ -132,7 +132,7 @@ def expected_score(specs: Sequence[PromptSpec], probabilities: Tensor) -> Tensor
 
 
 def matching_codes(asked: SpecArrays) -> np.ndarray:
-    """(B, G, 31) True where an object of a code belongs to a group."""
+    """Mark the codes whose objects belong to each group, (B, G, 31)."""
     codes = np.arange(NUM_CODES)
     color, shape = asked.color[..., None], asked.shape[..., None]
     of_color, of_shape = (color < 0) | (color == cell_colors(codes)), (shape < 0) | (shape == cell_shapes(codes))
@@ -140,13 +140,13 @@ def matching_codes(asked: SpecArrays) -> np.ndarray:
 
 
 def none_of(hit: Tensor, cells: Tensor) -> Tensor:
-    """Probability (...) that none of the chosen of n independent events happens: `hit`, `cells` (..., n)."""
+    """Give the probability (...) that none of the chosen of n independent events happens: `hit`, `cells` (..., n)."""
     return (1 - hit * cells).prod(-1)
 
 
 def count_distribution(hit: Tensor) -> Tensor:
     """
-    How many of n independent events happen (the Poisson-binomial distribution), one event after the other:
+    Count how many of n independent events happen (the Poisson-binomial distribution), one event after the other:
 
         P_n(k) = (1 - hit_n) P_{n-1}(k) + hit_n P_{n-1}(k - 1)
 
@@ -163,10 +163,10 @@ def count_distribution(hit: Tensor) -> Tensor:
     return distribution
 
 
-def in_order(first: Tensor, second: Tensor, lines: Tensor) -> Tensor:
+def stands_in_order(first: Tensor, second: Tensor, lines: Tensor) -> Tensor:
     """
-    Probability that both groups have an object, and every one of the first lies on a line before every one of the
-    second. A cell is of one group at most.
+    Give the probability that both groups have an object, and every one of the first lies on a line before every one
+    of the second. A cell is of one group at most.
 
     Summed over k, the last line with an object of the first group: up to it none is of the second; behind it none is
     of the first, and at least one of the second.

@@ -12,9 +12,9 @@ from .world import WORDS
 
 PAD_TOKEN = "<|endoftext|>"
 UNKNOWN_TOKEN = "<|unknown|>"
-SPECIAL_TOKENS = (PAD_TOKEN, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", UNKNOWN_TOKEN)
+NON_WORD_TOKENS = (PAD_TOKEN, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", UNKNOWN_TOKEN)
 
-CHAT_TEMPLATE = (
+CHUNK_TEMPLATE = (
     "{% for m in messages %}{{'<|im_start|>'+m['content']+'<|im_end|>'}}{% endfor %}"
     "{% if add_generation_prompt %}{{'<|im_start|>'}}{% endif %}"
 )
@@ -22,8 +22,8 @@ CHAT_TEMPLATE = (
 
 
 def shapeworld_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds the tokenizer. `<think>` and `</think>` are ordinary words, so that decoding keeps them."""
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL_TOKENS, *WORDS])}
+    """Build the tokenizer. `<think>` and `</think>` are ordinary words, so that decoding keeps them."""
+    vocabulary = {word: index for index, word in enumerate([*NON_WORD_TOKENS, *WORDS])}
     words = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
     words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -35,5 +35,5 @@ def shapeworld_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = CHUNK_TEMPLATE
     return tokenizer

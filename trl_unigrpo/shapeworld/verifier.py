@@ -1,7 +1,7 @@
-"""Scores pictures by rule, the way GenEval does: is every object there, how many, where, in which colour?
+"""A rule that scores images, the way GenEval does: is every object there, how many, where, in which colour?
 
-The path is picture -> cells (`read_cells`) -> checks against what the prompt asks for (`score`). Everything works on
-whole batches; the reward function needs the prompts' texts and the pictures, nothing else.
+The path is image -> cells (`read_cells`) -> checks against what the prompt asks for (`score`). Everything works on
+whole batches; the reward function needs the prompts' texts and the images, nothing else.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..messages import user_text
+from ..statistics import BoolArray
 from .grammar import parse_prompt
-from .render import CELL_SIZE, IMAGE_SIZE, TEMPLATES
+from .render import CELL_SIZE, CLEAN_CELLS, IMAGE_SIZE
 from .world import (
-    GRID,
+    GRID_SIDE,
     NUM_CELLS,
     RELATION_TABLE,
     UNREADABLE,
-    BoolArray,
     IntArray,
     PromptSpec,
     cell_colors,
@@ -36,12 +36,12 @@ ScoreArray = NDArray[np.float64]
 MAX_CELL_ERROR = 0.08
 """A cell whose mean squared distance to every clean cell is above this, pixels in [-1, 1], is unreadable."""
 
-_TEMPLATE_ROWS = TEMPLATES.reshape(len(TEMPLATES), -1)
+_TEMPLATE_ROWS = CLEAN_CELLS.reshape(len(CLEAN_CELLS), -1)
 _TEMPLATE_NORMS = np.square(_TEMPLATE_ROWS).sum(1)
 
 
 def images_to_array(images: Sequence[Image.Image]) -> NDArray[np.float32]:
-    """Pixels (B, 3, 48, 48) in [-1, 1] of B pictures of 48 x 48 pixels, of any PIL mode."""
+    """Read pixels (B, 3, 48, 48) in [-1, 1] off B images of 48 x 48 pixels, of any PIL mode."""
     for index, image in enumerate(images):
         if not isinstance(image, Image.Image) or image.size != (IMAGE_SIZE, IMAGE_SIZE):
             is_image = isinstance(image, Image.Image)
@@ -57,16 +57,16 @@ def images_to_array(images: Sequence[Image.Image]) -> NDArray[np.float32]:
 
 
 def read_cells(pixels: NDArray[np.float32]) -> tuple[IntArray, ScoreArray]:
-    """Reads pictures (B, 3, 48, 48), pixels in [-1, 1], by the nearest clean cell.
+    """Read images (B, 3, 48, 48), pixels in [-1, 1], by the nearest clean cell.
 
     Returns:
         Cell codes (B, 9), -1 where the nearest clean cell is further than `MAX_CELL_ERROR`, and the squared distance
         to the nearest clean cell (B, 9), averaged over the cell's pixels and channels.
     """
-    tiles = pixels.reshape(-1, 3, GRID, CELL_SIZE, GRID, CELL_SIZE).transpose(0, 2, 4, 1, 3, 5)
+    tiles = pixels.reshape(-1, 3, GRID_SIDE, CELL_SIZE, GRID_SIDE, CELL_SIZE).transpose(0, 2, 4, 1, 3, 5)
     rows = np.ascontiguousarray(tiles, dtype=np.float32).reshape(-1, _TEMPLATE_ROWS.shape[1])
     codes = (_TEMPLATE_NORMS - 2 * rows @ _TEMPLATE_ROWS.T).argmin(1)
-    # The difference itself, not the expanded square, which cancels to noise on clean pictures.
+    # The difference itself, not the expanded square, which cancels to noise on clean images.
     residual = rows - _TEMPLATE_ROWS[codes]
     error = np.einsum("ij,ij->i", residual, residual).astype(np.float64) / rows.shape[1]
     cells = np.where(error <= MAX_CELL_ERROR, codes, UNREADABLE)
@@ -74,7 +74,7 @@ def read_cells(pixels: NDArray[np.float32]) -> tuple[IntArray, ScoreArray]:
 
 
 def picture_error(images: Sequence[Image.Image]) -> ScoreArray:
-    """How far each of B pictures is from clean drawing, whatever it shows: (B,), 0 is clean.
+    """Measure how far each of B images is from clean drawing, whatever it shows: (B,), 0 is clean.
 
     The squared distance to the nearest clean cell, pixels in [-1, 1], averaged over the cells. Eight-bit rounding
     alone gives about 4e-6.
@@ -83,8 +83,8 @@ def picture_error(images: Sequence[Image.Image]) -> ScoreArray:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The scores of B pictures, all in [0, 1].
+class VerifierScores:
+    """The scores of B images, all in [0, 1].
 
     Args:
         score: (B,), the share of a prompt's checks that hold. This is the reward.
@@ -92,7 +92,7 @@ class Scores:
         checks: name -> (B,), the share of this kind of check that holds, NaN where the prompt has none:
             `present` (each group has at least one object), `count` (exactly as many as asked for, where that is more
             than one), `place` (all of the group within its region), `relation` (the two objects lie as asked), `total`
-            (exactly as many objects in the picture as the prompt asks for, unreadable cells counting as objects).
+            (exactly as many objects in the image as the prompt asks for, unreadable cells counting as objects).
     """
 
     score: ScoreArray
@@ -100,12 +100,12 @@ class Scores:
     checks: dict[str, ScoreArray]
 
 
-def score(specs: Sequence[PromptSpec], cells: IntArray) -> Scores:
-    """Scores cells (B, 9) against B specs. Every check counts alike."""
+def score(specs: Sequence[PromptSpec], cells: IntArray) -> VerifierScores:
+    """Score cells (B, 9) against B specs. Every check counts alike."""
     asked = encode_specs(list(specs))
     if len(asked) != len(cells):
-        raise ValueError(f"{len(asked)} specs for {len(cells)} pictures: expected one spec per picture")
-    # Shapes: B pictures, G groups, 9 cells.
+        raise ValueError(f"{len(asked)} specs for {len(cells)} images: expected one spec per image")
+    # Shapes: B images, G groups, 9 cells.
     color, shape = cell_colors(cells)[:, None], cell_shapes(cells)[:, None]
     any_color, any_shape = (asked.color < 0)[..., None], (asked.shape < 0)[..., None]
     match = (cells > 0)[:, None] & (any_color | (color == asked.color[..., None]))
@@ -130,7 +130,7 @@ def score(specs: Sequence[PromptSpec], cells: IntArray) -> Scores:
         name: np.divide(passed[name], number, out=np.full(len(cells), np.nan), where=number > 0)
         for name, number in asked_for.items()
     }
-    return Scores(total, (total == 1).astype(np.float64), checks)
+    return VerifierScores(total, (total == 1).astype(np.float64), checks)
 
 
 def shapeworld_reward(
@@ -139,12 +139,12 @@ def shapeworld_reward(
     images: Sequence[Image.Image],
     **kwargs: Any,
 ) -> list[float]:
-    """The share of each prompt's checks that its picture passes, in [0, 1]: a TRL reward function.
+    """Give the share of each prompt's checks that its image passes, in [0, 1]: a TRL reward function.
 
     Args:
         prompts: B prompts of the grammar, plain or conversational (the last user message counts).
-        completions: not read, the picture alone is scored.
-        images: B pictures of 48 x 48 pixels, one per completion.
+        completions: not read, the image alone is scored.
+        images: B images of 48 x 48 pixels, one per completion.
     """
     if len(prompts) != len(images):
         raise ValueError(f"{len(images)} images for {len(prompts)} prompts: expected one image per prompt")

@@ -1,6 +1,6 @@
-"""The vocabulary of ShapeWorld and what a prompt asks for.
+"""The vocabulary of ShapeWorld, and the meanings of its prompts.
 
-A picture is a 3 x 3 grid of cells. A cell is empty or holds one shape of one colour, written as one integer code:
+An image is a 3 x 3 grid of cells. A cell is empty or holds one shape of one colour, written as one integer code:
 
     -1                        unreadable (only ever produced by the verifier)
      0                        empty
@@ -17,15 +17,16 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from ..statistics import BoolArray
+
 
 IntArray = NDArray[np.int64]
-BoolArray = NDArray[np.bool_]
 
 COLORS = ("red", "green", "blue", "yellow", "pink", "cyan")
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
 PLACES = ("top-left", "top", "top-right", "left", "center", "right", "bottom-left", "bottom", "bottom-right")
-RELATIONS = ("left of", "right of", "above", "below")
+SPATIAL_RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("one", "two", "three", "four", "five")
 
 THINGS = {
@@ -50,10 +51,10 @@ FEATURES = {
     "twelve sides": "cross",
     "a hole": "ring",
 }
-"""What tells a shape without naming it."""
+"""Properties that tell a shape without naming it."""
 
-GRID = 3
-NUM_CELLS = GRID * GRID
+GRID_SIDE = 3
+NUM_CELLS = GRID_SIDE * GRID_SIDE
 NUM_CODES = 1 + len(COLORS) * len(SHAPES)
 EMPTY = 0
 UNREADABLE = -1
@@ -110,13 +111,13 @@ class ObjectGroup:
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """What a prompt asks for. No object can belong to two groups of one spec.
+    """The meaning of a prompt. No object can belong to two groups of one spec.
 
     Args:
         category: one of `trl_unigrpo.shapeworld.grammar.CATEGORIES`.
         family: the form of the prompt within its category.
         groups: the groups in the order in which the prompt names them, at most `MAX_GROUPS`.
-        relation: one of `RELATIONS`, holding between the first and the second group, or `None`.
+        relation: one of `SPATIAL_RELATIONS`, holding between the first and the second group, or `None`.
     """
 
     category: str
@@ -130,7 +131,7 @@ class PromptSpec:
 
     @property
     def content(self) -> str:
-        """The meaning as a string: equal for two prompts that the same pictures satisfy, whatever their wording."""
+        """The meaning as a string: equal for two prompts that the same images satisfy, whatever their wording."""
         groups, relation = list(self.groups), self.relation
         if relation in ("right of", "below"):
             groups, relation = groups[::-1], "left of" if relation == "right of" else "above"
@@ -139,23 +140,23 @@ class PromptSpec:
 
 
 def cell_colors(cells: IntArray) -> IntArray:
-    """Colour index 0 to 5 of each code; -1 where the cell is empty or unreadable. Any shape of array."""
+    """Give the colour index 0 to 5 of each code; -1 where the cell is empty or unreadable. Any shape of array."""
     return np.where(cells > 0, (cells - 1) // len(SHAPES), -1)
 
 
 def cell_shapes(cells: IntArray) -> IntArray:
-    """Shape index 0 to 4 of each code; -1 where the cell is empty or unreadable. Any shape of array."""
+    """Give the shape index 0 to 4 of each code; -1 where the cell is empty or unreadable. Any shape of array."""
     return np.where(cells > 0, (cells - 1) % len(SHAPES), -1)
 
 
 def cell_code(color: str, shape: str) -> int:
-    """The code of a cell that holds this object, for example `cell_code("red", "circle") == 1`."""
+    """Give the code of a cell that holds this object, for example `cell_code("red", "circle") == 1`."""
     return 1 + COLORS.index(color) * len(SHAPES) + SHAPES.index(shape)
 
 
 def _relation_table() -> BoolArray:
-    """`table[relation, a, b]`: does cell a stand in the relation to cell b?"""
-    rows, columns = np.divmod(np.arange(NUM_CELLS), GRID)
+    """Tabulate if cell a stands in the relation to cell b: `table[relation, a, b]`."""
+    rows, columns = np.divmod(np.arange(NUM_CELLS), GRID_SIDE)
     left, above = columns[:, None] < columns[None], rows[:, None] < rows[None]
     return np.stack([left, left.T, above, above.T])
 
@@ -172,7 +173,7 @@ class SpecArrays:
         color: (B, G), index into `COLORS`, -1 for any.
         shape: (B, G), index into `SHAPES`, -1 for any.
         region: (B, G, 9), the cells allowed to each group; all true where the prompt names none.
-        relation: (B,), index into `RELATIONS`, -1 for none.
+        relation: (B,), index into `SPATIAL_RELATIONS`, -1 for none.
     """
 
     count: IntArray
@@ -185,7 +186,7 @@ class SpecArrays:
         return len(self.count)
 
     def take(self, rows: IntArray) -> SpecArrays:
-        """The specs at the given indices."""
+        """Take the specs at the given indices."""
         return SpecArrays(self.count[rows], self.color[rows], self.shape[rows], self.region[rows], self.relation[rows])
 
 
@@ -200,11 +201,11 @@ def _encode(spec: PromptSpec) -> tuple[IntArray, BoolArray, int]:
         table[2, i] = -1 if group.shape is None else SHAPES.index(group.shape)
         if group.cells is not None:
             region[i] = np.isin(np.arange(NUM_CELLS), group.cells)
-    return table, region, -1 if spec.relation is None else RELATIONS.index(spec.relation)
+    return table, region, -1 if spec.relation is None else SPATIAL_RELATIONS.index(spec.relation)
 
 
 def encode_specs(specs: list[PromptSpec]) -> SpecArrays:
-    """Turns B specs into arrays. Each spec is encoded once per process."""
+    """Turn B specs into arrays. Each spec is encoded once per process."""
     encoded = [_encode(spec) for spec in specs]
     tables = np.array([e[0] for e in encoded], dtype=np.int64).reshape(-1, 3, MAX_GROUPS)
     regions = np.array([e[1] for e in encoded], dtype=bool).reshape(-1, MAX_GROUPS, NUM_CELLS)

@@ -1,35 +1,42 @@
 """Rollouts in a checkpoint, so that a run stopped between two passes over them resumes exactly."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..flow.guidance import Guidance
-from ..flow.sampler import FlowRecord
-from ..models.contract import ContextRow
+from ..trajectory import from_state, to_state
 
 
-def save_rollouts(folder: str | Path, process: int, state: dict[str, Any]) -> None:
+def save_rollouts(folder: str | Path, process: int, state: dict[str, Any], context_types: Sequence[type] = ()) -> None:
     """
-    Write what one process needs to go on inside a generation batch.
+    Write what one process needs to go on inside a generation batch, as plain tensors, numbers and texts.
 
     Args:
         folder: the checkpoint's.
         process: this process' index.
-        state: `step`, micro-steps so far; `geometry`, the numbers that cut a generation batch into micro-batches; and
-            `buffer`, the micro-batches of a generation batch that has passes left, else None.
+        state: `step`, micro-steps so far; `geometry`, the numbers that cut a generation batch into micro-batches;
+            `buffer`, the micro-batches of a generation batch that has passes left, else None; and `velocities`, of
+            the old and the reference policy at their steps.
+        context_types: dataclasses that the model's contexts are made of.
     """
-    torch.save(state, _file(folder, process))
+    torch.save(to_state(state, context_types), _file(folder, process))
 
 
-def load_rollouts(folder: str | Path, process: int, device: torch.device) -> dict[str, Any] | None:
-    """Read what [`save_rollouts`] wrote, as data only; None if the checkpoint has no such file."""
+def load_rollouts(
+    folder: str | Path, process: int, device: torch.device, context_types: Sequence[type] = ()
+) -> dict[str, Any] | None:
+    """
+    Read what [`save_rollouts`] wrote, as data only; None if the checkpoint has no such file.
+
+    Args:
+        context_types: dataclasses that the model's contexts are made of.
+    """
     file = _file(folder, process)
     if not file.is_file():
         return None
-    with torch.serialization.safe_globals([FlowRecord, ContextRow, Guidance]):
-        return torch.load(file, map_location=device, weights_only=True)
+    return from_state(torch.load(file, map_location=device, weights_only=True), context_types)
 
 
 def _file(folder: str | Path, process: int) -> Path:

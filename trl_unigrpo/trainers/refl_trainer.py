@@ -3,7 +3,7 @@
 Reward feedback learning, as ImageReward has it (arXiv 2304.05977) and as UniGRPO's paper compares itself to. One step:
 
     1. sample a thinking per prompt                          no gradient        `think`
-    2. denoise from noise to a late step m by the ODE        no gradient        `_states`
+    2. denoise from noise to a late step m by the ODE        no gradient        `_paint`
     3. one velocity, and the image that it points to         x_0 = x_m - t_m v  `compute_loss`
     4. decode, score                                         r                  `reward_gradient`
     5. loss = scale mean relu(margin - r)                                       `image_losses`
@@ -16,17 +16,16 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from trl.trainer.utils import get_config_model_id
 
 from ..flow import flow_timesteps, sde_window
-from ..flow.sampler import FlowRecord, RolloutPlan
+from ..flow.sampler import RolloutPlan
 from ..messages import user_text
 from ..models.adapters import target_experts
 from ..models.contract import UnifiedModelMixin
@@ -35,7 +34,7 @@ from ..models.prompts import as_messages
 from ..models.registry import load_unified_model, unified_model
 from ..models.tokenizer import prepare_tokenizer
 from ..monitoring.progress import Phases
-from ..sampling import think
+from ..sampling import Thinking, paint, think
 from ..seeding import (
     EVAL,
     THINK,
@@ -43,6 +42,8 @@ from ..seeding import (
     WINDOW,
     row_generator,
 )
+from ..trajectory import Image
+from .arguments import check_lengths, load_tokenizer
 from .dataset_checks import check_columns
 from .refl import (
     as_reward,
@@ -52,7 +53,6 @@ from .refl import (
     reward_gradient,
     to_unit,
 )
-from .setup import check_lengths, load_tokenizer
 
 
 TRAINS = {"text": False, "image": True}
@@ -157,8 +157,8 @@ class ReFLTrainer(Trainer):
     ```python
     from datasets import load_dataset
     from peft import LoraConfig
-    from .. import ReFLConfig, ReFLTrainer
-    from ..rewards import pick_score
+    from trl_unigrpo import ReFLConfig, ReFLTrainer
+    from trl_unigrpo.rewards import pick_score
 
     trainer = ReFLTrainer(
         model="ByteDance-Seed/BAGEL-7B-MoT",
@@ -210,7 +210,7 @@ class ReFLTrainer(Trainer):
         base = unified_model(model)
         check_lengths(args, base)
         base.latent_shape((args.image_size, args.image_size))  # raises for a size that the model can't paint
-        tokenizer = processing_class or base.tokenizer or load_tokenizer(source or get_config_model_id(model.config))
+        tokenizer = processing_class or base.tokenizer or load_tokenizer(source or model.config.name_or_path)
         tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
         base.check_tokenizer(tokenizer)
         if peft_config is not None:
@@ -259,14 +259,12 @@ class ReFLTrainer(Trainer):
         (m,) = sde_window(steps, size=1, seed=(args.seed, WINDOW, step))
         nodes = self._nodes
         batches = inputs["micro_step"] * self.accelerator.num_processes + self.accelerator.process_index
-        records = self._states("train", inputs["prompts"], nodes[: m + 1], step, batches * args.train_batch_size)
-        states = [
-            replace(record, latents=record.final_latents[None], timesteps=nodes[m : m + 1].float())
-            for record in records
-        ]
-        latents, t = torch.stack([record.final_latents for record in records]), nodes[m].item()
+        images = self._paint("train", inputs["prompts"], nodes[: m + 1], step, batches * args.train_batch_size)
+        latents, t = torch.stack([image.latents for image in images]), nodes[m].item()
         with self.accelerator.autocast():
-            ((_, velocity),) = base.velocities(states)
+            with torch.no_grad():
+                context = base.encode_context([image.context for image in images])
+            velocity = base.predict_velocity(context, latents, latents.new_full((len(images),), t), self._size)
             pixels = base.decode_latents(latents - t * velocity.float(), self._size, output_type="pt")
         with self._phases("reward"):
             rewards, loss, gradient = reward_gradient(lambda x: self._score(x, inputs), pixels, self._losses)
@@ -302,27 +300,20 @@ class ReFLTrainer(Trainer):
         return self.args.image_size, self.args.image_size
 
     @torch.no_grad()
-    def _states(self, mode: str, prompts: list[Any], nodes: Tensor, step: int, first_row: int) -> list[FlowRecord]:
-        """Think, and denoise from the first of the nodes to the last: B records, the state in `final_latents`."""
+    def _paint(self, mode: str, prompts: list[Any], nodes: Tensor, step: int, first_row: int) -> list[Image]:
+        """Think, and denoise from the first of the nodes to the last: B images, the last state in `latents`."""
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         self._mode = mode
         purpose = TRAIN if mode == "train" else EVAL
-        rows = range(first_row, first_row + len(prompts))
         messages = [as_messages(prompt, self._system if args.thinking else None) for prompt in prompts]
+        how = Thinking(args.thinking, temperature=args.temperature, max_completion_length=args.max_completion_length)
         with sampling(model), self.accelerator.autocast():
             with self._phases("think"):
-                conditioning = think(
-                    model,
-                    self.processing_class,
-                    messages,
-                    thinking=args.thinking,
-                    temperature=args.temperature,
-                    max_completion_length=args.max_completion_length,
-                    seed=row_generator(args.seed, THINK, purpose, step, first_row).initial_seed(),
-                )
-            generators = [row_generator(args.seed, purpose, step, row) for row in rows]
+                seed = row_generator(args.seed, THINK, purpose, step, first_row).initial_seed()
+                trajectories = think(model, self.processing_class, messages, how, seed=seed)
+            generators = [row_generator(args.seed, purpose, step, first_row + t.row) for t in trajectories]
             with self._phases("paint"):
-                return self.unified.rollout(conditioning, RolloutPlan(nodes, self._size), generators)
+                return paint(self.unified, trajectories, RolloutPlan(nodes, self._size), generators)
 
     def _record_seconds(self, phase: str, seconds: float) -> None:
         self._metrics[self._mode][f"time/{phase}"].append(seconds)
@@ -353,8 +344,8 @@ class ReFLTrainer(Trainer):
         inputs, number = self._prepare_inputs(inputs), len(inputs["prompts"])
         first_row = self._eval_rows + self.accelerator.process_index * number
         self._eval_rows += number * self.accelerator.num_processes
-        records = self._states("eval", inputs["prompts"], self._nodes, 0, first_row)
-        latents = torch.stack([record.final_latents for record in records])
+        images = self._paint("eval", inputs["prompts"], self._nodes, 0, first_row)
+        latents = torch.stack([image.latents for image in images])
         with self.accelerator.autocast():
             pixels = self.unified.decode_latents(latents, self._size, output_type="pt")
         with self._phases("reward"):

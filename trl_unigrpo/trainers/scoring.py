@@ -1,12 +1,15 @@
-"""Reward functions that fail, named where they raise and masked where they leave out scores, and process rewards."""
+"""Rewards of a generation batch: failures named where they raise and masked where they leave out scores, and process
+rewards apart from those of the image."""
 
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl.trainer.utils import get_callable_name, is_async_callable, nanstd
 
 from ..rewards.thinking import reward_scope
+from .trl_bridge import get_callable_name, is_async_callable, nanstd
 
 
 def with_name(reward_func: Any) -> Any:
@@ -41,6 +44,73 @@ def _checked(name: str, scores: Any) -> list[Any]:
             "no score, for every completion."
         )
     return list(scores)
+
+
+class RewardBook:
+    """
+    The scores of a generation batch: which of them count for the image, which for the thinking alone, and what
+    watchers see of them.
+
+    A reward function's scope is "both", its score counts in the advantage that text and image share, or "text", a
+    process reward, which TRL calls and logs like any other but which counts in the text's advantage alone.
+
+    Args:
+        reward_funcs: F functions.
+        weights: (F,) as the user gave them.
+    """
+
+    def __init__(self, reward_funcs: Sequence[Any], weights: Tensor):
+        self.is_process = torch.tensor([reward_scope(function) == "text" for function in reward_funcs])
+        self.weights = weights
+        self.process_advantages = torch.empty(0)
+        self.rewards = torch.empty(0)
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def image_weights(self) -> Tensor:
+        """(F,) what each function counts in the advantage that TRL computes."""
+        return self.weights.masked_fill(self.is_process, 0.0)
+
+    def enter(self, rewards: Tensor, group_size: int, scale_rewards: str) -> tuple[Tensor, dict[str, float]]:
+        """
+        Mask failures and take the process rewards out of a generation batch of all processes.
+
+        Args:
+            rewards: (N, F) as TRL gathered them, groups side by side.
+            group_size: G, samples per prompt.
+            scale_rewards: see [`group_advantages`].
+
+        Returns:
+            The rewards as TRL goes on with them, and metrics.
+        """
+        of_images, failed = mask_failed_rewards(rewards[:, ~self.is_process], group_size)
+        metrics = {"reward/frac_none": failed}
+        if self.is_process.any():
+            weights = self.weights[self.is_process]
+            found = process_advantages(rewards[:, self.is_process], weights, group_size, scale_rewards)
+            self.process_advantages, of_process = found
+            metrics = {**of_process, **metrics}
+            # To TRL a sample without a score of its image has none.
+            rewards = torch.where(rewards.isfinite(), rewards, torch.nan)
+            rewards = rewards.masked_fill(of_images.isnan().all(dim=1, keepdim=True), torch.nan)
+        rewards[:, ~self.is_process] = of_images
+        if failed:
+            warnings.warn(
+                "Some samples have no score (None, NaN or infinity, from at least one reward function): they don't "
+                "count. The metric `reward/frac_none` has their share."
+            )
+        self.rewards = rewards
+        return rewards, metrics
+
+    def remember(
+        self, prompts: Sequence[Any], completions: Sequence[Any], logged: Mapping[str, Sequence[Any]]
+    ) -> None:
+        """Keep what was scored in this process; `logged` are columns that reward functions logged."""
+        whole = {name: values for name, values in logged.items() if len(values) == len(prompts)}
+        extra = [dict(zip(whole, values, strict=True)) for values in zip(*whole.values(), strict=True)]
+        rows = zip(prompts, completions, extra or [{}] * len(prompts), strict=True)
+        names = ("prompt", "thinking", "extra")
+        self.rows = [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def mask_failed_rewards(rewards: Tensor, group_size: int) -> tuple[Tensor, float]:

@@ -1,132 +1,149 @@
-"""What a user hands to the trainer, checked and made ready before anything expensive."""
+"""What happens around `GRPOTrainer.__init__`: the order of these steps is load-bearing, and nowhere else."""
 
 import copy
-import warnings
-from collections.abc import Mapping
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
+from accelerate.utils import is_peft_model
 from peft import PeftConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..models.adapters import check_targets
-from ..models.registry import load_unified_model, model_skeleton, unified_model
-from ..models.tokenizer import read_tokenizer
-from ..rewards.thinking import reward_scope
-from .dataset_checks import check_dataset
+from ..flow import scale_with_latents
+from ..flow.objectives import OBJECTIVES
+from ..models.adapters import add_reference_adapter, keep_adapters_in_float32, target_experts, trained_weights
+from ..models.contract import UnifiedModelMixin, check_contract
+from ..models.experts import check_trained, freeze_experts
+from ..models.quantization import keep_trainable_layout
+from ..models.registry import unified_model
+from ..models.tokenizer import never_sampled, prepare_tokenizer
+from .arguments import check_arguments, check_lengths, default_config, load_for_training, load_tokenizer
+from .trl_bridge import check_attributes, check_trl, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
 
-UNSUPPORTED = {
-    "tools": "tool calls would put tokens between the thinking and the image",
-    "environment_factory": "environments would put tokens between the thinking and the image",
-    "rollout_func": "the rollout, thinking and image, is this trainer's own",
-}
-
-
-def check_arguments(
-    args: Any,
-    reward_funcs: Any,
-    datasets: Mapping[str, Any],
-    processing_class: Any,
-    unsupported: Mapping[str, Any],
-) -> None:
+@dataclass
+class Setup:
     """
-    Raise ValueError or TypeError, with the remedy, for what the trainer can't work with.
+    A run made ready.
 
-    Args:
-        args: the configuration.
-        reward_funcs: the user's reward functions.
-        datasets: by argument name; None where there is none.
-        processing_class: the tokenizer, or None.
-        unsupported: remaining keyword arguments.
+    Attributes:
+        model: as TRL gets it, loaded, adapted or not.
+        base: the unified model in it.
+        trains: expert ("text", "image") -> whether it is trained.
+        objective: of the image expert.
+        regularizer_weight: at the latent size of this run; 0 without regulariser.
+        masters: adapters that came with the model, as they were before TRL rounds those on a quantised base.
     """
-    for name, value in unsupported.items():
-        if name not in UNSUPPORTED:
-            raise TypeError(f"UniGRPOTrainer got an unexpected argument {name!r}.")
-        if value:
-            raise ValueError(f"{name} does not work with UniGRPO: {UNSUPPORTED[name]}. Leave it out.")
-    if not isinstance(args, UniGRPOConfig):
-        raise TypeError(f"args is a {type(args).__name__}, expected a UniGRPOConfig.")
-    if not reward_funcs:
-        raise ValueError("reward_funcs is empty: pass at least one function that scores images.")
-    check_scopes(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], args.process_reward_weight)
-    for name, dataset in datasets.items():
-        if dataset is not None:
-            check_dataset(dataset, name)
-    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise TypeError(
-            f"processing_class is a {type(processing_class).__name__}, expected a tokenizer: images are generated "
-            "here, not read. Pass processor.tokenizer."
-        )
+
+    model: PreTrainedModel
+    base: UnifiedModelMixin
+    args: UniGRPOConfig
+    tokenizer: PreTrainedTokenizerBase
+    quantization_config: Any
+    peft_config: PeftConfig | None
+    trains: dict[str, bool]
+    objective: Any
+    regularizer_weight: float
+    masters: dict[str, Tensor]
+
+    @property
+    def regularized(self) -> bool:
+        """Whether the image expert is held near the reference model."""
+        return self.trains["image"] and self.regularizer_weight > 0
 
 
-def check_scopes(reward_funcs: list[Any], process_reward_weight: float) -> None:
-    """Raise ValueError if no reward function scores the image, or a weight waits for process rewards in vain."""
-    scopes = [reward_scope(function) for function in reward_funcs]
-    if "both" not in scopes:
+def prepare_run(
+    model: str | PreTrainedModel,
+    args: UniGRPOConfig | None,
+    reward_funcs: Callable | list[Callable],
+    datasets: dict[str, Any],
+    processing_class: PreTrainedTokenizerBase | None,
+    quantization_config: Any,
+    peft_config: PeftConfig | None,
+    unsupported: dict[str, Any],
+) -> Setup:
+    """Check what a user handed over, before anything expensive, and make it what TRL's constructor takes."""
+    check_trl()
+    if isinstance(model, str):
+        source, adapted = model, peft_config is not None
+    else:
+        check_contract(unified_model(model))
+        source, adapted = model.config.name_or_path, peft_config is not None or is_peft_model(model)
+    args = args or default_config(source)
+    check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
+
+    set_seed(args.seed)  # adapters start at random
+    if isinstance(model, str):
+        model, args = load_for_training(source, args, quantization_config, peft_config)
+        quantization_config = None
+        check_contract(unified_model(model))
+    base = unified_model(model)
+    check_lengths(args, base)
+    num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
+    if args.beta != 0 and not adapted:
+        raise ValueError(f"beta={args.beta}: the text KL needs adapters to switch off. Pass a peft_config, or beta=0.")
+    tokenizer = prepare_tokenizer(processing_class or base.tokenizer or load_tokenizer(source), base.chat_template)
+    base.check_tokenizer(tokenizer)
+
+    scale = scale_with_latents if args.scale_with_latents else (lambda value, _: value)
+    setup = Setup(
+        model=model,
+        base=base,
+        args=args,
+        tokenizer=tokenizer,
+        quantization_config=quantization_config,
+        peft_config=peft_config,
+        trains={"text": args.text_weight > 0, "image": args.flow_weight > 0},
+        # The clip range is never None: the configuration chooses.
+        objective=OBJECTIVES[args.image_objective](args, scale(args.flow_epsilon or 0.0, num_latent_dims)),
+        regularizer_weight=0.0
+        if args.flow_regularizer == "none"
+        else scale(args.flow_regularizer_weight, num_latent_dims),
+        masters={},
+    )
+    _keep_reference(setup, adapted)
+    setup.masters = trained_weights(model) if is_peft_model(model) else {}
+    setup.peft_config = target_experts(peft_config, base, setup.trains)
+    return setup
+
+
+def _keep_reference(setup: Setup, adapted: bool) -> None:
+    """Keep what training starts from, where switching adapters off would not give it back."""
+    if not adapted:
+        freeze_experts(setup.base, setup.model, setup.trains)
+    setup.base.keep_reference(None)  # of an earlier run
+    if setup.regularized and not adapted:
+        setup.base.keep_reference(copy.deepcopy(setup.base))
+    elif setup.regularized and is_peft_model(setup.model) and setup.args.beta == 0:
+        add_reference_adapter(setup.model)  # with beta, TRL adds it itself
+
+
+def finish_run(trainer: Any, setup: Setup) -> None:
+    """Check what TRL's constructor made, and bring it to what this trainer needs."""
+    check_attributes(trainer)
+    base, model = setup.base, trainer.model
+    if not base.packs_velocities:
+        _check_one_by_one(trainer, setup)
+    freeze_experts(base, model, setup.trains)
+    check_trained(base, model, setup.trains)
+    keep_adapters_in_float32(model, setup.masters)
+    keep_trainable_layout(model)
+    return_velocity(base)
+    if base.kept_reference is not None:
+        base.kept_reference.to(trainer.accelerator.device)
+    trainer.generation_config.suppress_tokens = never_sampled(base, setup.tokenizer, trainer.eos_token_ids)
+
+
+def _check_one_by_one(trainer: Any, setup: Setup) -> None:
+    """Raise ValueError for what a model that computes its velocities one by one can't do."""
+    name = type(setup.base).__name__
+    if trainer.accelerator.num_processes > 1:
+        raise ValueError(f"{name} computes its velocities one by one, which several processes don't support yet.")
+    if setup.objective.pools_steps and setup.trains["image"]:
         raise ValueError(
-            "All reward_funcs are marked as rewards of the thinking alone: none scores the image. Add one that does, "
-            "or pass them unmarked."
+            f"image_objective={setup.args.image_objective!r} needs all velocities of an image at once, but {name} "
+            "computes them one by one. Use 'awm', which has a ratio of its own for each."
         )
-    if process_reward_weight > 0 and "text" not in scopes:
-        raise ValueError(
-            f"process_reward_weight={process_reward_weight}, but no reward function is marked as a reward of the "
-            "thinking alone. Mark it, thinking_reward(function), or set the weight to 0."
-        )
-    if process_reward_weight == 0 and "text" in scopes:
-        warnings.warn("Rewards of the thinking alone are logged, not trained on: process_reward_weight is 0.")
-
-
-def check_lengths(args: UniGRPOConfig, base: Any) -> None:
-    """Raise ValueError if a thinking may be longer than the model has positions for."""
-    limit = base.config.get_text_config().max_position_embeddings
-    if args.max_completion_length is not None and args.max_completion_length >= limit:
-        raise ValueError(
-            f"max_completion_length={args.max_completion_length} leaves no room for a prompt: the model has {limit} "
-            "positions. Lower it."
-        )
-
-
-def default_config(source: str) -> UniGRPOConfig:
-    """The configuration of a user who gives none, for a model from this folder or repository."""
-    return UniGRPOConfig(f"{(source or 'model').split('/')[-1]}-UniGRPO")
-
-
-def load_model(
-    source: str, args: UniGRPOConfig, quantization_config: Any, peft_config: PeftConfig | None
-) -> tuple[PreTrainedModel, UniGRPOConfig]:
-    """
-    Load a model by name, in float32 if its weights are trained: in bfloat16 small updates would round to nothing.
-
-    Returns:
-        The model, and a copy of the configuration without the arguments that went into loading it.
-
-    Raises:
-        ValueError: before weights are read, if adapters would go to the wrong place or quantised weights be trained.
-    """
-    adapted = peft_config is not None
-    kwargs = {"dtype": torch.bfloat16 if args.bf16 and adapted else torch.float32, **(args.model_init_kwargs or {})}
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if kwargs.get("quantization_config") is not None:
-        if not adapted:
-            raise ValueError(
-                "quantization_config without peft_config: quantised weights can't be trained, only adapters on them. "
-                "Pass peft_config=LoraConfig(r=32) (--use_peft on the command line), or leave the quantisation out."
-            )
-        kwargs.setdefault("device_map", {"": args.device})
-    if getattr(peft_config, "target_modules", None) is not None:
-        check_targets(peft_config, unified_model(model_skeleton(source, **kwargs)))
-    args = copy.copy(args)
-    args.model_init_kwargs = None
-    return load_unified_model(source, **kwargs), args
-
-
-def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder or repository that a model came from."""
-    if not source:
-        raise ValueError(
-            "processing_class is missing, and the model does not say where it was loaded from. Pass a tokenizer."
-        )
-    return read_tokenizer(source, padding_side="left")

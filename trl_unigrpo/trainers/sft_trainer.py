@@ -18,15 +18,16 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl.trainer.utils import get_config_model_id
 
-from ..flow import shift_timesteps
-from ..models.contract import Conditioning, FlowInputs, UnifiedModelMixin
+from ..flow import line_state, shift_timesteps
+from ..flow.states import LinePoints
+from ..models.contract import UnifiedModelMixin
 from ..models.prompts import as_messages
 from ..models.registry import load_unified_model, unified_model
 from ..models.tokenizer import prepare_tokenizer
+from ..trajectory import Image, Round, Steps, Trajectory
+from .arguments import load_tokenizer
 from .dataset_checks import check_columns
-from .setup import load_tokenizer
 
 
 COLUMNS = ("prompt", "completion", "image")
@@ -170,7 +171,7 @@ class UnifiedSFTTrainer(Trainer):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 check_columns(dataset, name, COLUMNS)
-        tokenizer = processing_class or base.tokenizer or load_tokenizer(source or get_config_model_id(model.config))
+        tokenizer = processing_class or base.tokenizer or load_tokenizer(source or model.config.name_or_path)
         tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
         base.check_tokenizer(tokenizer)
         system = base.default_system_prompt if args.system_prompt == "auto" else args.system_prompt
@@ -189,45 +190,43 @@ class UnifiedSFTTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         base = unified_model(self.accelerator.unwrap_model(model))
-        flow, target = self._noisy_copies(base, inputs)
+        steps = self._noisy_copies(base, inputs)
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
-            flow=flow,
+            steps=steps,
+            context_grad=self.args.flow_context_grad == "full",
         )
         labels = inputs["labels"][:, 1:]
         scored = labels != -100
         logits = base.get_output_embeddings()(outputs.last_hidden_state[:, :-1][scored])
         text_loss = F.cross_entropy(logits.float(), labels[scored]) if scored.any() else logits.sum()
-        flow_loss = F.mse_loss(outputs.velocity.float(), target)
+        flow_loss = F.mse_loss(outputs.velocity.float(), steps.states.target)
         for name, value in (("loss/text", text_loss), ("loss/flow", flow_loss)):
             self._sums.setdefault(name, []).append(value.item())
         loss = self.args.text_weight * text_loss + self.args.flow_weight * flow_loss
         return (loss, outputs) if return_outputs else loss
 
-    def _noisy_copies(self, base: UnifiedModelMixin, inputs: dict[str, Any]) -> tuple[FlowInputs, Tensor]:
-        """K noisy copies of each image and their target velocities noise - image, (B, K, *latent)."""
+    def _noisy_copies(self, base: UnifiedModelMixin, inputs: dict[str, Any]) -> Steps:
+        """The table of K noisy copies of each image, points on lines from noise to it."""
         args, pixels = self.args, inputs["pixels"]
         clean = base.encode_images(pixels)[:, None]
         batch, draws = len(clean), args.noise_draws
         u = torch.rand(batch, draws) if args.timestep_sampling == "uniform" else torch.randn(batch, draws).sigmoid()
         t = shift_timesteps(u, args.timestep_shift).to(clean)
         noise = torch.randn(batch, draws, *clean.shape[2:]).to(clean)
-        weight = t.view(batch, draws, *[1] * (clean.ndim - 2))
-        conditioning = Conditioning(inputs["prompt_ids"], inputs["completion_ids"], prompts=inputs["prompts"])
-        contexts, visible = base.contexts(conditioning), None
+        rows = zip(inputs["prompts"], inputs["prompt_ids"], inputs["completion_ids"], strict=True)
+        trajectories = [Trajectory(prompt, ids, rounds=[Round(text)]) for prompt, ids, text in rows]
+        contexts = base.contexts(trajectories)
         if args.context_dropout:
+            (nothing,) = base.contexts([Trajectory("", [])])
             kept = (torch.rand(batch) >= args.context_dropout).tolist()
-            visible = [[len(row) if keep else 0] * draws for row, keep in zip(contexts, kept, strict=True)]
-        flow = FlowInputs(
-            latents=(1 - weight) * clean + weight * noise,
-            timesteps=t,
-            contexts=contexts,
-            image_size=tuple(pixels.shape[-2:]),
-            context_grad=args.flow_context_grad == "full",
-            visible=visible,
-        )
-        return flow, noise - clean
+            contexts = [context if keep else nothing for context, keep in zip(contexts, kept, strict=True)]
+        size = (pixels.shape[-2], pixels.shape[-1])
+        for i, trajectory in enumerate(trajectories):
+            points = LinePoints(x=line_state(clean[i], noise[i], t[i]), t=t[i].cpu(), target=noise[i] - clean[i])
+            trajectory.rounds[-1].images.append(Image(clean[i, 0], size, contexts[i], points))
+        return Steps.of(trajectories)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         device = self.accelerator.device

@@ -1,9 +1,53 @@
-"""What this package assumes of TRL's private hooks, checked before anything else runs."""
+"""What is TRL's own here: the private hooks that this package assumes, checked before anything else runs, and the
+velocities that travel through TRL's one forward."""
 
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 import trl
+from torch import Tensor
+from transformers.utils import ModelOutput
 from trl import GRPOTrainer
+
+from ..models.contract import UnifiedModelMixin
+from ..trajectory import Steps
+from .trl_versions import TRLChangedError, check_options, note_untested
+
+
+# Not TRL's public API: every such name is imported here, and by other modules from here.
+try:
+    from trl.extras.profiling import profiling_context
+    from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+    from trl.trainer.utils import get_callable_name, is_async_callable, nanstd
+except ImportError as error:
+    if (error.name or "").split(".")[0] != "trl":
+        raise
+    raise TRLChangedError(str(error)) from error
+
+Autocast = Callable[[], AbstractContextManager]
+
+__all__ = [
+    "ATTRIBUTES",
+    "HOOKS",
+    "Autocast",
+    "PackedOutput",
+    "TRLChangedError",
+    "TextAndVelocities",
+    "check_attributes",
+    "check_trl",
+    "disable_gradient_checkpointing",
+    "generation_fields",
+    "get_callable_name",
+    "is_async_callable",
+    "nanstd",
+    "profiling_context",
+    "return_velocity",
+    "unwrap_model_for_generation",
+]
 
 
 # Hook -> parameters that the overrides rely on, in order; further ones may follow.
@@ -53,6 +97,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "num_generations": (),
     "num_generations_eval": (),
     "log_multimodal": (),
+    "temperature": (),
+    "chat_template_kwargs": (),
     "_metrics": ("train", "eval"),
     "_pending_extra_logs": (),
     "reward_func_names": (),
@@ -60,18 +106,14 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 
 
-class TRLChangedError(RuntimeError):
-    """TRL's internals are not those that this version of trl-unigrpo was written for."""
-
-    def __init__(self, what: str):
-        super().__init__(
-            f"TRL {trl.__version__} changed its internals: {what}. trl-unigrpo was written for trl>=1.16,<1.17. "
-            "Install such a version (pip install 'trl>=1.16,<1.17'), or a newer trl-unigrpo."
-        )
-
-
 def check_trl() -> None:
-    """Raise [`TRLChangedError`] if a hook is gone, takes other parameters, or the loss is scaled differently."""
+    """
+    Raise [`TRLChangedError`] if TRL is not what the overrides rely on.
+
+    Checked are the release, the options, that each hook is there and takes the same parameters, and how the loss is
+    scaled. A release that passes is used, whether or not it was tested.
+    """
+    check_options()
     for name, expected in HOOKS.items():
         hook = getattr(GRPOTrainer, name, None)
         if hook is None:
@@ -79,8 +121,9 @@ def check_trl() -> None:
         found = tuple(inspect.signature(hook).parameters)
         if found[: len(expected)] != expected:
             raise TRLChangedError(f"GRPOTrainer.{name} takes {found}, expected {expected}")
-    if GRPOTrainer.loss_is_scaled_for_ga is not True:
+    if getattr(GRPOTrainer, "loss_is_scaled_for_ga", None) is not True:
         raise TRLChangedError("GRPOTrainer.loss_is_scaled_for_ga is not True")
+    note_untested(trl.__version__)
 
 
 def check_attributes(trainer: GRPOTrainer) -> None:
@@ -105,3 +148,72 @@ def generation_fields(outputs: tuple) -> tuple[list[list[int]], list[list[int]],
             "GRPOTrainer._generate no longer returns prompt ids, completion ids and one dict of extra fields"
         )
     return ids[0], ids[1], dicts[0]
+
+
+# One forward for the text and the velocities, through TRL's language head and any wrapper around the model.
+
+
+@dataclass
+class PackedOutput(ModelOutput):
+    """TRL's text outputs and the velocities (S, *latent) of the same forward."""
+
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    aux_loss: Tensor | None = None
+    velocity: Tensor | None = None
+
+
+def return_velocity(base: UnifiedModelMixin) -> None:
+    """
+    Let the model, whose forward TRL has replaced by its fused head, return velocities when a call brings steps.
+
+    They travel in the output, not past it: a hook would break DDP, which looks for its parameters there.
+    """
+    forward = base.forward
+
+    def packed_forward(*args: Any, steps: Steps | None = None, context_grad: bool = False, **kwargs: Any) -> Any:
+        if steps is None:
+            return forward(*args, **kwargs)
+        velocities: list[Tensor] = []
+        outputs = forward(*args, steps=steps, context_grad=context_grad, into=velocities, **kwargs)
+        return PackedOutput(outputs.log_probs, outputs.entropy, outputs.aux_loss, *velocities)
+
+    packed_forward.__wrapped__ = forward.__func__ if hasattr(forward, "__func__") else forward  # type: ignore[attr-defined]
+    base.forward = packed_forward
+
+
+class TextAndVelocities:
+    """
+    The forward of one micro-batch: its text's, and the velocities of its steps.
+
+    A model that packs computes both at once, in the call of [`pack`]; another computes its velocities when they are
+    asked for.
+    """
+
+    def __init__(self, base: UnifiedModelMixin, steps: Steps, context_grad: bool, autocast: Autocast):
+        self.base, self.steps, self.context_grad, self.autocast = base, steps, context_grad, autocast
+        self._packed: Tensor | None = None
+
+    def pack(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """The model as TRL calls it, with the steps added to the call and their velocities kept here."""
+        if not self.base.packs_velocities:
+            return model
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            outputs = model(*args, steps=self.steps, context_grad=self.context_grad, **kwargs)
+            self._packed = outputs.velocity
+            return outputs
+
+        return call
+
+    def velocities(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """As the model's own `velocities`; raises [`TRLChangedError`] if TRL has not made the packed call."""
+        if not self.base.packs_velocities:
+            yield from self.base.velocities(self.steps, self.context_grad, self.autocast)
+            return
+        velocity, self._packed = self._packed, None
+        if velocity is None:
+            raise TRLChangedError("GRPOTrainer._compute_loss did not call _get_per_token_logps_and_entropies")
+        with self.autocast():
+            velocity = self.base.guided(self.steps, velocity, self.context_grad)
+        yield torch.arange(len(self.steps)), velocity

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
+from .trl_versions import check_options
 
-# TRL options that cannot work here, the value that is allowed, and why.
+
+# TRL options that cannot work here, the value that is allowed, and why. One that a release lacks needs no refusal.
 _REFUSED: dict[str, tuple[Any, str]] = {
     "use_vllm": (
         False,
@@ -349,6 +351,7 @@ class UniGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_options()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.gradient_accumulation_steps is None:
@@ -386,14 +389,14 @@ class UniGRPOConfig(GRPOConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, choices))}.")
         for name, (allowed, reason) in _REFUSED.items():
-            value = getattr(self, name)
+            value = getattr(self, name, allowed)
             if value != allowed and value:
                 raise ValueError(f"{name}={value!r} does not work with UniGRPO: {reason}. Leave it at {allowed!r}.")
-        if self.fsdp:
+        if getattr(self, "fsdp", None):
             raise ValueError(
                 f"fsdp={self.fsdp!r} is not supported: the image rollout calls the model outside of its wrapper."
             )
-        if "inputs" in (self.include_for_metrics or []):
+        if "inputs" in (getattr(self, "include_for_metrics", None) or []):
             raise ValueError("include_for_metrics=['inputs'] does not work: batches are lists of rows here.")
         optim = getattr(self.optim, "value", str(self.optim))
         if any(name in optim for name in _OWN_GROUPS):

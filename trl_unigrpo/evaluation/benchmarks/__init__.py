@@ -6,15 +6,23 @@ from pathlib import Path
 from ..benchmark import Benchmark
 
 
-BUILT_IN = ("geneval", "shapeworld")
-FROM_FILES = ("dpg", "tiif", "wise", "geneval2", "gedit", "prompts")
+BUILT_IN = {"geneval": "load_geneval", "shapeworld": "load_shapeworld"}
+FROM_FILES = {
+    "dpg": "load_dpg",
+    "tiif": "load_tiif",
+    "wise": "load_wise",
+    "geneval2": "load_geneval2",
+    "gedit": "load_gedit",
+    "prompts": "load_own_prompts",
+}
+"""Benchmark, which is also the name of its module -> the function in it that loads the benchmark."""
 
 
 def load_benchmark(
     name: str, data: str | Path | None = None, num_prompts: int | None = None, seed: int | None = None
 ) -> Benchmark:
     """
-    A benchmark by its name.
+    Load a benchmark by its name.
 
     Args:
         data: its file or folder, for one of `FROM_FILES`.
@@ -32,7 +40,7 @@ def load_benchmark(
             if data is None
             else f"The benchmark {name!r} is built in and takes no data, got {str(data)!r}."
         )
-    module = import_module(f"{__name__}.{name}")
+    load = getattr(import_module(f"{__name__}.{name}"), {**BUILT_IN, **FROM_FILES}[name])
     if name == "shapeworld":
-        return module.load(num_prompts, seed)
-    return module.load() if data is None else module.load(data)
+        return load(num_prompts, seed)
+    return load() if data is None else load(data)

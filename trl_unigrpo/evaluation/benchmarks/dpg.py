@@ -10,19 +10,19 @@ from ..metrics import dependency_score
 from .rows import (
     Found,
     as_object,
-    read_rows,
-    reason,
+    located_rows,
+    row_problem,
 )
 
 
-def load(path: str | Path) -> Benchmark:
+def load_dpg(path: str | Path) -> Benchmark:
     """
     Read `dpg_bench.csv`: a line per question, with `item_id`, `text` (the prompt), `proposition_id`, `dependency`
     (ids of the questions before it, 0 for none), `tuple` and `question_natural_language`.
 
     A prompt with a line that can't be read is left out as a whole: by fewer questions it would be another one.
     """
-    items, problems = prompts(read_rows(path, ".csv"))
+    items, problems = prompts(located_rows(path, ".csv"))
     return Benchmark(
         "dpg",
         "DPG-Bench",
@@ -38,7 +38,7 @@ def load(path: str | Path) -> Benchmark:
 
 
 def prompts(rows: Iterable[Found]) -> tuple[list[Item], list[str]]:
-    """The prompts with their questions, in the file's order, and the problems."""
+    """Collect the prompts with their questions, in the file's order, and the problems."""
     lines: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     broken: dict[str, str] = {}
     problems: list[str] = []
@@ -55,7 +55,9 @@ def prompts(rows: Iterable[Found]) -> tuple[list[Item], list[str]]:
             # A line without an id stands among its prompt's.
             if current:
                 broken[current] = where
-            problems.append(f"{where}: {reason(error)}" + (f"; the prompt {current!r} is left out" if current else ""))
+            problems.append(
+                f"{where}: {row_problem(error)}" + (f"; the prompt {current!r} is left out" if current else "")
+            )
     items = []
     for name, own in lines.items():
         if name in broken:
@@ -63,7 +65,7 @@ def prompts(rows: Iterable[Found]) -> tuple[list[Item], list[str]]:
         try:
             items.append(_item(name, [row for _, row in own]))
         except (KeyError, TypeError, ValueError) as error:
-            problems.append(f"{own[0][0]}: {reason(error)}; the prompt {name!r} is left out")
+            problems.append(f"{own[0][0]}: {row_problem(error)}; the prompt {name!r} is left out")
     return items, problems
 
 

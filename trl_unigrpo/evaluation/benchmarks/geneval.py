@@ -6,8 +6,8 @@ from ..metrics import all_correct
 from .geneval_prompts import benchmark_rows
 
 
-def load() -> Benchmark:
-    """The 553 prompts, by rule. Overall is the mean of the six tasks' means, as in GenEval's own summary."""
+def load_geneval() -> Benchmark:
+    """Make the 553 prompts, by rule. Overall is the mean of the six tasks' means, as in GenEval's own summary."""
     items = [
         Item(f"{place:05}", row["prompt"], row["tag"], questions_from_geneval(row), row)
         for place, row in enumerate(benchmark_rows())

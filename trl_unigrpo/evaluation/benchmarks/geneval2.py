@@ -7,16 +7,16 @@ from typing import Any
 from ...rewards.questions.question import Question
 from ..benchmark import Benchmark, Item
 from ..metrics import soft_tifa
-from .rows import parse, read_rows
+from .rows import located_rows, parse
 
 
-def load(path: str | Path) -> Benchmark:
+def load_geneval2(path: str | Path) -> Benchmark:
     """
     Read `geneval2_data.jsonl`: `prompt`, `atom_count`, `vqa_list` of [question, answer], and `skills`.
 
     A task is a number of atoms, as the official analysis has it; groups of questions are the skills.
     """
-    items, problems = parse(read_rows(path, ".jsonl"), _items)
+    items, problems = parse(located_rows(path, ".jsonl"), _items)
     return Benchmark(
         "geneval2",
         "GenEval 2",
@@ -44,7 +44,7 @@ def _items(row: dict[str, Any], where: str) -> Iterable[Item]:
 
 
 def yes_no(question: Any, answer: Any, skill: str) -> Question:
-    """A question and its answer as a question that is answered by yes or no."""
+    """Turn a question and its answer into a question that is answered by yes or no."""
     if not isinstance(question, str) or not isinstance(answer, str) or not answer.strip():
         raise ValueError(f"a pair of 'vqa_list' is {[question, answer]!r}, expected two texts")
     word = answer.strip().lower()

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ...rewards.geneval.rules import COLORS, RELATIONS
+from ...rewards.geneval.rules import GENEVAL_COLORS, RELATIONS
 
 
-Row = dict[str, Any]
+GenEvalRow = dict[str, Any]
 Clause = dict[str, Any]
 
 BENCHMARK_SEED = 43
@@ -23,7 +23,7 @@ DIGEST = "4de60dfc3c29f9d3"
 """First 16 hexadecimal digits of the SHA-256 of GenEval's prompts, one a line."""
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-NUMBERS = ("zero", "one", "two", "three", "four")
+COUNT_WORDS = ("zero", "one", "two", "three", "four")
 PERSON = 0
 """Place of the class that no prompt gives a colour."""
 
@@ -41,9 +41,9 @@ CLASSES = (
 )
 
 
-def benchmark_rows() -> list[Row]:
+def benchmark_rows() -> list[GenEvalRow]:
     """
-    GenEval's 553 rows: `tag`, `include`, `prompt` and, of counting, `exclude`.
+    Draw GenEval's 553 rows: `tag`, `include`, `prompt` and, of counting, `exclude`.
 
     Raises:
         RuntimeError: if numpy's generator no longer draws what it drew for the benchmark.
@@ -58,9 +58,9 @@ def benchmark_rows() -> list[Row]:
     return rows
 
 
-def training_rows(seed: int, per_task: int = 100) -> list[Row]:
+def training_rows(seed: int, per_task: int = 100) -> list[GenEvalRow]:
     """
-    Rows to train on, none of which asks for what one of the benchmark's asks for, also not in another order.
+    Draw rows to train on, none of which asks for what one of the benchmark's asks for, also not in another order.
 
     There is no `single_object` among them: the benchmark has each class.
 
@@ -81,8 +81,8 @@ def training_rows(seed: int, per_task: int = 100) -> list[Row]:
 
 def geneval_dataset(seed: int = 0, per_task: int = 100) -> Any:
     """
-    [`training_rows`] as a `datasets.Dataset` for [`GenEvalReward`]: columns `prompt`, `tag`, and `geneval`, the row
-    as JSON, as a table has no type for its positions.
+    Put [`training_rows`] into a `datasets.Dataset` for [`GenEvalReward`]: columns `prompt`, `tag`, and `geneval`, the
+    row as JSON, as a table has no type for its positions.
     """
     from datasets import Dataset
 
@@ -94,12 +94,12 @@ def table_row(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def digest(prompts: Iterable[str]) -> str:
-    """What a list of prompts is known by: 16 hexadecimal digits of the SHA-256 of its lines."""
+    """Give 16 hexadecimal digits of the SHA-256 of a list's lines, by which the list is known."""
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
 
 
 def meaning(row: Mapping[str, Any]) -> Any:
-    """What a row asks for, whatever the order: a dog left of a cat is a cat right of a dog."""
+    """Give what a row asks for, whatever the order: a dog left of a cat is a cat right of a dog."""
     clauses = [(item["class"], item["count"], item.get("color")) for item in row["include"]]
     if "position" not in row["include"][-1]:
         return frozenset(clauses)
@@ -109,15 +109,15 @@ def meaning(row: Mapping[str, Any]) -> Any:
     return place // 2, tuple(reversed(clauses)) if place % 2 else tuple(clauses)
 
 
-def draw_rows(seed: int, per_task: int = 100) -> list[Row]:
-    """All tasks' rows, each once: every class for `single_object`, `per_task` draws for each of the others."""
+def draw_rows(seed: int, per_task: int = 100) -> list[GenEvalRow]:
+    """Draw all tasks' rows, each once: every class for `single_object`, `per_task` draws for each other task."""
     rng = np.random.default_rng(seed)
-    drawn: list[Row] = [
+    drawn: list[GenEvalRow] = [
         _row("single_object", [_clause(place)]) for place in rng.choice(len(CLASSES), len(CLASSES), replace=False)
     ]
     for task, draw in _DRAWS.items():
         drawn += [_row(task, draw(rng)) for _ in range(per_task)]
-    kept: dict[tuple[str, str], Row] = {}
+    kept: dict[tuple[str, str], GenEvalRow] = {}
     for row in drawn:
         kept.setdefault((row["tag"], row["prompt"]), row)
     return list(kept.values())
@@ -125,7 +125,7 @@ def draw_rows(seed: int, per_task: int = 100) -> list[Row]:
 
 def _clause(place: int, count: int = 1, color: int | None = None) -> Clause:
     clause: Clause = {"class": CLASSES[place], "count": count}
-    return clause if color is None else clause | {"color": COLORS[color]}
+    return clause if color is None else clause | {"color": GENEVAL_COLORS[color]}
 
 
 def _two_object(rng: np.random.Generator) -> list[Clause]:
@@ -134,12 +134,12 @@ def _two_object(rng: np.random.Generator) -> list[Clause]:
 
 def _counting(rng: np.random.Generator) -> list[Clause]:
     place = rng.choice(len(CLASSES))
-    return [_clause(place, int(rng.integers(2, len(NUMBERS))))]
+    return [_clause(place, int(rng.integers(2, len(COUNT_WORDS))))]
 
 
 def _colors(rng: np.random.Generator) -> list[Clause]:
     place = _but_person(rng.choice(len(CLASSES) - 1))
-    return [_clause(place, color=rng.choice(len(COLORS)))]
+    return [_clause(place, color=rng.choice(len(GENEVAL_COLORS)))]
 
 
 def _position(rng: np.random.Generator) -> list[Clause]:
@@ -150,7 +150,8 @@ def _position(rng: np.random.Generator) -> list[Clause]:
 
 def _color_attr(rng: np.random.Generator) -> list[Clause]:
     places = _but_person(rng.choice(len(CLASSES) - 1, 2, replace=False))
-    return [_clause(*pair) for pair in zip(places, (1, 1), rng.choice(len(COLORS), 2, replace=False), strict=True)]
+    colors = rng.choice(len(GENEVAL_COLORS), 2, replace=False)
+    return [_clause(place, color=color) for place, color in zip(places, colors, strict=True)]
 
 
 _DRAWS: dict[str, Callable[[np.random.Generator], list[Clause]]] = {
@@ -163,17 +164,17 @@ _DRAWS: dict[str, Callable[[np.random.Generator], list[Clause]]] = {
 
 
 def _but_person(places: Any) -> Any:
-    """Places among the 79 other classes as places among all, counted on from the person's."""
+    """Turn places among the 79 other classes into places among all, counted on from the person's."""
     return (places + 1 + PERSON) % len(CLASSES)
 
 
-def _row(task: str, include: Sequence[Clause]) -> Row:
-    """A row in GenEval's form, its keys in GenEval's order."""
-    row: Row = {"tag": task, "include": list(include)}
+def _row(task: str, include: Sequence[Clause]) -> GenEvalRow:
+    """Make a row in GenEval's form, its keys in GenEval's order."""
+    row: GenEvalRow = {"tag": task, "include": list(include)}
     first = include[0]
     if task == "counting":
         row["exclude"] = [{"class": first["class"], "count": first["count"] + 1}]
-        text = f"{NUMBERS[first['count']]} {_plural(first['class'])}"
+        text = f"{COUNT_WORDS[first['count']]} {_plural(first['class'])}"
     elif task == "position":
         text = f"{_described(include[1])} {include[1]['position'][0]} {_described(first)}"
     else:

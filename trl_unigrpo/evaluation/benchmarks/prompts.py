@@ -10,20 +10,20 @@ from ..metrics import accuracy
 from .rows import (
     FORMATS,
     as_object,
+    located_rows,
     parse,
-    read_rows,
 )
 
 
-def load(path: str | Path) -> Benchmark:
+def load_own_prompts(path: str | Path) -> Benchmark:
     """
     Read a csv, json, jsonl, parquet or txt file with a column `prompt`.
 
     Optional are `questions`, in a form of [`read_questions`], as `trl-unigrpo decompose` writes them, and `tag`, the
     task that a prompt is counted with. With questions this is the form of UniGRPO's own evaluation (TA): several
-    pictures of each prompt, each scored by the mean of its exam points. Where one row has questions all must.
+    images of each prompt, each scored by the mean of its exam points. Where one row has questions all must.
     """
-    rows = list(read_rows(path, *FORMATS))
+    rows = list(located_rows(path, *FORMATS))
     asked = any(isinstance(row, dict) and row.get("questions") for _, row in rows)
 
     def to_items(row: dict[str, Any], where: str) -> Iterable[Item]:

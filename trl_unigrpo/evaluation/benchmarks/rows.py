@@ -15,9 +15,9 @@ Found = tuple[str, Any]
 FORMATS = (".csv", ".json", ".jsonl", ".parquet", ".txt")
 
 
-def read_rows(path: str | Path, *formats: str) -> Iterator[Found]:
+def located_rows(path: str | Path, *formats: str) -> Iterator[Found]:
     """
-    The rows of a file, or of all files of a folder that have one of the formats, in the order of their names.
+    Read the rows of a file, or of all files of a folder that have one of the formats, in the order of their names.
 
     Args:
         formats: endings of the names, some of `FORMATS`.
@@ -100,7 +100,7 @@ def _parquet(file: Path) -> Iterator[Found]:
 
 
 def undecoded(dataset: Any) -> Any:
-    """A dataset whose pictures stay the files that they are: decoding thousands of them takes minutes."""
+    """Leave a dataset's images the files that they are: decoding thousands of them takes minutes."""
     from datasets import Image
 
     for name, kind in dataset.features.items():
@@ -120,7 +120,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
 
 def parse(rows: Iterable[Found], to_items: Callable[[dict[str, Any], str], Iterable[Item]]) -> Any:
     """
-    The items of all rows that can be read, and a line on each of the others.
+    Make the items of all rows that can be read, and a line on each of the others.
 
     Args:
         to_items: from a row and where it stands to its items; KeyError, TypeError and ValueError leave the row out.
@@ -134,12 +134,12 @@ def parse(rows: Iterable[Found], to_items: Callable[[dict[str, Any], str], Itera
         try:
             items += to_items(as_object(row), where)
         except (KeyError, TypeError, ValueError) as error:
-            problems.append(f"{where}: {reason(error)}")
+            problems.append(f"{where}: {row_problem(error)}")
     return tuple(items), tuple(problems)
 
 
 def as_object(row: Any) -> dict[str, Any]:
-    """The row, if it is a mapping; raises the error that stands in its place."""
+    """Return the row, if it is a mapping; raises the error that stands in its place."""
     if isinstance(row, Exception):
         raise row
     if not isinstance(row, dict):
@@ -147,15 +147,15 @@ def as_object(row: Any) -> dict[str, Any]:
     return row
 
 
-def reason(error: Exception) -> str:
-    """What is wrong with a row, in one line of 300 characters at most."""
+def row_problem(error: Exception) -> str:
+    """Say what is wrong with a row, in one line of 300 characters at most."""
     text = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.split())
     return text if len(text) <= 300 else text[:297] + "..."
 
 
 def texts(row: dict[str, Any], name: str) -> list[str]:
-    """A list of texts in a row."""
+    """Read a list of texts in a row."""
     found = row[name]
     if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
         raise ValueError(f"{name!r} is {str(found)[:60]!r}, expected a list of texts")

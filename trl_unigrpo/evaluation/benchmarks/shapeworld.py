@@ -10,9 +10,9 @@ NUM_PROMPTS = 1050
 BATCH_SIZE = 210
 
 
-def load(num_prompts: int | None, seed: int | None, split: str = "test") -> Benchmark:
+def load_shapeworld(num_prompts: int | None, seed: int | None, split: str = "test") -> Benchmark:
     """
-    Prompts of a split, balanced over the categories; the same number and seed give the demo's.
+    Draw prompts of a split, balanced over the categories; the same number and seed give the demo's.
 
     Args:
         num_prompts, seed: the demo's 1,050 and 1234 by default.

@@ -10,18 +10,18 @@ from ..metrics import accuracy
 from .rows import (
     Found,
     as_object,
+    located_rows,
     parse,
-    read_rows,
-    reason,
+    row_problem,
     texts,
 )
 
 
 FOLDERS = ("testmini_prompts", "testmini_eval_prompts")
-"""What is painted and what is asked, in the benchmark's own `data` folder."""
+"""Prompts to paint and questions to ask, in the benchmark's own `data` folder."""
 
 
-def load(path: str | Path) -> Benchmark:
+def load_tiif(path: str | Path) -> Benchmark:
     """
     Read the benchmark's `data` folder: `testmini_prompts` with `type`, `short_description` and `long_description`, and
     `testmini_eval_prompts` with `type`, `yn_question_list` and `yn_answer_list`, which belong together by type and
@@ -32,7 +32,7 @@ def load(path: str | Path) -> Benchmark:
     """
     path = Path(path)
     places = [path / name for name in FOLDERS] if (path / FOLDERS[0]).is_dir() else [path]
-    rows, repeated = joined(row for place in places for row in read_rows(place, ".jsonl"))
+    rows, repeated = joined(row for place in places for row in located_rows(place, ".jsonl"))
     items, problems = parse(rows, _items)
     return Benchmark(
         "tiif",
@@ -42,12 +42,12 @@ def load(path: str | Path) -> Benchmark:
         metric=accuracy,
         overall="tasks",
         pooled=True,
-        notes=("Questions are asked one at a time; the official script asks all of a picture in one request.",),
+        notes=("Questions are asked one at a time; the official script asks all of an image in one request.",),
     )
 
 
 def joined(rows: Iterable[Found]) -> tuple[list[Found], list[str]]:
-    """Rows of one type and line made one, and the problems of those that can't be."""
+    """Join rows of one type and line; returns them and the problems of those that can't be joined."""
     found: dict[tuple[str, str], tuple[list[str], dict[str, Any]]] = {}
     problems = []
     for where, row in rows:
@@ -59,7 +59,7 @@ def joined(rows: Iterable[Found]) -> tuple[list[Found], list[str]]:
             places.append(where)
             whole.update(row)
         except (KeyError, TypeError, ValueError) as error:
-            problems.append(f"{where}: {reason(error)}")
+            problems.append(f"{where}: {row_problem(error)}")
     return [(" and ".join(places), row) for places, row in found.values()], problems
 
 

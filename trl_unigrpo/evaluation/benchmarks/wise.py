@@ -7,11 +7,10 @@ from typing import Any
 from ...rewards.questions.question import Question
 from ..benchmark import Benchmark, Item
 from ..metrics import all_correct
-from .rows import parse, read_rows
+from .rows import located_rows, parse
 
 
-# Last number of each category's prompts in the verified files, and the category's share of the overall score.
-CATEGORIES = {
+WISE_CATEGORIES = {
     "culture": (400, 0.40),
     "time": (520, 0.12),
     "space": (640, 0.12),
@@ -19,22 +18,23 @@ CATEGORIES = {
     "physics": (880, 0.12),
     "chemistry": (1000, 0.12),
 }
+"""Category -> the last number of its prompts in the verified files, and its share of the overall score."""
 QUESTION = (
     'Someone asked for a picture with the words "{prompt}". What they mean: "{explanation}". Does the picture show '
     "what they mean, correctly, and is it drawn well enough to be used?"
 )
 
 
-def load(path: str | Path) -> Benchmark:
+def load_wise(path: str | Path) -> Benchmark:
     """Read a verified file or the folder of all three: `prompt_id`, `Prompt`, `Explanation`."""
-    items, problems = parse(read_rows(path, ".json"), _items)
+    items, problems = parse(located_rows(path, ".json"), _items)
     return Benchmark(
         "wise",
         "WISE Verified",
         items,
         problems,
         metric=all_correct,
-        overall={name: share for name, (_, share) in CATEGORIES.items()},
+        overall={name: share for name, (_, share) in WISE_CATEGORIES.items()},
         notes=(
             "Categories go by prompt_id as in the verified files; those of the first edition have other numbers. "
             "The judge is asked one yes-no question in our words.",
@@ -43,8 +43,8 @@ def load(path: str | Path) -> Benchmark:
 
 
 def category(number: int) -> str:
-    """The category of the prompt with this number, from 1 to 1000."""
-    for name, (last, _) in CATEGORIES.items():
+    """Find the category of the prompt with this number, from 1 to 1000."""
+    for name, (last, _) in WISE_CATEGORIES.items():
         if 1 <= number <= last:
             return name
     raise ValueError(f"'prompt_id' is {number}, expected a number from 1 to 1000")

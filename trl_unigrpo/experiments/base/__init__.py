@@ -1,1 +1,1 @@
-"""How the tiny model that training starts from was made."""
+"""The making of the tiny model that training starts from."""

@@ -1,4 +1,4 @@
-"""How the shipped base model was made: an autoencoder of random scenes, then supervised fine-tuning on the corpus."""
+"""The making of the shipped base model: an autoencoder of random scenes, then supervised fine-tuning on the corpus."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from transformers import set_seed
 from ...models.bagel import BagelConfig, BagelForUnifiedGeneration, LatentCodec
 from ...shapeworld.corpus import pretraining_corpus
 from ...shapeworld.tokenizer import shapeworld_tokenizer
-from ...shapeworld.world import GRID
+from ...shapeworld.world import GRID_SIDE
 from ...trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
 from .train_autoencoder import train_autoencoder
 
 
 def untrained_model(codec: LatentCodec, seed: int = 0) -> BagelForUnifiedGeneration:
-    """A BAGEL of 0.46 M parameters around an autoencoder: the class of the 7B model, four layers of width 64."""
+    """Make a BAGEL of 0.46 M parameters around an autoencoder: the 7B model's class, four layers of width 64."""
     tokenizer = shapeworld_tokenizer()
     token = tokenizer.convert_tokens_to_ids
     config = BagelConfig(
@@ -36,7 +36,7 @@ def untrained_model(codec: LatentCodec, seed: int = 0) -> BagelForUnifiedGenerat
         },
         vae_config=codec.config,
         latent_patch_size=codec.patch_size,
-        max_latent_size=GRID,
+        max_latent_size=GRID_SIDE,
         think_system_prompt=None,
         im_start_token_id=token("<|im_start|>"),
         im_end_token_id=token("<|im_end|>"),

@@ -27,7 +27,7 @@ LATENT_CHANNELS = 8
 
 
 def random_cells(rng: np.random.Generator, batch_size: int) -> IntArray:
-    """Cells (B, 9) with 0 to 9 random objects in random places."""
+    """Draw cells (B, 9) with 0 to 9 random objects in random places."""
     number = rng.integers(0, NUM_CELLS + 1, (batch_size, 1))
     filled = rng.random((batch_size, NUM_CELLS)).argsort(1) < number
     return np.where(filled, rng.integers(1, NUM_CODES, (batch_size, NUM_CELLS)), EMPTY)
@@ -42,14 +42,14 @@ def train_autoencoder(
     seed: int = 0,
 ) -> PatchAutoencoderKL:
     """
-    Trains on random scenes: mean squared error of the pixels plus `kl_weight` times the mean KL divergence from the
-    unit Gaussian per latent number. Then sets `scaling_factor` and `shift_factor` so that the latents of random scenes
+    Train on random scenes: mean squared error of the pixels plus `kl_weight` times the mean KL divergence from the
+    unit Gaussian per latent number. Then set `scaling_factor` and `shift_factor` so that the latents of random scenes
     have mean 0 and standard deviation 1. The same seed gives the same weights on the same machine; the global random
     state of torch is left as it was.
 
     Args:
         steps: optimizer steps; the learning rate rises over 50 and then falls linearly to a twentieth.
-        batch_size: pictures per step.
+        batch_size: images per step.
         learning_rate: of AdamW.
         kl_weight: 1e-3 keeps eight numbers per cell smooth enough for a small flow model to learn.
         latent_channels: numbers per cell.
@@ -68,11 +68,11 @@ def train_autoencoder(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / 50) * (1 - 0.95 * step / steps)
-        pictures = render_tensor(random_cells(rng, batch_size))
-        posterior = vae.encode(pictures, return_dict=False)[0]
+        images = render_tensor(random_cells(rng, batch_size))
+        posterior = vae.encode(images, return_dict=False)[0]
         decoded = vae.decode(posterior.sample(generator), return_dict=False)[0]
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-        loss = (decoded - pictures).square().mean() + kl_weight * kl
+        loss = (decoded - images).square().mean() + kl_weight * kl
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -85,10 +85,10 @@ def train_autoencoder(
 
 @dataclass(frozen=True)
 class AutoencoderReport:
-    """What a trained autoencoder does to random scenes, and to its own scaled latents with noise added.
+    """The errors of a trained autoencoder on random scenes, and on its own scaled latents with noise added.
 
     Args:
-        pixel_error: mean squared error of decoded pictures, pixels in [-1, 1].
+        pixel_error: mean squared error of decoded images, pixels in [-1, 1].
         picture_error: mean squared distance of decoded cells to the nearest clean cell.
         cell_accuracy: share of cells read back as drawn.
         noisy_cell_accuracy: standard deviation of the noise -> that share.
@@ -104,14 +104,14 @@ class AutoencoderReport:
 
 @torch.no_grad()
 def evaluate_autoencoder(
-    vae: PatchAutoencoderKL, num_pictures: int = 512, noise: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5), seed: int = 1
+    vae: PatchAutoencoderKL, num_images: int = 512, noise: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5), seed: int = 1
 ) -> AutoencoderReport:
-    """Encodes (posterior mean) and decodes random scenes that training has not seen."""
+    """Encode (posterior mean) and decode random scenes that training has not seen."""
     generator = torch.Generator().manual_seed(seed)
-    cells = random_cells(np.random.default_rng(seed), num_pictures)
-    pictures = render_tensor(cells)
+    cells = random_cells(np.random.default_rng(seed), num_images)
+    images = render_tensor(cells)
     scale, shift = vae.config["scaling_factor"], vae.config["shift_factor"]
-    scaled = scale * (vae.encode(pictures, return_dict=False)[0].mode() - shift)
+    scaled = scale * (vae.encode(images, return_dict=False)[0].mode() - shift)
 
     def accuracy(std: float) -> float:
         noisy = scaled + std * torch.randn(scaled.shape, generator=generator)
@@ -122,7 +122,7 @@ def evaluate_autoencoder(
     read, error = read_cells(decoded.numpy())
     channel_std = scaled.transpose(0, 1).flatten(1).std(1)
     return AutoencoderReport(
-        pixel_error=(decoded - pictures).square().mean().item(),
+        pixel_error=(decoded - images).square().mean().item(),
         picture_error=float(error.mean()),
         cell_accuracy=float((read == cells).mean()),
         noisy_cell_accuracy={std: accuracy(std) for std in noise},
@@ -130,8 +130,8 @@ def evaluate_autoencoder(
     )
 
 
-def main() -> None:
-    """Trains, prints the report, saves."""
+def train_from_arguments() -> None:
+    """Train, print the report, save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output_dir")
     parser.add_argument("--max-steps", type=int, default=2400)
@@ -148,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train_from_arguments()

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from ...__about__ import versions
@@ -27,18 +27,17 @@ from ...shapeworld.evaluate import (
 from ...shapeworld.grammar import CATEGORIES
 from ...shapeworld.settings import demo_settings
 from ...shapeworld.verifier import shapeworld_reward
-from ...statistics import mean_interval
 from ...trainers.unigrpo_config import UniGRPOConfig
 from ...trainers.unigrpo_trainer import UniGRPOTrainer
-from .report import write_report
-from .result import DemoResult, category_rows, latent_drift
+from .report import write_demo_report
+from .result import DemoResult, Measured, category_rows, summary_of
 
 
 WATCHED_PROMPTS = 48
 
 
 def watched(generations: int) -> dict[str, Any]:
-    """Settings of evaluations on a few validation prompts, for the gallery: none of them changes the training."""
+    """Give settings of evaluations on a few validation prompts, for the gallery; none changes the training."""
     return {
         "eval_strategy": "steps",
         "eval_steps": max(1, 2 * generations // 7),
@@ -84,17 +83,50 @@ def run_demo(
     if steps < 1:
         raise ValueError(f"steps={steps}: expected at least 1.")
     quiet()
-    output = Path(output_dir)
+    output, console = Path(output_dir), Console()
     output.mkdir(parents=True, exist_ok=True)
-    console = Console()
     set_seed(seed)
     model, tokenizer = load_base()
     console.print(f"Scoring the base model on {num_prompts} held-out prompts ...")
-    before = evaluate_model(model, tokenizer, num_prompts)
-    greedy_before = evaluate_model(model, tokenizer, num_prompts, do_sample=False)
-    diversity_before = group_diversity(model, tokenizer)
-    before.save(output / "samples_before.jsonl")
+    before = measure(model, tokenizer, num_prompts)
+    before.sampled.save(output / "samples_before.jsonl")
 
+    trainer, train_seconds = train_demo_model(model, tokenizer, output, steps, seed, console)
+
+    console.print("Scoring the trained model on the same prompts, with the same noise ...")
+    after = measure(model, tokenizer, num_prompts)
+    after.sampled.save(output / "samples_after.jsonl")
+    model.save_pretrained(output / "model")
+    tokenizer.save_pretrained(output / "model")
+
+    summary = summary_of(before, after) | {
+        "train_seconds": train_seconds,
+        "steps": steps,
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    history = [row for row in trainer.state.log_history if "reward" in row]
+    result = DemoResult(before.sampled, after.sampled, before.greedy, after.greedy, history, summary)
+    write_demo_report(output / "report.html", result, trainer.args)
+    show(result, output, console)
+    return result
+
+
+def measure(model: Any, tokenizer: PreTrainedTokenizerBase, num_prompts: int) -> Measured:
+    """Score a model with sampled and with greedy thinkings, and see how much its samples differ."""
+    return Measured(
+        sampled=evaluate_model(model, tokenizer, num_prompts),
+        greedy=evaluate_model(model, tokenizer, num_prompts, do_sample=False),
+        diversity=group_diversity(model, tokenizer),
+    )
+
+
+def train_demo_model(
+    model: Any, tokenizer: PreTrainedTokenizerBase, output: Path, generations: int, seed: int, console: Console
+) -> tuple[UniGRPOTrainer, float]:
+    """Train the model in place, with a line of progress; returns the trainer and the seconds that it took."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -107,68 +139,33 @@ def run_demo(
             model=model,
             reward_funcs=shapeworld_reward,
             args=UniGRPOConfig(
-                output_dir=str(output), seed=seed, disable_tqdm=True, **demo_settings(steps), **watched(steps)
+                output_dir=str(output),
+                seed=seed,
+                disable_tqdm=True,
+                **demo_settings(generations),
+                **watched(generations),
             ),
             train_dataset=shapeworld_dataset("train", seed=seed),
             eval_dataset=shapeworld_dataset("validation", WATCHED_PROMPTS),
             processing_class=tokenizer,
-            callbacks=[ProgressLine(progress, steps)],
+            callbacks=[ProgressLine(progress, generations)],
         )
         trainer.remove_callback(PrinterCallback)  # the progress line says it
         started = time.perf_counter()
         trainer.train()
-        train_seconds = time.perf_counter() - started
-
-    console.print("Scoring the trained model on the same prompts, with the same noise ...")
-    after = evaluate_model(model, tokenizer, num_prompts)
-    greedy_after = evaluate_model(model, tokenizer, num_prompts, do_sample=False)
-    after.save(output / "samples_after.jsonl")
-    model.save_pretrained(output / "model")
-    tokenizer.save_pretrained(output / "model")
-    diversity_after = group_diversity(model, tokenizer)
-
-    reward = {
-        "before": mean_interval(before.reward, before.prompts),
-        "after": mean_interval(after.reward, after.prompts),
-    }
-    gain = mean_interval(after.reward - before.reward, before.prompts)
-    greedy_gain = mean_interval(greedy_after.reward - greedy_before.reward, before.prompts)
-    summary = {
-        "reward_before": reward["before"].mean,
-        "reward_after": reward["after"].mean,
-        "ci95_before": [reward["before"].low, reward["before"].high],
-        "ci95_after": [reward["after"].low, reward["after"].high],
-        "gain": gain.mean,
-        "ci95_gain": [gain.low, gain.high],
-        "greedy_before": float(greedy_before.reward.mean()),
-        "greedy_after": float(greedy_after.reward.mean()),
-        "greedy_gain": greedy_gain.mean,
-        "ci95_greedy_gain": [greedy_gain.low, greedy_gain.high],
-        "strict_before": float(before.strict.mean()),
-        "strict_after": float(after.strict.mean()),
-        "n_eval": num_prompts,
-        "picture_error_before": float(before.error.mean()),
-        "picture_error_after": float(after.error.mean()),
-        "latent_drift": latent_drift(before, after),
-        "diversity_before": vars(diversity_before),
-        "diversity_after": vars(diversity_after),
-        "train_seconds": train_seconds,
-        "steps": steps,
-        "seed": seed,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    history = [row for row in trainer.state.log_history if "reward" in row]
-    result = DemoResult(before, after, greedy_before, greedy_after, history, summary)
-    write_report(output / "report.html", result, trainer.args)
-    console.print(category_table(before, after))
-    console.print(f"Held-out reward {reward['before']} -> {reward['after']}, gain {gain}")
-    console.print(f"Report: {output / 'report.html'}, pictures of the training: {output / 'gallery.html'}")
-    return result
+        return trainer, time.perf_counter() - started
 
 
-def category_table(before: Evaluation, after: Evaluation) -> Table:
+def show(result: DemoResult, output: Path, console: Console) -> None:
+    """Print what changed, and where the pages lie."""
+    _, old, new, gain = category_rows(result.before, result.after)[-1]
+    console.print(gain_table(result.before, result.after))
+    console.print(f"Held-out reward {old} -> {new}, gain {gain}")
+    console.print(f"Report: {output / 'report.html'}, images of the training: {output / 'gallery.html'}")
+
+
+def gain_table(before: Evaluation, after: Evaluation) -> Table:
+    """Tabulate the rewards of each category, before and after, for the console."""
     table = Table("category", "prompts", "before", "after", "gain (95 % interval)")
     for name, old, new, gain in category_rows(before, after):
         table.add_row(

@@ -1,4 +1,4 @@
-"""The demo's report: one HTML page with what changed, the pictures before and after, the curves, and the settings."""
+"""The demo's report: one HTML page with what changed, the images before and after, the curves, and the settings."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from .result import DemoResult, category_rows
 if TYPE_CHECKING:
     from ...trainers.unigrpo_config import UniGRPOConfig
 
-PICTURES_PER_CATEGORY = 2
+IMAGES_PER_CATEGORY = 2
 SMOOTH = 10  # rollouts in the moving mean of the curves
 
 
-def write_report(file: Path, result: DemoResult, args: UniGRPOConfig) -> None:
+def write_demo_report(file: Path, result: DemoResult, args: UniGRPOConfig) -> None:
     """Write the report. It needs no other file and no network; beside the run's gallery, it names its alarms."""
     try:
         run = read_run(file.parent)
@@ -50,7 +50,7 @@ def write_report(file: Path, result: DemoResult, args: UniGRPOConfig) -> None:
 
 
 def curves(history: Sequence[dict[str, float]]) -> list[Panel]:
-    """The training curves: reward, length of the thinking and ties to the reference, per rollout."""
+    """Draw the training curves: reward, length of the thinking and ties to the reference, per rollout."""
     panels = {
         "reward": "Reward of the rollouts",
         "flow/velocity_mse": "Velocity MSE to the reference",
@@ -64,11 +64,11 @@ def curves(history: Sequence[dict[str, float]]) -> list[Panel]:
 
 
 def examples(result: DemoResult) -> list[dict[str, Any]]:
-    """The first prompts of each category, with what the model thought and painted before and after."""
+    """Take the first prompts of each category, with the thinkings and images of before and after."""
     shown: dict[str, int] = {}
     rows = []
     for i, category in enumerate(result.before.categories):
-        if shown.setdefault(category, 0) < PICTURES_PER_CATEGORY:
+        if shown.setdefault(category, 0) < IMAGES_PER_CATEGORY:
             shown[category] += 1
             sides = [
                 {"thinking": e.thinking[i], "image": png_uri(e.images[i]), "reward": float(e.reward[i])}
@@ -81,7 +81,7 @@ def examples(result: DemoResult) -> list[dict[str, Any]]:
 
 
 def png_uri(image: Image.Image) -> Markup:
-    """The image, exact, inside of a URL."""
+    """Put the image, exact, inside of a URL."""
     out = io.BytesIO()
     image.save(out, format="PNG", optimize=True)
     return Markup(data_uri(out.getvalue(), "png"))

@@ -15,7 +15,7 @@ from .systems import SYSTEMS, Settings, System
 
 
 def read_entries(file: Path) -> dict[str, dict[str, Any]]:
-    """System -> what `choose` returned for it; {} where there is no file."""
+    """Read system -> what `choose_candidate` returned for it; {} where there is no file."""
     if not file.is_file():
         return {}
     entries = json.loads(file.read_text(encoding="utf-8"))
@@ -25,21 +25,21 @@ def read_entries(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def load_chosen(file: Path) -> dict[str, Settings]:
-    """System -> the settings that the search chose for it."""
+    """Read system -> the settings that the search chose for it."""
     return {name: entry["settings"] for name, entry in read_entries(file).items()}
 
 
 def write_entries(file: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
-    """Systems in the grid's order, so that a new choice changes its own lines alone."""
+    """Write systems in the grid's order, so that a new choice changes its own lines alone."""
     ordered = {name: entries[name] for name in SYSTEMS if name in entries}
     file.write_text(json.dumps(ordered, indent=2) + "\n", encoding="utf-8")
 
 
-def choose(
+def choose_candidate(
     candidates: Sequence[Settings], rewards: Sequence[Sequence[float]], prompts: Sequence[str]
 ) -> dict[str, Any]:
     """
-    The candidate with the best mean reward; of equal ones, the first.
+    Choose the candidate with the best mean reward; of equal ones, the first.
 
     Args:
         candidates: N settings.
@@ -73,11 +73,11 @@ def choose(
 
 
 def choose_from_folders(system: System, output: Path) -> dict[str, Any]:
-    """The choice for a system whose candidates have all been run, and what they were run with."""
+    """Choose for a system whose candidates have all been run, and say what they were run with."""
     files = [job.folder(output) / "run.json" for job in search_jobs(system)]
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     prompts = json.loads((output / "search" / "prompts.json").read_text(encoding="utf-8"))["prompts"]
     mode = system.modes[0]
     rewards = [run["evaluations"][mode]["reward"] for run in runs]
     made_with = {"mode": mode, "split": runs[0]["split"], "num_prompts": len(prompts), "seed": runs[0]["seed"]}
-    return {**choose(system.candidates, rewards, prompts), **made_with, "rollouts": runs[0]["rollouts"]}
+    return {**choose_candidate(system.candidates, rewards, prompts), **made_with, "rollouts": runs[0]["rollouts"]}

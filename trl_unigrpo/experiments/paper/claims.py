@@ -1,5 +1,5 @@
 """
-What the paper claims, as functions from results to verdicts.
+The paper's claims, as functions from results to verdicts.
 
 A claim holds if the 95 % interval of what it says lies wholly on its side, so that a tie does not. No verdict is
 written by hand, and the margins below were fixed before the first run.
@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from .order import GRID, main_mode
+from .order import GROUP_SYSTEMS, main_mode
 
 
 Side = tuple[str, str]
 """A system and the mode in which it is evaluated."""
 
-Verdict = Literal["holds", "does not hold", "not measured yet"]
+ClaimVerdict = Literal["holds", "does not hold", "not measured yet"]
 
 REFERENCE: Side = ("unigrpo", "sampled")
 
@@ -26,7 +26,7 @@ AS_GOOD = 0.02
 SIMILAR = 0.05
 """Rewards that differ by less than this count as similar."""
 DECAY = 10
-"""How many times the picture error has to be for "pictures decay without a regulariser"."""
+"""The image error grows at least so many times where "images decay without a regulariser"."""
 
 WITH_AND_WITHOUT: tuple[tuple[Side, Side], ...] = (
     (("base", "sampled"), ("base", "direct")),
@@ -39,22 +39,22 @@ ONE_EXPERT: tuple[tuple[Side, Side], ...] = (
     (("text_grpo", "sampled"), ("base", "sampled")),
 )
 UNREGULARIZED: tuple[Side, Side] = (("no_regularizer", "sampled"), REFERENCE)
-GUIDED: tuple[Side, Side] = (("guidance_off", "guided"), ("guidance_on", "guided"))
+GUIDANCE_PAIR: tuple[Side, Side] = (("guidance_off", "guided"), ("guidance_on", "guided"))
 UNIFPO: tuple[Side, Side] = (("unifpo", "sampled"), ("base", "sampled"))
 
-COMPARISONS = (*SFT_BASE, *ONE_EXPERT, *WITH_AND_WITHOUT, UNREGULARIZED, GUIDED, UNIFPO)
+COMPARISONS = (*SFT_BASE, *ONE_EXPERT, *WITH_AND_WITHOUT, UNREGULARIZED, GUIDANCE_PAIR, UNIFPO)
 """Paired differences that the claims need, besides those to UniGRPO."""
 
 OTHERS: tuple[Side, ...] = (
     ("base", "direct"),
     ("sft", "direct"),
-    *((name, main_mode(name)) for name in GRID["table1"] if name not in (REFERENCE[0], "sft_clean")),
+    *((name, main_mode(name)) for name in GROUP_SYSTEMS["table1"] if name not in (REFERENCE[0], "sft_clean")),
 )
-"""What UniGRPO is claimed to be above. The clean corpus is no system of the paper: it shows what no reward shows."""
+"""Systems that UniGRPO is claimed to be above. The clean corpus is none of the paper's: no reward shows it all."""
 
 
 class Judgement(NamedTuple):
-    verdict: Verdict
+    verdict: ClaimVerdict
     sentence: str
 
 
@@ -62,7 +62,7 @@ class Judgement(NamedTuple):
 class Claim:
     """
     Attributes:
-        text: what the paper says.
+        text: the paper's claim.
         where: in the paper.
         judge: from results (see `collect`) to a verdict and its numbers.
     """
@@ -93,14 +93,14 @@ ONE_SEED = " One seed only: what another would change is not in the interval."
 
 def judged(parts: Iterable[Part], says: str = "", extra: str = "") -> Judgement:
     """
-    A claim holds if all of its parts do; one that fails settles it, whatever is missing.
+    Judge a claim by its parts: it holds if all of them do; one that fails settles it, whatever is missing.
 
     Args:
         says: instead of what the parts say.
         extra: a sentence to go after it.
     """
     of = list(parts)
-    verdict: Verdict = "holds"
+    verdict: ClaimVerdict = "holds"
     if any(part.holds is False for part in of):
         verdict = "does not hold"
     elif any(part.holds is None for part in of):
@@ -110,7 +110,7 @@ def judged(parts: Iterable[Part], says: str = "", extra: str = "") -> Judgement:
 
 
 def above(results: Mapping[str, Any], left: Side, right: Side) -> Part:
-    """Is left above right, by the interval of their paired difference?"""
+    """Test if left is above right, by the interval of their paired difference."""
     found = comparison(results, left, right)
     if found is None:
         return Part(None, f"{title(results, left)} and {title(results, right)}: not both measured")
@@ -121,7 +121,7 @@ def above(results: Mapping[str, Any], left: Side, right: Side) -> Part:
 
 
 def apart(results: Mapping[str, Any], other: Side) -> Part:
-    """Is UniGRPO above another system, by intervals that do not touch?"""
+    """Test if UniGRPO is above another system, by intervals that do not touch."""
     own, theirs = reward(results, REFERENCE), reward(results, other)
     if own is None or theirs is None:
         return Part(None, f"{title(results, other)} not measured")
@@ -154,17 +154,17 @@ def unigrpo_above_two_stage(results: Mapping[str, Any]) -> Judgement:
 
 
 def errors(results: Mapping[str, Any], system: str, factor: float) -> Part:
-    """Is a run's picture error more than `factor` times that of UniGRPO, whose regulariser is the velocity MSE?"""
+    """Test if a run's image error is above `factor` times that of UniGRPO, whose regulariser is the velocity MSE."""
     found = results["figure5"].get(system, {}).get("picture_error_ratio")
     if not found:
         return Part(None, f"{title(results, (system, 'sampled'))}: not measured")
-    says = f"{title(results, (system, 'sampled'))}: picture error x {found['ratio']:.3g}"
+    says = f"{title(results, (system, 'sampled'))}: image error x {found['ratio']:.3g}"
     if found["low"] is None:
         return Part(found["ratio"] > factor, says, 1)
     return Part(found["low"] > factor, f"{says} [{found['low']:.3g}, {found['high']:.3g}]", found["seeds"])
 
 
-def pictures_decay(results: Mapping[str, Any]) -> Judgement:
+def images_decay(results: Mapping[str, Any]) -> Judgement:
     decay, difference = errors(results, UNREGULARIZED[0][0], DECAY), comparison(results, *UNREGULARIZED)
     if difference is None:
         return judged([decay._replace(holds=None)])
@@ -172,15 +172,15 @@ def pictures_decay(results: Mapping[str, Any]) -> Judgement:
     return judged([decay, Part(similar, f"reward {signed(difference)}")])
 
 
-def velocity_mse(results: Mapping[str, Any]) -> Judgement:
+def velocity_mse_keeps_images(results: Mapping[str, Any]) -> Judgement:
     return judged(errors(results, system, 1) for system in ("latent_kl", "latent_kl_matched"))
 
 
 def trained_without_guidance(results: Mapping[str, Any]) -> Judgement:
-    found = comparison(results, *GUIDED)
+    found = comparison(results, *GUIDANCE_PAIR)
     if found is None:
         return Judgement("not measured yet", "Not both ways of training were measured.")
-    rewards = " and ".join(f"{reward(results, side)['mean']:.3f}" for side in GUIDED)
+    rewards = " and ".join(f"{reward(results, side)['mean']:.3f}" for side in GUIDANCE_PAIR)
     says = f"Evaluated with guidance, trained without and with it: {rewards}, difference {signed(found)}"
     return judged([Part(found["low"] > -AS_GOOD, says, found["seeds"])])
 
@@ -238,32 +238,32 @@ CLAIMS = (
     ),
     Claim(
         "regularizer",
-        f"Without a regulariser pictures decay (here: picture error over {DECAY} times that with the velocity MSE) "
+        f"Without a regulariser images decay (here: image error over {DECAY} times that with the velocity MSE) "
         f"at similar reward (within {SIMILAR})",
         "Figure 5",
-        pictures_decay,
+        images_decay,
     ),
     Claim(
         "velocity_mse",
-        "The velocity MSE keeps pictures better than a latent KL (of the same weight, and of the same strength)",
+        "The velocity MSE keeps images better than a latent KL (of the same weight, and of the same strength)",
         "Figure 5",
-        velocity_mse,
+        velocity_mse_keeps_images,
     ),
 )
 
 
 def comparison(results: Mapping[str, Any], left: Side, right: Side) -> dict[str, Any] | None:
-    """The paired difference of two systems, None where it was not measured."""
+    """Look up the paired difference of two systems, None where it was not measured."""
     return results["comparisons"].get(f"{'/'.join(left)} - {'/'.join(right)}")
 
 
 def reward(results: Mapping[str, Any], side: Side) -> Any:
-    """The mean reward of a system in a mode with its interval, None where it was not measured."""
+    """Look up the mean reward of a system in a mode with its interval, None where it was not measured."""
     return results["systems"].get(side[0], {}).get("modes", {}).get(side[1], {}).get("reward")
 
 
 def title(results: Mapping[str, Any], side: Side) -> str:
-    """A system's title; how it was evaluated where it was evaluated both ways."""
+    """Name a system, and how it was evaluated where it was evaluated both ways."""
     system = results["systems"].get(side[0])
     if system is None:
         return side[0]
@@ -272,7 +272,7 @@ def title(results: Mapping[str, Any], side: Side) -> str:
 
 
 def trained_seeds(results: Mapping[str, Any], interval: Mapping[str, Any], *sides: Side) -> int:
-    """The seeds of an interval; 0 if nothing in it was trained, so that there is no seed to vary."""
+    """Count the seeds of an interval; 0 if nothing in it was trained, so that there is no seed to vary."""
     return interval["seeds"] if any(results["systems"][system]["trained"] for system, _ in sides) else 0
 
 

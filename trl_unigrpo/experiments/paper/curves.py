@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from .loading import FloatArray, Run
+from ...statistics import FloatArray
+from .loading import FinishedRun
 
 
 POINTS = 48
 
 
-def curve(runs: Sequence[Run], starts: Sequence[Run] = ()) -> dict[str, Any] | None:
+def curve(runs: Sequence[FinishedRun], starts: Sequence[FinishedRun] = ()) -> dict[str, Any] | None:
     """
-    The curve of one system; None where no run logged a reward.
+    Average the curve of one system; None where no run logged a reward.
 
     Args:
         runs: of the system, one per seed.
@@ -45,7 +46,7 @@ def curve(runs: Sequence[Run], starts: Sequence[Run] = ()) -> dict[str, Any] | N
     blocks = np.array_split(np.arange(length), min(length, POINTS))
 
     def by_seed(key: str, last: bool = False) -> FloatArray:
-        """(seeds, blocks)."""
+        """Average each block: (seeds, blocks)."""
         return np.array([[table[key][block[-1:] if last else block].mean() for block in blocks] for table in tables])
 
     reward, error = by_seed("reward"), by_seed("picture_error")

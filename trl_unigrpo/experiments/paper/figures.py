@@ -43,7 +43,7 @@ STYLE: dict[Any, Any] = {
 
 # Okabe and Ito's palette, which colour-blind readers tell apart, and shades of it. Methods that share a figure are
 # far from each other in it.
-COLORS = {
+SYSTEM_COLORS = {
     "base": "#6b6b6b",
     "sft": "#a0a0a0",
     "sft_clean": "#c4c4c4",
@@ -67,25 +67,25 @@ COLORS = {
 OTHER_COLOR = "#4d4d4d"
 
 SCALE = 3
-"""How many times a picture of 48 pixels is enlarged, each pixel to a square."""
-GAP = 8
-"""Pixels between enlarged pictures."""
+"""An image of 48 pixels is enlarged so many times, each pixel to a square."""
+TILE_GAP = 8
+"""Pixels between enlarged images."""
 
 
 def color(system: str) -> str:
-    return COLORS.get(system.removesuffix("_thinking"), OTHER_COLOR)
+    return SYSTEM_COLORS.get(system.removesuffix("_thinking"), OTHER_COLOR)
 
 
 def svg(figure: Figure) -> str:
-    """The figure as SVG without date, version or random names."""
+    """Write the figure as SVG without date, version or random names."""
     out = io.StringIO()
     figure.savefig(out, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     return out.getvalue()
 
 
-def spread(heights: Sequence[float], gap: float) -> list[float]:
+def spaced(heights: Sequence[float], gap: float) -> list[float]:
     """
-    Heights for labels: as near as can be to those given, in their order and at least `gap` apart.
+    Place labels at heights as near as can be to those given, in their order and at least `gap` apart.
 
     Labels that touch form a block around the mean of what they want; blocks that touch are merged.
     """
@@ -104,14 +104,14 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 Label = tuple[str, float, float, str]
-"""What it says, the point (x, y) that it names, and its colour."""
+"""Its text, the point (x, y) that it names, and its colour."""
 
 
 def label_right(axes: Axes, labels: Sequence[Label], gap: float) -> None:
     """Write names right of the axes, each at its point's height or as near as they fit, `gap` axes' heights apart."""
     axes.get_ylim()  # settles the limits, on which the heights depend
     to_axes = axes.transData + axes.transAxes.inverted()
-    heights = spread([to_axes.transform((x, y))[1] for _, x, y, _ in labels], gap)
+    heights = spaced([to_axes.transform((x, y))[1] for _, x, y, _ in labels], gap)
     for (text, x, y, of), height in zip(labels, heights, strict=True):
         axes.annotate(
             text,
@@ -135,7 +135,7 @@ def label_right(axes: Axes, labels: Sequence[Label], gap: float) -> None:
 
 
 def plain_numbers(axis: Axis) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, or a few even ones, as numbers."""
+    """Set ticks of a logarithmic axis at 1, 2 and 5 times the powers of ten, or a few even ones, as numbers."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high > 10 * low else MaxNLocator(4))
     axis.set_major_formatter(FormatStrFormatter("%g"))
@@ -143,7 +143,7 @@ def plain_numbers(axis: Axis) -> None:
 
 
 def table_figure(results: Mapping[str, Any]) -> Figure | None:
-    """Table 1 as points with their intervals, the best on top."""
+    """Draw Table 1 as points with their intervals, the best on top."""
     shown = rows(results, "table1")
     if not shown:
         return None
@@ -171,7 +171,7 @@ def table_figure(results: Mapping[str, Any]) -> Figure | None:
 
 
 def curves_figure(results: Mapping[str, Any]) -> Figure | None:
-    """Figure 3: training reward over rollouts and over CPU seconds."""
+    """Draw Figure 3: training reward over rollouts and over CPU seconds."""
     systems = results["systems"]
     shown = {
         name: curve
@@ -206,7 +206,7 @@ def curves_figure(results: Mapping[str, Any]) -> Figure | None:
 
 
 def guidance_figure(results: Mapping[str, Any]) -> Figure | None:
-    """Figure 4: guidance in training x guidance in evaluation."""
+    """Draw Figure 4: guidance in training x guidance in evaluation."""
     if not results["figure4"]:
         return None
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
@@ -230,7 +230,7 @@ def guidance_figure(results: Mapping[str, Any]) -> Figure | None:
 
 
 def regularizer_figure(results: Mapping[str, Any]) -> Figure | None:
-    """Figure 5: reward against picture error at the end, and picture error on the way."""
+    """Draw Figure 5: reward against image error at the end, and image error on the way."""
     shown = {name: of for name, of in results["figure5"].items() if of["reward"] and of["picture_error"]}
     if not set(shown) - {"base", REFERENCE[0]}:
         return None
@@ -250,7 +250,7 @@ def regularizer_figure(results: Mapping[str, Any]) -> Figure | None:
         axes.plot(error, reward["mean"], "o", color=color(name), markersize=5.5)
     axes.set_xscale("log")
     plain_numbers(axes.xaxis)
-    axes.set_xlabel("picture error (bars: lowest and highest seed)")
+    axes.set_xlabel("image error (bars: lowest and highest seed)")
     axes.set_ylabel("reward on held-out prompts")
     label_right(
         axes, [(of["title"], of["picture_error"], of["reward"]["mean"], color(n)) for n, of in shown.items()], 0.09
@@ -264,18 +264,18 @@ def regularizer_figure(results: Mapping[str, Any]) -> Figure | None:
         axes.set_xlabel("rollouts")
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_ylabel("picture error of the rollouts")
+        axes.set_ylabel("image error of the rollouts")
         ends = [(shown[n]["title"], of["rollouts"][-1], of["picture_error"][-1], color(n)) for n, of in curves.items()]
         label_right(axes, ends, 0.09)
     return figure
 
 
-def trace_picture(output: Path, trace: Mapping[str, Any], systems: Sequence[str]) -> Image.Image | None:
+def trace_image(output: Path, trace: Mapping[str, Any], systems: Sequence[str]) -> Image.Image | None:
     """
-    One prompt's pictures side by side, enlarged, in the order of `systems`; None if one of them is not there.
+    Put one prompt's images side by side, enlarged, in the order of `systems`; None if one of them is not there.
 
     Args:
-        output: the folder of the runs, whose strips the pictures are cut from.
+        output: the folder of the runs, whose strips the images are cut from.
         trace: an entry of the results' `traces`.
     """
     tiles = []
@@ -288,16 +288,16 @@ def trace_picture(output: Path, trace: Mapping[str, Any], systems: Sequence[str]
             side = strip.height
             if strip.width < side * (sample["index"] + 1):
                 raise ValueError(
-                    f"{file} is {strip.width} x {side} pixels: it has no picture {sample['index'] + 1}, which "
+                    f"{file} is {strip.width} x {side} pixels: it has no image {sample['index'] + 1}, which "
                     "run.json names. Delete the run's folder, and it is done again."
                 )
             tile = strip.convert("RGB").crop((side * sample["index"], 0, side * (sample["index"] + 1), side))
         tiles.append(tile.resize((side * SCALE, side * SCALE), Image.Resampling.NEAREST))
     sheet = Image.new(
-        "RGB", (sum(tile.width + GAP for tile in tiles) - GAP, max(tile.height for tile in tiles)), "white"
+        "RGB", (sum(tile.width + TILE_GAP for tile in tiles) - TILE_GAP, max(tile.height for tile in tiles)), "white"
     )
     for i, tile in enumerate(tiles):
-        sheet.paste(tile, (sum(of.width + GAP for of in tiles[:i]), 0))
+        sheet.paste(tile, (sum(of.width + TILE_GAP for of in tiles[:i]), 0))
     return sheet
 
 
@@ -306,11 +306,11 @@ def write_figures(results: Mapping[str, Any], output: Path, folder: Path) -> dic
     Draw what the results have into `folder`.
 
     Args:
-        output: the folder of the runs, for the pictures of the traces.
+        output: the folder of the runs, for the images of the traces.
 
     Returns:
         Name -> file name within `folder` for each figure that there is; `traces` is a list, in the order of the
-        results' traces, with None where a picture is not there.
+        results' traces, with None where an image is not there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, Any] = {}
@@ -327,8 +327,8 @@ def write_figures(results: Mapping[str, Any], output: Path, folder: Path) -> dic
                 (folder / drawn[name]).write_text(svg(figure), encoding="utf-8")
     drawn["traces"] = []
     for number, trace in enumerate(results["traces"], 1):
-        picture = trace_picture(output, trace, list(trace["samples"]))
-        if picture is not None:
-            picture.save(folder / f"trace-{number:02d}.png", optimize=True)
-        drawn["traces"].append(f"trace-{number:02d}.png" if picture is not None else None)
+        image = trace_image(output, trace, list(trace["samples"]))
+        if image is not None:
+            image.save(folder / f"trace-{number:02d}.png", optimize=True)
+        drawn["traces"].append(f"trace-{number:02d}.png" if image is not None else None)
     return drawn

@@ -1,4 +1,4 @@
-"""Which runs there are to do, where they lie, which are done, and how long the others will take."""
+"""The runs that there are to do: where they lie, which are done, and how long the others will take."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Job:
 
 def grid_jobs(systems: Iterable[System], seeds: Sequence[int] | None = None) -> list[Job]:
     """
-    The runs in the order in which to do them: one seed after the other, each run after its start.
+    List the runs in the order in which to do them: one seed after the other, each run after its start.
 
     Args:
         seeds: of all systems that are trained; each system's own without them.
@@ -62,12 +62,12 @@ def grid_jobs(systems: Iterable[System], seeds: Sequence[int] | None = None) -> 
 
 
 def search_jobs(system: System) -> list[Job]:
-    """One run per candidate."""
+    """List one run per candidate."""
     return [Job(system.name, SEARCH_SEED, index) for index in range(len(system.candidates))]
 
 
 def check_same(job: Job, output: Path, settings: Settings) -> None:
-    """A ValueError where the folder of a finished run holds one with other settings than these."""
+    """Raise a ValueError where the folder of a finished run holds one with other settings than these."""
     file = job.folder(output) / "run.json"
     found = json.loads(file.read_text(encoding="utf-8"))["settings"]
     differences = [
@@ -96,7 +96,7 @@ def write_once(file: Path, content: Mapping[str, Any]) -> None:
 
 def seconds_left(jobs: Sequence[Job], output: Path, number: int) -> float | None:
     """
-    About how long the jobs that are left will take, `number` at a time; None as long as no run has finished.
+    Guess how long the jobs that are left will take, `number` at a time; None as long as no run has finished.
 
     A run takes as long as those of its system took on average, or else of its method, or else of all.
     """

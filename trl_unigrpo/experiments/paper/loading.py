@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...shapeworld.grammar import CATEGORIES
+from ...statistics import FloatArray
 from .order import position
 
-
-FloatArray = NDArray[np.float64]
 
 REQUIRED: dict[str, type | tuple[type, ...]] = {
     "system": str,
@@ -52,7 +50,7 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """
     One finished run.
 
@@ -75,7 +73,7 @@ class Run:
         return self.record["seed"]
 
     def rewards(self, mode: str) -> FloatArray:
-        """(N,) rewards of an evaluation."""
+        """Take the (N,) rewards of an evaluation."""
         return np.array(self.record["evaluations"][mode]["reward"], dtype=np.float64)
 
 
@@ -88,7 +86,7 @@ class Problem:
 
 
 def read_prompts(output: Path) -> Prompts:
-    """The prompts of `<output>/prompts.json`."""
+    """Read the prompts of `<output>/prompts.json`."""
     file = output / "prompts.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: {output} is not the output folder of `trl-unigrpo paper`.")
@@ -102,16 +100,16 @@ def read_prompts(output: Path) -> Prompts:
     return Prompts(texts, categories)
 
 
-def read_runs(output: Path, prompts: Prompts) -> tuple[list[Run], list[Problem]]:
-    """The finished runs, in the page's order, and the folders that hold none that can be used."""
-    runs: list[Run] = []
+def read_runs(output: Path, prompts: Prompts) -> tuple[list[FinishedRun], list[Problem]]:
+    """Read the finished runs, in the page's order, and name the folders that hold none that can be used."""
+    runs: list[FinishedRun] = []
     problems: list[Problem] = []
     for folder in sorted(output.glob("*/seed-*"), key=_folder_order):
         if folder.parent.name == "search" or not folder.is_dir():
             continue
         name = f"{folder.parent.name}/{folder.name}"
         try:
-            run = Run(name, read_record(folder / "run.json"), [])
+            run = FinishedRun(name, read_record(folder / "run.json"), [])
             check_record(run.record, folder, len(prompts.texts))
             first = next((other for other in runs if other.system == run.system), run)
             check_settings(run.record, first.record)
@@ -123,7 +121,7 @@ def read_runs(output: Path, prompts: Prompts) -> tuple[list[Run], list[Problem]]
         except ValueError as error:
             problems.append(Problem(name, f"{error} The run is used, its curve is not."))
             history = []
-        runs.append(Run(name, run.record, history))
+        runs.append(FinishedRun(name, run.record, history))
     return runs, problems
 
 
@@ -133,7 +131,7 @@ def _folder_order(folder: Path) -> tuple[Any, ...]:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """run.json as it is. A ValueError says why there is none."""
+    """Read run.json as it is. A ValueError says why there is none."""
     if not file.is_file():
         raise ValueError("has no run.json: the run is not finished.")
     try:
@@ -148,7 +146,7 @@ def read_record(file: Path) -> dict[str, Any]:
 
 
 def check_record(record: dict[str, Any], folder: Path, num_prompts: int) -> None:
-    """A ValueError says what of a run.json is missing or wrong."""
+    """Raise a ValueError that says what of a run.json is missing or wrong."""
     for key, kind in REQUIRED.items():
         if key not in record:
             raise ValueError(f"run.json has no {key!r}.")
@@ -178,7 +176,7 @@ def check_record(record: dict[str, Any], folder: Path, num_prompts: int) -> None
 
 
 def check_settings(record: dict[str, Any], first: dict[str, Any]) -> None:
-    """A ValueError if two seeds of one system were not trained alike: their mean would be of nothing."""
+    """Raise a ValueError if two seeds of one system were not trained alike: their mean would be of nothing."""
     names = ("group", "start", "rollouts")
     mine = {**{name: record[name] for name in names}, **record["settings"], "seed": None}
     other = {**{name: first[name] for name in names}, **first["settings"], "seed": None}
@@ -189,7 +187,7 @@ def check_settings(record: dict[str, Any], first: dict[str, Any]) -> None:
 
 
 def read_history(file: Path) -> list[dict[str, float]]:
-    """The rows of history.jsonl; none without the file."""
+    """Read the rows of history.jsonl; none without the file."""
     if not file.is_file():
         return []
     rows = []

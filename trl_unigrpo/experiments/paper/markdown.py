@@ -15,7 +15,7 @@ ESCAPED = frozenset("[]_*")
 
 def escape(text: Any) -> str:
     """
-    Text from a model or from a run, as text: whatever it holds, it neither marks up nor ends a table's cell.
+    Turn text from a model or a run into plain text: whatever it holds, it neither marks up nor ends a table's cell.
 
     What Markdown or HTML could read gets a backslash where that is enough, else becomes a numeric entity.
     """
@@ -32,7 +32,7 @@ def _escaped(c: str) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """A table; the first `text_columns` columns are text, the others numbers. Cells are Markdown, one a column."""
+    """Write a table; the first `text_columns` columns are text, the others numbers. Cells are Markdown, one each."""
     marks = ["---" if i < text_columns else "---:" for i in range(len(header))]
     lines = ["| " + " | ".join(row) + " |" for row in (header, marks)]
     for row in rows:
@@ -51,13 +51,13 @@ def cpu_time(seconds: float) -> str:
 
 
 def rate(value: float) -> str:
-    """A learning rate such as 1.5e-4; larger numbers as they are."""
+    """Write a learning rate as 1.5e-4; larger numbers as they are."""
     digits, _, power = f"{value:.2e}".partition("e")
     return f"{float(digits):g}e{int(power)}" if value < 0.01 else f"{value:g}"
 
 
 def interval(found: Mapping[str, Any], sign: str = "", digits: int = 3) -> str:
-    """Mean and half of the interval, which never break apart. `sign`: "+" for a difference."""
+    """Write mean and half of the interval, which never break apart. `sign`: "+" for a difference."""
     mean = round(found["mean"], digits) + 0.0  # no "-0.000"
     return f"{mean:{sign}.{digits}f}\u00a0±\u00a0{(found['high'] - found['low']) / 2:.{digits}f}"
 

@@ -20,14 +20,14 @@ from .order import ORDER
 HEADING = re.compile(r"^## (\S+)$", re.MULTILINE)
 
 
-def write_page(output: Path, page: Path | None = None) -> Path:
+def write_paper_page(output: Path, page: Path | None = None) -> Path:
     """
     Write the page and its figures from `<output>/results.json`, and return the page's file.
 
     The remarks written by hand stand on it only where every system of the grid was run, as they speak of all.
 
     Args:
-        output: the folder of the runs, after `collect`; pictures of the traces are cut from its strips.
+        output: the folder of the runs, after `collect`; images of the traces are cut from its strips.
         page: a Markdown file, `<output>/paper.md` without it; its figures go into the folder of its name beside it.
 
     Raises:
@@ -54,7 +54,7 @@ def render(
     commentary: Mapping[str, str],
     shapeworld: str = "ShapeWorld",
 ) -> str:
-    """The page as Markdown; `folder` is where the figures lie, relative to it, `shapeworld` its name, or a link."""
+    """Render the page as Markdown; `folder`, relative to it, has the figures, `shapeworld` is its name, or a link."""
     environment = Environment(
         loader=PackageLoader("trl_unigrpo.reporting"),
         autoescape=False,  # Markdown: what comes from outside goes through `escape`
@@ -96,7 +96,7 @@ TABLES = (
 
 def read_commentary(text: str | None = None) -> dict[str, str]:
     """
-    The hand-written remarks, section -> Markdown.
+    Read the hand-written remarks, section -> Markdown.
 
     Args:
         text: of a commentary; the package's own without it.
@@ -105,7 +105,7 @@ def read_commentary(text: str | None = None) -> dict[str, str]:
         ValueError: for a remark that holds a number: numbers come from results.json.
     """
     if text is None:
-        text = (files("trl_unigrpo.paper") / "commentary.md").read_text(encoding="utf-8")
+        text = (files(__package__) / "commentary.md").read_text(encoding="utf-8")
     _, *parts = HEADING.split(text)
     sections = {name: body.strip() for name, body in zip(parts[::2], parts[1::2], strict=True)}
     for name, body in sections.items():

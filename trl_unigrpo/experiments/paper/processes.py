@@ -21,8 +21,8 @@ LOCKS = ".locks"
 LOG_TAIL = 15
 
 
-class Watcher(Protocol):
-    """What is told of each run."""
+class RunWatcher(Protocol):
+    """One that is told of each run."""
 
     def started(self, job: Job) -> None: ...
     def finished(self, job: Job) -> None: ...
@@ -34,7 +34,7 @@ class Watcher(Protocol):
 class Outcome:
     """
     Attributes:
-        failed: what failed, and why: the end of its log, or the run that it needed.
+        failed: the jobs that failed, and why: the end of its log, or the run that it needed.
         signal: the number of the signal that ended it all, or None.
     """
 
@@ -42,90 +42,117 @@ class Outcome:
     signal: int | None = None
 
 
+@dataclass
+class Work:
+    """
+    The jobs that are being done: those that wait, those that run, and what came of the others.
+
+    Attributes:
+        pending: in the order in which to do them.
+        running: each with its process and the lock that keeps other commands from it.
+    """
+
+    output: Path
+    pending: list[Job]
+    watcher: RunWatcher
+    running: dict[Job, tuple[subprocess.Popen[bytes], FileLock]] = field(default_factory=dict)
+    outcome: Outcome = field(default_factory=Outcome)
+
+    @property
+    def left(self) -> bool:
+        return bool(self.pending or self.running)
+
+    def fail(self, job: Job, why: str) -> None:
+        self.outcome.failed[job] = why
+        self.watcher.failed(job, why)
+
+    def note_ended(self) -> None:
+        """Note which processes have ended, and how."""
+        for job, (process, lock) in list(self.running.items()):
+            if process.poll() is None:
+                continue
+            process.communicate()  # closes the pipe
+            del self.running[job]
+            lock.release()
+            if process.returncode == 0 and job.finished(self.output):
+                self.watcher.finished(job)
+            else:
+                self.fail(job, f"exit code {process.returncode}\n{log_tail(job.folder(self.output))}")
+
+    def drop_settled(self) -> None:
+        """Take out what another command has done, and what can't be done any more."""
+        for job in list(self.pending):
+            if job.finished(self.output):
+                self.watcher.finished(job)
+            elif job.start in self.outcome.failed:
+                self.fail(job, f"it goes on from {job.start}, which failed")
+            else:
+                continue
+            self.pending.remove(job)
+
+    def begin(self, number: int, command: Callable[[Job], Sequence[str]]) -> None:
+        """Start what can be started, up to so many at a time."""
+        for job in list(self.pending):
+            if len(self.running) >= number:
+                return
+            if job.start is not None and (job.start in self.running or not job.start.finished(self.output)):
+                continue
+            lock = take(job, self.output)
+            if lock is None:
+                continue
+            self.pending.remove(job)
+            if job.finished(self.output):  # by another command, after the last look
+                lock.release()
+                self.watcher.finished(job)
+                continue
+            self.running[job] = start(command(job), job.folder(self.output)), lock
+            self.watcher.started(job)
+
+    def end_all(self) -> None:
+        """End all processes, and let go of their jobs."""
+        for process, lock in self.running.values():
+            end(process)
+            lock.release()
+
+
 def run_all(
     jobs: Sequence[Job],
     output: Path,
     number: int,
     command: Callable[[Job], Sequence[str]],
-    watcher: Watcher,
+    watcher: RunWatcher,
     pause: float = 0.2,
 ) -> Outcome:
     """
     Do the jobs that are not finished, `number` at a time, in their order as far as their starts allow.
 
-    Each is a process that writes `run.json` into its folder; what it
-    prints goes to `log.txt` there. A run that another command is doing is left to it. The first SIGINT or SIGTERM ends
-    all processes.
+    Each is a process that writes `run.json` into its folder; what it prints goes to `log.txt` there. A run that
+    another command is doing is left to it. The first SIGINT or SIGTERM ends all processes.
 
     Args:
         command: job -> the process to start.
         pause: seconds between two looks at the processes.
     """
-    outcome, pending = Outcome(), list(jobs)
-    running: dict[Job, tuple[subprocess.Popen[bytes], FileLock]] = {}
-
-    def fail(job: Job, why: str) -> None:
-        outcome.failed[job] = why
-        watcher.failed(job, why)
-
-    def settle() -> None:
-        """Note what has ended, and drop what another command has done or what can't be done any more."""
-        for job, (process, lock) in list(running.items()):
-            if process.poll() is not None:
-                process.communicate()  # closes the pipe
-                del running[job]
-                lock.release()
-                if process.returncode == 0 and job.finished(output):
-                    watcher.finished(job)
-                else:
-                    fail(job, f"exit code {process.returncode}\n{log_tail(job.folder(output))}")
-        for job in list(pending):
-            if job.finished(output):
-                watcher.finished(job)
-            elif job.start in outcome.failed:
-                fail(job, f"it goes on from {job.start}, which failed")
-            else:
-                continue
-            pending.remove(job)
-
-    def begin() -> None:
-        """Start what can be started."""
-        for job in list(pending):
-            if len(running) >= number:
-                return
-            if job.start is not None and (job.start in running or not job.start.finished(output)):
-                continue
-            lock = take(job, output)
-            if lock is None:
-                continue
-            pending.remove(job)
-            if job.finished(output):  # by another command, after the last look
-                lock.release()
-                watcher.finished(job)
-                continue
-            running[job] = start(command(job), job.folder(output)), lock
-            watcher.started(job)
-
+    work = Work(output, list(jobs), watcher)
     with signals_noted() as received:
         try:
             while not received:
-                settle()
-                begin()
-                watcher.tick(list(running))
-                if not pending and not running:
+                work.note_ended()
+                work.drop_settled()
+                work.begin(number, command)
+                watcher.tick(list(work.running))
+                if not work.left:
                     break
                 time.sleep(pause)
         finally:
-            for process, lock in running.values():
-                end(process)
-                lock.release()
-    outcome.signal = received[0] if received else None
-    return outcome
+            work.end_all()
+    work.outcome.signal = received[0] if received else None
+    return work.outcome
 
 
 def start(command: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
     """
-    A process of one thread, whose output goes to `log.txt`.
+    Start a process of one thread, whose output goes to `log.txt`.
 
     It gets a pipe as standard input that only this process holds, so that it can tell when this one is gone, and a
     session of its own: Ctrl-C reaches this process alone, which ends it.
@@ -154,7 +181,7 @@ def end(process: subprocess.Popen[bytes], patience: float = 2.0) -> None:
 
 
 def take(job: Job, output: Path) -> FileLock | None:
-    """The lock of a run, held; None where another command holds it."""
+    """Take the lock of a run; None where another command holds it."""
     folder = output / LOCKS
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{job.folder(output).relative_to(output).as_posix().replace('/', '-')}.lock")
@@ -166,14 +193,14 @@ def take(job: Job, output: Path) -> FileLock | None:
 
 
 def log_tail(folder: Path, lines: int = LOG_TAIL) -> str:
-    """The end of a run's log."""
+    """Read the end of a run's log."""
     file = folder / "log.txt"
     return "\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]) if file.exists() else ""
 
 
 @contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Instead of raising, SIGINT and SIGTERM are appended to the list: no process is lost between start and note."""
+    """Append SIGINT and SIGTERM to the list instead of raising: no process is lost between start and note."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:

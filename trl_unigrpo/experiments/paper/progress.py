@@ -1,4 +1,4 @@
-"""What the command shows while it works, and the grid as a table."""
+"""The display of the command while it works, and the grid as a table."""
 
 from __future__ import annotations
 
@@ -69,20 +69,20 @@ class Display:
 
 
 def last_row(file: Path) -> dict[str, float]:
-    """The last whole line of a history; {} where there is none yet."""
+    """Read the last whole line of a history; {} where there is none yet."""
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     lines = text[: text.rfind("\n") + 1].splitlines()
     return json.loads(lines[-1]) if lines else {}
 
 
 def duration(seconds: float) -> str:
-    """As "2 h 5 min" or "40 min"."""
+    """Write seconds as "2 h 5 min" or "40 min"."""
     hours, minutes = divmod(max(1, round(seconds / 60)), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def grid_table(jobs: Sequence[Job], output: Path) -> Table:
-    """One row per system: which of its runs are done, and which are left."""
+    """Tabulate the systems: which of each one's runs are done, and which are left."""
     table = Table("system", "title", "for", "done", "left")
     for name in dict.fromkeys(job.system for job in jobs):
         own = [job for job in jobs if job.system == name]

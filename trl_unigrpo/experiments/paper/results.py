@@ -1,4 +1,4 @@
-"""From run folders to results.json, the one place from which the page takes its numbers."""
+"""The way from run folders to results.json, the one place from which the page takes its numbers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .claims import CLAIMS, COMPARISONS, REFERENCE
 from .curves import curve
 from .loading import (
     MEASURES,
-    Run,
+    FinishedRun,
     read_prompts,
     read_runs,
 )
-from .order import GRID, full_grid
-from .scores import Scores
+from .order import GROUP_SYSTEMS, full_grid
+from .scores import GridScores
 from .search import read_search
 
 
 Results = dict[str, Any]
 
 TRACED = ("base", "sft", "unigrpo")
-"""The systems whose thinkings and pictures stand side by side, as in the paper's Figures 2 and 6 to 8."""
+"""The systems whose thinkings and images stand side by side, as in the paper's Figures 2 and 6 to 8."""
 
-FAMILIES = {"table1": "table1", "figure5": "ablations", "ablations": "ablations"}
+HOLM_FAMILIES = {"table1": "table1", "figure5": "ablations", "ablations": "ablations"}
 """Groups that are compared with UniGRPO -> the table in which they stand, for Holm's correction."""
 COMPARED = ("sampled", "direct")
 """The modes that are compared with UniGRPO's sampled one."""
@@ -37,7 +37,7 @@ COMPARED = ("sampled", "direct")
 
 def collect(output: Path, expected: Mapping[str, Sequence[int]] | None = None) -> Results:
     """
-    Everything that the page shows, from the run folders below `output`; also written to `<output>/results.json`.
+    Collect all that the page shows from the run folders below `output`, and write it to `<output>/results.json`.
 
     The same folders give the same bytes. Runs that cannot be used are named under `problems` and left out.
 
@@ -55,7 +55,7 @@ def collect(output: Path, expected: Mapping[str, Sequence[int]] | None = None) -
         raise ValueError(
             f"{output} holds no finished run, so there is nothing to show. Start some: trl-unigrpo paper.{reasons}"
         )
-    scores = Scores(runs, prompts)
+    scores = GridScores(runs, prompts)
     search, search_seconds = read_search(output)
     systems = {name: system_summary(name, scores) for name in scores.systems}
     correct_p_values(systems)
@@ -75,7 +75,7 @@ def collect(output: Path, expected: Mapping[str, Sequence[int]] | None = None) -
         "figure4": guidance_summary(systems),
         "figure5": regularizer_summary(systems, scores),
         "search": search,
-        "traces": traces(scores),
+        "traces": shown_traces(scores),
         "machine": machine_summary(runs, search_seconds),
         "missing": missing(scores, full_grid() if expected is None else expected),
         "problems": [asdict(problem) for problem in problems],
@@ -89,41 +89,41 @@ def collect(output: Path, expected: Mapping[str, Sequence[int]] | None = None) -
 
 
 def side_name(side: tuple[str, str]) -> str:
-    """A system and the mode in which it is evaluated, as one word."""
+    """Write a system and the mode in which it is evaluated as one word."""
     return "/".join(side)
 
 
-def system_summary(system: str, scores: Scores) -> dict[str, Any]:
-    """One system: what it is, what it cost with the stage before it, and what it scored in each mode."""
+def system_summary(system: str, scores: GridScores) -> dict[str, Any]:
+    """Summarize one system: what it is, what it cost with the stage before it, what it scored in each mode."""
     runs = scores.runs(system)
     record = runs[0].record
     starts = scores.starts(system)
-    seconds = [mean(run.record["train_cpu_seconds"] for run in stage) or 0.0 for stage in (starts, runs)]
+    seconds = [mean_or_none(run.record["train_cpu_seconds"] for run in stage) or 0.0 for stage in (starts, runs)]
     diversities = [run.record["diversity"] for run in runs if run.record.get("diversity")]
     modes = list(dict.fromkeys(mode for run in runs for mode in run.record["evaluations"]))
     return {
         "title": record["title"],
-        "group": "hidden" if system in GRID["hidden"] else record["group"],
+        "group": "hidden" if system in GROUP_SYSTEMS["hidden"] else record["group"],
         "start": record["start"] or "base",
         "seeds": [run.seed for run in runs],
         "trained": scores.trained(system),
         "rollouts": sum(run.record["rollouts"] for run in (*starts[:1], runs[0])),
         "train_cpu_seconds": round(sum(seconds), 1),
         "clip_frac": significant(
-            mean(row["clip_frac"] for run in runs for row in run.history if "clip_frac" in row), 3
+            mean_or_none(row["clip_frac"] for run in runs for row in run.history if "clip_frac" in row), 3
         ),
         "settings": {key: value for key, value in sorted(record["settings"].items()) if key != "seed"},
         "modes": {mode: mode_summary(system, mode, scores) for mode in modes},
         "diversity": {
-            key: significant(mean(of[key] for of in diversities), 4)
+            key: significant(mean_or_none(of[key] for of in diversities), 4)
             for key in (diversities[0] if diversities else {})
             if all(key in of for of in diversities)
         },
     }
 
 
-def mode_summary(system: str, mode: str, scores: Scores) -> dict[str, Any]:
-    """One system in one mode; measures other than the reward are means over seeds."""
+def mode_summary(system: str, mode: str, scores: GridScores) -> dict[str, Any]:
+    """Summarize one system in one mode; measures other than the reward are means over seeds."""
     evaluations = [run.record["evaluations"][mode] for run in scores.runs(system, mode)]
     measures = {key: [of[key] for of in evaluations if of.get(key) is not None] for key in MEASURES}
     errors = measures["picture_error"]
@@ -132,7 +132,7 @@ def mode_summary(system: str, mode: str, scores: Scores) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "seeds": [run.seed for run in scores.runs(system, mode)],
         "reward": interval_record(reward) if reward else None,
-        **{key: significant(mean(values), 4) for key, values in measures.items()},
+        **{key: significant(mean_or_none(values), 4) for key, values in measures.items()},
         "picture_error_range": [significant(of, 4) for of in (min(errors), max(errors))] if len(errors) > 1 else None,
         "picture_error_interval": [significant(of, 4) for of in own_interval] if own_interval else None,
         "categories": {
@@ -141,9 +141,9 @@ def mode_summary(system: str, mode: str, scores: Scores) -> dict[str, Any]:
         },
     }
     group = scores.runs(system)[0].record["group"]
-    if mode in COMPARED and group in FAMILIES and system not in (REFERENCE[0], *GRID["hidden"]):
+    if mode in COMPARED and group in HOLM_FAMILIES and system not in (REFERENCE[0], *GROUP_SYSTEMS["hidden"]):
         difference = scores.difference((system, mode), REFERENCE)
-        summary["difference"] = interval_record(difference) | {"family": FAMILIES[group]} if difference else None
+        summary["difference"] = interval_record(difference) | {"family": HOLM_FAMILIES[group]} if difference else None
     return summary
 
 
@@ -159,7 +159,7 @@ def correct_p_values(systems: Mapping[str, Any]) -> None:
 
 
 def guidance_summary(systems: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Figure 4: guidance in training and in evaluation; None without a run of either."""
+    """Compute Figure 4: guidance in training and in evaluation; None without a run of either."""
     trained = {name: systems[name] for name in ("guidance_off", "guidance_on") if name in systems}
     if not trained:
         return None
@@ -179,8 +179,8 @@ def guidance_summary(systems: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def regularizer_summary(systems: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
-    """Figure 5: reward and picture error, the latter also as a multiple of UniGRPO's, which has the velocity MSE."""
+def regularizer_summary(systems: Mapping[str, Any], scores: GridScores) -> dict[str, Any]:
+    """Compute Figure 5: reward and image error, which is also given as a multiple of UniGRPO's (velocity MSE)."""
     shown = [name for name, of in systems.items() if of["group"] == "figure5" or name in ("base", REFERENCE[0])]
     return {
         name: {
@@ -196,9 +196,9 @@ def regularizer_summary(systems: Mapping[str, Any], scores: Scores) -> dict[str,
     }
 
 
-def error_ratio(scores: Scores, system: str) -> dict[str, Any] | None:
+def error_ratio(scores: GridScores, system: str) -> dict[str, Any] | None:
     """
-    Picture error divided by UniGRPO's: geometric mean over common seeds, with a t interval of its logarithm.
+    Divide the image error by UniGRPO's: geometric mean over common seeds, with a t interval of its logarithm.
 
     With one seed there is a ratio and no interval.
     """
@@ -218,11 +218,11 @@ def error_ratio(scores: Scores, system: str) -> dict[str, Any] | None:
     return {**{key: significant(value, 4) for key, value in ratio.items()}, "seeds": len(logs)}
 
 
-def traces(scores: Scores) -> list[dict[str, Any]]:
+def shown_traces(scores: GridScores) -> list[dict[str, Any]]:
     """
-    The fixed prompts with the thinking, the reward and the place of the picture of each of `TRACED`.
+    List the fixed prompts with the thinking, the reward and the place of the image of each of `TRACED`.
 
-    `strip` is the file below the output folder, `index` the picture's place in it.
+    `strip` is the file below the output folder, `index` the image's place in it.
     """
     rows: dict[str, dict[str, Any]] = {}
     for system in TRACED:
@@ -239,8 +239,8 @@ def traces(scores: Scores) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def machine_summary(runs: Sequence[Run], search_seconds: float) -> dict[str, Any]:
-    """Where and when the runs were made and what they cost."""
+def machine_summary(runs: Sequence[FinishedRun], search_seconds: float) -> dict[str, Any]:
+    """Say where and when the runs were made and what they cost."""
     records = [run.record for run in runs]
     packages = sorted({package for record in records for package in record["versions"]})
     return {
@@ -258,9 +258,9 @@ def machine_summary(runs: Sequence[Run], search_seconds: float) -> dict[str, Any
     }
 
 
-def missing(scores: Scores, expected: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def missing(scores: GridScores, expected: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """
-    What the grid has and the folders do not.
+    Find what the grid has and the folders do not.
 
     Returns:
         `seeds`: system -> {"expected", "missing"}, lists of seeds, where some are missing; `modes`: system -> mode ->
@@ -282,7 +282,7 @@ def missing(scores: Scores, expected: Mapping[str, Sequence[int]]) -> dict[str, 
 
 
 def interval_record(interval: CrossedInterval) -> dict[str, Any]:
-    """An interval for results.json. `seeds` is 1 where it is over prompts alone."""
+    """Round an interval for results.json. `seeds` is 1 where it is over prompts alone."""
     return {
         "mean": round(interval.mean, 4),
         "low": round(interval.low, 4),
@@ -293,14 +293,14 @@ def interval_record(interval: CrossedInterval) -> dict[str, Any]:
     }
 
 
-def mean(values: Iterable[float]) -> float | None:
-    """The mean, None of nothing."""
+def mean_or_none(values: Iterable[float]) -> float | None:
+    """Average the values; None of nothing."""
     numbers = list(values)
     return sum(numbers) / len(numbers) if numbers else None
 
 
 def significant(value: float | None, digits: int) -> float | None:
-    """Rounded to a number of significant digits."""
+    """Round to a number of significant digits."""
     return None if value is None else float(f"{value:.{digits}g}")
 
 

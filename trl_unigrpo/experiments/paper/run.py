@@ -30,10 +30,10 @@ from ..demo.demo import quiet
 from .chosen import load_chosen
 from .jobs import Job
 from .scoring import (
-    evaluate,
+    evaluate_in_mode,
+    sample_traces,
     strip,
     summary,
-    traces,
 )
 from .systems import (
     CHOSEN,
@@ -46,7 +46,7 @@ from .systems import (
 from .training import make_trainer, rollouts, run_settings
 
 
-def run(job: Job, output: Path, scale: Scale, settings: Settings) -> dict[str, Any]:
+def run_job(job: Job, output: Path, scale: Scale, settings: Settings) -> dict[str, Any]:
     """Do the run and write its folder; returns what `run.json` holds. A run of the search is scored in one mode."""
     began = time.perf_counter()
     system, folder, searching = SYSTEMS[job.system], job.folder(output), job.candidate is not None
@@ -63,7 +63,7 @@ def run(job: Job, output: Path, scale: Scale, settings: Settings) -> dict[str, A
 
     modes = system.modes[:1] if searching else system.modes
     guidance_scale = settings.get("eval_guidance_scale")
-    evaluations = {mode: evaluate(model, tokenizer, mode, scale, guidance_scale) for mode in modes}
+    evaluations = {mode: evaluate_in_mode(model, tokenizer, mode, scale, guidance_scale) for mode in modes}
     shown = evaluations[modes[0]]
     strip(shown).save(folder / "strip.png")
     if is_start(system.name) and not searching:
@@ -87,7 +87,7 @@ def run(job: Job, output: Path, scale: Scale, settings: Settings) -> dict[str, A
         "versions": versions(),
         "evaluations": {name: summary(model, found, name != "direct") for name, found in evaluations.items()},
         "diversity": None if searching else vars(group_diversity(model, tokenizer, thinking=modes != ("direct",))),
-        "traces": traces(shown),
+        "traces": sample_traces(shown),
     }
     replace_file(folder / "run.json", json.dumps(result) + "\n")
     return result
@@ -104,7 +104,7 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def main() -> None:
+def run_from_arguments() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("system", choices=SYSTEMS, metavar="system")
@@ -122,8 +122,8 @@ def main() -> None:
     quiet()
     scale = Scale(args.rollouts, args.num_prompts, args.split)
     settings = run_settings(SYSTEMS[args.system], load_chosen(args.chosen), scale, args.candidate)
-    run(Job(args.system, args.seed, args.candidate), args.output, scale, settings)
+    run_job(Job(args.system, args.seed, args.candidate), args.output, scale, settings)
 
 
 if __name__ == "__main__":
-    main()
+    run_from_arguments()

@@ -37,20 +37,22 @@ from .systems import (
 BYTES_PER_RUN = 2**22
 """A run's folder, a model included."""
 IGNORED = f"/{LOCKS}/\nlog.txt\nmodel/\n*.part\n"
-"""What of the output folder is not worth keeping in git."""
+"""Parts of the output folder that are not worth keeping in git."""
 
 
 @dataclass(frozen=True)
-class Options:
+class PaperOptions:
     """
-    What the command was asked for.
+    The options that the command was given.
 
     Attributes:
         output: the folder of the runs.
         chosen: the file of the search's choice.
         jobs: runs at a time.
         seeds: of all systems; None for each system's own.
+        page: the Markdown file to write; None for paper.md in the output folder.
         generations: of a run, instead of the scale's own.
+        from_results: only write the page again, from the output folder's results.json.
     """
 
     output: Path
@@ -62,6 +64,7 @@ class Options:
     search: bool = False
     page: Path | None = None
     generations: int | None = None
+    from_results: bool = False
 
     @property
     def scale(self) -> Scale:
@@ -84,11 +87,11 @@ class Options:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def show_grid(options: Options, console: Console) -> None:
+def show_grid(options: PaperOptions, console: Console) -> None:
     """Print the grid, with what is done, what is left and about how long it will take."""
     jobs = options.all_jobs
     console.print(grid_table(jobs, options.output))
@@ -100,9 +103,9 @@ def show_grid(options: Options, console: Console) -> None:
     console.print(f"{done} of {len(jobs)} runs are done; {time}, with {options.jobs} at a time.")
 
 
-def run_paper(options: Options, console: Console) -> int:
+def run_paper(options: PaperOptions, console: Console) -> int:
     """
-    Do all runs that are not done, and write the choice (with `search`) or the page.
+    Do all runs that are not done, and write the choice (with `search`) or the page, which `from_results` does alone.
 
     Returns:
         The exit code: 0, 1 where a run failed, 128 + its number where a signal ended the command.
@@ -110,6 +113,8 @@ def run_paper(options: Options, console: Console) -> int:
     Raises:
         ValueError, OSError: for what is wrong with the settings, before any run starts.
     """
+    if options.from_results:
+        return rewrite_page(options, console)
     if options.search and (options.quick or options.generations) and options.chosen.resolve() == CHOSEN.resolve():
         raise ValueError(
             "The choice that is shipped is made at full length: leave out --quick and --rollouts, or name another "
@@ -125,9 +130,17 @@ def run_paper(options: Options, console: Console) -> int:
     return search(options, console) if options.search else run_grid(options, console)
 
 
-def prepare(options: Options, jobs: Sequence[Job]) -> None:
+def rewrite_page(options: PaperOptions, console: Console) -> int:
+    """Write the page again from results.json, for which no run is needed; returns the exit code 0."""
+    from .page import write_paper_page
+
+    console.print(f"Page: {write_paper_page(options.output, options.page)}")
+    return 0
+
+
+def prepare_runs(options: PaperOptions, jobs: Sequence[Job]) -> None:
     """Check the settings of all jobs and the disk, and write their prompts."""
-    # What imports the trainers is imported where it is needed, here and below: `--list` answers without.
+    # Modules that import the trainers are imported where they are needed, here and below: `--list` needs none.
     from ...shapeworld import shapeworld_dataset
     from ...shapeworld.evaluate import EVALUATION_SEED
     from .chosen import load_chosen
@@ -162,7 +175,7 @@ def renew_starts(jobs: Sequence[Job], output: Path) -> None:
             (job.start.folder(output) / "run.json").unlink(missing_ok=True)
 
 
-def do(options: Options, jobs: Sequence[Job], console: Console) -> int:
+def do(options: PaperOptions, jobs: Sequence[Job], console: Console) -> int:
     """Do jobs that have been prepared; returns the exit code."""
     scale = options.scale
 
@@ -189,29 +202,29 @@ def do(options: Options, jobs: Sequence[Job], console: Console) -> int:
     return 1 if outcome.failed else 0
 
 
-def run_grid(options: Options, console: Console) -> int:
+def run_grid(options: PaperOptions, console: Console) -> int:
     """Do the grid's runs, and write the page of all that are finished."""
     from .chosen import read_entries, write_entries
 
     jobs = options.all_jobs
-    prepare(options, jobs)
+    prepare_runs(options, jobs)
     write_entries(options.output / "chosen.json", read_entries(options.chosen))
     code = do(options, jobs, console)
     if code <= 1 and any(job.finished(options.output) for job in jobs):
-        from .page import write_page
+        from .page import write_paper_page
         from .results import collect
 
         collect(options.output, expected_seeds(jobs) if options.quick else None)
-        console.print(f"Page: {write_page(options.output, options.page)}")
+        console.print(f"Page: {write_paper_page(options.output, options.page)}")
     return code
 
 
 def expected_seeds(jobs: Sequence[Job]) -> dict[str, list[int]]:
-    """System -> its seeds."""
+    """List system -> its seeds."""
     return {name: [job.seed for job in jobs if job.system == name] for name in dict.fromkeys(j.system for j in jobs)}
 
 
-def search(options: Options, console: Console) -> int:
+def search(options: PaperOptions, console: Console) -> int:
     """
     Try the candidates of each system on validation prompts, and write the choice for those that are complete.
 
@@ -236,7 +249,7 @@ def search(options: Options, console: Console) -> int:
                 f"{', '.join(missing)}. Search it first: trl-unigrpo paper --search --only {','.join(missing)}"
             )
         jobs = [job for system in ready for job in search_jobs(system)]
-        prepare(options, jobs)
+        prepare_runs(options, jobs)
         code = do(options, jobs, console)
         if code > 1:
             return code
@@ -244,15 +257,15 @@ def search(options: Options, console: Console) -> int:
         for system in ready:
             if all(job.finished(options.output) for job in search_jobs(system)):
                 entries[system.name] = choose_from_folders(system, options.output)
-                console.print(describe(system, entries[system.name]), soft_wrap=True, highlight=False)
+                console.print(choice_line(system, entries[system.name]), soft_wrap=True, highlight=False)
         write_entries(options.chosen, entries)
         waiting = [system for system in waiting if system not in ready]
     console.print(f"Choices: {options.chosen}")
     return worst
 
 
-def describe(system: System, entry: dict) -> str:
-    """A line on what was chosen, with what is doubtful about it."""
+def choice_line(system: System, entry: dict) -> str:
+    """Say in a line what was chosen, and what is doubtful about it."""
     values = ", ".join(f"{name} {value:g}" for name, value in entry["settings"].items())
     best = next(of for of in entry["candidates"] if of["settings"] == entry["settings"])
     line = f"{system.name}: {values} ({best['reward']:.3f})"

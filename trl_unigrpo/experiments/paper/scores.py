@@ -6,27 +6,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...statistics import CrossedInterval, crossed_interval
-from .loading import FloatArray, Prompts, Run
+from ...statistics import CrossedInterval, FloatArray, crossed_interval
+from .loading import FinishedRun, Prompts
 from .order import position
 
 
-class Scores:
+class GridScores:
     """The runs by system, and the means and differences over them."""
 
-    def __init__(self, runs: Sequence[Run], prompts: Prompts):
+    def __init__(self, runs: Sequence[FinishedRun], prompts: Prompts):
         self.prompts = prompts
-        self.by_system: dict[str, list[Run]] = {}
+        self.by_system: dict[str, list[FinishedRun]] = {}
         for run in sorted(runs, key=lambda run: (position(run.system), run.seed)):
             self.by_system.setdefault(run.system, []).append(run)
         self.systems = list(self.by_system)
 
-    def runs(self, system: str, mode: str | None = None) -> list[Run]:
-        """By seed; those that were evaluated in `mode`."""
+    def runs(self, system: str, mode: str | None = None) -> list[FinishedRun]:
+        """List a system's runs by seed; those that were evaluated in `mode`."""
         return [run for run in self.by_system.get(system, []) if mode is None or mode in run.record["evaluations"]]
 
-    def starts(self, system: str) -> list[Run]:
-        """The runs of the system from whose model this one starts; none for the shipped base."""
+    def starts(self, system: str) -> list[FinishedRun]:
+        """List the runs of the system from whose model this one starts; none for the shipped base."""
         start = self.by_system[system][0].record["start"]
         return self.by_system.get(start, []) if start not in (None, "base", system) else []
 
@@ -34,7 +34,7 @@ class Scores:
         return any(run.record["rollouts"] for run in self.by_system.get(system, []))
 
     def mean(self, system: str, mode: str, category: str | None = None) -> CrossedInterval | None:
-        """The mean reward; None where it is not defined: a category with one prompt has no interval."""
+        """Average the reward; None where it is not defined: a category with one prompt has no interval."""
         rows = {run.seed: run.rewards(mode) for run in self.runs(system, mode)}
         if not self.trained(system):  # its runs are all the same one
             rows = dict(list(rows.items())[:1])
@@ -42,7 +42,7 @@ class Scores:
 
     def difference(self, left: tuple[str, str], right: tuple[str, str]) -> CrossedInterval | None:
         """
-        Mean of left - right, both (system, mode), over the seeds that both have and the same prompts; None if none.
+        Average left - right, both (system, mode), over the seeds that both have and the same prompts; None if none.
 
         A system that was not trained has one row of rewards, which stands beside each seed of the other.
         """

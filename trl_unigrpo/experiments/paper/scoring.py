@@ -1,4 +1,4 @@
-"""What is measured of a model: rewards, picture quality, and what it thinks and paints for a dozen prompts."""
+"""Measures of a model: rewards, image quality, and what it thinks and paints for a dozen prompts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .training import digits
 TRACES = 12
 
 
-def evaluate(
+def evaluate_in_mode(
     model: Any, tokenizer: PreTrainedTokenizerBase, mode: str, scale: Scale, guidance_scale: float | None = None
 ) -> Evaluation:
     """Score a model in one of `System.modes`; "guided" needs the scale."""
@@ -40,7 +40,7 @@ def evaluate(
 
 
 def summary(model: Any, evaluation: Evaluation, thinking: bool) -> dict[str, Any]:
-    """The numbers of an evaluation; `plan` is None without thinking."""
+    """Collect the numbers of an evaluation; `plan` is None without thinking."""
     categories = np.array(evaluation.categories)
     error = mean_interval(evaluation.error, evaluation.prompts)
     return {
@@ -59,7 +59,7 @@ def summary(model: Any, evaluation: Evaluation, thinking: bool) -> dict[str, Any
 
 
 def trace_rows(categories: Sequence[str], number: int = TRACES) -> list[int]:
-    """Rows of the first prompts of each category, one of each before the second of any, ordered by category."""
+    """Choose rows of the first prompts of each category, one of each before a second one, ordered by category."""
     seen: Mapping[str, list[int]] = {name: [] for name in CATEGORIES}
     for row, category in enumerate(categories):
         seen[category].append(row)
@@ -68,8 +68,8 @@ def trace_rows(categories: Sequence[str], number: int = TRACES) -> list[int]:
     return [seen[CATEGORIES[order]][place] for order, place in chosen]
 
 
-def traces(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Prompt, thinking and scores of the dozen."""
+def sample_traces(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """List prompt, thinking and scores of the dozen."""
     return [
         {
             "prompt": evaluation.prompts[row],
@@ -83,6 +83,6 @@ def traces(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def strip(evaluation: Evaluation) -> Image.Image:
-    """The pictures of the dozen side by side, in one row."""
-    pictures = [np.asarray(evaluation.images[row].convert("RGB")) for row in trace_rows(evaluation.categories)]
-    return Image.fromarray(np.concatenate(pictures, axis=1))
+    """Put the images of the dozen side by side, in one row."""
+    images = [np.asarray(evaluation.images[row].convert("RGB")) for row in trace_rows(evaluation.categories)]
+    return Image.fromarray(np.concatenate(images, axis=1))

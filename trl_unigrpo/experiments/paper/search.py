@@ -12,7 +12,7 @@ from .order import position
 
 def read_search(output: Path) -> tuple[dict[str, Any], float]:
     """
-    System -> its candidates with their validation rewards, and the CPU seconds that the search took.
+    Read system -> its candidates with their validation rewards, and the CPU seconds that the search took.
 
     The choice is that of `<output>/chosen.json`, else the one that comes with the package, else there is none. The
     seconds are those of the search's run folders, where they are there.
@@ -23,7 +23,7 @@ def read_search(output: Path) -> tuple[dict[str, Any], float]:
             seconds += json.loads(file.read_text(encoding="utf-8"))["cpu_seconds"]
         except (ValueError, KeyError, TypeError):
             continue  # half written: the search will do it again
-    own, shipped = output / "chosen.json", files("trl_unigrpo.paper") / "chosen.json"
+    own, shipped = output / "chosen.json", files(__package__) / "chosen.json"
     source = own if own.is_file() else shipped
     if not source.is_file():
         return {}, seconds

@@ -1,6 +1,6 @@
 """The declared grid: every system that is trained, in what it differs from the others, and what is searched for it.
 
-All start from the shipped base model unless `start` says otherwise, and see equally many pictures. The learning rates
+All start from the shipped base model unless `start` says otherwise, and see equally many images. The learning rates
 of each method are chosen on validation prompts from equally many candidates (`chosen.py`).
 """
 
@@ -35,11 +35,11 @@ SCALES = tuple({"guidance_scale": scale, "eval_guidance_scale": scale} for scale
 @dataclass(frozen=True)
 class Scale:
     """
-    How much is trained and scored.
+    The amount that is trained and scored.
 
     Attributes:
-        generations: rollouts of 192 trajectories; other methods than UniGRPO see as many pictures.
-        num_prompts, split: what is scored.
+        generations: rollouts of 192 trajectories; other methods than UniGRPO see as many images.
+        num_prompts, split: the prompts that are scored.
     """
 
     generations: int
@@ -68,8 +68,8 @@ class System:
         candidates: settings among which the search chooses; empty for none.
         takes: other systems whose choice it takes over.
         start: the system whose model it goes on with, of the same seed; None for the base model.
-        part: of the pictures that the others see: "whole", "first half", or "second half".
-        hidden: whether it is only there to be another's start.
+        part: of the images that the others see: "whole", "first half", or "second half".
+        hidden: it is only there to be another's start.
     """
 
     name: str
@@ -97,7 +97,7 @@ class System:
 
 def matched_kl_weight() -> float:
     """
-    `flow_regularizer_weight` at which the latent KL is as large as the velocity MSE for the same change of velocity.
+    Find the weight at which the latent KL is as large as the velocity MSE for the same change of velocity.
 
     The KL of a step is w_t |v - v_ref|^2 with w_t of that step alone. The weight of the velocity MSE is divided by the
     mean of w_t over the steps of all windows that may be drawn.
@@ -153,7 +153,7 @@ GRID = (
     System("latent_kl_matched", "latent KL, matched weight", "figure5", "unigrpo",
            {"flow_regularizer": "latent_kl", "flow_regularizer_weight": matched_kl_weight}, takes=("unigrpo",)),
 
-    # Whether another weight than the paper's keeps pictures cleaner.
+    # These show if another weight than the paper's keeps images cleaner.
     System("velocity_mse_10", "velocity MSE, weight x 10", "figure5", "unigrpo", {"flow_regularizer_weight": 1.5e-4},
            takes=("unigrpo",)),
     System("velocity_mse_100", "velocity MSE, weight x 100", "figure5", "unigrpo", {"flow_regularizer_weight": 1.5e-3},
@@ -174,7 +174,7 @@ GRID = (
            takes=("unigrpo",)),
     System("lambda_0.3", "lambda 0.3", "ablations", "unigrpo", {"flow_weight": 0.3}, takes=("unigrpo",)),
     System("lambda_3", "lambda 3", "ablations", "unigrpo", {"flow_weight": 3.0}, takes=("unigrpo",)),
-    # Whether it is the clip range that holds UniGRPO back.
+    # This shows if it is the clip range that holds UniGRPO back.
     System("clip_10", "clip range x 10", "ablations", "unigrpo", {"flow_epsilon": 1e-5}, takes=("unigrpo",)),
     System("unifpo_8", "UniFPO, 8 points per image", "ablations", "unigrpo", {**FPO, "matching_samples": 8},
            takes=("unifpo",)),
@@ -182,7 +182,7 @@ GRID = (
            takes=("unigrpo",)),
 )
 # fmt: on
-"""In the order in which they are run: what tells most comes first."""
+"""The systems in the order in which they are run: those that tell most come first."""
 SYSTEMS = {system.name: system for system in GRID}
 
 GROUPS = tuple(dict.fromkeys(system.group for system in GRID))
@@ -190,7 +190,7 @@ QUICK_SYSTEMS = ("base", "sft", "unigrpo", "flow_grpo_thinking", "text_grpo", "n
 
 
 def select(names: Sequence[str]) -> list[System]:
-    """The systems of these names, or of the groups of these names; without names all. Hidden ones only by name."""
+    """Select the systems of these names or groups; without names, all. Hidden ones are selected only by name."""
     unknown = [name for name in names if name not in SYSTEMS and name not in GROUPS]
     if unknown:
         raise ValueError(
@@ -205,5 +205,5 @@ def select(names: Sequence[str]) -> list[System]:
 
 
 def is_start(name: str) -> bool:
-    """Whether another system goes on with its model."""
+    """Say if another system goes on with its model."""
     return any(system.start == name for system in GRID)

@@ -18,16 +18,16 @@ from .markdown import (
 from .order import main_mode
 
 
-RATES = {"learning_rate": "text_weight", "image_learning_rate": "flow_weight"}
+WEIGHT_OF_RATE = {"learning_rate": "text_weight", "image_learning_rate": "flow_weight"}
 """Learning rate -> the weight that is 0 where it trains nothing."""
-PICTURES = ("picture error", "latent distance", "distinct pictures")
+IMAGE_MEASURES = ("image error", "latent distance", "distinct images")
 
-Row = tuple[str, Mapping[str, Any], str]
+TableRow = tuple[str, Mapping[str, Any], str]
 """A system's name, what results.json holds of it, and the mode in which it is evaluated."""
 
 
-def rows(results: Mapping[str, Any], *groups: str) -> list[Row]:
-    """The table rows of some groups, in the page's order."""
+def rows(results: Mapping[str, Any], *groups: str) -> list[TableRow]:
+    """List the table rows of some groups, in the page's order."""
     return [
         (name, system, mode)
         for name, system in results["systems"].items()
@@ -37,13 +37,13 @@ def rows(results: Mapping[str, Any], *groups: str) -> list[Row]:
     ]
 
 
-def emphasized(row: Row, cells: list[str]) -> list[str]:
-    """UniGRPO's row is bold."""
+def emphasized(row: TableRow, cells: list[str]) -> list[str]:
+    """Make UniGRPO's row bold."""
     return [f"**{cell}**" for cell in cells] if row[0] == REFERENCE[0] else cells
 
 
 def table1(results: Mapping[str, Any]) -> str:
-    """Every system in every way to paint, against UniGRPO."""
+    """Tabulate every system in every way to paint, against UniGRPO."""
     header = ["system", "thinking", "reward, sampled", "minus UniGRPO", "Holm p", "greedy", "seeds"]
     lines = []
     for row in rows(results, "table1"):
@@ -63,20 +63,20 @@ def table1(results: Mapping[str, Any]) -> str:
 
 
 def details_table(results: Mapping[str, Any], *groups: str) -> str:
-    """What plans and pictures are worth, and what training cost."""
-    header = ["system", "strict", "plan", "clipped", *PICTURES, "CPU seconds"]
+    """Tabulate what plans and images are worth, and what training cost."""
+    header = ["system", "strict", "plan", "clipped", *IMAGE_MEASURES, "CPU seconds"]
     lines = []
     for row in rows(results, *groups):
         name, system, mode = row
         found = system["modes"][mode]
         cost = f"{system['train_cpu_seconds']:,.0f}" if system["trained"] else NONE
-        measures = [number(found["strict"]), number(found["plan"]), number(system["clip_frac"], 2), *_pictures(row)]
-        lines.append(emphasized(row, [escape(title(results, (name, mode))), *measures, cost]))
+        plans = [number(found["strict"]), number(found["plan"]), number(system["clip_frac"], 2)]
+        lines.append(emphasized(row, [escape(title(results, (name, mode))), *plans, *_image_measures(row), cost]))
     return markdown_table(header, lines)
 
 
-def _pictures(row: Row) -> list[str]:
-    """The columns of `PICTURES`."""
+def _image_measures(row: TableRow) -> list[str]:
+    """Write the columns of `IMAGE_MEASURES`."""
     name, system, mode = row
     found = system["modes"][mode]
     # Diversity is measured once per run, in the system's own way to paint.
@@ -91,7 +91,7 @@ def _difference(found: Mapping[str, Any]) -> list[str]:
 
 
 def category_table(results: Mapping[str, Any]) -> str:
-    """Mean reward by category; the highest of each column is bold."""
+    """Tabulate the mean reward by category; the highest of each column is bold."""
     categories = list(results["prompts"]["categories"])
     shown = rows(results, "table1")
     means = {
@@ -109,7 +109,7 @@ def category_table(results: Mapping[str, Any]) -> str:
 
 
 def ablation_table(results: Mapping[str, Any]) -> str:
-    """What each ablation changed, and what that changed. Nothing without any of them."""
+    """Tabulate what each ablation changed, and what that changed. Nothing without any of them."""
     shown = [row for row in rows(results, "figure5", "ablations") if row[2] == "sampled"]
     if not shown:
         return ""
@@ -131,7 +131,7 @@ def ablation_table(results: Mapping[str, Any]) -> str:
 
 
 def changed(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
-    """The settings that differ from a reference, those it does not have included."""
+    """List the settings that differ from a reference, those it does not have included."""
     return (
         ", ".join(
             f"{escape(key)} = {escape(f'{value:.3g}' if isinstance(value, float) else value)}"
@@ -143,7 +143,7 @@ def changed(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
 
 
 def guidance_table(results: Mapping[str, Any]) -> str:
-    """Figure 4's two by two."""
+    """Tabulate Figure 4's two by two."""
     figure = results["figure4"]
     lines = []
     for name, cells in figure["cells"].items():
@@ -153,7 +153,7 @@ def guidance_table(results: Mapping[str, Any]) -> str:
 
 
 def regularizer_table(results: Mapping[str, Any]) -> str:
-    """Figure 5's numbers."""
+    """Tabulate Figure 5's numbers."""
     lines = []
     for found in results["figure5"].values():
         ratio = found["picture_error_ratio"]
@@ -168,12 +168,12 @@ def regularizer_table(results: Mapping[str, Any]) -> str:
             ]
         )
     return markdown_table(
-        ["run", "reward, sampled", "picture error", "as a multiple of UniGRPO's", "latent distance"], lines
+        ["run", "reward, sampled", "image error", "as a multiple of UniGRPO's", "latent distance"], lines
     )
 
 
 def search_table(results: Mapping[str, Any]) -> str:
-    """Each method's candidates with their validation rewards; the chosen one is bold."""
+    """Tabulate each method's candidates with their validation rewards; the chosen one is bold."""
     entries = results["search"]
     width = max((len(of["candidates"]) for of in entries.values()), default=0)
     lines = []
@@ -191,13 +191,13 @@ def search_table(results: Mapping[str, Any]) -> str:
 
 
 def _searched(entry: Mapping[str, Any]) -> list[str]:
-    """The settings among which was searched; one of two that always go together."""
+    """Name the settings among which was searched; one of two that always go together."""
     columns = {key: [of["settings"][key] for of in entry["candidates"]] for key in entry["candidates"][0]["settings"]}
     return [key for i, key in enumerate(columns) if columns[key] not in list(columns.values())[:i]]
 
 
 def claims_table(results: Mapping[str, Any]) -> str:
-    """The paper's claims and what happened here."""
+    """Tabulate the paper's claims and what happened here."""
     lines = [
         [
             f"{escape(of['text'])} ({escape(of['where'])})",
@@ -210,7 +210,7 @@ def claims_table(results: Mapping[str, Any]) -> str:
 
 
 def seed_lines(results: Mapping[str, Any]) -> list[str]:
-    """What is missing: systems without a run, systems without some of their seeds, and evaluations."""
+    """List what is missing: systems without a run, systems without some of their seeds, and evaluations."""
     alike: dict[str, list[str]] = {}
     for name, of in results["missing"]["seeds"].items():
         done = len(of["expected"]) - len(of["missing"])
@@ -225,7 +225,7 @@ def seed_lines(results: Mapping[str, Any]) -> list[str]:
 
 
 def above_unigrpo(results: Mapping[str, Any]) -> str:
-    """The rows of Table 1 that are above UniGRPO, intervals apart."""
+    """Name the rows of Table 1 that are above UniGRPO, intervals apart."""
     own = reward(results, REFERENCE)
     if own is None:
         return "not known, UniGRPO was not measured"
@@ -234,13 +234,13 @@ def above_unigrpo(results: Mapping[str, Any]) -> str:
 
 
 def rate_table(results: Mapping[str, Any]) -> str:
-    """The learning rates that each system of Table 1 was trained with."""
+    """Tabulate the learning rates that each system of Table 1 was trained with."""
     lines = [
         [
             escape(of["title"]),
             *(
                 rate(of["settings"][key]) if key in of["settings"] and of["settings"].get(weight, 1) else NONE
-                for key, weight in RATES.items()
+                for key, weight in WEIGHT_OF_RATE.items()
             ),
         ]
         for of in results["systems"].values()
@@ -250,7 +250,7 @@ def rate_table(results: Mapping[str, Any]) -> str:
 
 
 def unequal_rollouts(results: Mapping[str, Any]) -> str:
-    """The systems of Table 1 that did not train on as many rollouts as UniGRPO, with their numbers."""
+    """Name the systems of Table 1 that did not train on as many rollouts as UniGRPO, with their numbers."""
     systems = results["systems"]
     own = systems.get(REFERENCE[0], {}).get("rollouts")
     return ", ".join(
@@ -265,16 +265,16 @@ def trace_titles(results: Mapping[str, Any], trace: Mapping[str, Any]) -> list[s
 
 
 def trace_table(results: Mapping[str, Any], trace: Mapping[str, Any]) -> str:
-    """What each system thought of one prompt, and what its picture scored."""
+    """Tabulate what each system thought of one prompt, and what its image scored."""
     lines = [
         [name, escape(unwrapped(of["thinking"])) or NONE, number(of["reward"], 2), number(of["picture_error"], 4)]
         for name, of in zip(trace_titles(results, trace), trace["samples"].values(), strict=True)
     ]
-    return markdown_table(["", "thinking", "reward", "picture error"], lines, text_columns=2)
+    return markdown_table(["", "thinking", "reward", "image error"], lines, text_columns=2)
 
 
 def unwrapped(thinking: str) -> str:
-    """A thinking without its tags; with them if it was never closed."""
+    """Take the tags off a thinking, unless it was never closed."""
     text = thinking.strip()
     closed = text.startswith("<think>") and text.endswith("</think>")
     return text.removeprefix("<think>").removesuffix("</think>").strip() if closed else text

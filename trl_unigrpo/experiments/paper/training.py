@@ -1,4 +1,4 @@
-"""From a system of the grid to a trainer: its settings in full, and the public trainer that they configure."""
+"""The trainer of a system of the grid: its settings in full, and the public trainer that they configure."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LOGGED = {
 
 
 def method_settings(method: str, generations: int) -> dict[str, Any]:
-    """What all systems of a method share. 192 pictures per generation: one rollout, or two batches of 96."""
+    """Give what all systems of a method share. 192 images per generation: one rollout, or two batches of 96."""
     demo = demo_settings(generations)
     if method == "unigrpo":
         return {**demo, "reward_weights": [1.0, 0.0]}
@@ -61,7 +61,7 @@ def method_settings(method: str, generations: int) -> dict[str, Any]:
     if method == "refl":
         sampling = ("max_completion_length", "num_inference_steps", "image_size", "adam_beta2")
         return {**shared, **{name: demo[name] for name in sampling}}
-    # As the base model was trained.
+    # The base model was trained so.
     times = {"noise_draws": 3, "timestep_sampling": "uniform", "timestep_shift": 4.0}
     return {**shared, **times, "adam_beta2": 0.98, "weight_decay": 0.01}
 
@@ -70,7 +70,7 @@ def run_settings(
     system: System, chosen: Mapping[str, Settings], scale: Scale, candidate: int | None = None
 ) -> dict[str, Any]:
     """
-    Every setting of a run, as JSON has them; {} for the base model.
+    List every setting of a run, as JSON has them; {} for the base model.
 
     Args:
         chosen: the search's choice for each of `system.chosen`.
@@ -101,24 +101,24 @@ def run_settings(
 
 
 def passes(settings: Settings) -> int:
-    """Optimizer steps per rollout batch of a run of `UniGRPOTrainer`; 1 of any other."""
+    """Count the optimizer steps per rollout batch of a run of `UniGRPOTrainer`; 1 of any other."""
     return settings.get("num_iterations", 2) if "num_generations" in settings else 1
 
 
 def rollouts(settings: Settings) -> int:
-    """Pictures that a run sees."""
+    """Count the images that a run sees."""
     return settings["max_steps"] * settings["per_device_train_batch_size"] // passes(settings) if settings else 0
 
 
 def configuration(method: str) -> type:
-    """The class of a method's configuration."""
+    """Name the class of a method's configuration."""
     return {"sft": UnifiedSFTConfig, "refl": ReFLConfig, "unigrpo": UniGRPOConfig}[method]
 
 
 def trainer_arguments(system: System, settings: Settings, output_dir: str, seed: int) -> Any:
-    """The configuration of a run. Raises a ValueError for settings that the trainer doesn't know or refuses."""
+    """Make the configuration of a run. Raises a ValueError for settings that the trainer doesn't know or refuses."""
     known = {name: value for name, value in settings.items() if name not in NO_SETTING_OF[system.method]}
-    if system.method == "unigrpo":  # all see as many pictures, whatever becomes of them
+    if system.method == "unigrpo":  # all see as many images, whatever becomes of them
         known |= {"alarms": "off", "gallery_steps": 0}
     try:
         return configuration(system.method)(output_dir=output_dir, seed=seed, disable_tqdm=True, **known)
@@ -129,15 +129,16 @@ def trainer_arguments(system: System, settings: Settings, output_dir: str, seed:
 def picture_error_reward(
     prompts: Sequence[Any], completions: Sequence[Any], images: Sequence[Image.Image], **kwargs: Any
 ) -> list[float]:
-    """Picture errors as a reward function of weight 0: it is logged, and nothing is trained on it."""
+    """Give image errors as a reward function of weight 0: it is logged, and nothing is trained on it."""
     return picture_error(images).tolist()
 
 
 class HistoryFile(TrainerCallback):
     """
-    Writes one line of JSON per rollout batch as soon as it has been trained on: `LOGGED`, "rollouts" (pictures so far)
-    and "cpu_seconds" (of training so far), to five digits. What each pass logs is that of the last pass: in the first,
-    the ratio is 1.
+    A callback that writes one line of JSON per rollout batch as soon as it has been trained on.
+
+    A line has `LOGGED`, "rollouts" (images so far) and "cpu_seconds" (of training so far), to five digits. Of the
+    numbers that each pass logs it has those of the last pass: in the first, the ratio is 1.
     """
 
     def __init__(self, file: Path, settings: Settings):
@@ -154,7 +155,7 @@ class HistoryFile(TrainerCallback):
         self.row |= {LOGGED[name]: value for name, value in (logs or {}).items() if name in LOGGED}
         if state.global_step % self.passes or not self.row:
             return
-        # In the order of LOGGED, without what has no value, such as the entropy of no thinking.
+        # They stand in the order of LOGGED; what has no value, such as the entropy of no thinking, is left out.
         known = {name: self.row[name] for name in LOGGED.values() if math.isfinite(self.row.get(name, math.nan))}
         rollouts = state.global_step // self.passes * self.batch
         row = {"rollouts": rollouts, **known, "cpu_seconds": time.process_time() - self.started}
@@ -164,7 +165,7 @@ class HistoryFile(TrainerCallback):
 
 
 def digits(value: float, number: int = 5) -> float:
-    """The number to so many significant digits; whole numbers stay whole."""
+    """Round to so many significant digits; whole numbers stay whole."""
     return value if isinstance(value, int) else float(f"{value:.{number}g}")
 
 
@@ -176,7 +177,7 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
 ) -> Trainer:
-    """The trainer of a run, which writes `history.jsonl` into its folder."""
+    """Make the trainer of a run, which writes `history.jsonl` into its folder."""
     args = trainer_arguments(system, settings, str(folder), seed)
     common: dict[str, Any] = {"model": model, "args": args, "processing_class": tokenizer}
     common["callbacks"] = [HistoryFile(folder / "history.jsonl", settings)]

@@ -47,7 +47,7 @@ class Context:
 @dataclass
 class Layout:
     """
-    Who sees whom in one forward pass.
+    The table of who sees whom in one forward pass.
 
     Attributes:
         num_text: U, context tokens at the head of the und stream.
@@ -75,7 +75,7 @@ class Layout:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """Softmax attention of (B, A, S, D) queries over (B, V, S', D) keys; A is a multiple of V."""
+    """Compute softmax attention of (B, A, S, D) queries over (B, V, S', D) keys; A is a multiple of V."""
     if k.shape[1] != q.shape[1] and (mask is not None or q.device.type == "cpu"):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(
@@ -90,7 +90,12 @@ Streams = tuple[Tensor, Tensor, Tensor]
 def attend_streams(
     und: Streams, gen: Streams | None, layout: Layout, layer: int, past_key_values: Cache | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Attention outputs of both streams, (B, A, ., D) as they came; the contexts' keys and values, (B, V, S, D)."""
+    """
+    Compute the attention of both streams.
+
+    Returns:
+        outputs (B, A, ., D) of each as they came; the contexts' keys and values, (B, V, S, D).
+    """
     text, latents = layout.num_text, layout.num_latents
     order = None if layout.segments is None else layout.segments.order
     q, k, v = (x[:, :, :text] for x in und)
@@ -120,7 +125,7 @@ def attend_streams(
 
 
 def _attend_contexts(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Contexts over themselves: outputs (B, A, S, D)."""
+    """Attend from contexts to themselves: outputs (B, A, S, D)."""
     table, length = layout.segments, q.shape[2]
     if table is None or table.sees is None:
         return attend(q, k, v, layout.text_mask, is_causal=layout.text_mask is None and length > 1)
@@ -141,7 +146,7 @@ def _attend_contexts(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
 
 def _attend_copies(copies: Sequence[Tensor], seen: tuple[Tensor, Tensor], visible: Sequence[Sequence[int]]) -> Tensor:
     """
-    Each noisy copy over a prefix of its context and itself: outputs (B K, A, 2 + N, D).
+    Attend from each noisy copy to a prefix of its context and itself: outputs (B K, A, 2 + N, D).
 
     Args:
         copies: queries, keys and values of (B K, ., 2 + N, D).
@@ -172,24 +177,24 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _ordered(x: Tensor, order: Tensor) -> Tensor:
-    """(B, A, S, D) with the tokens of each row in the order (B, S)."""
+    """Put the tokens of each row of (B, A, S, D) in the order (B, S)."""
     return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _per_copy(markers: Tensor, latents: Tensor, images: int) -> Tensor:
-    """(B, A, 2 K, D) and (B, A, K N, D) -> (B K, A, 2 + N, D)."""
+    """Join markers (B, A, 2 K, D) and latents (B, A, K N, D) copy by copy: (B K, A, 2 + N, D)."""
     parts = [x.unflatten(2, (images, -1)) for x in (markers, latents)]
     return torch.cat(parts, dim=3).transpose(1, 2).flatten(0, 1)
 
 
 def _repeat(x: Tensor, times: int) -> Tensor:
-    """(B, ...) -> (B times, ...), each row repeated."""
+    """Repeat each row: (B, ...) -> (B times, ...)."""
     return x if times == 1 else x.unsqueeze(1).expand(-1, times, *x.shape[1:]).flatten(0, 1)
 
 
 def causal_mask(attention_mask: Tensor, length: int) -> Tensor | None:
     """
-    Where the last `length` of S tokens may look: (B, 1, length, S), or None if plain causal attention says it all.
+    Say where the last `length` of S tokens may look: (B, 1, length, S), or None if plain causal attention says it all.
 
     Args:
         attention_mask: (B, S) True at real tokens.
@@ -204,7 +209,7 @@ def causal_mask(attention_mask: Tensor, length: int) -> Tensor | None:
 
 
 def left_padded(context: Context) -> Context:
-    """The context with its padding on the left."""
+    """Move the context's padding to the left."""
     size = context.keys[0].shape[2]
     missing = size - torch.tensor(context.lengths, device=context.keys[0].device)
     place = (torch.arange(size, device=missing.device) - missing[:, None]).clamp(min=0)

@@ -33,8 +33,8 @@ _RENAMES = [
 
 class LatentCodec:
     """
-    Turns images into image tokens and back. Not a module: the VAE is frozen, never part of what is trained or saved
-    with the model's weights, and shared by all copies of a model.
+    The way from images to image tokens and back. Not a module: the VAE is frozen, never part of what is trained or
+    saved with the model's weights, and shared by all copies of a model.
 
     Args:
         vae: diffusers' `AutoencoderKL` or anything with its interface.
@@ -55,7 +55,7 @@ class LatentCodec:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Tokens (B, N, p p C) of images (B, 3, H, W) in [-1, 1]: the mean of the posterior, scaled."""
+        """Encode images (B, 3, H, W) in [-1, 1] as tokens (B, N, p p C): the mean of the posterior, scaled."""
         vae = self.vae.to(pixels.device)
         slices = pixels.to(vae.dtype).split(self._slice(pixels.shape[-2] * pixels.shape[-1], pixels.device) or 1)
         mean = torch.cat([vae.encode(x).latent_dist.mode() for x in slices])
@@ -66,7 +66,7 @@ class LatentCodec:
         return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels).float()
 
     def decode(self, tokens: Tensor, grid: tuple[int, int], output_type: str = "pil") -> list[Image.Image] | Tensor:
-        """Images of tokens (B, N, p p C): PIL images, or ("pt") a tensor (B, 3, H, W) in [-1, 1] with gradient."""
+        """Decode tokens (B, N, p p C): PIL images, or ("pt") a tensor (B, 3, H, W) in [-1, 1] with gradient."""
         if output_type not in ("pil", "pt"):
             raise ValueError(f"output_type={output_type!r}: expected 'pil' or 'pt'.")
         vae, p = self.vae.to(tokens.device), self.patch_size
@@ -85,7 +85,7 @@ class LatentCodec:
         return [Image.fromarray(array) for array in arrays]
 
     def _slice(self, pixels: int, device: torch.device) -> int:
-        """Images of so many pixels that fit at once, possibly 0."""
+        """Say how many images of so many pixels fit at once, possibly 0."""
         if self.slice_size is not None:
             return self.slice_size
         # At full resolution the decoder holds about a dozen tensors of its smallest width.
@@ -144,7 +144,7 @@ def decode_in_tiles(vae: Any) -> None:
 
 
 def build_vae(config: dict) -> Any:
-    """The VAE of a configuration, with random weights."""
+    """Build the VAE of a configuration, with random weights."""
     if config.get("_class_name") == "PatchAutoencoderKL":
         from ..patch_autoencoder import PatchAutoencoderKL
 
@@ -166,7 +166,7 @@ def build_vae(config: dict) -> Any:
 
 
 def official_names(vae: Any) -> dict[str, str]:
-    """The name in the released file of every tensor of diffusers' module."""
+    """Return the name in the released file of every tensor of diffusers' module."""
     blocks = len(vae.config.block_out_channels)
 
     def rename(name: str) -> str:

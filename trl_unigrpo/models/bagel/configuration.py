@@ -39,7 +39,7 @@ THINK_SYSTEM_PROMPT = (
     "You should first think about the planning process in the mind and then generate the image. \nThe planning "
     "process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> image here"
 )
-"""What the released checkpoint was trained to be told; the space before the line break belongs to it."""
+"""The words that the released checkpoint was trained on; the space before the line break belongs to it."""
 
 THINK_ANSWER_SYSTEM_PROMPT = (
     "You should first think about the reasoning process in the mind and then provide the user with the answer. \nThe "
@@ -199,7 +199,7 @@ def _is_released(config_dict: dict[str, Any]) -> bool:
 
 
 def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `from_pretrained`'s arguments that say where on the hub a file lies."""
+    """Choose those of `from_pretrained`'s arguments that say where on the hub a file lies."""
     return {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if kwargs.get(key)}
 
 

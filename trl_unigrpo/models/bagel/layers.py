@@ -19,7 +19,7 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def head_size(config: Qwen2Config) -> int:
-    """D, the size of one attention head."""
+    """Return D, the size of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -67,7 +67,9 @@ class BagelAttention(nn.Module):
             self.add_module(f"k_norm{suffix}", BagelRMSNorm(self.head_dim, config.rms_norm_eps))
 
     def project(self, x: Tensor, rotary: Rotary, suffix: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, heads, S, D) of one stream; q and k normalised per head, then rotated."""
+        """
+        Compute queries, keys and values (B, heads, S, D) of one stream; q and k normalised per head, then rotated.
+        """
         q, k, v = (
             getattr(self, f"{name}_proj{suffix}")(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for name in "qkv"
@@ -170,12 +172,12 @@ class BagelPositionTable(nn.Module):
         self.register_buffer("pos_embed", torch.zeros(side * side, width))
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
-        """(h w, width) embeddings of the first h rows and w columns, row by row."""
+        """Return (h w, width) embeddings of the first h rows and w columns, row by row."""
         rows, columns = (torch.arange(n, device=self.pos_embed.device) for n in grid)
         return self.pos_embed[(rows[:, None] * self.side + columns).flatten()]
 
     def reset(self) -> None:
-        """Sines and cosines of the row and of the column, half of the width each."""
+        """Fill the table with sines and cosines of the row and of the column, half of the width each."""
         quarter = self.pos_embed.shape[1] // 4
         angles = torch.outer(
             torch.arange(self.side, dtype=torch.float64), 10_000.0 ** (-torch.arange(quarter) / quarter)
@@ -187,7 +189,7 @@ class BagelPositionTable(nn.Module):
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotary:
-    """Cosines and sines (B, 1, S, D) of the rotary embedding at integer positions (B, S), computed in float32."""
+    """Compute cosines and sines (B, 1, S, D) of the rotary embedding at integer positions (B, S), in float32."""
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angles = positions[:, None, :, None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)

@@ -35,7 +35,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
         with without_load_report():
             model, info = load(source, *args, **{**kwargs, **strict})
         drop_absent_tower(source, model, info)
-        report(source, info)
+        check_keys(source, info)
         keep_trainable_layout(model)
         file = cached_file(
             source, AUTOENCODER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs)
@@ -60,7 +60,7 @@ def load_checkpoint(load: Callable[..., Any], source: Any, *args: Any, **kwargs:
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Without transformers' table of keys that don't fit: [`report`] says it, and more briefly."""
+    """Silence transformers' table of keys that don't fit: [`check_keys`] says it, and more briefly."""
     logger = logging.getLogger("transformers.modeling_utils")
 
     def keeps(record: logging.LogRecord) -> bool:
@@ -91,11 +91,11 @@ def drop_absent_tower(source: Any, model: Any, info: dict[str, Any]) -> None:
 
 
 def understanding_keys(names: Iterable[str]) -> list[str]:
-    """Those of the keys that belong to the understanding tower, its connector or its position table."""
+    """Choose the keys that belong to the understanding tower, its connector or its position table."""
     return [name for name in names if name.split(".")[0] in UNDERSTANDING_MODULES]
 
 
-def report(source: Any, info: dict[str, Any]) -> None:
+def check_keys(source: Any, info: dict[str, Any]) -> None:
     """Raise ValueError, naming them, if keys are missing, left over or of another shape."""
     mismatched = [f"{name} {tuple(stored)} instead of {tuple(own)}" for name, stored, own in info["mismatched_keys"]]
     kinds = {"missing": info["missing_keys"], "left over": info["unexpected_keys"], "of another shape": mismatched}
@@ -108,7 +108,7 @@ def report(source: Any, info: dict[str, Any]) -> None:
 
 
 def remedy(info: dict[str, Any]) -> str:
-    """What to do about keys that do not fit."""
+    """Say what to do about keys that do not fit."""
     mismatched = {name: (stored[0], own[0]) for name, stored, own in info["mismatched_keys"] if stored and own}
     sizes = mismatched.get("language_model.lm_head.weight")
     left_over, missing = set(info["unexpected_keys"]), info["missing_keys"]
@@ -126,6 +126,6 @@ def remedy(info: dict[str, Any]) -> str:
 
 
 def listing(names: Any, limit: int = 6) -> str:
-    """The first names in order, and how many more there are."""
+    """List the first names in order, and say how many more there are."""
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

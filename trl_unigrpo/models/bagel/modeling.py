@@ -9,45 +9,39 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..contract import (
-    Conditioning,
-    ContextRow,
-    FlowInputs,
-    UnifiedModelMixin,
-    UnifiedOutput,
-)
-from ..memory import fitting, free_memory
+from ...trajectory import Steps, Trajectory
+from ..contract import ContextRow, UnifiedModelMixin, UnifiedOutput
 from .attention import (
     Context,
     Layout,
     causal_mask,
     left_padded,
 )
-from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
+from .autoencoder import LatentCodec
 from .configuration import BagelConfig
+from .copies import Copies, lay_out
+from .decoder import BagelLanguageModel
 from .layers import (
-    BagelLayer,
     BagelPositionTable,
     BagelRMSNorm,
     BagelTimeEmbedder,
-    head_size,
-    rotary_tables,
 )
 from .loading import load_checkpoint
+from .pixels import BagelPixels
 from .processing import check_tokenizer
 from .segments import (
     ContextImage,
     Segments,
-    padded,
+    guided_trajectory,
     segments,
     text_segments,
 )
-from .vision import UNDERSTANDING_MODULES, BagelPerceptron, BagelVisionTower
+from .text_rows import TextRows
+from .vision import BagelPerceptron, BagelVisionTower
 
 
 CHAT_TEMPLATE = (
@@ -59,51 +53,7 @@ CHAT_TEMPLATE = (
 LINEARS = r"self_attn\.[qkvo]_proj{suffix}|mlp{suffix}\.(gate|up|down)_proj"
 
 
-class BagelDecoder(nn.Module):
-    def __init__(self, config: BagelConfig):
-        super().__init__()
-        llm = config.llm_config
-        self.embed_tokens = nn.Embedding(llm.vocab_size, llm.hidden_size)
-        self.layers = nn.ModuleList(BagelLayer(llm, i) for i in range(llm.num_hidden_layers))
-        self.norm = BagelRMSNorm(llm.hidden_size, llm.rms_norm_eps)
-        self.norm_moe_gen = BagelRMSNorm(llm.hidden_size, llm.rms_norm_eps)
-        self.theta = llm.rope_parameters["rope_theta"]
-        self.head_dim = head_size(llm)
-
-    def forward(
-        self,
-        und: Tensor,
-        gen: Tensor | None,
-        positions_und: Tensor,
-        positions_gen: Tensor | None,
-        layout: Layout,
-        past_key_values: Cache | None = None,
-    ) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
-        """
-        Run both streams, (B, ., H) at rotary positions (B, .).
-
-        Returns the normalised streams and every layer's keys and values of the contexts.
-        """
-        rotary_und = rotary_tables(positions_und, self.head_dim, self.theta, und.dtype)
-        rotary_gen = None
-        if gen is not None and positions_gen is not None:
-            rotary_gen = rotary_tables(positions_gen, self.head_dim, self.theta, gen.dtype)
-        keys, values = [], []
-        for layer in self.layers:
-            und, gen, k, v = layer(und, gen, rotary_und, rotary_gen, layout, past_key_values)
-            keys.append(k)
-            values.append(v)
-        return self.norm(und), None if gen is None else self.norm_moe_gen(gen), keys, values
-
-
-class BagelLanguageModel(nn.Module):
-    def __init__(self, config: BagelConfig):
-        super().__init__()
-        self.model = BagelDecoder(config)
-        self.lm_head = nn.Linear(config.llm_config.hidden_size, config.llm_config.vocab_size, bias=False)
-
-
-class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMixin):
+class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel, GenerationMixin):
     """
     BAGEL: its text, image-generation and image-understanding paths.
 
@@ -126,6 +76,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
     packs_velocities = True
     chat_template = CHAT_TEMPLATE
     frozen_modules = ("vit_model", "connector")
+    context_types = (ContextRow, ContextImage)
 
     def __init__(self, config: BagelConfig, codec: LatentCodec | None = None):
         super().__init__(config)
@@ -204,7 +155,8 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        flow: FlowInputs | None = None,
+        steps: Steps | None = None,
+        context_grad: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | UnifiedOutput:
         """
@@ -212,10 +164,10 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
 
         Args:
             attention_mask: (B, cached + T), 1 at real tokens. Positions count the real tokens.
-            flow: if given, the output is the backbone's instead: hidden states and velocities.
+            steps, context_grad: if given, the output is the backbone's instead: hidden states and velocities.
         """
-        if flow is not None:
-            return self.base_model(input_ids, attention_mask, flow=flow)
+        if steps is not None:
+            return self.base_model(input_ids, attention_mask, steps=steps, context_grad=context_grad)
         batch, length = input_ids.shape
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config.llm_config)
@@ -298,44 +250,34 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         use_cache: bool = False,
-        flow: FlowInputs | None = None,
         images: Sequence[Sequence[ContextImage]] | None = None,
     ) -> UnifiedOutput:
         """
-        Hidden states (B, T, H) of text rows in the padded layout given, and velocities of `flow` from the same call.
+        Compute hidden states (B, T, H) of text rows in the padded layout given.
 
         Args:
             attention_mask: (B, T), 1 at the real tokens of each row, which stand side by side.
-            images: for each row the images that its placeholders stand for; those of `flow` by default.
+            images: for each row the images that its placeholders stand for.
         """
         if use_cache:
             raise ValueError(
                 "The backbone has no cache: call it with use_cache=False, or the model itself to generate."
             )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        # Rows are moved to the left, where neither positions nor the causal mask need to know of padding.
-        start, lengths = attention_mask.long().argmax(1), attention_mask.sum(1).tolist()
-        if flow is not None:
-            lengths = [max(pair) for pair in zip(lengths, map(len, flow.contexts), strict=True)]
-            images = images or [row.images for row in flow.contexts]
-        column = torch.arange(max(lengths), device=input_ids.device)
-        ids = input_ids.gather(1, (start[:, None] + column).clamp(max=input_ids.shape[1] - 1))
-        if flow is not None:
-            # The context is the row itself, and the token that closes a thinking that ran out of length.
-            context, known = padded([row.ids for row in flow.contexts], len(column), ids.device)
-            ids = torch.where(known, context, ids)
-        if images is not None and any(images):
-            rows = zip(ids.cpu(), lengths, images, strict=True)
-            table = self._segments([ContextRow(row[:length], shown) for row, length, shown in rows])
-        else:
-            table = text_segments(ids, lengths)
-        hidden, velocity = self._packed(table, flow)
-        if table.text_index is not None:
-            hidden = hidden.gather(1, table.text_index[..., None].expand(-1, -1, hidden.shape[-1]))
-        back = (torch.arange(input_ids.shape[1], device=ids.device) - start[:, None]).clamp(0, hidden.shape[1] - 1)
-        hidden = hidden.gather(1, back[..., None].expand(-1, -1, hidden.shape[-1]))
-        return UnifiedOutput(last_hidden_state=hidden, velocity=velocity)
+        texts = TextRows.of(input_ids, attention_mask)
+        table = self._table(texts, images or ())
+        hidden, _ = self._packed(table)
+        return UnifiedOutput(texts.back(hidden, table.text_index))
+
+    def packed_forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None, steps: Steps, context_grad: bool = False
+    ) -> UnifiedOutput:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = zip(input_ids.cpu(), mask.bool().cpu(), strict=True)
+        copies = lay_out(steps.to(self.device), [ids[real] for ids, real in rows])
+        texts = TextRows.of(input_ids, attention_mask, copies.contexts)
+        table = self._table(texts, [row.images for row in copies.contexts])
+        hidden, velocity = self._packed(table, copies, context_grad)
+        return UnifiedOutput(texts.back(hidden, table.text_index), velocity)
 
     # Images
 
@@ -360,26 +302,31 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         )
         return self.llm2vae(gen).float()
 
-    def predict_velocities(self, flow: FlowInputs) -> Tensor:
-        _, velocity = self._packed(self._segments(flow.contexts), flow)
+    def predict_velocities(self, steps: Steps, context_grad: bool = False) -> Tensor:
+        rows = steps.row.unique(return_inverse=True)[1]
+        no_texts = [torch.empty(0, dtype=torch.long)] * (int(rows.max()) + 1)
+        copies = lay_out(replace(steps.to(self.device), row=rows), no_texts)
+        _, velocity = self._packed(self._segments(copies.contexts), copies, context_grad)
         assert velocity is not None
         return velocity
 
-    def _packed(self, table: Segments, flow: FlowInputs | None) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (B, U, H) of the contexts' text stream and, beside them, the velocities of K copies each."""
+    def _packed(
+        self, table: Segments, copies: Copies | None = None, context_grad: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (R, U, H) of the contexts' text stream, and the velocities (S, N, C) of copies."""
         und, gen = self._context_streams(table)
         num_text = table.ids.shape[1]
         layout = Layout(num_text, segments=table)
-        if flow is None:
+        if copies is None:
             hidden, _, _, _ = self.language_model.model(und, gen, table.positions, table.image_positions, layout)
             return hidden, None
-        copies, tokens = flow.latents.shape[1:3]
-        prefixes = list(enumerate(flow.visible_ids))
-        layout.num_images, layout.context_grad = copies, flow.context_grad
-        layout.visible = [[table.prefix_lengths[i][n] for n in row] for i, row in prefixes]
+        number, tokens = copies.latents.shape[1:3]
+        layout.num_images, layout.context_grad = number, context_grad
+        prefixes = list(zip(copies.visible, table.prefix_lengths, table.prefix_positions, strict=True))
+        layout.visible = [[lengths[n] for n in seen] for seen, lengths, _ in prefixes]
         # All tokens of a copy share the position behind what it sees.
-        at = torch.tensor([[table.prefix_positions[i][n] for n in row] for i, row in prefixes], device=und.device)
-        markers, latents = self._copy_streams(flow.latents, flow.timesteps, flow.image_size)
+        at = torch.tensor([[positions[n] for n in seen] for seen, _, positions in prefixes], device=und.device)
+        markers, latents = self._copy_streams(copies.latents, copies.timesteps, copies.image_size)
         und, gen, _, _ = self.language_model.model(
             torch.cat([und, markers], dim=1),
             latents if gen is None else torch.cat([gen, latents], dim=1),
@@ -387,8 +334,13 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
             torch.cat([table.image_positions, at.repeat_interleave(tokens, dim=1)], dim=1),
             layout,
         )
-        velocity = self.llm2vae(gen[:, layout.num_latents :]).float()
-        return und[:, :num_text], velocity.unflatten(1, (copies, tokens))
+        velocity = self.llm2vae(gen[:, layout.num_latents :]).float().unflatten(1, (number, tokens))
+        return und[:, :num_text], velocity[copies.row, copies.column]
+
+    def _table(self, texts: TextRows, images: Sequence[Sequence[ContextImage]]) -> Segments:
+        if any(images):
+            return self._segments(texts.with_images(images))
+        return text_segments(texts.ids, texts.lengths)
 
     def _segments(self, contexts: Sequence[ContextRow]) -> Segments:
         config = self.config
@@ -414,7 +366,7 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         gen = und.new_zeros(*table.image_positions.shape, und.shape[-1])
         clean = self.time_embedder(torch.zeros(1, device=und.device))
         for row, start, latents, grid in table.latents:
-            self._check_grid(grid)
+            self.check_grid(grid)
             embedded = self.vae2llm(latents.to(und)) + clean + self.latent_pos_embed(grid).to(und.dtype)
             gen[row, start : start + len(latents)] = embedded
         return und, gen
@@ -426,131 +378,31 @@ class BagelForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMi
         ids = torch.tensor([config.vision_start_token_id, config.vision_end_token_id], device=latents.device)
         markers = self.get_input_embeddings()(ids).repeat(batch, copies, 1)
         gen = self.vae2llm(latents.to(dtype)) + self.time_embedder(timesteps)[:, :, None]
-        return markers, (gen + self.latent_pos_embed(self._grid(image_size)).to(gen.dtype)).flatten(1, 2)
+        return markers, (gen + self.latent_pos_embed(self.grid(image_size)).to(gen.dtype)).flatten(1, 2)
 
     def _empty_context(self, batch: int) -> tuple[list[Tensor], list[Tensor]]:
         llm, weight = self.config.llm_config, self.vae2llm.weight
         empty = weight.new_zeros(batch, llm.num_key_value_heads, 0, self.language_model.model.head_dim)
         return [empty] * llm.num_hidden_layers, [empty] * llm.num_hidden_layers
 
-    def _check_grid(self, grid: tuple[int, int]) -> None:
-        if max(grid) > self.config.max_latent_size:
-            raise ValueError(
-                f"An image of {grid[0]} x {grid[1]} tokens does not fit the position table, which has "
-                f"{self.config.max_latent_size} to a side. Make the image smaller."
-            )
-
-    def _grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        unit, limit = self.config.pixels_per_token, self.config.max_latent_size
-        if any(side % unit or not 0 < side <= unit * limit for side in image_size):
-            raise ValueError(
-                f"This model can't paint an image of {image_size[0]} x {image_size[1]} pixels (height x width): each "
-                f"side must be a multiple of {unit}, at most {unit * limit}."
-            )
-        return image_size[0] // unit, image_size[1] // unit
-
-    def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        height, width = self._grid(image_size)
-        return height * width, self.config.latent_channels
-
-    def images_at_once(self, image_size: tuple[int, int]) -> int | None:
-        llm, weight = self.config.llm_config, self.vae2llm.weight
-        # A layer's largest moment: four tensors of the MLP's width, eight of the stream's, two of them in float32.
-        numbers = 4 * llm.intermediate_size + 8 * llm.hidden_size
-        token = numbers * weight.element_size() + 8 * llm.hidden_size
-        tokens = self.latent_shape(image_size)[0] + 2
-        fits = fitting(free_memory(weight.device), tokens * token)
-        return None if fits is None else max(1, fits)
-
-    def contexts(self, conditioning: Conditioning) -> list[ContextRow]:
+    def contexts(self, trajectories: Sequence[Trajectory]) -> list[ContextRow]:
+        """Each prompt and all texts that follow it, closed if the last ran out of length, with the prompt's images."""
         config, rows = self.config, []
-        images = conditioning.images or [()] * len(conditioning)
-        for prompt, completion, shown in zip(
-            conditioning.prompt_ids, conditioning.completion_ids, images, strict=True
-        ):
-            row = [*prompt, *completion]
-            if not completion and row and row[-1] == config.im_start_token_id:
+        for trajectory in trajectories:
+            row, text = [*trajectory.prompt_ids, *trajectory.text_ids], trajectory.text_ids
+            if not text and row and row[-1] == config.im_start_token_id:
                 row.pop()  # the opened chunk of a thinking that does not come
             elif row and row[-1] not in (config.im_end_token_id, config.image_token_id):
                 row.append(config.im_end_token_id)
-            rows.append(ContextRow(torch.tensor(row, dtype=torch.long), shown))
+            rows.append(ContextRow(torch.tensor(row, dtype=torch.long), trajectory.images))
         return rows
 
-    def guidance_conditioning(self, conditioning: Conditioning, branch: str) -> Conditioning:
+    def branch_contexts(self, trajectories: Sequence[Trajectory], branch: str) -> list[ContextRow]:
         """
         "text" sees the system message and the finished images, which may be nothing; "image" the prompt to its end,
         without finished images.
         """
-        nothing: list[list[int]] = [[] for _ in range(len(conditioning))]
-        placeholder, images = self.config.image_token_id, conditioning.images or nothing
-        if branch == "image":
-            prompts = [[token for token in row if token != placeholder] for row in conditioning.prompt_ids]
-            return Conditioning(prompts, nothing, conditioning.system_ids)
-        if conditioning.system_ids is None:
-            raise ValueError(
-                "Guidance needs to know which part of a prompt is its system message: set `Conditioning.system_ids`, "
-                "to empty rows for prompts without one."
-            )
-        shown = [[*row, *[placeholder] * len(x)] for row, x in zip(conditioning.system_ids, images, strict=True)]
-        return replace(conditioning, prompt_ids=shown, completion_ids=nothing)
-
-    def embed_vit_image(self, pixels: Tensor) -> Tensor:
-        """
-        What the text expert reads of an image: embeddings (N, H) of its patches, row by row.
-
-        Args:
-            pixels: (3, height, width) in [-1, 1], as `BagelProcessor.vit_pixels` gives them; or a batch of one size,
-                (B, 3, height, width), for embeddings (B, N, H).
-
-        Raises:
-            ValueError: if the model has no understanding tower, or can't read an image of this size.
-        """
-        if self.vit_model is None or self.connector is None or self.vit_pos_embed is None:
-            raise ValueError(
-                "This model can't read images: it has no understanding tower. Load a checkpoint that holds "
-                "`vit_model`, `connector` and `vit_pos_embed`, with a `vit_config` that describes them."
-            )
-        tokens = self.connector(self.vit_model(pixels))
-        return tokens + self.vit_pos_embed(self.vit_model.grid(pixels)).to(tokens)
-
-    @torch.no_grad()
-    def context_image(self, pixels: Tensor | None = None, vit_pixels: Tensor | None = None) -> ContextImage:
-        """
-        A finished image for a context, to be kept and shown again as it is.
-
-        Args:
-            pixels: (3, height, width) in [-1, 1] for the image expert, as `BagelProcessor.vae_pixels` gives them;
-                editing needs them.
-            vit_pixels: (3, height, width) in [-1, 1] for the text expert, as `BagelProcessor.vit_pixels` gives them.
-        """
-        latents, grid = None, (0, 0)
-        if pixels is not None:
-            latents, grid = self.encode_images(pixels[None])[0], self._grid((pixels.shape[-2], pixels.shape[-1]))
-        features = None if vit_pixels is None else self.embed_vit_image(vit_pixels)
-        return ContextImage(latents, grid, features)
-
-    def freeze_understanding(self, frozen: bool = True) -> None:
-        """Keep the understanding tower and its connector out of training, or (False) let them in."""
-        for name in UNDERSTANDING_MODULES:
-            if (module := getattr(self, name)) is not None:
-                module.requires_grad_(not frozen)
-
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        self._grid((pixels.shape[-2], pixels.shape[-1]))
-        return self._codec().encode(pixels)
-
-    def decode_latents(
-        self, latents: Tensor, image_size: tuple[int, int], output_type: str = "pil"
-    ) -> list[Image.Image] | Tensor:
-        return self._codec().decode(latents, self._grid(image_size), output_type)
-
-    def _codec(self) -> LatentCodec:
-        if self.codec is None:
-            raise ValueError(
-                f"This model has no VAE: put `{AUTOENCODER_WEIGHTS}` into the folder that `from_pretrained` loads, or "
-                "set `model.codec = LatentCodec(...)`."
-            )
-        return self.codec
+        return self.contexts([guided_trajectory(t, branch, self.config.image_token_id) for t in trajectories])
 
     # For the trainer
 

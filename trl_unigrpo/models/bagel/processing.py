@@ -1,4 +1,4 @@
-"""What BAGEL reads: prompts in its own format, and images in the sizes that its two encoders take."""
+"""BAGEL's inputs: prompts in its own format, and images in the sizes that its two encoders take."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +45,7 @@ class ResizeRule:
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """
-        The (height, width) that an image of this height and width is resized to.
+        Return the (height, width) that an image of this height and width is resized to.
 
         Sides are brought into their range, where the shorter one has the last word. Above `max_pixels` both sides are
         multiplied by the ratio of the *areas*: the released rule goes further down than the limit asks. Last, a longer
@@ -60,7 +60,9 @@ class ResizeRule:
         return height, width
 
     def _scaled(self, height: int, width: int, scale: float) -> tuple[int, int]:
-        """Both sides times `scale`, rounded to whole pixels and then to the stride, of which each is at least one."""
+        """
+        Multiply both sides by `scale`, rounded to whole pixels and then to the stride, of which each is at least one.
+        """
         height, width = (
             max(self.stride, round(round(side * scale) / self.stride) * self.stride) for side in (height, width)
         )
@@ -69,7 +71,7 @@ class ResizeRule:
 
 class BagelProcessor:
     """
-    Turns prompts into token ids and PIL images into pixels, as the released model was trained to see them.
+    The way from prompts to token ids and from PIL images to pixels, as the released model was trained to see them.
 
     Example:
 
@@ -113,16 +115,16 @@ class BagelProcessor:
     # Text
 
     def wrap(self, text: str) -> list[int]:
-        """Token ids of one chunk: `<|im_start|>`, the text, `<|im_end|>`; no role, no line break."""
+        """Tokenize one chunk: `<|im_start|>`, the text, `<|im_end|>`; no role, no line break."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return [self.config.im_start_token_id, *ids, self.config.im_end_token_id]
 
     def prompt_ids(self, prompt: str, think: str | None = None) -> list[int]:
         """
-        Token ids of a prompt, after the system prompt that asks for a thinking.
+        Tokenize a prompt, after the system prompt that asks for a thinking.
 
         Args:
-            think: "image" for a thinking before a picture, "answer" for one before an answer in words, None for none.
+            think: "image" for a thinking before an image, "answer" for one before an answer in words, None for none.
         """
         if think is not None and think not in THINK_PROMPTS:
             raise ValueError(f"think={think!r}: expected one of {sorted(THINK_PROMPTS)}, or None.")
@@ -132,16 +134,16 @@ class BagelProcessor:
     # Images
 
     def vae_image(self, image: Image.Image) -> Image.Image:
-        """The image in RGB, in a size that the VAE takes."""
-        return resized(to_rgb(image), self.vae_rule)
+        """Convert the image to RGB, in a size that the VAE takes."""
+        return resized(checked_rgb(image), self.vae_rule)
 
     def vae_pixels(self, image: Image.Image) -> Tensor:
-        """Pixels (3, height, width) in [-1, 1] for `encode_images`."""
+        """Return pixels (3, height, width) in [-1, 1] for `encode_images`."""
         return to_pixels(self.vae_image(image))
 
     def vit_pixels(self, image: Image.Image) -> Tensor:
         """
-        Pixels (3, height, width) in [-1, 1] for `embed_vit_image`.
+        Return pixels (3, height, width) in [-1, 1] for `embed_vit_image`.
 
         As in the released inference code, the tower sees the image that the VAE would, resized once more: a small
         image is enlarged first.
@@ -168,9 +170,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: BagelConfig) -> 
             )
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def checked_rgb(image: Image.Image) -> Image.Image:
     """
-    The image in RGB. What is transparent shows white.
+    Convert the image to RGB. Transparent parts show white.
 
     Raises:
         ValueError: if the image is empty, has more pixels than Pillow's `Image.MAX_IMAGE_PIXELS`, or more than 8 bits
@@ -196,12 +198,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resized(image: Image.Image, rule: ResizeRule) -> Image.Image:
-    """The image in the size that the rule gives, by antialiased bicubic interpolation."""
+    """Resize the image as the rule says, by antialiased bicubic interpolation."""
     height, width = rule.size(image.height, image.width)
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """Pixels (3, height, width) in [-1, 1] of an RGB image."""
+    """Return pixels (3, height, width) in [-1, 1] of an RGB image."""
     values = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return values.float() / 255 * 2 - 1

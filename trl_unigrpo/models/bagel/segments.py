@@ -16,11 +16,12 @@ Shapes: B rows, L ids, U tokens of the text stream, G of the image stream, S = U
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ...trajectory import Trajectory
 from ..contract import ContextRow
 
 
@@ -207,3 +208,22 @@ def padded(rows: Sequence[Tensor], width: int, device: torch.device) -> tuple[Te
         ids[i, : len(row)] = row
     lengths = torch.tensor([len(row) for row in rows])[:, None]
     return ids.to(device), (torch.arange(width) < lengths).to(device)
+
+
+def guided_trajectory(trajectory: Trajectory, branch: str, placeholder: int) -> Trajectory:
+    """
+    What a branch of guidance sees of a trajectory, as one without texts.
+
+    Raises:
+        ValueError: where the branch needs the system message, and the trajectory does not say which it is.
+    """
+    if branch == "image":
+        prompt_ids = [token for token in trajectory.prompt_ids if token != placeholder]
+        return replace(trajectory, prompt_ids=prompt_ids, images=[], rounds=[])
+    if trajectory.system_ids is None:
+        raise ValueError(
+            "Guidance needs to know which part of a prompt is its system message: set `Trajectory.system_ids`, to an "
+            "empty list for a prompt without one."
+        )
+    prompt_ids = [*trajectory.system_ids, *[placeholder] * len(trajectory.images)]
+    return replace(trajectory, prompt_ids=prompt_ids, rounds=[])

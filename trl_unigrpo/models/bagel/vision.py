@@ -112,7 +112,7 @@ class BagelVisionTower(nn.Module):
         self.vision_model = BagelVisionTransformer(config)
 
     def grid(self, pixels: Tensor) -> tuple[int, int]:
-        """(h, w) patches of images (3, height, width); raises ValueError for a size that the tower can't read."""
+        """Count the (h, w) patches of images (3, height, width); ValueError for a size that the tower can't read."""
         height, width = pixels.shape[-2:]
         unit, limit = self.patch_size, self.side
         if any(side % unit or not 0 < side <= unit * limit for side in (height, width)):
@@ -123,7 +123,7 @@ class BagelVisionTower(nn.Module):
         return height // unit, width // unit
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features (N, W), row by row, of images (3, height, width) in [-1, 1]."""
+        """Compute features (N, W), row by row, of images (3, height, width) in [-1, 1]."""
         rows, columns = (torch.arange(n, device=pixels.device) for n in self.grid(pixels))
         positions = (rows[:, None] * self.side + columns).flatten()
         weight = self.vision_model.embeddings.patch_embedding.weight
@@ -132,7 +132,9 @@ class BagelVisionTower(nn.Module):
 
 
 def patchify(pixels: Tensor, size: int) -> Tensor:
-    """Patches (N, P) of images (3, height, width): row by row, the numbers of each in (row, column, channel) order."""
+    """
+    Cut images (3, height, width) into patches (N, P): row by row, the numbers of each in (row, column, channel) order.
+    """
     *batch, channels, height, width = pixels.shape
     patches = pixels.reshape(*batch, channels, height // size, size, width // size, size)
     patches = patches.movedim((-5, -4, -3, -2, -1), (-1, -5, -3, -4, -2))  # (h, w, row, column, channel)

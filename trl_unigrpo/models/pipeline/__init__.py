@@ -2,7 +2,8 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from .configuration import THINK_SYSTEM_PROMPT, PipelineUnifiedConfig
+from .configuration import PROMPT_WRITER_SYSTEM_PROMPT as THINK_SYSTEM_PROMPT
+from .configuration import PipelineUnifiedConfig
 from .modeling import PipelineForUnifiedGeneration
 
 

@@ -13,7 +13,9 @@ from .patching import attributes
 
 
 def block_lists(network: nn.Module) -> dict[str, nn.ModuleList]:
-    """The lists of repeated blocks, by name: the outermost `ModuleList`s, which are what a forward walks through."""
+    """
+    Find the lists of repeated blocks, by name: the outermost `ModuleList`s, which are what a forward walks through.
+    """
     found: dict[str, nn.ModuleList] = {}
     for name, module in network.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
@@ -22,7 +24,9 @@ def block_lists(network: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def linear_names(network: nn.Module, prefix: str = "") -> list[str]:
-    """Regular expressions, behind a prefix, of the names of linear layers in a network's blocks, adapted or not."""
+    """
+    Write regular expressions, behind a prefix, of the names of linear layers in a network's blocks, adapted or not.
+    """
     patterns = set()
     for outer, blocks in block_lists(network).items():
         for name, module in blocks.named_modules():

@@ -1,4 +1,4 @@
-"""What a thinker and a painter must bring, said before anything is computed."""
+"""The needs of a thinker and a painter, checked before anything is computed."""
 
 from typing import Any
 

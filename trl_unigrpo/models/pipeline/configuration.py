@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 
-THINK_SYSTEM_PROMPT = (
+PROMPT_WRITER_SYSTEM_PROMPT = (
     "You write prompts for an image generator. First think, between <think> and </think>, about what the picture "
     "should show: the objects, how many there are, their colours, where they stand, the style. Then write the prompt: "
     "one paragraph that describes the finished picture."
@@ -38,7 +38,7 @@ class PipelineUnifiedConfig(PreTrainedConfig):
         shared_encoder: bool = False,
         painter_prompt: str = "answer",
         painter_arguments: dict[str, Any] | None = None,
-        system_prompt: str | None = THINK_SYSTEM_PROMPT,
+        system_prompt: str | None = PROMPT_WRITER_SYSTEM_PROMPT,
         sources: dict[str, str] | None = None,
         **kwargs: Any,
     ):
@@ -57,7 +57,7 @@ class PipelineUnifiedConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The language model's, which is what TRL asks about the text."""
+        """Return the language model's configuration, which is what TRL asks about the text."""
         if self.thinker_config is None:
             return self
         return self.thinker_config.get_text_config(decoder=decoder, encoder=encoder)

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 
-BASE = 16
+DIGIT_BASE = 16
 """Positions are read in digits of this base: small enough to survive bfloat16."""
 
 
 @dataclass
 class LatentMap:
     """
-    What a pipeline does to its latents before it hands them to the VAE: number j of those it hands over is
+    The change that a pipeline makes to its latents before it hands them to the VAE: number j of those it hands over is
     `scale[j] * latents[source[j]] + shift[j]`, a rearrangement and a change of units.
 
     Attributes:
@@ -33,7 +33,7 @@ class LatentMap:
     @classmethod
     def of(cls, painter: Any, image_size: tuple[int, int]) -> "LatentMap":
         """
-        Find it out, by handing over latents whose numbers say where they came from.
+        Find the map out, by handing over latents whose numbers say where they came from.
 
         Raises:
             ValueError: if the pipeline does something else to its latents, or has no VAE.
@@ -50,15 +50,15 @@ class LatentMap:
         shift, unit = zero.flatten(), handed(torch.ones(size)).flatten() - zero.flatten()
         index, place = torch.zeros(size, dtype=torch.long), 1
         while place < size:
-            digits = (torch.arange(size) // place) % BASE
+            digits = (torch.arange(size) // place) % DIGIT_BASE
             index += ((handed(digits.float()).flatten() - shift) / unit).round().long() * place
-            place *= BASE
+            place *= DIGIT_BASE
         if not torch.equal(index.sort().values, torch.arange(size)):
             raise ValueError(f"{painter.name} mixes its latents before it decodes them: images can't be encoded.")
         return cls(index, unit, shift, shape, tuple(zero.shape))
 
     def latents(self, handed: Tensor) -> Tensor:
-        """Latents (B, *latent), float32, that would be handed to the VAE as (B, *vae_shape)."""
+        """Return latents (B, *latent), float32, that would be handed to the VAE as (B, *vae_shape)."""
         numbers = (handed.flatten(1).double() - self.shift.to(handed.device)) / self.scale.to(handed.device)
         latents = torch.empty_like(numbers)
         latents[:, self.source.to(handed.device)] = numbers

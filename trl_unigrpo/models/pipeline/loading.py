@@ -20,27 +20,27 @@ from transformers import (
 from ..quantization import ready_to_quantize
 
 
-UNQUANTIZED = {"thinker": ("lm_head",), "painter": ("proj_out", "norm_out")}
+UNQUANTIZED_HEADS = {"thinker": ("lm_head",), "painter": ("proj_out", "norm_out")}
 """Heads: few weights, and the most sensitive ones."""
 
 
 def local_folder(source: Any, **hub: Any) -> Path:
-    """The folder of a unified model, downloaded if it is a hub id."""
+    """Return the folder of a unified model, downloaded if it is a hub id."""
     return Path(source) if Path(source).is_dir() else Path(snapshot_download(source, **hub))
 
 
 def hardware_dtype() -> torch.dtype:
-    """bfloat16 where the hardware computes in it, else float32."""
+    """Return bfloat16 where the hardware computes in it, else float32."""
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def load_thinker(source: Any, dtype: torch.dtype, quantization: Any = None, **hub: Any) -> PreTrainedModel:
-    """A causal language model, or the language half of a model that also reads images."""
+    """Load a causal language model, or the language half of a model that also reads images."""
     if isinstance(source, PreTrainedModel):
         return source
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True, **hub}
     if quantization is not None:
-        kwargs["quantization_config"] = ready_to_quantize(quantization, UNQUANTIZED["thinker"], dtype)
+        kwargs["quantization_config"] = ready_to_quantize(quantization, UNQUANTIZED_HEADS["thinker"], dtype)
     try:
         thinker = AutoModelForCausalLM.from_pretrained(source, **kwargs)
     except ValueError as error:
@@ -52,7 +52,7 @@ def load_thinker(source: Any, dtype: torch.dtype, quantization: Any = None, **hu
 
 def load_painter(source: Any, dtype: torch.dtype, quantization: Any = None, thinks: bool = False, **hub: Any) -> Any:
     """
-    A diffusers pipeline.
+    Load a diffusers pipeline.
 
     Args:
         thinks: whether its text encoder is to be the thinker, and quantised like one.
@@ -79,10 +79,10 @@ def load_painter(source: Any, dtype: torch.dtype, quantization: Any = None, thin
 
 def painter_quantization(quantization: Any, dtype: torch.dtype, thinks: bool = False) -> Any:
     """
-    A `BitsAndBytesConfig` in diffusers' form, for the transformer, and the text encoder if it thinks; what is in that
-    form already, as it is.
+    Turn a `BitsAndBytesConfig` into diffusers' form, for the transformer, and the text encoder if it thinks; a
+    configuration in that form stays as it is.
     """
-    config = ready_to_quantize(quantization, UNQUANTIZED["painter"], dtype)
+    config = ready_to_quantize(quantization, UNQUANTIZED_HEADS["painter"], dtype)
     if not isinstance(config, BitsAndBytesConfig):
         return config
     settings = {
@@ -90,13 +90,13 @@ def painter_quantization(quantization: Any, dtype: torch.dtype, thinks: bool = F
     }
     mapping: dict[str, Any] = {"transformer": DiffusersBitsAndBytesConfig(**settings)}
     if thinks:
-        mapping["text_encoder"] = ready_to_quantize(quantization, UNQUANTIZED["thinker"], dtype)
+        mapping["text_encoder"] = ready_to_quantize(quantization, UNQUANTIZED_HEADS["thinker"], dtype)
     return PipelineQuantizationConfig(quant_mapping=mapping)
 
 
 def painters_own_thinker(pipeline: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    The language model that a pipeline reads its prompts with, and its tokenizer.
+    Find the language model that a pipeline reads its prompts with, and its tokenizer.
 
     A text encoder without its language head gets it back where the head is the embedding's own weight.
 
@@ -119,7 +119,7 @@ def painters_own_thinker(pipeline: Any) -> tuple[PreTrainedModel, PreTrainedToke
 
 
 def with_language_head(encoder: PreTrainedModel, family: Any) -> PreTrainedModel:
-    """The causal language model around a bare encoder, with the encoder's own modules: no weight is copied."""
+    """Build the causal language model around a bare encoder, with the encoder's own modules: no weight is copied."""
     with torch.device("meta"):
         thinker = family(copy.deepcopy(encoder.config))
     setattr(thinker, thinker.base_model_prefix, encoder)

@@ -16,17 +16,14 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...messages import user_text
-from ..contract import (
-    Conditioning,
-    FlowInputs,
-    UnifiedModelMixin,
-    UnifiedOutput,
-)
+from ...trajectory import Steps, Trajectory
+from ..contract import UnifiedModelMixin, UnifiedOutput
 from ..quantization import keep_trainable_layout
 from ..tokenizer import read_tokenizer
 from .blocks import linear_names, recomputed_blocks
 from .checks import check_pipeline, check_thinker
 from .configuration import PipelineUnifiedConfig
+from .encodings import Encodings
 from .latents import LatentMap
 from .loading import (
     hardware_dtype,
@@ -35,7 +32,7 @@ from .loading import (
     local_folder,
     painters_own_thinker,
 )
-from .painter import Encodings, Painter
+from .painter import Painter
 from .saving import quick_start, save_adapters
 from .sharing import share_weights, whole_state
 
@@ -65,7 +62,6 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
 
-    packs_velocities = False
     frozen_modules = ("frozen",)
     tokenizer: PreTrainedTokenizerBase
 
@@ -194,12 +190,11 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
 
     @property
     def painter_arguments(self) -> dict[str, Any]:
-        """What the pipeline's call needs to paint as it was trained: those given, and what leaves guidance out."""
-        arguments = self._runner.arguments
-        return {name: value for name, value in arguments.items() if name in self._runner.accepted}
+        """Arguments with which the pipeline paints as it was trained: those given, and what leaves guidance out."""
+        return self._runner.arguments
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PipelineForUnifiedGeneration":
-        # What is frozen is shared by all copies.
+        # Frozen parts are shared by all copies.
         memo.update({id(module): module for module in self.frozen.modules()})
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
@@ -207,7 +202,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return clone
 
     def train(self, mode: bool = True) -> "PipelineForUnifiedGeneration":
-        """Sets the thinker's mode; the painter always computes as it does when it paints."""
+        """Set the thinker's mode; the painter always computes as it does when it paints."""
         super().train(mode)
         self.painter.eval()
         self.frozen.eval()
@@ -231,16 +226,17 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        flow: FlowInputs | None = None,
+        steps: Steps | None = None,
+        context_grad: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """The thinker's own outputs; with `flow` the backbone's, hidden states and velocities."""
-        if flow is not None:
-            return self.base_model(input_ids, attention_mask, flow=flow)
+        """The thinker's own outputs; with `steps` the backbone's, hidden states and velocities."""
+        if steps is not None:
+            return self.base_model(input_ids, attention_mask, steps=steps, context_grad=context_grad)
         return self.thinker(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The thinker's `generate`."""
+        """Call the thinker's `generate`."""
         return self.thinker.generate(*args, **kwargs)
 
     def backbone(
@@ -248,25 +244,27 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         use_cache: bool = False,
-        flow: FlowInputs | None = None,
         **kwargs: Any,
     ) -> UnifiedOutput:
         hidden = self.thinker.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **kwargs
         ).last_hidden_state
-        return UnifiedOutput(hidden, None if flow is None else self.predict_velocities(flow))
+        return UnifiedOutput(hidden)
 
     # Images
 
-    def contexts(self, conditioning: Conditioning) -> list[str]:
-        """The painter's prompts."""
-        if conditioning.prompts is None:
-            raise ValueError(
-                "The painter reads text, not the thinker's tokens: set `Conditioning.prompts` to the prompts, strings "
-                "or conversations."
-            )
-        rows = zip(conditioning.prompts, conditioning.completion_ids, strict=True)
-        return [self._painter_prompt(user_text(prompt), self._answer(ids)) for prompt, ids in rows]
+    def contexts(self, trajectories: Sequence[Trajectory]) -> list[str]:
+        """The painter's prompts: each user's prompt, and the answer of the last text."""
+        answers = [self._answer(t.rounds[-1].text_ids if t.rounds else []) for t in trajectories]
+        return [
+            self._painter_prompt(user_text(t.prompt), answer) for t, answer in zip(trajectories, answers, strict=True)
+        ]
+
+    def branch_contexts(self, trajectories: Sequence[Trajectory], branch: str) -> list[str]:
+        """ "text" sees an empty prompt, as diffusers' own guidance does; "image" the user's prompt."""
+        if branch == "text":
+            return [self._painter_prompt("", "") for _ in trajectories]
+        return self.contexts([replace(trajectory, rounds=[]) for trajectory in trajectories])
 
     def _answer(self, completion_ids: Sequence[int]) -> str:
         ids = list(completion_ids)
@@ -291,22 +289,13 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         with recomputed_blocks(self.painter, self._recomputes):
             return self._runner.velocity(context, latents, timesteps, image_size)
 
-    def predict_velocities(self, flow: FlowInputs) -> Tensor:
-        prompts = [[row[:n] for n in seen] for row, seen in zip(flow.contexts, flow.visible_ids, strict=True)]
-        velocities = []
-        for k in range(flow.timesteps.shape[1]):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and flow.context_grad):
-                context = self.encode_context([row[k] for row in prompts])
-            velocities.append(
-                self.predict_velocity(context, flow.latents[:, k], flow.timesteps[:, k], flow.image_size)
-            )
-        return torch.stack(velocities, dim=1)
-
     def initial_latents(self, image_size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor:
         return self._runner.start(len(generators), image_size, generators)
 
     def own_timesteps(self, num_inference_steps: int, image_size: tuple[int, int]) -> Tensor:
-        """(num_inference_steps + 1,) float64 times from 1 to 0 of the pipeline's own schedule for an image size."""
+        """
+        Return (num_inference_steps + 1,) float64 times from 1 to 0 of the pipeline's own schedule for an image size.
+        """
         return self._runner.own_times(num_inference_steps, image_size)
 
     def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, ...]:
@@ -331,11 +320,6 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
             raise ValueError(f"output_type={output_type!r}: expected 'pil' or 'pt'.")
         images = self._runner.decode(latents, image_size, output_type)
         return 2 * images.float() - 1 if output_type == "pt" else images
-
-    def guidance_conditioning(self, conditioning: Conditioning, branch: str) -> Conditioning:
-        """ "text" sees an empty prompt, as diffusers' own guidance does; "image" the user's prompt."""
-        prompts = [""] * len(conditioning) if branch == "text" else conditioning.prompts
-        return replace(conditioning, prompts=prompts, completion_ids=[[] for _ in range(len(conditioning))])
 
     # For the trainer
 
@@ -362,7 +346,9 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return rf"(.*\.)?({'|'.join(names)})"
 
     def _linears(self, part: str) -> list[str]:
-        """Regular expressions of the linear layers of one part's blocks; those that both use are the thinker's."""
+        """
+        Write regular expressions of the linear layers of one part's blocks; those that both use are the thinker's.
+        """
         names = linear_names(self.painter)
         shared = [name for name in names if any(re.fullmatch(name, module) for module in self._shared)]
         if part == "painter":

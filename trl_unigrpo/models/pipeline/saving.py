@@ -51,7 +51,7 @@ def save_adapters(model: Any, folder: str | Path, adapter: str = "default") -> l
 
 
 def _adapted_layers(model: Any, part: str, adapter: str) -> dict[str, tuple[str, LoraLayer]]:
-    """The adapted layers of one part, by their name in it: their name in the model, and the layer."""
+    """Find the adapted layers of one part, by their name in it: their name in the model, and the layer."""
     network = getattr(model, part)
     layers = {name: (f"{part}.{name}", layer) for name, layer in network.named_modules()}
     if part == "thinker":
@@ -69,7 +69,7 @@ def _below(weights: dict[str, Tensor], path: str) -> list[tuple[str, Tensor]]:
 
 
 def loads_adapters(pipeline: Any) -> bool:
-    """Whether a pipeline reads the adapters of its transformer with `load_lora_weights`."""
+    """Say whether a pipeline reads the adapters of its transformer with `load_lora_weights`."""
     save = getattr(pipeline, "save_lora_weights", None)
     return save is not None and "transformer_lora_layers" in signature(save).parameters
 
@@ -90,7 +90,7 @@ def _write(model: Any, part: str, weights: dict[str, Tensor], config: LoraConfig
 def _config_of(
     model: Any, part: str, adapted: dict[str, tuple[str, LoraLayer]], config: LoraConfig, adapter: str
 ) -> LoraConfig:
-    """The configuration of one part's adapters: its layers by name, and what each of them has of rank and alpha."""
+    """Write the configuration of one part's adapters: its layers by name, and the rank and alpha of each."""
     layers = {name: layer for name, (_, layer) in adapted.items()}
     config = copy.deepcopy(config)
     config.target_modules = set(layers)
@@ -132,7 +132,7 @@ image.save("image.png")
 
 
 def quick_start(model: Any, source: str) -> str:
-    """Code for the model card that thinks and paints with transformers and diffusers alone."""
+    """Write code for the model card that thinks and paints with transformers and diffusers alone."""
     told = {
         "answer": "text.rpartition('</think>')[2].strip()",
         "prompt_and_answer": "messages[1]['content'] + '\\n' + text.rpartition('</think>')[2].strip()",
@@ -149,7 +149,7 @@ def quick_start(model: Any, source: str) -> str:
 
 
 def _loading(model: Any, source: str) -> Iterator[str]:
-    """Lines that load `thinker` and `pipeline`, with what was trained."""
+    """Yield lines that load `thinker` and `pipeline`, with what was trained."""
     adapted, shared = bool(getattr(model, "peft_config", {})), model.config.shared_encoder
     language_class = type(model.thinker).__name__
     painter = model.config.sources["painter"] if adapted else f"{source}/painter"

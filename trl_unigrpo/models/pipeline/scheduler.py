@@ -22,7 +22,7 @@ class HandingScheduler(FlowMatchEulerDiscreteScheduler):
 
     @classmethod
     def like(cls, scheduler: Any) -> "HandingScheduler":
-        """One with the configuration of a pipeline's own scheduler of a flow, of whatever class that is."""
+        """Make one with the configuration of a pipeline's own scheduler of a flow, of whatever class that is."""
         config = dict(scheduler.config)
         # The multistep schedulers (DPM-Solver++, UniPC) call the shift of a flow by another name.
         if "flow_shift" in config:
@@ -32,6 +32,8 @@ class HandingScheduler(FlowMatchEulerDiscreteScheduler):
 
     def follow(self, given: tuple[Tensor, Tensor] | None, on_step: OnStep) -> None:
         """
+        Set what the next run goes through.
+
         Args:
             given: flow times in [0, 1] and, for each, the number that the transformer is told; (steps,), or
                 (steps, B) for times of each sample's own. None for the schedule that the pipeline asks for.
@@ -54,19 +56,16 @@ class HandingScheduler(FlowMatchEulerDiscreteScheduler):
         self.sigmas, self.timesteps = torch.cat([times, torch.zeros_like(times[:1])]), told
         self.num_inference_steps, self._step_index, self._begin_index = len(times), None, None
 
-    # With diffusers' own arguments: pipelines look which of them a scheduler takes.
     def step(
         self,
         model_output: Tensor,
         timestep: Any,
         sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: torch.Generator | None = None,
-        per_token_timesteps: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,  # named, as some pipelines look for it here
         return_dict: bool = True,
+        **options: Any,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
+        """Hand a step over, as diffusers' own `step` is called; its options are for steps of its own."""
         following = self.on_step(model_output, sample)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=following) if return_dict else (following,)

@@ -73,13 +73,13 @@ def share_weights(thinker: nn.Module, painter: nn.Module) -> frozenset[str]:
 
 
 def aliases(thinker: nn.Module, painter: nn.Module) -> dict[str, str]:
-    """For each module of the thinker that is the painter's, by name, its name in the painter."""
+    """Return, for each module of the thinker that is the painter's, by name, its name in the painter."""
     names = {module: name for name, module in painter.named_modules()}
     return {name: names[module.target] for name, module in thinker.named_modules() if isinstance(module, Alias)}
 
 
 def whole_state(thinker: nn.Module) -> dict[str, Tensor]:
-    """The thinker's weights, those of its aliases included."""
+    """Return the thinker's weights, those of its aliases included."""
     state = dict(thinker.state_dict())
     for name, module in thinker.named_modules():
         if isinstance(module, Alias):
@@ -88,6 +88,6 @@ def whole_state(thinker: nn.Module) -> dict[str, Tensor]:
 
 
 def _fingerprint(parameter: Tensor) -> tuple:
-    """What equal tensors have in common, and different ones almost surely not."""
+    """Sum a tensor up in numbers that equal ones have in common, and different ones almost surely not."""
     numbers = parameter.detach().double().flatten()
     return tuple(parameter.shape), numbers.sum().item(), numbers[: 2**16].square().sum().item()

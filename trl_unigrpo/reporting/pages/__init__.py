@@ -1,8 +1,8 @@
-"""Pages that are one file: styles, curves and pictures inside, readable without a network, a server or scripts."""
+"""Pages that are one file: styles, curves and images inside, readable without a network, a server or scripts."""
 
 from .curves import Curve, Panel, chart
 from .environment import page_environment, render_page, write_page
-from .pictures import data_uri, jpeg
+from .images import data_uri, jpeg
 from .text import prompt_text, readable, shown_text
 
 

@@ -47,7 +47,7 @@ class Panel:
 
 
 def chart(panel: Panel) -> Markup:
-    """The panel as an SVG element; empty without a finite point."""
+    """Draw the panel as an SVG element; empty without a finite point."""
     drawn = [_finite(curve) for curve in panel.curves]
     if not any(math.isfinite(y) for _, ys in drawn for y in ys):
         return Markup("")
@@ -76,7 +76,9 @@ def chart(panel: Panel) -> Markup:
 
 
 def moving_mean(x: Sequence[float], y: Sequence[float], width: int) -> tuple[list[float], list[float]]:
-    """The x of each window's last point, and the mean of the window's `width` points; points not finite left out."""
+    """
+    Average windows of `width` points: the x of each window's last point, and its mean; points not finite left out.
+    """
     points = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
     width = max(1, min(width, len(points)))
     ends = range(width, len(points) + 1)
@@ -84,6 +86,6 @@ def moving_mean(x: Sequence[float], y: Sequence[float], width: int) -> tuple[lis
 
 
 def _finite(curve: Curve) -> tuple[list[float], list[float]]:
-    """Its points, those that are not finite as gaps."""
+    """Return the curve's points, those that are not finite as gaps."""
     finite = [math.isfinite(a) and math.isfinite(b) for a, b in zip(curve.x, curve.y, strict=True)]
     return list(curve.x), [y if ok else math.nan for y, ok in zip(curve.y, finite, strict=True)]

@@ -13,7 +13,7 @@ from .text import prompt_text, readable, shown_text
 
 def page_environment() -> Environment:
     """
-    An environment whose templates may extend `base.html.jinja` and import `parts.html.jinja`.
+    Make an environment whose templates may extend `base.html.jinja` and import `parts.html.jinja`.
 
     All values are escaped; a name that is not given is an error. Filters: `text` (see [`shown_text`]), `prompt`
     (see [`prompt_text`]), `readable` for attributes; function `chart` (see [`chart`]).
@@ -31,7 +31,7 @@ def page_environment() -> Environment:
 
 
 def render_page(template: str, **values: Any) -> str:
-    """The HTML of a template; see [`page_environment`]."""
+    """Render the HTML of a template; see [`page_environment`]."""
     return page_environment().get_template(template).render(**values)
 
 

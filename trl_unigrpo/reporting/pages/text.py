@@ -19,7 +19,7 @@ _DIRECTION = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
 
 def readable(text: Any) -> str:
-    """What `str` makes of a value, as valid Unicode, with control characters as visible signs (␀, ␛, ...)."""
+    """Turn a value into text of valid Unicode, as `str` does, with control characters as visible signs (␀, ␛, ...)."""
     text = str(text).replace("\r\n", "\n")
     text = _DIRECTION.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
     return _CONTROL.sub(lambda found: _sign(ord(found[0])), text)
@@ -33,7 +33,7 @@ def _sign(code: int) -> str:
 
 def shown_text(text: Any, fold: int = FOLD, limit: int = LIMIT) -> Markup:
     """
-    A text as HTML: escaped, its direction its own, long ones folded.
+    Turn a text into HTML: escaped, its direction its own, long ones folded.
 
     Args:
         text: any; what is no string is shown as JSON.
@@ -54,7 +54,7 @@ def shown_text(text: Any, fold: int = FOLD, limit: int = LIMIT) -> Markup:
 
 
 def prompt_text(prompt: Any) -> str:
-    """What a dataset's prompt asks for (see [`user_text`]), or its JSON where it has no message of the user."""
+    """Return what a dataset's prompt asks for (see [`user_text`]), or its JSON where it has no message of the user."""
     try:
         return user_text(prompt)
     except (AttributeError, KeyError, TypeError, ValueError):

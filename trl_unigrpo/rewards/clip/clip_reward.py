@@ -76,7 +76,7 @@ class ClipReward(ImageReward):
 
     def differentiable(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """
-        Scores (B,) of pixels (B, 3, H, W) in [0, 1], with their gradient: for ReFL.
+        Score pixels (B, 3, H, W) in [0, 1], with a gradient to them, for ReFL: (B,).
 
         The images are resized, cropped and normalised in torch, as the image processor would.
         """
@@ -98,16 +98,16 @@ class ClipReward(ImageReward):
 
 def clip_score(model: str = CLIP_L, **options: Any) -> ClipReward:
     """
-    max(cos, 0) in [0, 1]: CLIPScore as max(100 cos, 0), divided by 100 (Hessel et al., arXiv 2104.08718, who scale by
-    2.5 instead). `options`: see [`ClipReward`].
+    Make the reward max(cos, 0) in [0, 1]: CLIPScore as max(100 cos, 0), divided by 100 (Hessel et al., arXiv
+    2104.08718, who scale by 2.5 instead). `options`: see [`ClipReward`].
     """
     return ClipReward(model, head="positive", **{"name": "clip_score", **options})
 
 
 def pick_score(model: str = "yuvalkirstain/PickScore_v1", **options: Any) -> ClipReward:
     """
-    exp(logit_scale) · cos of a CLIP-H trained on people's choices (arXiv 2305.01569), about 15 to 25. Several trainers
-    divide it by 26: `scale` is the whole factor, so pass 100 / 26 for that.
+    Make the reward exp(logit_scale) · cos of a CLIP-H trained on people's choices (arXiv 2305.01569), about 15 to 25.
+    Several trainers divide it by 26: `scale` is the whole factor, so pass 100 / 26 for that.
     """
     return ClipReward(model, **{"name": "pick_score", "scale": None, **options})
 
@@ -116,7 +116,7 @@ def hps_v2(
     weights: str | Path | None = None, version: Literal["2.0", "2.1"] = "2.1", base: str = CLIP_H, **options: Any
 ) -> ClipReward:
     """
-    cos of a CLIP-H trained on people's preferences (HPSv2, arXiv 2306.09341), about 0.2 to 0.35.
+    Make the reward cos of a CLIP-H trained on people's preferences (HPSv2, arXiv 2306.09341), about 0.2 to 0.35.
 
     Images that are not square are cropped to their centre, as CLIP does; the official code pads them.
 
@@ -143,15 +143,16 @@ def hps_v2(
 
 def siglip_score(model: str = "google/siglip2-so400m-patch14-384", **options: Any) -> ClipReward:
     """
-    The probability that image and prompt belong together, by SigLIP. It is close to 0 or 1 for many pairs; pass
-    `head="cosine"` for a score that never saturates.
+    Make a reward of the probability that image and prompt belong together, by SigLIP. It is close to 0 or 1 for many
+    pairs; pass `head="cosine"` for a score that never saturates.
     """
     return ClipReward(model, **{"name": "siglip_score", "head": "sigmoid", "scale": None, **options})
 
 
 def aesthetic_score(head: str | Path, model: str = CLIP_L, **options: Any) -> ClipReward:
     """
-    How well people like an image, about 1 to 10, whatever the prompt: a head on CLIP's image embedding.
+    Make a reward of how well people like an image, about 1 to 10, whatever the prompt: a head on CLIP's image
+    embedding.
 
     Args:
         head: file of the head (.safetensors, .pth, .pt), such as LAION's `sac+logos+ava1-l14-linearMSE.pth`.

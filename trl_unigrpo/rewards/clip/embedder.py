@@ -20,7 +20,7 @@ _MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float64 stays."""
+    """Cast half precision to float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -65,7 +65,7 @@ class ClipEmbedder:
 
     @torch.inference_mode()
     def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embeddings (B, D) of length 1, at least float32, as the image processor prepares the images."""
+        """Embed images as (B, D) of length 1, at least float32, as the image processor prepares them."""
         rows = []
         for start in range(0, len(images), self.batch_size):
             chunk = [to_rgb(image) for image in images[start : start + self.batch_size]]
@@ -75,7 +75,10 @@ class ClipEmbedder:
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (B, D) of length 1, at least float32. What a text has more than the model reads is cut off."""
+        """
+        Embed texts as (B, D) of length 1, at least float32. The end of a text that is longer than the model reads is
+        cut off.
+        """
         self._warn_of_long(texts)
         rows = []
         for start in range(0, len(texts), self.batch_size):
@@ -93,7 +96,7 @@ class ClipEmbedder:
         return torch.cat(rows)
 
     def pixels(self, pixels: Tensor) -> Tensor:
-        """Embeddings (B, D) of length 1, at least float32, of pixels (B, 3, H, W) in [0, 1]; differentiable."""
+        """Embed pixels (B, 3, H, W) in [0, 1] as (B, D) of length 1, at least float32; differentiable."""
         return self._image_features(prepare_pixels(pixels.to(self.device), self.processor.image_processor))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
@@ -114,7 +117,7 @@ class ClipEmbedder:
 
 def prepare_pixels(pixels: Tensor, processor: Any) -> Tensor:
     """
-    What an image processor does, on a tensor and with gradients: resize with antialiasing, crop the centre, normalise.
+    Prepare a tensor as an image processor would, with gradients: resize with antialiasing, crop the centre, normalise.
 
     It differs from the processor by the latter's rounding to 8 bits.
 
@@ -136,7 +139,7 @@ def prepare_pixels(pixels: Tensor, processor: Any) -> Tensor:
             raise ValueError(
                 f"The image processor has resample={processor.resample}: expected 2 (bilinear) or 3 (bicubic)."
             )
-        size = resized(pixels.shape[-2:], processor.size)
+        size = resized_shape(pixels.shape[-2:], processor.size)
         pixels = F.interpolate(pixels, size=size, mode=_MODES[processor.resample], antialias=True)
         pixels = pixels.clamp(0, 1)  # bicubic interpolation overshoots
     if getattr(processor, "do_center_crop", None):
@@ -147,8 +150,8 @@ def prepare_pixels(pixels: Tensor, processor: Any) -> Tensor:
     return pixels
 
 
-def resized(shape: Sequence[int], size: Any) -> tuple[int, int]:
-    """(height, width) of an image of this shape once resized to a processor's `size`."""
+def resized_shape(shape: Sequence[int], size: Any) -> tuple[int, int]:
+    """Return (height, width) of an image of this shape once resized to a processor's `size`."""
     size = {key: value for key, value in dict(size).items() if value is not None}
     if set(size) == {"height", "width"}:
         return size["height"], size["width"]
@@ -160,7 +163,7 @@ def resized(shape: Sequence[int], size: Any) -> tuple[int, int]:
 
 
 def center_crop(pixels: Tensor, height: int, width: int) -> Tensor:
-    """The middle `height` x `width` of pixels (B, C, H, W)."""
+    """Cut out the middle `height` x `width` of pixels (B, C, H, W)."""
     top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
     if top < 0 or left < 0:
         raise ValueError(

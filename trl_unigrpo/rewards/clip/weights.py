@@ -37,7 +37,7 @@ _IGNORED = {"attn_mask"}  # a constant that some checkpoints carry
 
 def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """
-    The weights of an open_clip CLIP under the names of transformers' `CLIPModel`.
+    Rename the weights of an open_clip CLIP to the names of transformers' `CLIPModel`.
 
     Raises:
         ValueError: for a name that is none of open_clip's CLIP with a vision transformer.
@@ -68,7 +68,8 @@ def from_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
     """
-    Tensors of a safetensors file, or of a checkpoint of torch, unpacked from `state_dict` if they are inside one.
+    Read the tensors of a safetensors file, or of a checkpoint of torch, unpacked from `state_dict` if they are inside
+    one.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -84,7 +85,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 
 def linear_head(state: dict[str, Tensor]) -> nn.Sequential:
     """
-    The linear layers of a head, one after the other, in the order of the numbers in their names.
+    Build the linear layers of a head, one after the other, in the order of the numbers in their names.
 
     LAION's aesthetic heads are such: one layer, or several without anything between them but dropout.
 

@@ -7,7 +7,7 @@ from ..questions.question import Question
 
 
 # GenEval's relations, as they stand in a sentence.
-RELATIONS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+RELATION_WORDS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 
 
 def questions_from_geneval(metadata: Mapping[str, Any]) -> tuple[Question, ...]:
@@ -43,7 +43,7 @@ def questions_from_geneval(metadata: Mapping[str, Any]) -> tuple[Question, ...]:
 def _details(
     place: int, item: Mapping[str, Any], include: Sequence[Mapping[str, Any]], limits: Mapping[str, int]
 ) -> list[Question]:
-    """Questions about the number, colour and place of one object."""
+    """Ask about the number, colour and place of one object."""
     name, count, details = item["class"], _count(item), []
     limit = limits.get(name)
     if limit is not None and limit <= count:
@@ -94,13 +94,14 @@ def _count(item: Mapping[str, Any]) -> int:
 
 
 def _position(position: Any, place: int, number: int) -> tuple[str, int]:
-    """The relation's words, and the place of the other object."""
+    """Return the relation's words, and the place of the other object."""
     try:
         relation, other = position
-        words, other = RELATIONS[relation], int(other)
+        words, other = RELATION_WORDS[relation], int(other)
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(
-            f"GenEval metadata: position={position!r}, expected one of {', '.join(RELATIONS)} and an object's place."
+            f"GenEval metadata: position={position!r}, expected one of {', '.join(RELATION_WORDS)} and an object's "
+            "place."
         ) from error
     if not 0 <= other < number or other == place:
         raise ValueError(f"GenEval metadata: position={position!r}, but there is no other object at place {other}.")

@@ -22,7 +22,7 @@ from ..common import (
     to_rgb,
 )
 from .rules import (
-    COLORS,
+    GENEVAL_COLORS,
     THRESHOLD,
     Detection,
     confident_objects,
@@ -35,7 +35,12 @@ from .rules import (
 MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"
 GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 """Classes that GenEval calls otherwise than COCO."""
-TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
+COLOR_TEMPLATES = (
+    "a photo of a {color} {label}",
+    "a photo of a {color}-colored {label}",
+    "a photo of a {color} object",
+)
+"""GenEval's own words."""
 BLANK = (0x99, 0x99, 0x99)
 
 Detector = Callable[[Sequence[Image.Image]], list[list[Detection]]]
@@ -44,7 +49,7 @@ ColorNamer = Callable[[Image.Image, Sequence[Detection]], Sequence[str]]
 
 class Mask2FormerDetector:
     """
-    Objects and their masks by a Mask2Former of transformers.
+    A detector of objects and their masks by a Mask2Former of transformers.
 
     Args:
         model: id or folder of a Mask2Former for instances, or the model itself with its `processor`.
@@ -84,7 +89,7 @@ class Mask2FormerDetector:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
-        """Each image's objects, boxes and masks in its own pixels."""
+        """Find each image's objects, boxes and masks in its own pixels."""
         by_size = defaultdict(list)  # images of several sizes would be padded, and their masks stretched with it
         for index, image in enumerate(images):
             by_size[image.size].append(index)
@@ -102,7 +107,7 @@ class Mask2FormerDetector:
         return self.detections(outputs, [(image.height, image.width) for image in images])
 
     def detections(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[list[Detection]]:
-        """The objects in the model's outputs for images of these heights and widths."""
+        """Read the objects in the model's outputs for images of these heights and widths."""
         outputs.class_queries_logits = outputs.class_queries_logits.float().cpu()
         outputs.masks_queries_logits = outputs.masks_queries_logits.float().cpu()
         results = self.processor.post_process_instance_segmentation(
@@ -121,19 +126,19 @@ class Mask2FormerDetector:
 
 
 def as_masks(segmentation: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Masks (N, H, W) of bool; without any object transformers returns one empty map (H, W)."""
+    """Return masks (N, H, W) of bool; without any object transformers returns one empty map (H, W)."""
     maps = segmentation.cpu().numpy()
     return maps > 0 if maps.ndim == 3 else np.zeros((0, *maps.shape), dtype=bool)
 
 
 def box_of(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of a mask (H, W) in pixels, right and bottom exclusive."""
+    """Find left, top, right, bottom of a mask (H, W) in pixels, right and bottom exclusive."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def masked_crop(image: Image.Image, detection: Detection) -> Image.Image:
-    """An object cut out of its picture along its box, on grey where its mask is not."""
+    """Cut an object out of its image along its box, on grey where its mask is not."""
     image = to_rgb(image)
     if detection.mask is not None:
         image = Image.composite(image, Image.new("RGB", image.size, BLANK), Image.fromarray(detection.mask))
@@ -142,7 +147,7 @@ def masked_crop(image: Image.Image, detection: Detection) -> Image.Image:
 
 
 class ClipColors:
-    """Names the colours of objects: which of GenEval's ten is CLIP's nearest, by three templates' mean embedding."""
+    """A namer of objects' colours: which of GenEval's ten is CLIP's nearest, by three templates' mean embedding."""
 
     def __init__(self, embedder: ClipEmbedder):
         self.embedder = embedder
@@ -150,24 +155,26 @@ class ClipColors:
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, detections: Sequence[Detection]) -> list[str]:
-        """The colour of each of these objects, all of one class."""
+        """Name the colour of each of these objects, all of one class."""
         if not detections:
             return []
         crops = self.embedder.images([masked_crop(image, detection) for detection in detections])
-        return [COLORS[i] for i in (crops @ self._color_texts(detections[0].label).T).argmax(1).tolist()]
+        return [GENEVAL_COLORS[i] for i in (crops @ self._color_texts(detections[0].label).T).argmax(1).tolist()]
 
     def _color_texts(self, label: str) -> Tensor:
-        """(10, D), one embedding for each colour."""
+        """Embed the ten colours of a class: (10, D)."""
         if label not in self._texts:
-            texts = [template.format(color=color, label=label) for color in COLORS for template in TEMPLATES]
-            embedded = self.embedder.texts(texts).view(len(COLORS), len(TEMPLATES), -1)
+            texts = [
+                template.format(color=color, label=label) for color in GENEVAL_COLORS for template in COLOR_TEMPLATES
+            ]
+            embedded = self.embedder.texts(texts).view(len(GENEVAL_COLORS), len(COLOR_TEMPLATES), -1)
             self._texts[label] = F.normalize(embedded.mean(1), dim=-1)
         return self._texts[label]
 
 
 class GenEvalReward(ImageReward):
     """
-    GenEval's rules on each image and its row.
+    A reward by GenEval's rules on each image and its row.
 
     Args:
         metadata_column: column with GenEval's rows (see [`geneval_rules`]), as mappings or, since their positions have

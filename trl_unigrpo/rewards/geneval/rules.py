@@ -20,22 +20,22 @@ from numpy.typing import NDArray
 
 THRESHOLD = 0.3
 COUNTING_THRESHOLD = 0.9
-MAX_OBJECTS = 16
+MAX_PER_CLASS = 16
 POSITION_MARGIN = 0.1
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 
 
 @dataclass(frozen=True)
 class Detection:
     """
-    One object in a picture.
+    One object in an image.
 
     Args:
         label: its class.
         score: in [0, 1].
         box: left, top, right, bottom in pixels, right and bottom exclusive.
-        mask: (H, W) of bool, its pixels in the picture; None if there is only the box.
+        mask: (H, W) of bool, its pixels in the image; None if there is only the box.
     """
 
     label: str
@@ -51,7 +51,7 @@ ColorsOf = Callable[[Sequence[Detection]], Sequence[str]]
 
 def read_row(row: Mapping[str, Any] | str, classes: Collection[str] | None = None) -> dict[str, Any]:
     """
-    A row in GenEval's form, from a mapping or its JSON; what is None counts as absent.
+    Read a row in GenEval's form, from a mapping or its JSON; values that are None count as absent.
 
     Args:
         classes: those that the detector knows; any are allowed if not given.
@@ -77,8 +77,8 @@ def read_row(row: Mapping[str, Any] | str, classes: Collection[str] | None = Non
                 f"{', '.join(sorted(classes))}."
             )
     for index, clause in enumerate(include):
-        if clause.get("color", COLORS[0]) not in COLORS:
-            raise ValueError(f"GenEval clause {clause!r}: expected a 'color' of {', '.join(COLORS)}.")
+        if clause.get("color", GENEVAL_COLORS[0]) not in GENEVAL_COLORS:
+            raise ValueError(f"GenEval clause {clause!r}: expected a 'color' of {', '.join(GENEVAL_COLORS)}.")
         relation, target = clause.get("position", (RELATIONS[0], -1))
         if relation not in RELATIONS or ("position" in clause and not 0 <= target < index):
             raise ValueError(
@@ -89,21 +89,23 @@ def read_row(row: Mapping[str, Any] | str, classes: Collection[str] | None = Non
 
 
 def confident_objects(detections: Sequence[Detection], tag: str | None = None) -> dict[str, list[Detection]]:
-    """Detections that count, by class, the surest first: score above 0.3, or 0.9 where the tag is "counting", at most
-    16 of each class."""
+    """
+    Sort the detections that count by class, the surest first: score above 0.3, or 0.9 where the tag is "counting", at
+    most 16 of each class.
+    """
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     objects: dict[str, list[Detection]] = {}
     counted = [detection for detection in detections if detection.score > threshold]
     for detection in sorted(counted, key=lambda found: -found.score):
         same = objects.setdefault(detection.label, [])
-        if len(same) < MAX_OBJECTS:
+        if len(same) < MAX_PER_CLASS:
             same.append(detection)
     return objects
 
 
 def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
     """
-    Where box a lies, seen from box b; nothing if they overlap too much to say, two relations on a diagonal.
+    Say where box a lies, seen from box b; nothing if they overlap too much to say, two relations on a diagonal.
 
     The offset o of the centres is shortened on each axis by 0.1 of both boxes' sizes s,
     d = max(|o| - 0.1 (s_a + s_b), 0); a relation holds where d / ||o|| > 0.5 on its axis.
@@ -120,13 +122,13 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
 
 
 def all_related(relation: str, found: Sequence[Detection], targets: Sequence[Detection]) -> bool:
-    """Whether each of `found` lies so to each of `targets`."""
+    """Say whether each of `found` lies so to each of `targets`."""
     return all(relation in relations(one.box, target.box) for one in found for target in targets)
 
 
 def strict_score(row: Mapping[str, Any], objects: Objects, colors_of: ColorsOf) -> float:
     """
-    1 if everything that the row asks for holds, else 0: GenEval's own rule.
+    Return 1 if everything that the row asks for holds, else 0: GenEval's own rule.
 
     Of each class the `count` surest objects are looked at, so that more of them is no fault unless `exclude` says so.
     """
@@ -148,7 +150,7 @@ def strict_score(row: Mapping[str, Any], objects: Objects, colors_of: ColorsOf) 
 
 def partial_score(row: Mapping[str, Any], objects: Objects, colors_of: ColorsOf) -> float:
     """
-    The mean credit of all that the row's `include` asks for, as Flow-GRPO trains on (arXiv 2505.05470).
+    Average the credit of all that the row's `include` asks for, as Flow-GRPO trains on (arXiv 2505.05470).
 
     Of n objects of a class, `1 - |n - found| / n`, below 0 where more than 2n are there. If exactly n are found: of a
     colour `1 - |n - so coloured| / n`, of a position 1 or 0. Else these get 0, and so does a position relative to a

@@ -1,4 +1,4 @@
-"""Reads a judge's answers: bodies of OpenAI's chat protocol, checked against a schema.
+"""Reading a judge's answers: bodies of OpenAI's chat protocol, checked against a schema.
 
 Whatever comes in, each function returns a number in its range or raises [`NoAnswer`].
 """
@@ -52,10 +52,14 @@ class _AnswerWithText(_Strict):
     choices: Annotated[list[_ChoiceWithText], Field(min_length=1)]
 
 
-class Verdict(BaseModel):
-    """What a judge answers in mode "score"; the reason comes first, so that the score follows from it."""
+_DESCRIPTION = 'What a judge answers in mode "score"; the reason comes first, so that the score follows from it.'
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+
+class Verdict(BaseModel):
+    """A judge's answer in mode "score"; the reason comes first, so that the score follows from it."""
+
+    # The description travels with the schema: other words would be another request, which no cache knows.
+    model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra={"description": _DESCRIPTION})
 
     reason: str
     score: Annotated[float, Field(allow_inf_nan=False)]
@@ -69,7 +73,7 @@ VERDICT_FORMAT = {
 
 def yes_probability(body: Any) -> float:
     """
-    P(yes) / (P(yes) + P(no)) among the most probable first tokens, all spellings of each word added up.
+    Compute P(yes) / (P(yes) + P(no)) among the most probable first tokens, all spellings of each word added up.
 
     Args:
         body: an answer's JSON, requested with `logprobs` and `top_logprobs`.
@@ -100,7 +104,7 @@ def yes_probability(body: Any) -> float:
 
 def verdict_score(body: Any, low: float, high: float) -> float:
     """
-    The score of a [`Verdict`], mapped from [low, high] to [0, 1].
+    Read the score of a [`Verdict`], mapped from [low, high] to [0, 1].
 
     Args:
         body: an answer's JSON, requested with `VERDICT_FORMAT`.
@@ -126,6 +130,6 @@ def _checked(schema: Any, body: Any) -> Any:
 
 
 def _what(error: ValidationError) -> str:
-    """The first fault, without the input."""
+    """Name the first fault, without the input."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"

@@ -1,4 +1,4 @@
-"""Answers of a judge, kept in a file: for evaluations that run again, and for the same questions about one picture."""
+"""Answers of a judge, kept in a file: for evaluations that run again, and for the same questions about one image."""
 
 import sqlite3
 from pathlib import Path

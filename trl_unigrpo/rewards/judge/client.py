@@ -21,7 +21,7 @@ HOSTED = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"
 
 _SECRETS = (
-    (re.compile(r"data:image/[\w.+-]+;base64,[\w+/=%-]*"), "[picture]"),
+    (re.compile(r"data:image/[\w.+-]+;base64,[\w+/=%-]*"), "[image]"),
     (re.compile(r"(?<=://)[^/\s@]+@"), "[key]@"),
     (re.compile(r"(?i)(\bbearer\s+|\bapi[-_ ]?key['\"]?\s*[=:]\s*['\"]?)[^\s'\",}]+"), r"\1[key]"),
     (re.compile(r"\b[sr]k-[\w*.-]+"), "[key]"),
@@ -37,7 +37,7 @@ _HINTS = {
 
 def endpoint_url(base_url: str | None) -> str:
     """
-    The given URL, else that of OPENAI_BASE_URL, else the hosted one if there is a key.
+    Return the given URL, else that of OPENAI_BASE_URL, else the hosted one if there is a key.
 
     Raises:
         ValueError: if there is none, or it is no URL.
@@ -57,7 +57,7 @@ def endpoint_url(base_url: str | None) -> str:
 
 
 def redact(text: str) -> str:
-    """A text that may be shown: without keys, credentials and pictures, 500 characters at most."""
+    """Clean a text that may be shown: without keys, credentials and images, 500 characters at most."""
     for name, value in os.environ.items():
         if name.startswith("OPENAI") and name.endswith("KEY") and value:
             text = text.replace(value, "[key]").replace(quote(value, safe=""), "[key]")
@@ -67,7 +67,7 @@ def redact(text: str) -> str:
 
 
 def explain(error: Exception, url: str) -> str:
-    """One line on what went wrong and what to do about it."""
+    """Say in one line what went wrong and what to do about it."""
     cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
     hint = _HINTS.get(getattr(error, "status_code", 0), "")
     if isinstance(error, APIConnectionError):
@@ -99,7 +99,8 @@ class Session:
 
 class Endpoint:
     """
-    Opens one [`Session`] per running event loop, shared by all that use it at a time and closed by the last of them.
+    An endpoint with one [`Session`] per running event loop, shared by all that use it at a time and closed by the last
+    of them.
 
     Connections belong to the loop that opened them; TRL scores on a loop of its own, `asyncio.run` makes new ones.
     """

@@ -1,4 +1,4 @@
-"""A vision-language model in this process as the judge of pictures."""
+"""A vision-language model in this process as the judge of images."""
 
 import asyncio
 import threading
@@ -102,13 +102,15 @@ class LocalVLMJudge(ImageReward):
         return self._probabilities(images, [fill(self.template, {"prompt": prompt}) for prompt in prompts])
 
     async def ask(self, pairs: Sequence[tuple[Image.Image, str]]) -> Scores:
-        """P(yes) in [0, 1] for each (image, question), computed in a thread, so that other rewards can go on."""
+        """
+        Return P(yes) in [0, 1] for each (image, question), computed in a thread, so that other rewards can go on.
+        """
         images, questions = [image for image, _ in pairs], [question for _, question in pairs]
         return await asyncio.to_thread(self._probabilities, images, self._questions(questions))
 
     def differentiable(self, pixels: Tensor, questions: Sequence[str]) -> Tensor:
         """
-        P(yes) for each image, with a gradient to its pixels.
+        Compute P(yes) for each image, with a gradient to its pixels.
 
         The weights stay on the device, for the backward pass: call [`release`] after it.
 
@@ -176,7 +178,7 @@ class LocalVLMJudge(ImageReward):
         return scores
 
     def _inputs(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
-        """The model's inputs, padded on the right: positions are then those of a row alone."""
+        """Prepare the model's inputs, padded on the right: positions are then those of a row alone."""
         messages: list[list[dict[str, Any]]] = []
         for image, text in zip(images, texts, strict=True):
             content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
@@ -195,7 +197,7 @@ class LocalVLMJudge(ImageReward):
         return inputs.to(self.device, self.model.dtype)
 
     def _log_odds(self, inputs: Any) -> Tensor:
-        """log(P(yes) / P(no)) of the next token, (B,): no other token matters, so no softmax is needed."""
+        """Compute log(P(yes) / P(no)) of the next token, (B,): no other token matters, so no softmax is needed."""
         last = inputs["attention_mask"].sum(1) - 1
         kept, place = last.unique(return_inverse=True)
         logits = self.model(**inputs, logits_to_keep=kept).logits
@@ -207,7 +209,7 @@ class LocalVLMJudge(ImageReward):
 
 def answer_ids(tokenizer: Any) -> dict[str, list[int]]:
     """
-    All tokens that spell yes and no, by word.
+    Find all tokens that spell yes and no, by word.
 
     Raises:
         ValueError: if the vocabulary has none for one of them.
@@ -225,6 +227,6 @@ def answer_ids(tokenizer: Any) -> dict[str, list[int]]:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """Pixels (3, H, W) in [0, 1] as an image of 8 bits."""
+    """Turn pixels (3, H, W) in [0, 1] into an image of 8 bits."""
     rows = (pixels.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     return Image.fromarray(rows.cpu().numpy())

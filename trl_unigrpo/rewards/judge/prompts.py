@@ -1,4 +1,4 @@
-"""What judges are asked, and which words of a vocabulary are a yes or a no.
+"""The questions to judges, and the words of a vocabulary that are a yes or a no.
 
 A template has places, as in `{prompt}`. Texts are put there between double quotes and escaped, so that none can end
 its quotation, start a line of its own or hold a control token of a chat format.
@@ -19,7 +19,7 @@ SYSTEM_PROMPT = (
 _YES_OR_NO = "Answer with one word: yes or no."
 _SCORE = "Give a short reason, then the score."
 
-# By mode: what is asked about a prompt's picture, and how a question about a picture is put.
+# By mode: what is asked about a prompt's image, and how a question about an image is put.
 TEMPLATES = {
     "logprobs": f"The picture was asked for by {{prompt}}. Does it show all of this, correctly? {_YES_OR_NO}",
     "score": "The picture was asked for by {prompt}. How much of this does it show, correctly, on a scale from {low} "
@@ -41,18 +41,18 @@ _AROUND = string.whitespace + "▁ĠĊ.,!:;\"'`*()"
 
 
 def quoted(text: str) -> str:
-    """A text as a JSON string of one line: between double quotes, with everything escaped that could end it."""
+    """Write a text as a JSON string of one line: between double quotes, with everything escaped that could end it."""
     return _ESCAPED.sub(_escape, json.dumps(text, ensure_ascii=False))
 
 
 def _escape(found: re.Match[str]) -> str:
-    """A character as JSON's escapes of its UTF-16 units."""
+    """Write a character as JSON's escapes of its UTF-16 units."""
     return re.sub("(....)", r"\\u\1", found[0].encode("utf-16-be", "surrogatepass").hex())
 
 
 def places(template: str) -> set[str]:
     """
-    The names of a template's places.
+    List the names of a template's places.
 
     Raises:
         ValueError: if there is none, or one that is no plain name, as `{}` and `{prompt.x}`.
@@ -73,13 +73,15 @@ def places(template: str) -> set[str]:
 
 
 def fill(template: str, texts: Mapping[str, str | float]) -> str:
-    """The template with its places filled: texts quoted, numbers as they are."""
+    """Fill the places of the template: texts quoted, numbers as they are."""
     return template.format_map(
         {name: quoted(value) if isinstance(value, str) else f"{value:g}" for name, value in texts.items()}
     )
 
 
 def answer_word(token: str) -> str | None:
-    """'yes' or 'no' if the token is this word, in any case and with any space or punctuation around it; else None."""
+    """
+    Return 'yes' or 'no' if the token is this word, in any case, with any space or punctuation around it; else None.
+    """
     word = token.strip(_AROUND).casefold()
     return word if word in ("yes", "no") else None

@@ -1,4 +1,4 @@
-"""A vision-language model behind an endpoint as the judge of pictures."""
+"""A vision-language model behind an endpoint as the judge of images."""
 
 import asyncio
 import base64
@@ -45,7 +45,7 @@ MODES = ("logprobs", "score", "pairwise")
 _FIRST_TOKEN = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
 _VERDICT = {"max_tokens": 300, "response_format": VERDICT_FORMAT}
 
-# Pictures to show, and what to ask about them; None where there is nothing to ask.
+# Images to show, and what to ask about them; None where there is nothing to ask.
 Request = tuple[list[Image.Image], str] | None
 
 
@@ -53,8 +53,8 @@ class VLMJudge:
     """
     Scores images by a vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, hosted).
 
-    An async TRL reward, and an [`Asker`]. The picture comes first in a request, then the question, so that a server
-    that keeps prefixes reads each picture once. A key is read from OPENAI_API_KEY; a local server needs none.
+    An async TRL reward, and an [`Asker`]. The image comes first in a request, then the question, so that a server
+    that keeps prefixes reads each image once. A key is read from OPENAI_API_KEY; a local server needs none.
 
     ```python
     judge = VLMJudge("Qwen/Qwen3-VL-8B-Instruct", base_url="http://localhost:8000/v1")
@@ -72,8 +72,8 @@ class VLMJudge:
         question_template: how [`ask`] puts a question, with a place `{question}`.
         system_prompt: "" for none.
         score_range: of the number in mode "score"; mapped to [0, 1].
-        reference: for mode "pairwise": the column with reference pictures, or a function of (prompts, images) that
-            returns one picture, or None, per image.
+        reference: for mode "pairwise": the column with reference images, or a function of (prompts, images) that
+            returns one image, or None, per image.
         max_side: larger images are scaled down to so many pixels; None for never.
         image_format: "jpeg" (quality 95) or "png", exact.
         concurrency: requests at a time. One that waits to be repeated keeps its place: an endpoint that is overloaded
@@ -81,7 +81,7 @@ class VLMJudge:
         timeout: seconds without an answer before a request is repeated.
         max_retries: repetitions of a request after a timeout, a dropped connection, an answer that is none, or the
             status 408, 409, 429 or 5xx; with growing pauses, or the endpoint's own (Retry-After).
-        cache: a sqlite file that keeps the answers; None for none. Generated pictures hardly repeat, so it pays for
+        cache: a sqlite file that keeps the answers; None for none. Generated images hardly repeat, so it pays for
             evaluations that run again.
         options: more arguments of the client's `chat.completions.create`, None to leave one out, as in
             `{"max_tokens": None, "max_completion_tokens": 1}`.
@@ -176,24 +176,22 @@ class VLMJudge:
             references = self._references(texts, images, columns)
             shown = [[old, new] if old is not None else [] for old, new in zip(references, images, strict=True)]
         scores = await self._answers(
-            [(pictures, text) if pictures else None for pictures, text in zip(shown, asked, strict=True)]
+            [(visible, text) if visible else None for visible, text in zip(shown, asked, strict=True)]
         )
         self._breaker.observe(scores, self.last_error, log_metric)
         return scores
 
     async def ask(self, pairs: Sequence[tuple[Image.Image, str]]) -> Scores:
         """
-        P(yes) in [0, 1] for each (image, question), `None` where no answer came.
+        Return P(yes) in [0, 1] for each (image, question), `None` where no answer came.
 
-        A picture that appears several times is encoded once. `last_error` says what went wrong last.
+        An image that appears several times is encoded once. `last_error` says what went wrong last.
 
         Raises:
-            ValueError: in mode "pairwise", which compares two pictures.
+            ValueError: in mode "pairwise", which compares two images.
         """
         if self.mode == "pairwise":
-            raise ValueError(
-                "A judge with mode='pairwise' compares pictures: ask one with mode='logprobs' or 'score'."
-            )
+            raise ValueError("A judge with mode='pairwise' compares images: ask one with mode='logprobs' or 'score'.")
         return await self._answers(
             [([image], self._fill(self.question_template, question=question)) for image, question in pairs]
         )
@@ -210,20 +208,20 @@ class VLMJudge:
         else:
             references = column(columns, str(self.reference), self.__name__)
         if len(references) != len(images):
-            raise ValueError(f"Got {len(references)} reference pictures for {len(images)} images: expected as many.")
-        given = [picture for picture in references if picture is not None]
+            raise ValueError(f"Got {len(references)} reference images for {len(images)} images: expected as many.")
+        given = [image for image in references if image is not None]
         check_images(given, len(given))
         if len(given) < len(images):
-            self.last_error = "There was no reference picture."
+            self.last_error = "There was no reference image."
         return references
 
     async def _answers(self, requests: Sequence[Request]) -> Scores:
         urls: dict[int, str] = {}
 
-        def url_of(picture: Image.Image) -> str:
-            if id(picture) not in urls:
-                urls[id(picture)] = self._encode(picture)
-            return urls[id(picture)]
+        def url_of(image: Image.Image) -> str:
+            if id(image) not in urls:
+                urls[id(image)] = self._encode(image)
+            return urls[id(image)]
 
         async with self._endpoint.session() as session:
             scores = await asyncio.gather(*(self._answer(session, request, url_of) for request in requests))
@@ -234,16 +232,16 @@ class VLMJudge:
     async def _answer(self, session: Session, request: Request, url_of: Callable[[Image.Image], str]) -> float | None:
         if request is None:
             return None
-        pictures, text = request
+        images, text = request
         try:
             async with session.slots:
-                body = self._body(list(map(url_of, pictures)), text)
+                body = self._body(list(map(url_of, images)), text)
                 key = self._key(body) if self._cache is not None else ""
                 if self._cache is not None and (known := self._cache.get(key)) is not None:
                     return known
                 answer = await session.client.chat.completions.with_raw_response.create(**body)
             score = finite(self._read(json.loads(answer.text)))
-        except Exception as error:  # whatever it is, one picture without a score must not end a training
+        except Exception as error:  # whatever it is, one image without a score must not end a training
             self.last_error = explain(error, self._endpoint.url)
             return None
         if self._cache is not None and score is not None:
@@ -260,7 +258,7 @@ class VLMJudge:
         return {name: value for name, value in body.items() if value is not None}
 
     def _key(self, body: dict[str, Any]) -> str:
-        """Everything that the answer depends on: endpoint, model, pictures, texts, options."""
+        """Hash everything that the answer depends on: endpoint, model, images, texts, options."""
         whole = [self._endpoint.url, self.mode, self.score_range, body]
         return hashlib.sha256(json.dumps(whole, default=repr).encode()).hexdigest()
 
@@ -269,7 +267,7 @@ class VLMJudge:
 
 
 def data_url(image: Image.Image, max_side: int | None = 768, image_format: str = "jpeg") -> str:
-    """The image as a `data:` URL."""
+    """Write the image as a `data:` URL."""
     buffer = io.BytesIO()
     to_rgb(image, max_side).save(buffer, image_format, **({"quality": 95} if image_format == "jpeg" else {}))
     return f"data:image/{image_format};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,29 +1,25 @@
 """Prompts to question lists, line by line into a file that a later run goes on with."""
 
 import asyncio
-import hashlib
-import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ...messages import user_text
-from .question import Question, read_questions
+from .question import Question
+from .question_file import failures_file, finished, prompt_hash, write_failure, write_questions
 
 
 Row = Mapping[str, Any]
 Decomposer = Callable[[Row], Awaitable[tuple[Question, ...]]]
 """From one row, with its `prompt`, to questions; raises where it can't."""
 
-_START = b'{"prompt_hash": "'
-
 
 @dataclass
 class Report:
     """
-    What became of the rows.
-
+    Numbers of rows, by what became of them.
     Args:
         written: rows that were decomposed.
         skipped: rows whose prompt is in the output already.
@@ -37,17 +33,6 @@ class Report:
     repeated: int = 0
     failed: int = 0
     left: int = 0
-
-
-def prompt_hash(prompt: str) -> str:
-    """What a prompt is known by in the output: 16 hexadecimal digits of its SHA-256."""
-    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
-
-
-def failures_file(output: str | Path) -> Path:
-    """Where the rows that failed are written, beside the output: `out.jsonl` -> `out.failures.jsonl`."""
-    output = Path(output)
-    return output.with_name(f"{output.stem}.failures.jsonl")
 
 
 async def decompose_rows(
@@ -81,7 +66,26 @@ async def decompose_rows(
             f"concurrency={concurrency}, max_failures_in_a_row={max_failures_in_a_row}: expected at least 1."
         )
     output, report = Path(output), Report()
-    known, todo, unreadable = finished(output), {}, []
+    todo, unreadable = _sorted_out(rows, finished(output), report)
+    failures = failures_file(output)
+    with output.open("a", encoding="utf-8") as lines, failures.open("w", encoding="utf-8") as failed_lines:
+        work = _Work(todo, decomposer, lines, failed_lines, report, max_failures_in_a_row, on_row)
+        for row, reason in unreadable:
+            work.fail(row, reason)
+        report.left = len(todo)
+        work.tell()
+        await asyncio.gather(*(work.go() for _ in range(min(concurrency, len(todo)))))
+    if not report.failed:
+        failures.unlink()
+    return report
+
+
+def _sorted_out(
+    rows: Iterable[Row], known: Collection[str], report: Report
+) -> tuple[dict[str, Row], list[tuple[Row, Exception]]]:
+    """Return the rows to do, by the hash of their prompt, and those without a prompt; count the others."""
+    todo: dict[str, Row] = {}
+    unreadable: list[tuple[Row, Exception]] = []
     for row in rows:
         try:
             key = prompt_hash(_prompt(row))
@@ -92,75 +96,7 @@ async def decompose_rows(
         report.repeated += key in todo
         if key not in known and key not in todo:
             todo[key] = row
-    waiting, total, in_a_row = iter(todo.items()), len(todo), 0
-
-    failures = failures_file(output)
-    with output.open("a", encoding="utf-8") as lines, failures.open("w", encoding="utf-8") as failed_lines:
-
-        def fail(row: Row, error: Exception) -> None:
-            report.failed += 1
-            record = {"prompt": row.get("prompt"), "error": f"{type(error).__name__}: {error}"}
-            failed_lines.write(json.dumps(record, default=str) + "\n")
-            failed_lines.flush()
-
-        def progress() -> None:
-            if on_row is not None:
-                on_row(total - report.left, total)
-
-        async def work() -> None:
-            nonlocal in_a_row
-            while in_a_row < max_failures_in_a_row and (item := next(waiting, None)) is not None:
-                key, row = item
-                try:
-                    questions = await decomposer(row)
-                    found = {"prompt_hash": key, "questions": [question.to_dict() for question in questions]}
-                    record = {"prompt_hash": key, **row} | found
-                    lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-                    lines.flush()
-                    report.written, in_a_row = report.written + 1, 0
-                except Exception as error:  # one row's, whatever it is: the others go on
-                    fail(row, error)
-                    in_a_row += 1
-                report.left -= 1
-                progress()
-
-        for row, reason in unreadable:
-            fail(row, reason)
-        report.left = total
-        progress()
-        await asyncio.gather(*(work() for _ in range(min(concurrency, total))))
-    if not report.failed:
-        failures.unlink()
-    return report
-
-
-def finished(output: Path) -> set[str]:
-    """
-    Hashes of the prompts in an earlier run's output; a line that this run was killed in is cut off.
-
-    Raises:
-        ValueError: if the file was not written by [`decompose_rows`].
-    """
-    if not output.exists():
-        return set()
-    whole, newline, torn = output.read_bytes().rpartition(b"\n")
-    found = set()
-    for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
-        try:
-            record = json.loads(line)
-            read_questions(record["questions"])
-            found.add(record["prompt_hash"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{output}, line {number}: no row with 'prompt_hash' and 'questions' ({error}). Pass another output, "
-                "or mend the line."
-            ) from error
-    if torn:
-        if not (torn.startswith(_START) or _START.startswith(torn)):
-            raise ValueError(f"{output} ends with a line of something else. Pass another output.")
-        with output.open("rb+") as file:
-            file.truncate(len(whole) + len(newline))
-    return found
+    return todo, unreadable
 
 
 def _prompt(row: Row) -> str:
@@ -172,14 +108,56 @@ def _prompt(row: Row) -> str:
     return text
 
 
+class _Work:
+    """The rows of one run, which several workers take from, and the files that they write to."""
+
+    def __init__(
+        self,
+        todo: Mapping[str, Row],
+        decomposer: Decomposer,
+        lines: TextIO,
+        failed_lines: TextIO,
+        report: Report,
+        max_failures_in_a_row: int,
+        on_row: Callable[[int, int], None] | None,
+    ):
+        self.waiting, self.total = iter(todo.items()), len(todo)
+        self.decomposer, self.on_row = decomposer, on_row
+        self.lines, self.failed_lines, self.report = lines, failed_lines, report
+        self.in_a_row, self.max_failures_in_a_row = 0, max_failures_in_a_row
+
+    async def go(self) -> None:
+        """Decompose one row after the other until none waits, or too many have failed in a row."""
+        while self.in_a_row < self.max_failures_in_a_row and (item := next(self.waiting, None)) is not None:
+            key, row = item
+            try:
+                write_questions(self.lines, key, row, await self.decomposer(row))
+                self.report.written, self.in_a_row = self.report.written + 1, 0
+            except Exception as error:  # one row's, whatever it is: the others go on
+                self.fail(row, error)
+                self.in_a_row += 1
+            self.report.left -= 1
+            self.tell()
+
+    def fail(self, row: Row, error: Exception) -> None:
+        """Count and write a row that failed."""
+        self.report.failed += 1
+        write_failure(self.failed_lines, row, error)
+
+    def tell(self) -> None:
+        """Say how many rows are done."""
+        if self.on_row is not None:
+            self.on_row(self.total - self.report.left, self.total)
+
+
 async def by_rule(row: Row) -> tuple[Question, ...]:
-    """The decomposer of rows with GenEval's metadata."""
+    """Decompose a row with GenEval's metadata."""
     from ..geneval.geneval_questions import questions_from_geneval
 
     return questions_from_geneval(row)
 
 
-def run(
+def decompose_with_progress(
     rows: Iterable[Row],
     output: str | Path,
     *,
@@ -190,7 +168,7 @@ def run(
     **options: Any,
 ) -> Report:
     """
-    [`decompose_rows`] with a progress bar, from synchronous code.
+    Run [`decompose_rows`] with a progress bar, from synchronous code.
 
     Args:
         model, base_url, options: of [`LLMDecomposer`].

@@ -59,7 +59,8 @@ class _Decomposition(BaseModel):
 
 class LLMDecomposer:
     """
-    Asks a model for a prompt's questions. Use it in one event loop, as `async with LLMDecomposer(...) as decomposer`.
+    A client that asks a model for a prompt's questions. Use it in one event loop, as `async with LLMDecomposer(...) as
+    decomposer`.
 
     The key is read from OPENAI_API_KEY; a local endpoint needs none.
 
@@ -108,7 +109,7 @@ class LLMDecomposer:
 
     async def __call__(self, row: Mapping[str, Any]) -> tuple[Question, ...]:
         """
-        The questions of the row's prompt.
+        Ask for the questions of the row's prompt.
 
         Raises:
             DecompositionError: if the endpoint fails, or no answer has the right form.
@@ -143,7 +144,7 @@ class LLMDecomposer:
 
 
 def reason(error: Exception | None) -> str:
-    """What happened, on one line, without the key."""
+    """Say what happened, on one line, without the key."""
     return redact(" ".join(f"{type(error).__name__}: {error}".split()))
 
 

@@ -57,7 +57,7 @@ class Question:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Question":
-        """A question from a dataset's row; keys that are missing or None have their defaults."""
+        """Read a question from a dataset's row; keys that are missing or None have their defaults."""
         unknown = sorted(set(data) - {field.name for field in fields(cls)})
         if unknown:
             known = ", ".join(field.name for field in fields(cls))
@@ -67,13 +67,13 @@ class Question:
         return cls(**{name: value for name, value in data.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON and for a dataset's column."""
+        """Return plain values, for JSON and for a dataset's column."""
         return {**asdict(self), "parents": list(self.parents)}
 
 
 def read_questions(cell: Any, group: str = "semantic") -> tuple[Question, ...]:
     """
-    The questions in a cell of a dataset.
+    Read the questions in a cell of a dataset.
 
     Args:
         cell: a list of texts, of dictionaries or of [`Question`]s, or such a list as JSON.
@@ -108,7 +108,9 @@ def _question(item: Any, group: str) -> Question:
 
 
 def evaluation_order(questions: Sequence[Question]) -> list[int]:
-    """Places of the questions, parents first; ValueError for parents that are not there or wait for each other."""
+    """
+    Order the places of the questions, parents first; ValueError for parents that are not there or wait for each other.
+    """
     for place, question in enumerate(questions):
         unknown = [parent for parent in question.parents if parent >= len(questions)]
         if unknown:
@@ -124,18 +126,18 @@ def evaluation_order(questions: Sequence[Question]) -> list[int]:
 
 
 def earned(questions: Sequence[Question], answers: Scores) -> Scores:
-    """Probability, in [0, 1], of the answer that was expected; None where there is none."""
+    """Return the probability, in [0, 1], of the answer that was expected; None where there is none."""
     pairs = zip(questions, answers, strict=True)
     return [p if p is None or question.expected == "yes" else 1 - p for question, p in pairs]
 
 
 def weighted_mean(questions: Sequence[Question], answers: Scores) -> float | None:
-    """sum w e / sum w over the answered questions, e what each earned; None if none was answered."""
+    """Compute sum w e / sum w over the answered questions, e what each earned; None if none was answered."""
     return _mean(questions, earned(questions, answers))
 
 
 def geometric_mean(questions: Sequence[Question], answers: Scores) -> float | None:
-    """(prod e^w)^(1 / sum w) over the answered questions: one question that earned 0 makes the score 0."""
+    """Compute (prod e^w)^(1 / sum w) over the answered questions: one question that earned 0 makes the score 0."""
     pairs = [(q.weight, e) for q, e in zip(questions, earned(questions, answers), strict=True) if e is not None]
     if not pairs:
         return None
@@ -146,7 +148,8 @@ def geometric_mean(questions: Sequence[Question], answers: Scores) -> float | No
 
 def dependency_mean(questions: Sequence[Question], answers: Scores) -> float | None:
     """
-    Weighted mean in which a question counts 0 where a parent was not answered as expected, as in DPG-Bench.
+    Compute the weighted mean in which a question counts 0 where a parent was not answered as expected, as in
+    DPG-Bench.
 
     A parent that earned less than 0.5, or counts 0 itself, zeroes its children. A parent without an answer leaves its
     children without one, unless another parent zeroes them.
@@ -162,14 +165,14 @@ def dependency_mean(questions: Sequence[Question], answers: Scores) -> float | N
 
 
 def exam_points(questions: Sequence[Question], answers: Scores) -> float | None:
-    """Weighted share of the answered questions whose answer was right: that earned 0.5 or more."""
+    """Compute the weighted share of the answered questions whose answer was right: that earned 0.5 or more."""
     points = [None if e is None else float(e >= 0.5) for e in earned(questions, answers)]
     return _mean(questions, points)
 
 
 def dv_score(questions: Sequence[Question], answers: Scores) -> float | None:
     """
-    sqrt(semantic mean * quality mean), the reward of AlphaGRPO (arXiv 2605.12495).
+    Compute sqrt(semantic mean * quality mean), the reward of AlphaGRPO (arXiv 2605.12495).
 
     Returns:
         None if one of the groups has no answer at all.
@@ -185,7 +188,7 @@ def dv_score(questions: Sequence[Question], answers: Scores) -> float | None:
 
 
 def group_means(questions: Sequence[Question], answers: Scores) -> dict[str, float | None]:
-    """The weighted mean of each group."""
+    """Compute the weighted mean of each group."""
     rows: dict[str, tuple[list[Question], Scores]] = {}
     for question, answer in zip(questions, answers, strict=True):
         members, given = rows.setdefault(question.group, ([], []))

@@ -40,7 +40,7 @@ Aggregate = Callable[[Sequence[Question], Scores], float | None]
 
 class QuestionReward:
     """
-    Scores an image by a judge's answers to the questions of its row: an asynchronous TRL reward function.
+    A reward by a judge's answers to the questions of each image's row: an asynchronous TRL reward function.
 
     Args:
         asker: the judge, see [`~trl_unigrpo.rewards.common.Asker`]. It gets all questions of a batch in one call.
@@ -74,7 +74,7 @@ class QuestionReward:
         self._breaker = Breaker(self.__name__, max_dead_batches)
 
     def questions_of(self, row: Mapping[str, Any]) -> tuple[Question, ...]:
-        """The questions in one row of the dataset."""
+        """Read the questions in one row of the dataset."""
         return read_questions(column(dict(row), self.column, self.__name__))
 
     def check(self, dataset: Iterable[Mapping[str, Any]]) -> None:
@@ -115,7 +115,7 @@ class QuestionReward:
             for name, value in metrics(asked, answers).items():
                 log_metric(f"{self.__name__}/{name}", value)
         if log_extra is not None:
-            log_extra(f"{self.__name__} answers", [report(*row) for row in zip(asked, answers, strict=True)])
+            log_extra(f"{self.__name__} answers", [answer_lines(*row) for row in zip(asked, answers, strict=True)])
         self._breaker.observe(scores, last_error, log_metric)
         return scores
 
@@ -128,7 +128,7 @@ class QuestionReward:
         return questions
 
     async def _ask(self, pairs: Sequence[tuple[Image.Image, str]]) -> tuple[Scores, str]:
-        """P(yes) of each pair, or None, and what went wrong last."""
+        """Return P(yes) of each pair, or None, and what went wrong last."""
         try:
             answers = [_probability(answer) for answer in await self.asker.ask(pairs)]
         except DeadRewardError:
@@ -169,7 +169,10 @@ class DVReward(QuestionReward):
 
 
 def metrics(asked: Sequence[Sequence[Question]], answers: Sequence[Scores]) -> dict[str, float]:
-    """`unanswered`, the share of questions without an answer, and each group's mean over the images that have one."""
+    """
+    Compute `unanswered`, the share of questions without an answer, and each group's mean over the images that have
+    one.
+    """
     flat = [answer for row in answers for answer in row]
     found: dict[str, list[float]] = {}
     for questions, row in zip(asked, answers, strict=True):
@@ -180,8 +183,10 @@ def metrics(asked: Sequence[Sequence[Question]], answers: Sequence[Scores]) -> d
     return {"unanswered": sum(answer is None for answer in flat) / len(flat), **means}
 
 
-def report(questions: Sequence[Question], answers: Scores) -> str:
-    """A line for each question: whether its answer is the expected one, how sure the judge is of it, the question."""
+def answer_lines(questions: Sequence[Question], answers: Scores) -> str:
+    """
+    Write a line for each question: whether its answer is the expected one, how sure the judge is of it, the question.
+    """
     lines = []
     for question, right in zip(questions, earned(questions, answers), strict=True):
         mark = "–" if right is None else "✓" if right > 0.5 else "✗"

@@ -19,7 +19,7 @@ from ..common import (
     finite,
 )
 from .wire import (
-    describe,
+    describe_error,
     is_loopback,
     read_token,
     safe_text,
@@ -137,7 +137,7 @@ class RemoteReward:
                     return await self._post(client, request, images[part]), ""
             # Whatever went wrong: a score is missing, the run goes on, and the breaker counts.
             except Exception as error:
-                return [None] * len(images[part]), describe(error, token)
+                return [None] * len(images[part]), describe_error(error, token)
 
         async with httpx2.AsyncClient(**self._settings(token), timeout=None) as client:
             starts = range(0, len(prompts), self.batch_size)
@@ -152,7 +152,7 @@ class RemoteReward:
     async def _post(
         self, client: httpx2.AsyncClient, request: dict[str, Any], images: Sequence[Image.Image]
     ) -> Scores:
-        """The scores of one request; RequestError if it gave none after all its retries."""
+        """Ask for the scores of one request; RequestError if it gave none after all its retries."""
         body = await asyncio.to_thread(request_body, request, images)
         for attempt in range(self.max_retries + 1):
             pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * _jitter.uniform(0.75, 1.25)
@@ -166,7 +166,7 @@ class RemoteReward:
             except TimeoutError:
                 problem = f"{self.url} did not answer within {self.timeout:g} s."
             except httpx2.TransportError as error:
-                problem = f"{self.url}: {describe(error)}"
+                problem = f"{self.url}: {describe_error(error)}"
             else:
                 if answer.is_success:
                     return read_scores(answer, len(images))
@@ -179,7 +179,7 @@ class RemoteReward:
         raise RequestError(problem)
 
     def _sent(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """The columns that travel."""
+        """Choose the columns that travel."""
         if self.columns is None:
             return {name: values for name, values in columns.items() if name not in NOT_SENT}
         return {name: column(columns, name, self.__name__) for name in self.columns}
@@ -188,7 +188,9 @@ class RemoteReward:
         return None if self.token_env is None else read_token(self.token_env)
 
     def _settings(self, token: str | None) -> dict[str, Any]:
-        """Arguments of an HTTP client. Proxies of the environment are not for this machine's own addresses."""
+        """
+        Return the arguments of an HTTP client. Proxies of the environment are not for this machine's own addresses.
+        """
         return {
             "base_url": self.url,
             "headers": {} if token is None else {"Authorization": f"Bearer {token}"},
@@ -196,14 +198,14 @@ class RemoteReward:
         }
 
     def _find(self, name: str | None) -> str:
-        """The name, once the server has confirmed it; without one, that of its only reward."""
+        """Return the name, once the server has confirmed it; without one, that of its only reward."""
         try:
             with httpx2.Client(**self._settings(self._token()), timeout=CHECK_SECONDS) as client:
                 health, answer = client.get("/health"), client.get("/rewards")
         except httpx2.TransportError as error:
             raise ConnectionError(
-                f"No reward server answers at {self.url} ({describe(error)}). Start one: trl-unigrpo serve-rewards "
-                "module:reward"
+                f"No reward server answers at {self.url} ({describe_error(error)}). Start one: trl-unigrpo "
+                "serve-rewards module:reward"
             ) from None
         if answer.status_code == 401:
             place = "pass token_env" if self.token_env is None else f"it is not the one in {self.token_env}"
@@ -227,7 +229,9 @@ class RemoteReward:
 
 
 def checked_url(url: str) -> str:
-    """The server's address without a slash at its end; ValueError if it is none, or holds more than an address."""
+    """
+    Return the server's address without a slash at its end; ValueError if it is none, or holds more than an address.
+    """
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018  raises if it is no number
@@ -241,7 +245,7 @@ def checked_url(url: str) -> str:
 
 
 def as_json(name: str, values: Sequence[Any], number: int) -> list[Any]:
-    """A column as a list; TypeError if JSON can't hold it, ValueError if it hasn't one value per image."""
+    """Return a column as a list; TypeError if JSON can't hold it, ValueError if it hasn't one value per image."""
     if len(values) != number:
         raise ValueError(f"{name} has {len(values)} values for {number} images, expected one per image.")
     try:
@@ -255,13 +259,13 @@ def as_json(name: str, values: Sequence[Any], number: int) -> list[Any]:
 
 
 def request_body(request: dict[str, Any], images: Sequence[Image.Image]) -> bytes:
-    """The request as JSON, its images as PNG in base64."""
-    pictures = [base64.b64encode(to_png(image)).decode() for image in images]
-    return json.dumps({**request, "images": pictures}, allow_nan=False).encode()
+    """Write the request as JSON, its images as PNG in base64."""
+    encoded = [base64.b64encode(to_png(image)).decode() for image in images]
+    return json.dumps({**request, "images": encoded}, allow_nan=False).encode()
 
 
 def read_scores(answer: httpx2.Response, number: int) -> Scores:
-    """The scores in an answer; RequestError if there is not one number or null per image."""
+    """Read the scores in an answer; RequestError if there is not one number or null per image."""
     try:
         scores = answer.json()["scores"]
     except (ValueError, KeyError, TypeError):
@@ -276,7 +280,7 @@ def read_scores(answer: httpx2.Response, number: int) -> Scores:
 
 
 def error_text(answer: httpx2.Response) -> str:
-    """What the server says about an error; a proxy's page, cut, if it is not ours."""
+    """Read what the server says about an error; a proxy's page, cut, if it is not ours."""
     try:
         return safe_text(str(answer.json()["error"]))
     except (ValueError, KeyError, TypeError):
@@ -284,7 +288,7 @@ def error_text(answer: httpx2.Response) -> str:
 
 
 def retry_after(answer: httpx2.Response) -> float:
-    """Seconds that the server asks to wait; 0 if it doesn't say, or says it as a date."""
+    """Read the seconds that the server asks to wait; 0 if it doesn't say, or says it as a date."""
     try:
         return min(max(0.0, float(answer.headers.get("retry-after", 0))), LONGEST_PAUSE)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Serves TRL reward functions over HTTP, for [`RemoteReward`]: `trl-unigrpo serve-rewards module:reward`.
+"""A server of TRL reward functions over HTTP, for [`RemoteReward`]: `trl-unigrpo serve-rewards module:reward`.
 
     GET  /health         open to everyone: {"status": "ok", "version": ...}
     GET  /rewards        {"rewards": [names]}
@@ -28,7 +28,7 @@ from ..common import Scores, finite
 from ..loading import load_reward
 from .wire import (
     TooManyPixelsError,
-    describe,
+    describe_error,
     from_png,
     is_loopback,
     read_token,
@@ -51,7 +51,7 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-Reward = Callable[..., Any]
+RewardFunction = Callable[..., Any]
 
 # Nobody reads this answer: its caller hung up.
 GONE = 499
@@ -61,7 +61,7 @@ SHUTDOWN_SECONDS = 30
 @dataclass(frozen=True)
 class Limits:
     """
-    What a request may hold; more is answered with 413.
+    The limits of a request; more is answered with 413.
 
     Args:
         max_images: images in a request.
@@ -80,7 +80,7 @@ class Limits:
 
 
 class ScoreRequest(BaseModel):
-    """What is posted to `/score/{name}`."""
+    """The body that is posted to `/score/{name}`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -100,23 +100,23 @@ class Batch:
     columns: dict[str, list[Any]] = field(default_factory=dict)
 
 
-def reward_name(reward: Reward) -> str:
-    """The name that TRL gives a reward function in its metrics."""
+def reward_name(reward: RewardFunction) -> str:
+    """Return the name that TRL gives a reward function in its metrics."""
     while isinstance(reward, functools.partial):
         reward = reward.func
     return getattr(reward, "__name__", type(reward).__name__)
 
 
-def is_async(reward: Reward) -> bool:
-    """Whether calling it gives a coroutine."""
+def is_async(reward: RewardFunction) -> bool:
+    """Say whether calling it gives a coroutine."""
     while isinstance(reward, functools.partial):
         reward = reward.func
     return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
 
 
-def load_rewards(paths: Sequence[str]) -> dict[str, Reward]:
-    """Rewards by the name that they are served under; ValueError if two share one."""
-    rewards: dict[str, Reward] = {}
+def load_rewards(paths: Sequence[str]) -> dict[str, RewardFunction]:
+    """Load rewards by the name that they are served under; ValueError if two share one."""
+    rewards: dict[str, RewardFunction] = {}
     for path in paths:
         reward = load_reward(path)
         name = reward_name(reward)
@@ -129,7 +129,7 @@ def load_rewards(paths: Sequence[str]) -> dict[str, Reward]:
 
 
 def read_batch(body: bytes, limits: Limits) -> Batch:
-    """A request's body, checked and decoded; HTTPException 413 or 422, without its content, if it is not right."""
+    """Check and decode a request's body; HTTPException 413 or 422, without its content, if it is not right."""
     try:
         request = ScoreRequest.model_validate_json(body)
     except ValidationError as error:
@@ -156,8 +156,8 @@ def read_batch(body: bytes, limits: Limits) -> Batch:
     return Batch(request.prompts, request.completions, images, request.columns)
 
 
-def read_scores(returned: Any, number: int) -> Scores:
-    """What a reward returned, as one float or None per image; NaN and infinity become None."""
+def checked_scores(returned: Any, number: int) -> Scores:
+    """Check what a reward returned: one float or None per image; NaN and infinity become None."""
     try:
         scores = [finite(score) for score in returned]
     except (TypeError, ValueError):
@@ -171,7 +171,7 @@ def read_scores(returned: Any, number: int) -> Scores:
 
 async def read_body(request: Request, limit: int, keep: bool = True) -> bytes:
     """
-    The body of a request; HTTPException 413 if it is longer than `limit` bytes.
+    Read the body of a request; HTTPException 413 if it is longer than `limit` bytes.
 
     What is too long is read on for as much again, though not kept, and so is the body of a request that is refused
     (`keep=False`): whoever is still sending would see a broken connection instead of the answer.
@@ -190,7 +190,7 @@ async def read_body(request: Request, limit: int, keep: bool = True) -> bytes:
 
 class Endpoints:
     """
-    What the server answers.
+    The answers of the server.
 
     Args:
         rewards: by name.
@@ -198,7 +198,7 @@ class Endpoints:
         limits: of a request.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], token: str | None = None, limits: Limits | None = None):
+    def __init__(self, rewards: Mapping[str, RewardFunction], token: str | None = None, limits: Limits | None = None):
         self.rewards, self.token, self.limits = rewards, token, limits or Limits()
         # Synchronous rewards run one call at a time: models on a GPU seldom stand more.
         self._turns: dict[str, AbstractAsyncContextManager[Any]] = {
@@ -228,13 +228,13 @@ class Endpoints:
             if await request.is_disconnected():
                 return Response(status_code=GONE)
             try:
-                scores = read_scores(await self._call(self.rewards[name], batch), len(batch.images))
+                scores = checked_scores(await self._call(self.rewards[name], batch), len(batch.images))
             except Exception as error:
                 logger.error(safe_text("".join(traceback.format_exception(error)), self.token, limit=20_000))
-                raise HTTPException(500, f"{name} raised {describe(error, self.token)}") from None
+                raise HTTPException(500, f"{name} raised {describe_error(error, self.token)}") from None
         return JSONResponse({"scores": scores})
 
-    async def _call(self, reward: Reward, batch: Batch) -> Any:
+    async def _call(self, reward: RewardFunction, batch: Batch) -> Any:
         call = functools.partial(
             reward, prompts=batch.prompts, completions=batch.completions, images=batch.images, **batch.columns
         )
@@ -260,8 +260,10 @@ async def _answer_nobody(request: Request, error: Exception) -> Response:
     return Response(status_code=GONE)
 
 
-def build_app(rewards: Mapping[str, Reward], token: str | None = None, limits: Limits | None = None) -> Starlette:
-    """The ASGI application; see [`Endpoints`] for the arguments."""
+def build_app(
+    rewards: Mapping[str, RewardFunction], token: str | None = None, limits: Limits | None = None
+) -> Starlette:
+    """Build the ASGI application; see [`Endpoints`] for the arguments."""
     endpoints = Endpoints(rewards, token, limits)
     return Starlette(
         routes=[

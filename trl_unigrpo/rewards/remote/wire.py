@@ -1,4 +1,4 @@
-"""What the two ends of a served reward share: images as PNG, tokens, addresses, and texts that are safe to show."""
+"""Shared by the two ends of a served reward: images as PNG, tokens, addresses, and texts that are safe to show."""
 
 import io
 import ipaddress
@@ -25,7 +25,7 @@ class TooManyPixelsError(ValueError):
 
 
 def to_png(image: Image.Image) -> bytes:
-    """The image as PNG, its pixels unchanged; modes that PNG does not have become RGB."""
+    """Encode the image as PNG, its pixels unchanged; modes that PNG does not have become RGB."""
     buffer = io.BytesIO()
     # The fastest compression: the bytes travel once, mostly within a machine or a rack.
     (image if image.mode in PNG_MODES else to_rgb(image)).save(buffer, "PNG", compress_level=1)
@@ -34,7 +34,7 @@ def to_png(image: Image.Image) -> bytes:
 
 def from_png(data: bytes, max_pixels: int) -> Image.Image:
     """
-    The image of a PNG from elsewhere.
+    Decode the image of a PNG from elsewhere.
 
     Args:
         max_pixels: width x height, read from the header before anything is decoded.
@@ -58,7 +58,7 @@ def from_png(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def read_token(name: str) -> str:
-    """The token in the environment variable `name`; ValueError, without its value, if it can't be one."""
+    """Read the token in the environment variable `name`; ValueError, without its value, if it can't be one."""
     token = os.environ.get(name, "")
     if len(token) < MIN_TOKEN_LENGTH or not (token.isascii() and token.isprintable()) or " " in token:
         found = f"{len(token)} characters" if token else "not set"
@@ -71,7 +71,7 @@ def read_token(name: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
+    """Say whether only this machine can reach `host`."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -80,8 +80,8 @@ def is_loopback(host: str) -> bool:
 
 def safe_text(text: str, token: str | None = None, limit: int = 300) -> str:
     """
-    A text that may be logged and sent: without the token, values of environment variables that are named like keys,
-    and long runs without a space, which are data such as pictures; at most `limit` characters.
+    Clean a text that may be logged and sent: without the token, values of environment variables that are named like
+    keys, and long runs without a space, which are data such as images; at most `limit` characters.
     """
     secrets = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 8}
     for secret in sorted(secrets | ({token} if token else set()), key=len, reverse=True):
@@ -90,6 +90,6 @@ def safe_text(text: str, token: str | None = None, limit: int = 300) -> str:
     return text if len(text) <= limit else text[:limit] + " ..."
 
 
-def describe(error: BaseException, token: str | None = None) -> str:
-    """Type and message of an error, safe to show."""
+def describe_error(error: BaseException, token: str | None = None) -> str:
+    """Write type and message of an error, safe to show."""
     return safe_text(f"{type(error).__name__}: {error}", token)

@@ -1,0 +1,37 @@
+"""The documentation's tables come from docstrings; a hook that silently finds nothing would leave empty pages."""
+
+import dataclasses
+
+import pytest
+
+from tests.helpers.paths import ROOT
+from trl_unigrpo import UniGRPOConfig
+
+
+def test_config_table_names_every_documented_field(hooks):
+    table = hooks.parameter_tables(ROOT / "trl_unigrpo" / "unigrpo_config.py", "UniGRPOConfig")
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    fields = {field.name for field in dataclasses.fields(UniGRPOConfig)}
+    assert len(rows) > 20
+    assert {row.split("`")[1] for row in rows} <= fields
+    assert all(row.endswith(" |") and len(row.split(" | ")) >= 4 for row in rows)
+
+
+def test_config_docstring_names_every_new_field():
+    own = set(UniGRPOConfig.__annotations__) - {field.name for field in dataclasses.fields(UniGRPOConfig.__mro__[1])}
+    documented = UniGRPOConfig.__doc__
+    assert [name for name in sorted(own) if not name.startswith("_") and f"{name} (`" not in documented] == []
+
+
+def test_class_without_parameters_is_an_error(hooks, tmp_path):
+    (tmp_path / "x.py").write_text('class A:\n    """Nothing."""\n')
+    with pytest.raises(ValueError, match="no 'Parameters:' section"):
+        hooks.parameter_tables(tmp_path / "x.py", "A")
+
+
+def test_example_on_the_flow_page_runs():
+    page = (ROOT / "docs" / "flow.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code, names)
+    assert names["velocity"].grad.abs().sum() > 0

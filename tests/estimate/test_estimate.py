@@ -1,0 +1,377 @@
+"""Sizes, FLOPs and memory in closed form, against the released checkpoint, counted runs and saved tensors."""
+
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from tests.helpers.paths import FIXTURES
+from trl_unigrpo.estimate import (
+    Workload,
+    decode_read_bytes,
+    estimate_memory,
+    floor_flops,
+    floor_seconds,
+    lora_parameters,
+    overhead_flops,
+    parameter_counts,
+    released_config,
+)
+from trl_unigrpo.estimate.counting import count_flops
+from trl_unigrpo.estimate.flops import (
+    image_forward,
+    logits_forward,
+    packed_forward,
+    text_forward,
+)
+from trl_unigrpo.estimate.memory import saved_by_layer, weight_memory
+from trl_unigrpo.estimate.random_model import random_bagel
+from trl_unigrpo.estimate.vae import vae_decode, vae_parameters
+from trl_unigrpo.models.bagel import BagelConfig
+from trl_unigrpo.models.contract import ContextRow, FlowInputs
+from trl_unigrpo.trainers.dry_run import random_trainer
+
+
+RELEASED_KEYS = FIXTURES / "bagel" / "released_keys.txt"
+H200 = (790e12, 4.8e12)  # FLOP/s, bytes/s
+CPU = torch.device("cpu")
+VAE = {"in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "z_channels": 4}
+
+
+def small_config(layers: int = 4, width: int = 64, inner: int = 192, heads: int = 4) -> BagelConfig:
+    return BagelConfig(
+        llm_config={
+            "vocab_size": 64,
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "max_position_embeddings": 256,
+        },
+        vae_config={**VAE, "scale_factor": 0.3611, "shift_factor": 0.1159},
+        max_latent_size=16,
+        im_start_token_id=0,
+        im_end_token_id=1,
+        vision_start_token_id=2,
+        vision_end_token_id=3,
+    )
+
+
+def small(config: BagelConfig | None = None, **changes) -> Workload:
+    sizes = {
+        "image_size": 32,
+        "prompt_length": 12,
+        "completion_length": 8,
+        "num_generations": 4,
+        "num_inference_steps": 6,
+        "micro_batch_size": 2,
+        "lora_ranks": (2, 2),
+        "half": False,
+    }
+    return Workload(config or small_config(), **{**sizes, **changes})
+
+
+def released(image_size: int, **changes) -> Workload:
+    """512 tokens before the image, the group of 24, 25 evaluations, 3 of them trained twice."""
+    return Workload(released_config(), image_size, prompt_length=1, completion_length=511, **changes)
+
+
+# Sizes
+
+
+def test_parameters_are_those_of_the_released_checkpoint():
+    counts: Counter[str] = Counter()
+    for line in RELEASED_KEYS.read_text().splitlines():
+        name, shape, times = re.fullmatch(r"(\S+) \(([\d, ]+)\) x(\d+)", line).groups()
+        size = int(times)
+        for side in shape.split(","):
+            size *= int(side or 1)
+        if name.startswith(("encoder.", "decoder.")):
+            group = "VAE"
+        elif name.startswith(("vit_", "connector")):
+            group = "understanding tower"
+        elif "embed_tokens" in name or "lm_head" in name:
+            group = "embeddings"
+        elif name.startswith("language_model"):
+            group = "image expert" if "moe_gen" in name else "text expert"
+        else:
+            group = "image ends"
+        counts[group] += size
+    assert vae_parameters(released_config()) == counts.pop("VAE")
+    assert parameter_counts(released_config()) == dict(counts)
+    assert sum(counts.values()) == 14_607_260_128
+
+
+def test_parameters_are_those_of_a_built_model():
+    config = small_config()
+    model = random_bagel(config)
+    stored = sum(x.numel() for x in model.state_dict().values())
+    assert sum(parameter_counts(config).values()) == stored
+
+
+def test_adapters_have_rank_times_in_plus_out_weights():
+    assert lora_parameters(released_config().llm_config, 1) == 2_523_136
+    config = small_config()
+    base = random_bagel(config)
+    model = get_peft_model(base, LoraConfig(r=3, target_modules=base.default_lora_targets("image")))
+    assert lora_parameters(config.llm_config, 3) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# FLOPs of the released model, as its documentation works them out by hand
+
+
+@pytest.mark.parametrize(("size", "evaluation", "packed"), [(1024, 61.1, 190.5), (512, 14.0, 49.4)])
+def test_flops_of_the_released_model(size, evaluation, packed):
+    load = released(size)
+    assert image_forward(load).total / 1e12 == pytest.approx(evaluation, abs=0.05)
+    assert text_forward(load, 512).total / 1e12 == pytest.approx(6.7, abs=0.05)
+    words = 512 * logits_forward(load)
+    assert (packed_forward(load).total + words) / 1e12 == pytest.approx(packed, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("size", "rollout", "train", "reference", "vae", "seconds"),
+    [(1024, 36.6, 29.1, 4.6, 10.5, 91), (512, 8.4, 7.25, 1.2, 2.5, 23)],
+)
+def test_floor_of_the_released_model(size, rollout, train, reference, vae, seconds):
+    parts = floor_flops(released(size))
+    assert parts["denoising"] / 1e15 == pytest.approx(rollout, abs=0.05)
+    assert parts["update"] / 1e15 == pytest.approx(train, abs=0.06)
+    assert parts["reference pass"] / 1e15 == pytest.approx(reference, abs=0.05)
+    assert parts["VAE decode"] / 24 / 1e12 == pytest.approx(vae, abs=0.05)
+    assert sum(floor_seconds(released(size), *H200).values()) == pytest.approx(seconds, abs=0.5)
+
+
+@pytest.mark.parametrize(("size", "seconds", "train"), [(1024, 79, 19.9), (512, 20, 4.9)])
+def test_floor_without_checkpointing(size, seconds, train):
+    load = released(size, gradient_checkpointing=False)
+    assert floor_flops(load)["update"] / 1e15 == pytest.approx(train, abs=0.05)
+    assert sum(floor_seconds(load, *H200).values()) == pytest.approx(seconds, abs=0.5)
+
+
+@pytest.mark.parametrize(("size", "train"), [(1024, 37.1), (512, 9.5)])
+def test_full_fine_tuning_with_checkpointing(size, train):
+    assert floor_flops(released(size, lora_ranks=None))["update"] / 1e15 == pytest.approx(train, abs=0.06)
+
+
+def test_decoding_is_bound_by_reading_weights():
+    load = released(512)
+    assert decode_read_bytes(load) / 511 == pytest.approx(13.05e9 + 1.09e9, rel=0.003)
+    assert floor_seconds(load, *H200)["decode"] == pytest.approx(1.5, abs=0.02)
+    assert floor_seconds(load, H200[0], 1e30)["decode"] == pytest.approx(174e12 / 790e12, abs=0.002)
+    assert decode_read_bytes(replace(load, quantization="nf4")) < decode_read_bytes(load) / 2.5
+
+
+# FLOPs counted in runs
+
+
+def test_vae_is_counted_as_it_runs():
+    config = small_config()
+    codec = random_bagel(config).codec
+    with count_flops() as counter:
+        codec.decode(torch.zeros(1, 64, 16), (8, 8))
+    assert vae_decode(config, 32)[0] == counter.get_total_flops()
+
+
+# Not in the closed form: on a CPU, TRL scores the prompt's tokens, too; with frozen weights the first layer needs no
+# input gradient; with it, checkpointing stops before the image expert's last product, whose result nobody needs.
+@pytest.mark.parametrize(
+    ("ranks", "checkpointing", "tolerance"),
+    [(None, False, 0.002), (None, True, 0.03), ((16, 16), False, 0.02), ((16, 16), True, 0.02)],
+)
+def test_counted_generation_is_the_closed_form(tmp_path, ranks, checkpointing, tolerance):
+    load = small(lora_ranks=ranks, gradient_checkpointing=checkpointing)
+    trainer = random_trainer(load, CPU, str(tmp_path))
+    with count_flops() as counter:
+        trainer.train()
+    expected = sum(floor_flops(load).values()) + sum(overhead_flops(load).values())
+    assert counter.get_total_flops() == pytest.approx(expected, rel=tolerance)
+
+
+def test_packed_forward_is_counted_to_the_last_product():
+    load = small(lora_ranks=None, completion_length=9)
+    model = random_bagel(load.config)
+    with count_flops() as counter, torch.no_grad():
+        model.predict_velocities(flow(load))
+    assert counter.get_total_flops() == packed_forward(load).total * load.micro_batch_size
+
+
+def flow(load: Workload) -> FlowInputs:
+    batch, images, size = load.micro_batch_size, load.sde_window_size, load.image_size
+    return FlowInputs(
+        latents=torch.randn(batch, images, load.latents, load.config.latent_channels),
+        timesteps=torch.rand(batch, images),
+        contexts=[ContextRow(row) for row in torch.randint(6, 60, (batch, load.context))],
+        image_size=(size, size),
+    )
+
+
+# Memory
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4", "nf4-double"])
+def test_weights_to_the_byte(quantization):
+    if quantization:
+        pytest.importorskip("bitsandbytes")
+    load = small(half=True, quantization=quantization)
+    model = random_bagel(load.config, dtype=torch.bfloat16, quantization=quantization)
+    held = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            held += [state.absmax, state.code]
+            if state.nested:
+                held += [state.state2.absmax, state.state2.code, state.offset]
+    assert weight_memory(load) == sum(x.numel() * x.element_size() for x in held)
+
+
+def test_weights_of_the_released_model():
+    for quantization, size in ((None, 28.34), ("nf4", 9.58), ("nf4-double", 8.97)):
+        load = released(512, quantization=quantization, with_tower=False)
+        assert weight_memory(load) / 1e9 == pytest.approx(size, abs=0.01)
+    assert weight_memory(released(512)) / 1e9 == pytest.approx(29.21, abs=0.01)
+
+
+@pytest.mark.parametrize("ranks", [None, (2, 2)])
+def test_trained_weights_gradients_and_optimizer_to_the_byte(tmp_path, ranks):
+    load = small(lora_ranks=ranks)
+    trainer = random_trainer(load, CPU, str(tmp_path))
+    gradients = []
+    clip = trainer._clip_grad_norm
+
+    def recorded(model):
+        gradients.append(sum(p.grad.nbytes for p in model.parameters() if p.grad is not None))
+        return clip(model)
+
+    trainer._clip_grad_norm = recorded
+    trainer.train()
+    parts = estimate_memory(load).parts
+    trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+    states = trainer.optimizer.state.values()
+    assert parts["gradients"] == trained == gradients[0]
+    assert parts["optimizer state"] == sum(
+        state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq")
+    )
+    assert parts["adapters"] == (0 if ranks is None else trained)
+    reference = trainer.unified._reference
+    copied = 0 if reference is None else sum(x.nbytes for x in reference.state_dict().values())
+    assert parts["reference copy"] == copied
+    assert parts["VAE"] == sum(p.nbytes for p in trainer.unified.codec.vae.parameters())
+    record_bytes = sum(
+        getattr(record, name).nbytes
+        for record in trainer._buffered_inputs[0]["flow_records"]
+        for name in ("final_latents", "latents", "next_latents", "velocities")
+    )
+    others = sum(trainer._buffered_inputs[0][f"flow_{name}_velocities"].nbytes for name in ("old", "reference"))
+    slices = load.trajectories // load.micro_batch_size
+    assert parts["rollout records"] == (record_bytes + others) * slices
+
+
+def saved_bytes(load: Workload) -> int:
+    """Bytes of distinct storages that the packed forward saves, parameters left out."""
+    dtype = torch.bfloat16 if load.weight_bytes == 2 else torch.float32
+    model = random_bagel(load.config, dtype=dtype)
+    base = model
+    if load.lora_ranks is not None:
+        rank = max(load.lora_ranks)
+        model = get_peft_model(model, LoraConfig(r=rank, target_modules=base.default_lora_targets()))
+    if load.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.train()
+    parameters = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    inputs = flow(load)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=load.half)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast:
+        output = base.backbone(torch.stack([row.ids for row in inputs.contexts]), flow=inputs)
+    assert output.velocity.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+SAVED = [(None, False), ((8, 8), False), ((8, 8), True)]
+
+
+@pytest.mark.parametrize(("ranks", "half"), SAVED)
+def test_saved_activations(ranks, half):
+    # The proportions of the real layer, an eighth as wide.
+    load = small(
+        small_config(layers=2, width=448, inner=2368, heads=4),
+        lora_ranks=ranks,
+        half=half,
+        gradient_checkpointing=False,
+        image_size=64,
+    )
+    one = replace(load, config=small_config(layers=1, width=448, inner=2368, heads=4))
+    measured = saved_bytes(load)
+    weights_cast = estimate_memory(load).parts["trained weights in bfloat16"]
+    assert measured - weights_cast == pytest.approx(estimate_memory(load).parts["saved activations"], rel=0.05)
+    layer_cast = weights_cast - estimate_memory(one).parts["trained weights in bfloat16"]
+    assert measured - saved_bytes(one) - layer_cast == pytest.approx(saved_by_layer(load), rel=0.01)
+
+
+def test_checkpointing_saves_the_inputs_of_layers_alone():
+    configs = [small_config(layers=layers, width=448, inner=2368) for layers in (3, 5)]
+    few, many = (small(config, image_size=64, lora_ranks=(8, 8)) for config in configs)
+    parts = [estimate_memory(load).parts["saved activations"] for load in (few, many)]
+    assert saved_bytes(many) - saved_bytes(few) == pytest.approx(parts[1] - parts[0], rel=0.01)
+
+
+def test_released_model_saves_what_its_layers_say():
+    """Real sizes, by hand: bytes per token of a layer with adapters of rank 32, in bfloat16 under autocast."""
+    norms = 4 * (2 * 3584 + 3584 + 512) + 4 * (2 + 28 + 4)
+    linears = 2 * (3 * 18944 + 5 * 3584 + 3584 + 18944 + 7 * 32)
+    attention = 2 * 2 * (3584 + 512) + 4 * 28
+    load = released(1024, micro_batch_size=1)
+    contexts = 3 * 512 * 2 * 512 * 2
+    tokens = 512 + 3 * 4098
+    assert saved_by_layer(load) == tokens * (norms + linears + attention) + contexts
+    gibibytes = estimate_memory(replace(load, gradient_checkpointing=False)).parts["saved activations"] / 2**30
+    assert gibibytes == pytest.approx(86, abs=1)
+
+
+def test_levers_act_on_the_phases_they_should():
+    load = small(gradient_checkpointing=False, lora_ranks=(2, 2))
+    before = estimate_memory(load).peaks
+    changes = {
+        "gradient_checkpointing": (True, {"update"}),
+        "micro_batch_size": (1, {"update", "reference pass"}),
+        "image_batch_size": (1, {"denoising", "VAE decode"}),
+        "completion_length": (4, set(before)),
+    }
+    for name, (value, expected) in changes.items():
+        after = estimate_memory(replace(load, **{name: value})).peaks
+        lower = {phase for phase in before if after[phase] < before[phase]}
+        assert lower == expected - {"VAE decode"} if name == "completion_length" else lower == expected
+
+
+# Settings that no run can have
+
+WRONG = [
+    ({"image_size": 30}, "image_size=30: .*multiple of 4, at most 64"),
+    ({"image_size": 68}, "image_size=68"),
+    ({"num_generations": 0}, "num_generations=0: expected at least 1"),
+    ({"image_batch_size": -1}, "image_batch_size=-1"),
+    ({"sde_window_size": 6}, "sde_window_size=6 with num_inference_steps=6"),
+    ({"quantization": "int3"}, "quantization='int3': expected None, 'nf4'"),
+    ({"quantization": "nf4", "lora_ranks": None}, "trains adapters only"),
+    ({"lora_ranks": (0, 0)}, "at least one of them above 0"),
+    ({"lora_ranks": (-1, 8)}, "expected two ranks"),
+    ({"completion_length": 250}, "262 tokens .* positions for 256"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG)
+def test_impossible_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)

@@ -1,0 +1,307 @@
+"""One run in its own process: what it writes, that it can be repeated, and what is logged without being trained on."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
+from trl_unigrpo.experiments.paper.jobs import Job
+from trl_unigrpo.experiments.paper.run import run_job
+from trl_unigrpo.experiments.paper.scoring import (
+    evaluate_in_mode,
+    sample_traces,
+    strip,
+    summary,
+    trace_rows,
+)
+from trl_unigrpo.experiments.paper.systems import SYSTEMS, Scale
+from trl_unigrpo.experiments.paper.training import (
+    HistoryFile,
+    make_trainer,
+    picture_error_reward,
+    rollouts,
+    run_settings,
+)
+from trl_unigrpo.shapeworld import (
+    load_base,
+    picture_error,
+    shapeworld_dataset,
+    shapeworld_reward,
+)
+from trl_unigrpo.shapeworld.evaluate import Evaluation
+from trl_unigrpo.shapeworld.grammar import CATEGORIES
+
+
+SCALE = Scale(2, 14)
+CHOICE = {
+    "sft": {"learning_rate": 2e-4},
+    "unigrpo": {"learning_rate": 3e-4, "image_learning_rate": 1e-4},
+    "flow_grpo_thinking": {"image_learning_rate": 1e-4},
+    "refl_thinking": {"learning_rate": 1e-4},
+    "text_grpo": {"learning_rate": 3e-4},
+    "guided_base": {"guidance_scale": 2.0, "eval_guidance_scale": 2.0},
+}
+JOB = Job("unigrpo", 3)
+NOT_REPEATED = ("train_cpu_seconds", "cpu_seconds", "seconds", "date")
+
+
+def process(output, *options):
+    """The run as the command starts it."""
+    file = output / "choice.json"
+    file.write_text(json.dumps({name: {"settings": settings} for name, settings in CHOICE.items()}))
+    command = [
+        sys.executable,
+        "-m",
+        "trl_unigrpo.experiments.paper.run",
+        str(output),
+        JOB.system,
+        "--seed",
+        str(JOB.seed),
+    ]
+    command += ["--rollouts", "2", "--num-prompts", "14", "--chosen", str(file), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def lines(output):
+    file = JOB.folder(output) / "history.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def wait_for_lines(output, number):
+    end = time.monotonic() + 120
+    while len(lines(output)) < number:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing stopped."""
+    output = tmp_path_factory.mktemp("whole")
+    child = process(output)
+    child.communicate()
+    assert child.returncode == 0
+    return output
+
+
+def test_run_folder(whole):
+    folder = JOB.folder(whole)
+    assert sorted(file.name for file in folder.iterdir()) == ["history.jsonl", "run.json", "strip.png"]
+    result = json.loads((folder / "run.json").read_text())
+    settings = run_settings(SYSTEMS["unigrpo"], CHOICE, SCALE)
+    assert result["settings"] == settings and settings["image_learning_rate"] == 1e-4
+    expected = {"system": "unigrpo", "title": "UniGRPO", "group": "table1", "seed": 3, "split": "test", "start": None}
+    expected |= {"rollouts": 384, "threads": 1}
+    assert {name: result[name] for name in expected} == expected
+    assert 0 < result["train_cpu_seconds"] < result["cpu_seconds"]
+    assert result["seconds"] > 0
+    assert {"trl-unigrpo", "torch", "trl"} <= set(result["versions"])
+    assert list(result["evaluations"]) == ["sampled", "greedy"]
+    for found in result["evaluations"].values():
+        assert len(found["reward"]) == 14 and all(0 <= value <= 1 for value in found["reward"])
+        assert found["picture_error_interval"][0] < found["picture_error"] < found["picture_error_interval"][1]
+        assert list(found["categories"]) == list(CATEGORIES)
+        assert np.mean(list(found["categories"].values())) == pytest.approx(np.mean(found["reward"]), abs=1e-4)
+    assert set(result["diversity"]) == {"position_entropy", "color_entropy", "distinct_pictures"}
+    assert [trace["category"] for trace in result["traces"]] == sorted(
+        [*CATEGORIES, *CATEGORIES[:5]], key=CATEGORIES.index
+    )
+    with Image.open(folder / "strip.png") as image:
+        assert image.size == (12 * 48, 48)
+
+
+def test_history(whole):
+    first, second = lines(whole)
+    assert [first["rollouts"], second["rollouts"]] == [192, 384]
+    assert 0 < first["cpu_seconds"] < second["cpu_seconds"]
+    for row in (first, second):
+        assert set(row) == {
+            *("rollouts", "reward", "picture_error", "velocity_mse", "clip_frac", "entropy", "length", "cpu_seconds")
+        }
+        assert 0 < row["reward"] < 1 and 0 < row["clip_frac"] < 1 and 0 < row["picture_error"] < 0.1
+
+
+def test_a_run_ends_with_its_command_and_is_made_again_to_the_same_numbers(whole, tmp_path):
+    child = process(tmp_path, "--end-with-parent")
+    wait_for_lines(tmp_path, 1)
+    assert child.poll() is None
+    child.stdin.close()  # as the end of the command does, by whatever signal
+    assert child.wait(10) == 1
+    assert not JOB.finished(tmp_path) and len(lines(tmp_path)) == 1  # line by line: the second was not there yet
+
+    child = process(tmp_path)
+    child.communicate()
+    assert child.returncode == 0
+    one, other = (json.loads((JOB.folder(output) / "run.json").read_text()) for output in (whole, tmp_path))
+    for name in NOT_REPEATED:
+        del one[name], other[name]
+    assert one == other
+    without = [[{**row, "cpu_seconds": 0} for row in lines(output)] for output in (whole, tmp_path)]
+    assert without[0] == without[1]
+    strips = [(JOB.folder(output) / "strip.png").read_bytes() for output in (whole, tmp_path)]
+    assert strips[0] == strips[1]
+
+
+def small_trainer(output, rewards, **options):
+    model, tokenizer = load_base()
+    settings = run_settings(SYSTEMS["unigrpo"], CHOICE, SCALE)
+    settings |= {"num_generations": 4, "per_device_train_batch_size": 8, **options}
+    trainer = UniGRPOTrainer(
+        model=model,
+        reward_funcs=rewards,
+        args=UniGRPOConfig(output_dir=str(output), seed=1, disable_tqdm=True, **settings),
+        train_dataset=shapeworld_dataset("train", seed=1),
+        processing_class=tokenizer,
+        callbacks=[HistoryFile(output / "history.jsonl", settings)],
+    )
+    return trainer
+
+
+def test_the_picture_error_is_logged_and_changes_nothing(tmp_path):
+    """Weights equal to the bit with and without it, and far from equal with a weight on it."""
+    weights, logged = [], []
+    variants = [([shapeworld_reward], [1.0]), ([shapeworld_reward, picture_error_reward], [1.0, 0.0])]
+    variants.append(([shapeworld_reward, picture_error_reward], [1.0, -100.0]))
+    for rewards, reward_weights in variants:
+        trainer = small_trainer(tmp_path, rewards, reward_weights=reward_weights)
+        trainer.train()
+        weights.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+        logged.append([row["reward"] for row in trainer.state.log_history if "reward" in row])
+    assert logged[0] == logged[1] != logged[2]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert any(not torch.equal(value, weights[2][name]) for name, value in weights[0].items())
+
+
+def test_history_is_what_the_trainer_logged(tmp_path):
+    """One row per rollout batch: its reward, and the clipping of its last pass; a single pass has none."""
+    trainer = small_trainer(tmp_path, [shapeworld_reward, picture_error_reward])
+    trainer.train()
+    log = [row for row in trainer.state.log_history if "learning_rate" in row]
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [row["rollouts"] for row in rows] == [8, 16] and len(log) == 4
+    for row, first, second in zip(rows, log[::2], log[1::2], strict=True):
+        assert row["reward"] == float(f"{first['reward']:.5g}")
+        assert row["picture_error"] == float(f"{first['rewards/picture_error_reward/mean']:.5g}")
+        assert row["clip_frac"] == float(f"{second['flow/clip_frac']:.5g}") and first["flow/clip_frac"] == 0
+
+    trainer = small_trainer(tmp_path, [shapeworld_reward, picture_error_reward], num_iterations=1, max_steps=3)
+    trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [row["rollouts"] for row in rows] == [8, 16, 24] and {row["clip_frac"] for row in rows} == {0}
+
+
+def test_the_logged_error_is_the_verifiers():
+    images = [Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8))]
+    assert picture_error_reward(["a red circle"], [""], images=images) == picture_error(images).tolist()
+
+
+def test_without_thinking(tmp_path):
+    """Scored from the prompt alone; what has no value, such as the entropy of no thinking, is left out."""
+    settings = run_settings(SYSTEMS["flow_grpo"], CHOICE, Scale(1, 7))
+    result = run_job(Job("flow_grpo", 0), tmp_path, Scale(1, 7), settings)
+    assert list(result["evaluations"]) == ["direct"] and result["evaluations"]["direct"]["plan"] is None
+    assert {trace["thinking"] for trace in result["traces"]} == {""}
+    (row,) = (tmp_path / "flow_grpo" / "seed-0" / "history.jsonl").read_text().splitlines()
+    assert all(math.isfinite(value) for value in json.loads(row).values())
+
+
+def test_the_base_is_scored_as_it_is(tmp_path):
+    result = run_job(Job("base", 0), tmp_path, Scale(1, 7), {})
+    assert result["rollouts"] == 0 and result["train_cpu_seconds"] == 0 and result["settings"] == {}
+    assert list(result["evaluations"]) == ["sampled", "greedy", "direct"]
+    assert not (tmp_path / "base" / "seed-0" / "history.jsonl").exists()
+
+
+def test_a_start_is_kept_and_gone_on_from(tmp_path):
+    """SFT for guidance, then one rollout from it: trained with what it is scored with."""
+    scale = Scale(1, 7)
+    start = Job("guided_base", 0)
+    result = run_job(start, tmp_path, scale, run_settings(SYSTEMS["guided_base"], CHOICE, scale))
+    assert list(result["evaluations"]) == ["guided", "sampled"]
+    assert result["evaluations"]["guided"] != result["evaluations"]["sampled"]
+    model = start.folder(tmp_path) / "model"
+    assert (model / "config.json").is_file()
+    rows = [json.loads(line) for line in (start.folder(tmp_path) / "history.jsonl").read_text().splitlines()]
+    assert [row["rollouts"] for row in rows] == [96, 192] and {"text_loss", "flow_loss"} <= set(rows[0])
+
+    settings = run_settings(SYSTEMS["guidance_on"], CHOICE, scale)
+    result = run_job(Job("guidance_on", 0), tmp_path, scale, settings)
+    assert result["start"] == "guided_base" and result["settings"]["guidance_scale"] == 2.0
+    assert not (Job("guidance_on", 0).folder(tmp_path) / "model").exists()
+    (model / "config.json").unlink()
+    with pytest.raises(OSError, match="config.json"):  # it is that model that it starts from
+        run_job(Job("guidance_on", 0), tmp_path, scale, settings)
+
+
+def test_a_run_of_the_search_is_scored_in_one_mode_on_validation_prompts(tmp_path):
+    scale = Scale(1, 7, "validation")
+    settings = run_settings(SYSTEMS["sft"], {}, scale, candidate=2)
+    result = run_job(Job("sft", 100, 2), tmp_path, scale, settings)
+    assert result["settings"]["learning_rate"] == 1e-4 and result["split"] == "validation"
+    assert list(result["evaluations"]) == ["sampled"] and result["diversity"] is None
+    assert {trace["prompt"] for trace in result["traces"]} == set(shapeworld_dataset("validation", 7, 1234)["prompt"])
+    assert (tmp_path / "search" / "sft" / "2" / "run.json").is_file()
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_sft_sees_the_corpus_with_or_without_its_errors(tmp_path, clean):
+    name = "sft_clean" if clean else "sft"
+    settings = run_settings(SYSTEMS[name], CHOICE, Scale(4, 7))
+    trainer = make_trainer(SYSTEMS[name], settings, 2, *load_base(), tmp_path)
+    corpus = trainer.train_dataset
+    assert len(corpus) == rollouts(settings) == 768
+    rows = corpus[:768]
+    scores = shapeworld_reward(rows["prompt"], rows["completion"], rows["image"])
+    assert (min(scores) == 1.0) == clean and np.mean(scores) > 0.5
+
+
+def evaluation(number, model):
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(np.full((48, 48, 3), value, dtype=np.uint8)) for value in range(number)]
+    columns = {name: rng.random(number) for name in ("reward", "strict", "plan", "error")}
+    categories = [CATEGORIES[index % 3] for index in range(number)]
+    prompts = list(shapeworld_dataset("test", number, seed=1)["prompt"])
+    return Evaluation(prompts, categories, [f"t{i}" for i in range(number)], images, latents=torch.zeros(1), **columns)
+
+
+def test_summary_and_traces_are_of_the_evaluation():
+    model, _ = load_base()
+    made = evaluation(21, model)
+    found = summary(model, made, thinking=True)
+    assert found["reward"] == [round(float(value), 4) for value in made.reward]
+    assert found["strict"] == pytest.approx(made.strict.mean(), rel=1e-4)
+    assert found["plan"] == pytest.approx(made.plan.mean(), rel=1e-4)
+    assert found["picture_error"] == pytest.approx(made.error.mean(), rel=1e-4)
+    assert list(found["categories"]) == list(CATEGORIES[:3])
+    assert found["categories"][CATEGORIES[1]] == pytest.approx(made.reward[1::3].mean(), rel=1e-4)
+    rows = trace_rows(made.categories)
+    assert rows == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
+    assert [trace["thinking"] for trace in sample_traces(made)] == [f"t{row}" for row in rows]
+    pixels = np.asarray(strip(made))
+    assert pixels.shape == (48, 12 * 48, 3) and pixels[0, ::48, 0].tolist() == rows
+    assert trace_rows(["counting", "counting"]) == [0, 1]
+
+
+def test_modes():
+    model, tokenizer = load_base()
+    scale = Scale(1, 7)
+    made = {
+        mode: evaluate_in_mode(model, tokenizer, mode, scale, 2.0)
+        for mode in ("sampled", "greedy", "direct", "guided")
+    }
+    assert made["sampled"].thinking == made["guided"].thinking != made["greedy"].thinking
+    assert set(made["direct"].thinking) == {""}
+    assert not torch.equal(made["sampled"].latents, made["guided"].latents)
+    with pytest.raises(ValueError, match="eval_guidance_scale"):
+        evaluate_in_mode(model, tokenizer, "guided", scale)

@@ -1,0 +1,186 @@
+"""Training on one, two or three images a trajectory, in one round or two, with windows of unequal length; and its
+objective, written out in float64 from the equations, one step of one image at a time.
+
+The oracle knows nothing of tables, packing or guidance; of the package it calls a model's `encode_context` and
+`predict_velocity` alone.
+"""
+
+import math
+from types import SimpleNamespace
+
+import torch
+
+from tests.helpers.tiny_unified import IMAGE_SIZE, FixedTexts, tiny_bagel
+from trl_unigrpo.flow.states import select
+from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
+from trl_unigrpo.models.bagel.segments import ContextImage
+from trl_unigrpo.trajectory import Round
+
+
+GRID = (2, 2)
+NODES = [1 - i / 6 for i in range(7)]
+NOISE, FIRST = 0.8, 3 * NODES[1] / (1 + 2 * NODES[1])
+NUMBERS = 16  # in one image's latents
+SCALE = math.sqrt(262144 / NUMBERS)
+
+
+class SeesItsImages(BagelForUnifiedGeneration):
+    """A BAGEL that sees, behind all texts, the images of earlier rounds."""
+
+    def contexts(self, trajectories):
+        rows = super().contexts(trajectories)
+        for row, trajectory in zip(rows, trajectories, strict=True):
+            seen = [self._seen(image) for part in trajectory.rounds[:-1] for image in part.images]
+            places = torch.full((len(seen),), self.config.image_token_id)
+            row.ids, row.images = torch.cat([row.ids, places]), [*row.images, *seen]
+        return rows
+
+    def _seen(self, image):
+        """One object an image, so that contexts that hold it know that it is the same."""
+        known = self.__dict__.setdefault("_known", {})
+        return known.setdefault(image.seed, ContextImage(image.latents, GRID))
+
+
+class SeesAndPaintsOneByOne(SeesItsImages):
+    """The same, which does not pack."""
+
+    packs_velocities = False
+
+
+def seeing_bagel(kind=SeesItsImages):
+    """The tiny BAGEL as one of these."""
+    model = tiny_bagel()
+    model.__class__ = kind
+    return model
+
+
+class ManyImages(FixedTexts):
+    """
+    Of each four trajectories, the first paints one image; the second a further one, in a round of its own that sees
+    the first; the third two of them there; the fourth two images behind one text, of which the first is not trained,
+    and of the last trajectory of a generation neither.
+    """
+
+    def _paint(self, trajectories):
+        pictures = super()._paint(trajectories)
+        for trajectory in trajectories:
+            if trajectory.row % 4 in (1, 2):
+                trajectory.rounds.append(Round())
+        super()._paint([t for t in trajectories if t.row % 4 in (1, 2, 3)])
+        super()._paint([t for t in trajectories if t.row % 4 == 2])
+        for trajectory in trajectories:
+            for number, image in enumerate(images(trajectory)):
+                untrained = trajectory.row == 7 or (trajectory.row == 3 and number == 0)
+                image.steps = select(image.steps, slice(0 if untrained else 1 + (trajectory.row + number) % 3))
+        return pictures
+
+
+def images(trajectory):
+    """Of all rounds, in their order."""
+    return [image for _, image in trajectory.painted()]
+
+
+# The oracle
+
+
+def velocities(model, image, context_grad, size=(IMAGE_SIZE, IMAGE_SIZE)):
+    """A list of K, each (*latent), of the image's steps one by one; in float64 where the model is."""
+    with torch.set_grad_enabled(context_grad and torch.is_grad_enabled()):
+        context = model.encode_context([image.context])
+    x, t = (z.to(next(model.parameters()).dtype) for z in (image.steps.x, image.steps.t))
+    return [model.predict_velocity(context, x[k : k + 1], t[k : k + 1], size)[0].double() for k in range(len(t))]
+
+
+def surrogate(log_ratio, advantage, epsilon):
+    """-min(r A, clip(r) A)."""
+    ratio = log_ratio.exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
+
+
+def noisy_losses(image, v, old, advantage):
+    """Equation 5 of each step, with the log-ratio as the difference of two Gaussians' log-probs."""
+    losses, steps = [], image.steps
+    for k in range(len(v)):
+        x, x_next, t, dt = (z[k].double() for z in (steps.x, steps.x_next, steps.t, steps.t_next - steps.t))
+        sigma2 = NOISE**2 * t / (1 - (FIRST if t == 1 else t))
+        std = (sigma2 * -dt).sqrt()
+        mu, mu_old = (x + (u + sigma2 / (2 * t) * (x + (1 - t) * u)) * dt for u in (v[k], old[k]))
+        log_ratio = (((x_next - mu_old) ** 2).mean() - ((x_next - mu) ** 2).mean()) / (2 * std**2)
+        normed = std * (log_ratio + ((mu - mu_old) ** 2).mean() / (2 * std**2))
+        losses.append(surrogate(normed, advantage, 1e-6 * SCALE))
+    return losses
+
+
+def line_losses(image, v, old, advantage, kind):
+    """FPO's one loss of an image, or those of each of its lines (AWM, NFT)."""
+    clean, targets, epsilon = image.latents.double(), image.steps.target.double(), 1e-4 * SCALE
+    if kind != "nft":
+        gains = [((old[k] - targets[k]) ** 2 - (v[k] - targets[k]) ** 2).mean() for k in range(len(v))]
+        gains = [sum(gains) / len(gains)] if kind == "fpo" and gains else gains
+        return [surrogate(gain, advantage, epsilon) for gain in gains]
+    losses, share = [], 0.5 + advantage / 10
+    for k in range(len(v)):
+        x, t, loss = image.steps.x[k].double(), image.steps.t[k].double(), 0.0
+        for weight, towards in ((share, v[k]), (1 - share, 2 * old[k] - v[k])):  # beta = 1
+            error = x - t * towards - clean
+            loss = loss + 5 * weight * (error**2).mean() / error.abs().mean().detach()
+        losses.append(loss)
+    return losses
+
+
+def mean(values):
+    """Of a list of scalars."""
+    return sum(values) / len(values)
+
+
+def flow_loss(models, batch, settings):
+    """-(J_flow) + w L_MSE of one micro-batch: means over steps, images and trajectories, in this order."""
+    rows, grad, kind = [], settings.get("flow_context_grad") == "full", settings.get("image_objective", "flow_grpo")
+    for trajectory, advantage in zip(batch["trajectories"], batch["advantages"].double(), strict=True):
+        of_images = []
+        for image in images(trajectory):
+            if not len(image.steps):
+                continue
+            v = velocities(models.now, image, grad)
+            with torch.no_grad():
+                old, reference = (velocities(model, image, False) for model in (models.old, models.reference))
+            if settings.get("flow_old_source") == "rollout":
+                old = list(image.steps.velocity.double())
+            terms = noisy_losses if kind == "flow_grpo" else line_losses
+            losses = terms(image, v, old, advantage, *[kind] * (kind != "flow_grpo"))
+            distance = mean([((a - b) ** 2).mean() for a, b in zip(v, reference, strict=True)])
+            of_images.append(mean(losses) + 1.5e-5 * SCALE * distance)
+        rows.append(mean(of_images) if of_images else torch.zeros((), dtype=torch.float64))
+    return mean(rows)
+
+
+def text_loss(models, batch):
+    """-(J_text) of one micro-batch: means over tokens and trajectories."""
+
+    def log_probs(model, prompt, completion):
+        hidden = model.backbone(torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
+        rows = model.get_output_embeddings()(hidden)[len(prompt) - 1 : -1].log_softmax(-1)
+        return rows[torch.arange(len(completion)), torch.tensor(completion)]
+
+    losses = []
+    for row, advantage in enumerate(batch["advantages"].double()):
+        prompt, completion = (
+            batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()].tolist() for part in ("prompt", "completion")
+        )
+        with torch.no_grad():
+            old = log_probs(models.old, prompt, completion)
+        losses.append(surrogate(log_probs(models.now, prompt, completion) - old, advantage, 0.2).mean())
+    return mean(losses)
+
+
+def expected(make_model, batches, now, old, settings):
+    """Gradients by parameter name of the objective over the micro-batches of one optimizer step, and its value."""
+    models = SimpleNamespace(now=make_model(), old=make_model(), reference=make_model())
+    models.now.load_state_dict(now, strict=False)
+    models.old.load_state_dict(old, strict=False)
+    for model in vars(models).values():
+        model.double()
+    flow = mean([flow_loss(models, batch, settings) for batch in batches])
+    loss = flow + mean([text_loss(models, batch) for batch in batches])
+    loss.backward()
+    return {name: p.grad for name, p in models.now.named_parameters()}, loss.item()

@@ -1,0 +1,233 @@
+"""Defaults, presets, round trips, and every option that is refused."""
+
+import sys
+
+import pytest
+import torch
+from trl import GRPOConfig, TrlParser
+
+from tests.helpers.tiny_unified import tiny_config
+from trl_unigrpo.trainers import unigrpo_config
+from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
+
+
+# The paper's Table 3 and design.md's table.
+DEFAULTS = {
+    "num_inference_steps": 25,
+    "eval_num_inference_steps": 50,
+    "eval_guidance_scale": 1.0,
+    "timestep_shift": 3.0,
+    "image_size": 1024,
+    "sde_type": "sde",
+    "noise_level": 0.8,
+    "sde_window_range": [0, 5],
+    "sde_window_size": 3,
+    "sde_window_mode": "contiguous",
+    "sde_window_scope": "generation",
+    "text_weight": 1.0,
+    "flow_weight": 1.0,
+    "flow_epsilon": 1e-6,
+    "ratio_norm": True,
+    "scale_with_latents": True,
+    "flow_regularizer": "velocity_mse",
+    "flow_regularizer_weight": 1.5e-5,
+    "flow_old_source": "recompute",
+    "flow_context_grad": "detach",
+    "learning_rate": 1e-6,
+    "image_learning_rate": 3e-5,
+    "num_generations": 24,
+    "num_iterations": 2,
+    "loss_type": "grpo",
+    "scale_rewards": "group",
+    "importance_sampling_level": "token",
+    "beta": 0.0,
+    "epsilon": 0.2,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "disable_dropout": True,
+    "max_grad_norm": 1.0,
+    "adam_epsilon": 1e-15,
+    "trust_checks": "raise",
+    "ddp_find_unused_parameters": False,
+    # Of this project: the paper says nothing of them, or has another setting only.
+    "max_completion_length": 512,
+    "per_device_train_batch_size": 4,
+    "log_multimodal": True,
+    "log_completions_images": True,
+    "gallery_steps": 50,
+    "alarms": "stop",
+    "guidance_scale": 1.0,
+    "image_batch_size": None,
+    "thinking": True,
+    "system_prompt": "auto",
+    "process_reward_weight": 0.0,
+    "image_objective": "flow_grpo",
+    "matching_samples": 8,
+    "nft_beta": 1.0,
+}
+
+
+def test_every_field_of_this_project_has_its_default_here():
+    of_the_machine, below = {"bf16", "dataloader_pin_memory"}, {"gradient_accumulation_steps"}
+    assert set(UniGRPOConfig.__annotations__) - of_the_machine - below <= set(DEFAULTS)
+
+
+def test_defaults(tmp_path):
+    config = UniGRPOConfig(str(tmp_path), use_cpu=True)
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    assert config.generation_batch_size == 24  # one prompt
+    assert config.steps_per_generation == config.gradient_accumulation_steps == 6
+    assert config.bf16 is (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
+def test_paper(tmp_path):
+    config = UniGRPOConfig.paper(str(tmp_path), use_cpu=True)
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    assert config.generation_batch_size == 32 * 24
+    assert config.steps_per_generation == config.gradient_accumulation_steps  # two updates per generation
+    assert (
+        UniGRPOConfig.paper(str(tmp_path), use_cpu=True, per_device_train_batch_size=32).generation_batch_size == 768
+    )
+
+
+def test_paper_on_many_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(unigrpo_config, "_world_size", lambda: 32)
+    config = UniGRPOConfig.paper(str(tmp_path), use_cpu=True)
+    assert config.gradient_accumulation_steps == 6
+
+
+def test_single_gpu(tmp_path):
+    config = UniGRPOConfig.single_gpu(str(tmp_path), use_cpu=True, num_generations=8)
+    assert config.image_size == 512
+    assert config.generation_batch_size == 8
+    assert config.image_learning_rate > config.learning_rate > DEFAULTS["learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("group", "batch", "accumulation"), [(24, 4, 6), (24, 24, 1), (6, 4, 3), (4, 8, 1), (5, 2, 5)]
+)
+def test_accumulation_is_chosen_for_whole_groups(tmp_path, group, batch, accumulation):
+    config = UniGRPOConfig(str(tmp_path), use_cpu=True, num_generations=group, per_device_train_batch_size=batch)
+    assert config.gradient_accumulation_steps == accumulation
+    assert config.generation_batch_size % group == 0
+
+
+def test_every_field_has_a_help_text_and_a_line_in_the_docstring():
+    own = set(UniGRPOConfig.__annotations__) - set(GRPOConfig.__dataclass_fields__)
+    assert len(own) >= 20
+    for name in own:
+        assert UniGRPOConfig.__dataclass_fields__[name].metadata["help"]
+        assert f"        {name} (`" in UniGRPOConfig.__doc__ or f"{name}`" in UniGRPOConfig.__doc__, name
+
+
+def test_round_trip_through_the_command_line_and_yaml(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "output_dir: out\nuse_cpu: true\nimage_size: 64\nsde_window_range: [1, 4]\nsde_window_size: 2\n"
+        "flow_epsilon: 2.0e-6\nnum_generations: 8\nratio_norm: false\n"
+    )
+    arguments = ["--config", str(file), "--noise_level", "0.5", "--sde_window_scope", "group", "--flow_weight", "2"]
+    (config,) = TrlParser((UniGRPOConfig,)).parse_args_and_config(arguments)
+    assert (config.image_size, config.sde_window_range, config.sde_window_size) == (64, [1, 4], 2)
+    assert (config.flow_epsilon, config.noise_level, config.ratio_norm) == (2e-6, 0.5, False)
+    assert (config.sde_window_scope, config.flow_weight) == ("group", 2.0)
+    assert config.gradient_accumulation_steps == 2
+
+    (again,) = TrlParser((UniGRPOConfig,)).parse_dict(
+        {name: value for name, value in config.to_dict().items() if name in UniGRPOConfig.__dataclass_fields__}
+        | {"generation_batch_size": None}
+    )
+    assert {n: getattr(again, n) for n in DEFAULTS} == {n: getattr(config, n) for n in DEFAULTS}
+    assert "sde_window_range" in config.to_json_string()
+
+
+def test_command_line_window(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["train", "--output_dir", str(tmp_path), "--use_cpu", "--sde_window_range", "1", "5"]
+    )
+    (config,) = TrlParser((UniGRPOConfig,)).parse_args_into_dataclasses()
+    assert config.sde_window_range == [1, 5]
+
+
+REFUSED = [
+    ({"use_vllm": True}, "use_vllm=True does not work with UniGRPO.*vLLM"),
+    ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching.*bfloat16"),
+    ({"use_liger_kernel": True}, "use_liger_kernel=True does not work"),
+    ({"sync_ref_model": True}, "sync_ref_model=True does not work"),
+    ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5 does not work"),
+    ({"torch_compile": True}, "torch_compile=True does not work"),
+    ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 does not work"),
+    ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 does not work"),
+    ({"include_for_metrics": ["inputs"]}, "include_for_metrics.*does not work"),
+    ({"deepspeed": "zero3.json"}, "deepspeed='zero3.json' does not work"),
+    ({"fsdp": "full_shard"}, "fsdp.*not supported"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+    ({"optim": "galore_adamw"}, "optim='galore_adamw' brings its own parameter groups"),
+    ({"optim": "lomo"}, "optim='lomo' brings"),
+    ({"num_generations": 1, "per_device_train_batch_size": 1}, "at least 2 generations"),
+    ({"gradient_accumulation_steps": 1, "per_device_train_batch_size": 6}, "divisible by num_generations"),
+    ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "num_iterations=2 does nothing here.*Leave"),
+    ({"gradient_accumulation_steps": 8, "steps_per_generation": 2}, "num_iterations=2 does nothing here"),
+    ({"sde_window_size": 4, "sde_window_range": [0, 3]}, "sde_window_size=4 does not fit.*expected 1 to 3"),
+    ({"sde_window_size": 0}, "sde_window_size=0 does not fit"),
+    ({"sde_window_range": [2, 6]}, "with num_inference_steps=6.*last step can't be noisy"),
+    ({"sde_window_range": [-1, 4]}, "expected 0 <= low < high"),
+    ({"sde_window_range": [3]}, "expected two step indices"),
+    ({"sde_type": "ode"}, "sde_type='ode': expected one of 'sde', 'cps'"),
+    ({"sde_window_mode": "random"}, "sde_window_mode='random': expected one of"),
+    ({"sde_window_scope": "global"}, "sde_window_scope='global': expected one of"),
+    ({"flow_regularizer": "kl"}, "flow_regularizer='kl': expected one of"),
+    ({"flow_old_source": "replay"}, "flow_old_source='replay': expected one of"),
+    ({"flow_context_grad": True}, "flow_context_grad=True: expected one of"),
+    ({"trust_checks": "on"}, "trust_checks='on': expected one of"),
+    ({"noise_level": 0.0}, "noise_level=0 leaves no stochastic step"),
+    ({"noise_level": -0.5}, "noise_level=-0.5: expected 0 or more"),
+    ({"noise_level": 1.5, "sde_type": "cps"}, "noise_level=1.5.*at most 1"),
+    ({"timestep_shift": 0.0}, "timestep_shift=0.0: expected a positive number"),
+    ({"flow_epsilon": 0.0}, "flow_epsilon=0.0: expected a positive number"),
+    ({"flow_regularizer_weight": -1.0}, "flow_regularizer_weight=-1.0: expected 0 or more"),
+    ({"image_size": 0}, "image_size=0: expected a positive number"),
+    ({"image_batch_size": 0}, "image_batch_size=0: expected a positive number"),
+    ({"max_completion_length": 0}, "max_completion_length=0: expected a positive number"),
+    ({"num_inference_steps": 0}, "num_inference_steps=0: expected a positive number"),
+    ({"image_objective": "ppo"}, "image_objective='ppo': expected one of 'flow_grpo', 'fpo', 'awm', 'nft'"),
+    ({"matching_samples": 0}, "matching_samples=0: expected a positive number"),
+    ({"nft_beta": 0.0}, "nft_beta=0.0: expected a positive number"),
+    ({"thinking": False}, "thinking=False with text_weight=1.0: there is no thinking to train"),
+    ({"image_objective": "fpo", "flow_regularizer": "latent_kl"}, "no noisy steps that could have a KL"),
+    ({"image_objective": "awm", "flow_old_source": "rollout"}, "predicts no velocities on the lines. Use 'recompute'"),
+    ({"guidance_scale": 0.5}, r"guidance_scale=0.5: expected 1 \(off\) or more"),
+    ({"eval_guidance_scale": 0.0}, r"eval_guidance_scale=0.0: expected 1 \(off\) or more"),
+    ({"text_weight": 0.0, "flow_weight": 0.0}, "both 0: nothing would be trained"),
+    ({"flow_weight": -1.0}, "flow_weight=-1.0: expected 0 or more"),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), REFUSED, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
+)
+def test_option_that_cannot_work_is_refused_with_the_reason(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(("objective", "epsilon"), [("flow_grpo", 1e-6), ("fpo", 1e-4), ("awm", 1e-4)])
+def test_clip_range_is_the_objective_s_own_unless_given(tmp_path, objective, epsilon):
+    assert tiny_config(tmp_path, image_objective=objective).flow_epsilon == epsilon
+    assert tiny_config(tmp_path, image_objective=objective, flow_epsilon=1e-5).flow_epsilon == 1e-5
+
+
+def test_lines_need_no_window(tmp_path):
+    config = tiny_config(tmp_path, image_objective="awm", num_inference_steps=2, noise_level=0.0)
+    assert config.num_inference_steps == 2
+
+
+def test_text_alone_needs_no_window(tmp_path):
+    config = tiny_config(tmp_path, flow_weight=0.0, num_inference_steps=2, noise_level=0.0)
+    assert config.num_inference_steps == 2
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd"])
+def test_other_optimizers_are_allowed(tmp_path, optim):
+    assert tiny_config(tmp_path, optim=optim).optim == optim

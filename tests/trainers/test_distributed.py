@@ -1,0 +1,138 @@
+"""Two processes make the update that one makes."""
+
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from peft import LoraConfig
+
+from tests.helpers.runs import DIVERGING, alarms_of, assert_same_update
+from tests.helpers.tiny_unified import FixedTexts, build_trainer, redness, tiny_bagel, weights
+from trl_unigrpo.monitoring.alarm import read_alarms
+from trl_unigrpo.rewards import thinking_reward
+
+
+@thinking_reward
+def words(completions, **_):
+    return [None if "tree" in completion else float(len(completion.split())) for completion in completions]
+
+
+# The update is the gradient itself: Adam would blow the last digits of a tiny one up.
+SETTINGS = {
+    "trainer_class": FixedTexts,
+    "optim": "sgd",
+    "learning_rate": 0.5,
+    "image_learning_rate": 0.5,
+    "max_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 3,
+}
+CASES = {
+    "full": {},
+    "full, checkpointing": {"gradient_checkpointing": True},
+    "lora": {"lora": True},
+    "lora, checkpointing": {"lora": True, "gradient_checkpointing": True},
+    "image": {"lora": True, "text_weight": 0.0},
+    "text": {"flow_weight": 0.0},
+    "process reward": {"reward_funcs": [redness, words], "process_reward_weight": 0.5},
+    "windows per group": {"sde_window_scope": "group"},
+    "guidance, checkpointing": {"guidance_scale": 3.0, "gradient_checkpointing": True},
+    "lines, no thinking": {"image_objective": "fpo", "thinking": False, "text_weight": 0.0},
+}
+
+
+def run(folder, case, per_device_train_batch_size):
+    arguments = {**SETTINGS, **CASES[case]}
+    lora = arguments.pop("lora", False)
+    trainer = build_trainer(
+        folder,
+        model=tiny_bagel(),
+        per_device_train_batch_size=per_device_train_batch_size,
+        peft_config=LoraConfig(r=2, init_lora_weights=False) if lora else None,
+        **arguments,
+    )
+    before = weights(trainer.model)
+    trainer.train()
+    return trainer, before, weights(trainer.model)
+
+
+def diverge(folder, per_device_train_batch_size):
+    """A run that the tripwire stops."""
+    trainer = build_trainer(folder, per_device_train_batch_size=per_device_train_batch_size, **DIVERGING)
+    trainer.train()
+    memory = alarms_of(trainer).state()["attributes"]["memory"]
+    return {"step": trainer.state.global_step, "memory": memory, "log": trainer.state.log_history[0]}
+
+
+def worker(rank, port, folder):
+    import os
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    results = {}
+    for case in CASES:
+        trainer, _, after = run(f"{folder}/{case}", case, 2)
+        windows = [
+            image.steps.t
+            for batch in trainer._buffered_inputs
+            for trajectory in batch.get("trajectories", [])
+            for _, image in trajectory.painted()
+        ]
+        prompts = [batch["prompt_ids"] for batch in trainer._buffered_inputs]
+        results[case] = {"weights": after, "windows": windows, "prompts": prompts, "log": trainer.state.log_history}
+    results["diverging"] = diverge(f"{folder}/diverging", 2)
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, args=(port, str(folder)), nprocs=2)
+    ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return folder, ranks
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_make_the_same_update_as_one(two_processes, tmp_path, case):
+    _, ranks = two_processes
+    trainer, before, after = run(tmp_path, case, 4)
+    for rank in ranks:
+        assert_same_update(before, after, rank[case]["weights"])
+    one, two = trainer.state.log_history[1], ranks[0][case]["log"][1]
+    names = ("reward", "flow/velocity_mse", "flow/ratio_mean", "images/pixel_std", "reward/frac_none", "loss")
+    for name in (*names, "process/reward", "process/frac_none"):
+        if name in one:
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+
+
+def test_processes_share_the_window_but_not_the_work(two_processes):
+    _, ranks = two_processes
+    windows = [rank["full"]["windows"] for rank in ranks]
+    assert all(torch.equal(window, windows[0][0]) for rank in windows for window in rank)
+    assert len(windows[0]) == len(windows[1]) == 4
+
+
+def test_each_process_saves_its_own_rollouts(two_processes):
+    folder, _ = two_processes
+    for case in ("full", "lora"):
+        names = {file.name for file in (folder / case / "checkpoint-3").glob("rollouts_*")}
+        assert names == {"rollouts_0.pt", "rollouts_1.pt"}
+
+
+def test_processes_stop_together_and_know_the_same(two_processes, tmp_path):
+    folder, (first, second) = two_processes
+    one, two = diverge(tmp_path, 4), first["diverging"]
+    assert two["step"] == second["diverging"]["step"] == one["step"] < 25
+    assert two["memory"] == second["diverging"]["memory"]
+    for name, shift in one["memory"]["images"]["shifts"].items():
+        assert two["memory"]["images"]["shifts"][name]["first"] == pytest.approx(shift["first"], abs=1e-3), name
+    assert second["diverging"]["log"]["images/noise"] == pytest.approx(one["log"]["images/noise"], rel=1e-3)
+    assert (folder / "diverging" / f"checkpoint-{one['step']}" / "model.safetensors").is_file()
+    assert len(read_alarms(folder / "diverging")) == len(read_alarms(tmp_path)) == 1  # not one of each process

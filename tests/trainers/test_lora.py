@@ -1,0 +1,256 @@
+"""Adapters: where they go, at which rank, that they come back from disk, and that the base is held once."""
+
+import copy
+import gc
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from tests.helpers.adapters import BOTH, assert_same_outputs, difference, outputs
+from tests.helpers.paths import FIXTURES
+from tests.helpers.tiny_unified import (
+    moved,
+    prompts_dataset,
+    redness,
+    tiny_bagel,
+    tiny_config,
+    tiny_tokenizer,
+    weights,
+)
+from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
+from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
+
+
+RELEASED_KEYS = FIXTURES / "bagel" / "released_keys.txt"
+
+
+def with_tower(model):
+    """The model, with the names of the released understanding tower."""
+
+    def group(**children):
+        module = nn.Module()
+        for name, child in children.items():
+            module.add_module(name, child)
+        return module
+
+    attention = group(**{f"{name}_proj": nn.Linear(8, 8) for name in ("q", "k", "v", "out")})
+    block = group(self_attn=attention, mlp=group(fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 8)))
+    model.vit_model = group(vision_model=group(encoder=group(layers=nn.ModuleList([block]))))
+    model.connector = group(fc1=nn.Linear(8, 8), fc2=nn.Linear(8, 8))
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A saved model with its tokenizer."""
+    tiny_bagel().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# Where adapters go
+
+
+@pytest.mark.parametrize("experts", ["text", "image", "both"])
+def test_default_targets_are_seven_linear_layers_of_each_expert(experts):
+    keys = [line.split()[0].replace("{i}", "5") for line in RELEASED_KEYS.read_text().splitlines()]
+    modules = {key.rpartition(".")[0] for key in keys}
+    assert any(name.startswith("vit_model.") for name in modules) and "connector.fc1" in modules
+    pattern = re.compile(tiny_bagel().default_lora_targets(experts))
+    layer = "language_model.model.layers.5."
+    expected = set()
+    for suffix in {"text": [""], "image": ["_moe_gen"], "both": ["", "_moe_gen"]}[experts]:
+        expected |= {f"{layer}self_attn.{name}_proj{suffix}" for name in "qkvo"}
+        expected |= {f"{layer}mlp{suffix}.{name}_proj" for name in ("gate", "up", "down")}
+    assert {name for name in modules if pattern.fullmatch(name)} == expected
+
+
+def test_tower_is_left_alone_and_training_goes_on_without_it(make_trainer):
+    trainer = make_trainer(model=with_tower(tiny_bagel()), peft_config=LoraConfig(r=2))
+    before = weights(trainer.model)
+    trainer.train()
+    changed = moved(before, weights(trainer.model))
+    assert changed
+    assert not any("vit_model" in name or "connector" in name for name in changed)
+
+
+REFUSED = {
+    "a list that reaches the tower": (
+        {"target_modules": ["q_proj", "fc1"]},
+        r"match 3 modules of vit_model and connector.*'vit_model\.vision_model\.encoder\.layers\.0\.self_attn\.q_proj'"
+        r".*'connector\.fc1'\. Leave target_modules unset",
+    ),
+    "every linear layer": ({"target_modules": "all-linear"}, r"match 8 modules of vit_model and connector"),
+    "a pattern that reaches the tower": ({"target_modules": r".*q_proj.*"}, r"match 1 modules of vit_model"),
+    "a misspelt list": (
+        {"target_modules": ["query_proj"]},
+        r"'query_proj' match no module.*Leave target_modules unset",
+    ),
+    "a list that is misspelt in part": ({"target_modules": ["o_proj", "gateproj"]}, r"'gateproj' match no module"),
+    "a pattern of part of a name": ({"target_modules": "q_proj_moe_gen"}, r"'q_proj_moe_gen' match no module"),
+    "a rank for nothing": (
+        {"rank_pattern": {"mot_gen": 4}},
+        r"rank_pattern 'mot_gen' match none of the adapted modules.*regular expression",
+    ),
+    "a scale for nothing": (
+        {"target_modules": ["o_proj"], "alpha_pattern": {".*moe_gen.*": 4}},
+        r"alpha_pattern '\.\*moe_gen\.\*' match none of the adapted modules, which are 'language_model\.\S+o_proj'",
+    ),
+    "a misspelt whole module": ({"modules_to_save": ["llm2vea"]}, r"modules_to_save 'llm2vea' match no module"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_adapters_that_would_go_astray_are_refused(make_trainer, case):
+    config, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model=with_tower(tiny_bagel()), peft_config=LoraConfig(r=2, **config))
+
+
+def test_adapters_that_would_go_astray_are_refused_before_weights_are_read(folder, tmp_path):
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="'query_proj' match no module"):
+        UniGRPOTrainer(
+            model=str(folder),
+            reward_funcs=redness,
+            args=tiny_config(tmp_path),
+            train_dataset=prompts_dataset(),
+            peft_config=LoraConfig(target_modules=["query_proj"]),
+        )
+
+
+@pytest.mark.parametrize(
+    ("targets", "adapted"),
+    [
+        (["o_proj", "o_proj_moe_gen"], {"self_attn.o_proj", "self_attn.o_proj_moe_gen"}),
+        (r".*\.mlp(_moe_gen)?\.up_proj", {"mlp.up_proj", "mlp_moe_gen.up_proj"}),
+    ],
+)
+def test_targets_of_the_user_are_taken(make_trainer, targets, adapted):
+    trainer = make_trainer(model=with_tower(tiny_bagel()), peft_config=LoraConfig(r=2, target_modules=targets))
+    names = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert {re.search(r"layers\.\d+\.(.*)\.lora_", name)[1] for name in names} == adapted
+
+
+# Ranks
+
+
+@pytest.mark.parametrize("key", [".*moe_gen.*", tiny_bagel().default_lora_targets("image")], ids=["short", "default"])
+def test_each_expert_has_its_own_rank_and_scale_on_disk_too(make_trainer, tmp_path, key):
+    config = LoraConfig(r=2, lora_alpha=6, rank_pattern={key: 4}, alpha_pattern={key: 20})
+    trainer = make_trainer(peft_config=config, output_dir=tmp_path / "run")
+    trainer.train()
+    trainer.save_model(tmp_path / "run")
+    loaded = PeftModel.from_pretrained(tiny_bagel(), tmp_path / "run")
+    for model in (trainer.model, loaded):
+        layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+        assert len(layers) == 2 * 2 * 7
+        for name, layer in layers.items():
+            rank, scale = (4, 20 / 4) if "moe_gen" in name else (2, 6 / 2)
+            assert layer.lora_A["default"].weight.shape[0] == layer.lora_B["default"].weight.shape[1] == rank
+            assert layer.scaling["default"] == scale
+    assert_same_outputs(outputs(loaded), outputs(trainer.model))
+
+
+# From disk and into the base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapter_comes_back_bit_for_bit(make_trainer, folder, tmp_path, dtype):
+    model = BagelForUnifiedGeneration.from_pretrained(folder, dtype=dtype)
+    trainer = make_trainer(model=model, peft_config=LoraConfig(r=2), bf16=dtype == torch.bfloat16, max_steps=4)
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    expected = outputs(trainer.model)
+    base = BagelForUnifiedGeneration.from_pretrained(folder, dtype=dtype)
+    assert difference(outputs(base), expected) > 1e-3
+    assert_same_outputs(outputs(PeftModel.from_pretrained(base, tmp_path / "adapter")), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.03)])
+def test_merged_model_computes_the_same_and_loads_as_a_plain_one(tmp_path, dtype, tolerance):
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=1, init_lora_weights=False, target_modules=BOTH)
+    model = get_peft_model(tiny_bagel().to(dtype), config)
+    expected, layers = outputs(model), {}
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "lora_A"):
+            update = module.lora_B["default"].weight @ module.lora_A["default"].weight / 2  # alpha / r
+            layers[name] = module.base_layer.weight.detach().clone(), update.detach()
+    merged = model.merge_and_unload()
+    assert type(merged) is BagelForUnifiedGeneration and len(layers) == 28
+    for name, (weight, update) in layers.items():
+        # One rounding of the update and one of the sum.
+        closed_form, own = weight.float() + update, merged.get_submodule(name).weight
+        assert own.dtype == dtype
+        spacing = torch.finfo(dtype).eps * (closed_form.abs() + update.abs())
+        assert ((own.float() - closed_form).abs() <= 2 * spacing).all()
+    assert 0 < difference(outputs(merged), expected) < tolerance
+    assert difference(outputs(tiny_bagel().to(dtype)), expected) > 2 * tolerance
+    merged.save_pretrained(tmp_path)
+    loaded = BagelForUnifiedGeneration.from_pretrained(tmp_path, dtype=dtype)
+    assert_same_outputs(outputs(loaded), outputs(merged))
+
+
+# The base is held once
+
+
+def copies_of(weight):
+    """How often the values of a tensor are in memory."""
+    gc.collect()  # what earlier tests left
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    alike = [x for x in tensors if x.shape == weight.shape and x.dtype == weight.dtype and torch.equal(x, weight)]
+    return len({x.untyped_storage().data_ptr() for x in alike})
+
+
+def spied_deepcopy(monkeypatch):
+    """List of the types of all models that are deep-copied from now on."""
+    seen, deepcopy = [], copy.deepcopy
+
+    def spied(x, *args, **kwargs):
+        if isinstance(x, nn.Module):
+            seen.append(type(x))
+        return deepcopy(x, *args, **kwargs)
+
+    monkeypatch.setattr(copy, "deepcopy", spied)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("given", [False, True], ids=["peft_config", "PeftModel"])
+def test_reference_of_adapters_shares_the_base(make_trainer, monkeypatch, dtype, beta, given):
+    model = tiny_bagel().to(dtype)
+    base = dict(model.named_parameters())
+    weight = base["language_model.model.layers.1.mlp.up_proj.weight"]
+    assert copies_of(weight) == 1
+    deepcopied = spied_deepcopy(monkeypatch)
+    config = LoraConfig(r=2, target_modules=BOTH)
+    peft_config, model = (None, get_peft_model(model, config)) if given else (config, model)
+    trainer = make_trainer(model=model, peft_config=peft_config, beta=beta, bf16=dtype == torch.bfloat16, max_steps=3)
+    trainer.train()
+    assert trainer.unified._reference is None
+    assert deepcopied == []
+    with trainer.unified.reference() as reference:
+        held = {
+            name.replace("base_layer.", ""): parameter
+            for name, parameter in reference.named_parameters()
+            if "lora_" not in name
+        }
+        assert held.keys() == base.keys()
+        assert all(held[name] is base[name] for name in base)
+        assert copies_of(weight) == 1
+
+
+def test_full_fine_tuning_does_keep_a_copy(make_trainer, monkeypatch):
+    """The counters above see one where there is one."""
+    model = tiny_bagel()
+    deepcopied = spied_deepcopy(monkeypatch)
+    trainer = make_trainer(model=model)
+    assert deepcopied == [BagelForUnifiedGeneration]
+    assert copies_of(trainer.unified.language_model.model.layers[1].mlp.up_proj.weight) == 2

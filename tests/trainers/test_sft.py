@@ -1,0 +1,279 @@
+"""Supervised fine-tuning: the loss by hand, who sees what, and that it learns."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import TrainerCallback
+
+from tests.helpers.tiny_unified import IMAGE_SIZE, moved, tiny_bagel, tiny_tokenizer, weights
+from trl_unigrpo.models.contract import ContextRow
+from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
+
+
+SIZE = (IMAGE_SIZE, IMAGE_SIZE)
+
+
+def picture(seed):
+    pixels = np.random.default_rng(seed).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+ROWS = [
+    {"prompt": "a red cat", "completion": "<think> the cat sits </think>", "image": picture(0)},
+    {"prompt": "a small tree", "completion": "<think> a big tree under the mat </think>", "image": picture(1)},
+    {"prompt": "the green dog runs", "completion": "", "image": picture(2)},
+    {"prompt": "a mat", "completion": None, "image": picture(3)},
+]
+
+
+def make_sft(tmp_path, model=None, rows=ROWS, eval_dataset=None, **changes):
+    settings = {
+        "output_dir": str(tmp_path),
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+    }
+    return UnifiedSFTTrainer(
+        model=tiny_bagel() if model is None else model,
+        args=UnifiedSFTConfig(**{**settings, **changes}),
+        train_dataset=Dataset.from_list(rows, features=FEATURES) if isinstance(rows, list) else rows,
+        eval_dataset=eval_dataset,
+        processing_class=tiny_tokenizer(),
+    )
+
+
+FEATURES = Features({"prompt": Value("string"), "completion": Value("string"), "image": ImageFeature()})
+
+
+class Gradients(TrainerCallback):
+    def __init__(self, into):
+        self.into = into
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.into.update({n: p.grad.clone() for n, p in model.named_parameters()})
+
+
+def captured(trainer):
+    """What the model is given during training."""
+    flows, make = [], trainer._noisy_copies
+
+    def kept(base, inputs):
+        flows.append((make(base, inputs), inputs))
+        return flows[-1][0]
+
+    trainer._noisy_copies = kept
+    return flows
+
+
+def of_images(column):
+    """A column of the table of steps, image by image."""
+    return column.unflatten(0, (4, -1))
+
+
+def by_hand(model, row, x, t, target, ids=None):
+    """Cross-entropies of the thinking and its end, and squared errors of the velocities, of one row on its own."""
+    tokenizer = tiny_tokenizer()
+    system = "<|im_start|>think first<|im_end|>" if row["completion"] else ""
+    prompt = tokenizer(f"{system}<|im_start|>{row['prompt']}<|im_end|>".replace("<|", " <|").replace("|>", "|> "))[
+        "input_ids"
+    ]
+    thinking = tokenizer(f"{row['completion']} <|im_end|>")["input_ids"] if row["completion"] else []
+    context = [*prompt, *([1, *thinking] if thinking else [])]
+    losses = torch.zeros(0)
+    if thinking:
+        logits = model.language_model.lm_head(model.backbone(torch.tensor([context])).last_hidden_state)[0]
+        predicted = logits[-len(thinking) - 1 : -1].log_softmax(-1)
+        losses = -predicted[torch.arange(len(thinking)), torch.tensor(thinking)]
+    context = context if ids is None else ids
+    encoded = model.encode_context([ContextRow(torch.tensor(context, dtype=torch.long))])
+    errors = torch.cat(
+        [model.predict_velocity(encoded, x[k][None], t[k][None], SIZE) - target[k] for k in range(len(x))]
+    ).square()
+    return losses, errors
+
+
+@pytest.mark.parametrize("weights_of", [(1.0, 1.0), (0.5, 3.0)])
+def test_loss_is_the_hand_computed_one(tmp_path, weights_of):
+    text, flow = weights_of
+    trainer = make_sft(tmp_path, noise_draws=2, text_weight=text, flow_weight=flow, max_grad_norm=0.0)
+    flows = captured(trainer)
+    gradients = {}
+    trainer.add_callback(Gradients(gradients))
+    trainer.train()
+    ((steps, inputs),) = flows
+    x, t, target = (of_images(column) for column in (steps.x, steps.t, steps.states.target))
+    model = tiny_bagel()
+    losses, errors = [], []
+    for i, prompt_ids in enumerate(inputs["prompt_ids"]):
+        prompt = trainer.processing_class.decode(prompt_ids)
+        row = next(row for row in ROWS if f" {row['prompt']} " in prompt)
+        cross_entropy, error = by_hand(model, row, x[i], t[i], target[i])
+        losses.append(cross_entropy)
+        errors.append(error)
+        # The states lie on the straight line from the image to the noise, and the target points along it.
+        pixels = torch.from_numpy(np.asarray(row["image"], dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+        clean = model.encode_images(pixels)
+        torch.testing.assert_close(x[i], clean + t[i][:, None, None] * target[i], rtol=1e-4, atol=1e-5)
+    cross_entropy, error = torch.cat(losses).mean(), torch.stack(errors).mean()
+    loss = text * cross_entropy + flow * error
+    log = trainer.state.log_history[0]
+    assert log["loss/text"] == pytest.approx(cross_entropy.item(), rel=1e-4)
+    assert log["loss/flow"] == pytest.approx(error.item(), rel=1e-4)
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(gradients[name], expected, rtol=2e-3, atol=1e-5, msg=name)
+
+
+def test_labels_are_the_thinking_and_its_end_alone(tmp_path):
+    trainer = make_sft(tmp_path)
+    batch = trainer.data_collator(ROWS)
+    decode = trainer.processing_class.decode
+    for row, labels, mask, ids in zip(ROWS, batch["labels"], batch["attention_mask"], batch["input_ids"], strict=True):
+        scored = labels[labels != -100].tolist()
+        if row["completion"]:
+            assert decode(scored) == f"{row['completion']} <|im_end|>"
+            assert decode(ids[mask.bool()]).startswith("<|im_start|> think first <|im_end|>")
+        else:
+            assert scored == []
+            assert decode(ids[mask.bool()]) == f"<|im_start|> {row['prompt']} <|im_end|> <|im_start|>"
+
+
+def test_context_dropout_hides_the_context_of_that_share(tmp_path):
+    trainer = make_sft(tmp_path, context_dropout=1.0)
+    flows = captured(trainer)
+    trainer.train()
+    ((steps, _),) = flows
+    assert [len(image.context) for image in steps.images] == [0] * 4
+    model = tiny_bagel()
+    x, t, target = (of_images(column) for column in (steps.x, steps.t, steps.states.target))
+    errors = [by_hand(model, ROWS[0], x[i], t[i], target[i], ids=[])[1] for i in range(4)]
+    assert trainer.state.log_history[0]["loss/flow"] == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
+    # The text's own loss still sees its prompt.
+    plain = make_sft(tmp_path)
+    plain.train()
+    assert trainer.state.log_history[0]["loss/text"] == pytest.approx(
+        plain.state.log_history[0]["loss/text"], rel=1e-5
+    )
+
+    some = make_sft(tmp_path, context_dropout=0.5, max_steps=30)
+    flows = captured(some)
+    some.train()
+    hidden = torch.tensor([len(image.context) == 0 for steps, _ in flows for image in steps.images]).float().mean()
+    assert 0.3 < hidden < 0.7
+
+
+@pytest.mark.parametrize(("sampling", "shift"), [("logit_normal", 1.0), ("uniform", 1.0), ("uniform", 3.0)])
+def test_times_are_drawn_from_their_distribution(tmp_path, sampling, shift):
+    trainer = make_sft(tmp_path, timestep_sampling=sampling, timestep_shift=shift, noise_draws=1000)
+    batch = trainer.data_collator(ROWS[:1])
+    t = trainer._noisy_copies(trainer.model, batch).t
+    u = t / (shift - (shift - 1) * t)
+    quartiles = torch.quantile(u, torch.tensor([0.25, 0.5, 0.75]))
+    normal = torch.tensor([-0.6745, 0.0, 0.6745]).sigmoid()
+    expected = torch.tensor([0.25, 0.5, 0.75]) if sampling == "uniform" else normal
+    torch.testing.assert_close(quartiles, expected, atol=0.05, rtol=0)
+
+
+def test_detached_context_keeps_the_image_loss_off_the_text(tmp_path):
+    sizes = {}
+    for grad in ("detach", "full"):
+        gradients = {}
+        trainer = make_sft(tmp_path, flow_context_grad=grad, text_weight=0.0, max_grad_norm=0.0)
+        trainer.add_callback(Gradients(gradients))
+        trainer.train()
+        sizes[grad] = gradients["language_model.model.layers.0.self_attn.v_proj.weight"].norm().item()
+    assert sizes["full"] > 2 * sizes["detach"]
+
+
+def test_a_few_steps_learn_a_batch(tmp_path):
+    trainer = make_sft(tmp_path, max_steps=60, noise_draws=8, learning_rate=6e-3)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss/text" in entry]
+    assert log[-1]["loss/text"] < 0.3 * log[0]["loss/text"]
+    assert np.mean([entry["loss/flow"] for entry in log[-5:]]) < 0.85 * np.mean(
+        [entry["loss/flow"] for entry in log[:5]]
+    )
+
+
+def test_evaluation_logs_both_losses_and_leaves_the_weights(tmp_path):
+    trainer = make_sft(tmp_path, eval_dataset=Dataset.from_list(ROWS, features=FEATURES))
+    before = weights(trainer.model)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == trainer.evaluate()["eval_loss"] > 0
+    log = trainer.state.log_history[-1]
+    assert log["eval_loss/text"] + log["eval_loss/flow"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert not moved(before, weights(trainer.model))
+
+
+def test_model_by_folder_is_trained_in_float32(tmp_path):
+    tiny_bagel().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    args = UnifiedSFTConfig(str(tmp_path / "out"), use_cpu=True, report_to="none", max_steps=1, disable_tqdm=True)
+    dataset = Dataset.from_list(ROWS, features=FEATURES)
+    trainer = UnifiedSFTTrainer(str(tmp_path / "model"), args, train_dataset=dataset)
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    trainer.train()
+
+
+def test_resume_is_exact(tmp_path):
+    arguments = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+    whole = make_sft(tmp_path / "whole", **arguments)
+    whole.train()
+    resumed = make_sft(tmp_path / "resumed", **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert not moved(weights(whole.model), weights(resumed.model))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"prompt": ["a"], "image": [picture(0)]},
+            r"train_dataset has no column 'completion' \(it has \['prompt', 'image'\]\). Add it, or rename",
+        ),
+        ({"prompt": ["a"], "completion": ["b"]}, "has no column 'image'"),
+        ({"prompt": [], "completion": [], "image": []}, "train_dataset is empty"),
+    ],
+)
+def test_wrong_dataset(tmp_path, columns, message):
+    with pytest.raises(ValueError, match=message):
+        make_sft(tmp_path, rows=Dataset.from_dict(columns))
+
+
+def test_images_of_other_sizes_in_a_batch_are_refused(tmp_path):
+    rows = [*ROWS[:1], {**ROWS[1], "image": picture(1).resize((16, 16))}]
+    with pytest.raises(ValueError, match=r"images of one batch have the sizes .*Resize them to one size"):
+        make_sft(tmp_path, rows=rows).train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timestep_sampling": "normal"}, "timestep_sampling='normal': expected one of"),
+        ({"flow_context_grad": "yes"}, "flow_context_grad='yes': expected one of"),
+        ({"noise_draws": 0}, "noise_draws=0: expected at least 1"),
+        ({"context_dropout": 1.5}, "context_dropout=1.5: expected a share"),
+        ({"timestep_shift": 0.0}, "timestep_shift=0.0: expected a positive number"),
+        ({"text_weight": -1.0}, "text_weight=-1.0: expected 0 or more"),
+        ({"text_weight": 0.0, "flow_weight": 0.0}, "both 0: nothing would be trained"),
+    ],
+)
+def test_wrong_option(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_sft(tmp_path, **changes)
+
+
+def test_model_without_the_contract(tmp_path):
+    with pytest.raises(TypeError, match="Linear is not a unified model"):
+        make_sft(tmp_path, model=torch.nn.Linear(1, 1))

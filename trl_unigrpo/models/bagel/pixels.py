@@ -1,0 +1,117 @@
+"""Between pixels and what BAGEL's experts see of them: latents, grids of tokens, embedded patches.
+
+Shapes: B images, h x w tokens of C numbers each, H hidden size.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..memory import fitting, free_memory
+from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
+from .layers import BagelPositionTable
+from .segments import ContextImage
+from .vision import UNDERSTANDING_MODULES, BagelPerceptron, BagelVisionTower
+
+
+# What the mixin is mixed into; a base class in the eyes of the type checker alone.
+_Base: Any = PreTrainedModel if TYPE_CHECKING else object
+
+
+class BagelPixels(_Base):
+    """Mixin of BAGEL: its VAE, its understanding tower, and the sizes of images that it knows."""
+
+    codec: LatentCodec | None
+    vit_model: BagelVisionTower | None
+    connector: BagelPerceptron | None
+    vit_pos_embed: BagelPositionTable | None
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        if max(grid) > self.config.max_latent_size:
+            raise ValueError(
+                f"An image of {grid[0]} x {grid[1]} tokens does not fit the position table, which has "
+                f"{self.config.max_latent_size} to a side. Make the image smaller."
+            )
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        unit, limit = self.config.pixels_per_token, self.config.max_latent_size
+        if any(side % unit or not 0 < side <= unit * limit for side in image_size):
+            raise ValueError(
+                f"This model can't paint an image of {image_size[0]} x {image_size[1]} pixels (height x width): each "
+                f"side must be a multiple of {unit}, at most {unit * limit}."
+            )
+        return image_size[0] // unit, image_size[1] // unit
+
+    def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        height, width = self.grid(image_size)
+        return height * width, self.config.latent_channels
+
+    def images_at_once(self, image_size: tuple[int, int]) -> int | None:
+        llm, weight = self.config.llm_config, self.vae2llm.weight
+        # A layer's largest moment: four tensors of the MLP's width, eight of the stream's, two of them in float32.
+        numbers = 4 * llm.intermediate_size + 8 * llm.hidden_size
+        token = numbers * weight.element_size() + 8 * llm.hidden_size
+        tokens = self.latent_shape(image_size)[0] + 2
+        fits = fitting(free_memory(weight.device), tokens * token)
+        return None if fits is None else max(1, fits)
+
+    def embed_vit_image(self, pixels: Tensor) -> Tensor:
+        """
+        What the text expert reads of an image: embeddings (N, H) of its patches, row by row.
+
+        Args:
+            pixels: (3, height, width) in [-1, 1], as `BagelProcessor.vit_pixels` gives them; or a batch of one size,
+                (B, 3, height, width), for embeddings (B, N, H).
+
+        Raises:
+            ValueError: if the model has no understanding tower, or can't read an image of this size.
+        """
+        if self.vit_model is None or self.connector is None or self.vit_pos_embed is None:
+            raise ValueError(
+                "This model can't read images: it has no understanding tower. Load a checkpoint that holds "
+                "`vit_model`, `connector` and `vit_pos_embed`, with a `vit_config` that describes them."
+            )
+        tokens = self.connector(self.vit_model(pixels))
+        return tokens + self.vit_pos_embed(self.vit_model.grid(pixels)).to(tokens)
+
+    @torch.no_grad()
+    def context_image(self, pixels: Tensor | None = None, vit_pixels: Tensor | None = None) -> ContextImage:
+        """
+        A finished image for a context, to be kept and shown again as it is.
+
+        Args:
+            pixels: (3, height, width) in [-1, 1] for the image expert, as `BagelProcessor.vae_pixels` gives them;
+                editing needs them.
+            vit_pixels: (3, height, width) in [-1, 1] for the text expert, as `BagelProcessor.vit_pixels` gives them.
+        """
+        latents, grid = None, (0, 0)
+        if pixels is not None:
+            latents, grid = self.encode_images(pixels[None])[0], self.grid((pixels.shape[-2], pixels.shape[-1]))
+        features = None if vit_pixels is None else self.embed_vit_image(vit_pixels)
+        return ContextImage(latents, grid, features)
+
+    def freeze_understanding(self, frozen: bool = True) -> None:
+        """Keep the understanding tower and its connector out of training, or (False) let them in."""
+        for name in UNDERSTANDING_MODULES:
+            if (module := getattr(self, name)) is not None:
+                module.requires_grad_(not frozen)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        self.grid((pixels.shape[-2], pixels.shape[-1]))
+        return self._codec().encode(pixels)
+
+    def decode_latents(
+        self, latents: Tensor, image_size: tuple[int, int], output_type: str = "pil"
+    ) -> list[Image.Image] | Tensor:
+        return self._codec().decode(latents, self.grid(image_size), output_type)
+
+    def _codec(self) -> LatentCodec:
+        if self.codec is None:
+            raise ValueError(
+                f"This model has no VAE: put `{AUTOENCODER_WEIGHTS}` into the folder that `from_pretrained` loads, or "
+                "set `model.codec = LatentCodec(...)`."
+            )
+        return self.codec

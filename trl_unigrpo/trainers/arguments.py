@@ -1,0 +1,132 @@
+"""What a user hands to the trainer, checked and made ready before anything expensive."""
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models.adapters import check_targets
+from ..models.registry import load_unified_model, model_skeleton, unified_model
+from ..models.tokenizer import read_tokenizer
+from ..rewards.thinking import reward_scope
+from .dataset_checks import check_dataset
+from .unigrpo_config import UniGRPOConfig
+
+
+UNSUPPORTED = {
+    "tools": "tool calls would put tokens between the thinking and the image",
+    "environment_factory": "environments would put tokens between the thinking and the image",
+    "rollout_func": "the rollout, thinking and image, is this trainer's own",
+}
+
+
+def check_arguments(
+    args: Any,
+    reward_funcs: Any,
+    datasets: Mapping[str, Any],
+    processing_class: Any,
+    unsupported: Mapping[str, Any],
+) -> None:
+    """
+    Raise ValueError or TypeError, with the remedy, for what the trainer can't work with.
+
+    Args:
+        args: the configuration.
+        reward_funcs: the user's reward functions.
+        datasets: by argument name; None where there is none.
+        processing_class: the tokenizer, or None.
+        unsupported: remaining keyword arguments.
+    """
+    for name, value in unsupported.items():
+        if name not in UNSUPPORTED:
+            raise TypeError(f"UniGRPOTrainer got an unexpected argument {name!r}.")
+        if value:
+            raise ValueError(f"{name} does not work with UniGRPO: {UNSUPPORTED[name]}. Leave it out.")
+    if not isinstance(args, UniGRPOConfig):
+        raise TypeError(f"args is a {type(args).__name__}, expected a UniGRPOConfig.")
+    if not reward_funcs:
+        raise ValueError("reward_funcs is empty: pass at least one function that scores images.")
+    check_scopes(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], args.process_reward_weight)
+    for name, dataset in datasets.items():
+        if dataset is not None:
+            check_dataset(dataset, name)
+    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"processing_class is a {type(processing_class).__name__}, expected a tokenizer: images are generated "
+            "here, not read. Pass processor.tokenizer."
+        )
+
+
+def check_scopes(reward_funcs: list[Any], process_reward_weight: float) -> None:
+    """Raise ValueError if no reward function scores the image, or a weight waits for process rewards in vain."""
+    scopes = [reward_scope(function) for function in reward_funcs]
+    if "both" not in scopes:
+        raise ValueError(
+            "All reward_funcs are marked as rewards of the thinking alone: none scores the image. Add one that does, "
+            "or pass them unmarked."
+        )
+    if process_reward_weight > 0 and "text" not in scopes:
+        raise ValueError(
+            f"process_reward_weight={process_reward_weight}, but no reward function is marked as a reward of the "
+            "thinking alone. Mark it, thinking_reward(function), or set the weight to 0."
+        )
+    if process_reward_weight == 0 and "text" in scopes:
+        warnings.warn("Rewards of the thinking alone are logged, not trained on: process_reward_weight is 0.")
+
+
+def check_lengths(args: UniGRPOConfig, base: Any) -> None:
+    """Raise ValueError if a thinking may be longer than the model has positions for."""
+    limit = base.config.get_text_config().max_position_embeddings
+    if args.max_completion_length is not None and args.max_completion_length >= limit:
+        raise ValueError(
+            f"max_completion_length={args.max_completion_length} leaves no room for a prompt: the model has {limit} "
+            "positions. Lower it."
+        )
+
+
+def default_config(source: str) -> UniGRPOConfig:
+    """The configuration of a user who gives none, for a model from this folder or repository."""
+    return UniGRPOConfig(f"{(source or 'model').split('/')[-1]}-UniGRPO")
+
+
+def load_for_training(
+    source: str, args: UniGRPOConfig, quantization_config: Any, peft_config: PeftConfig | None
+) -> tuple[PreTrainedModel, UniGRPOConfig]:
+    """
+    Load a model by name, in float32 if its weights are trained: in bfloat16 small updates would round to nothing.
+
+    Returns:
+        The model, and a copy of the configuration without the arguments that went into loading it.
+
+    Raises:
+        ValueError: before weights are read, if adapters would go to the wrong place or quantised weights be trained.
+    """
+    adapted = peft_config is not None
+    kwargs = {"dtype": torch.bfloat16 if args.bf16 and adapted else torch.float32, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    if kwargs.get("quantization_config") is not None:
+        if not adapted:
+            raise ValueError(
+                "quantization_config without peft_config: quantised weights can't be trained, only adapters on them. "
+                "Pass peft_config=LoraConfig(r=32) (--use_peft on the command line), or leave the quantisation out."
+            )
+        kwargs.setdefault("device_map", {"": args.device})
+    if getattr(peft_config, "target_modules", None) is not None:
+        check_targets(peft_config, unified_model(model_skeleton(source, **kwargs)))
+    args = copy.copy(args)
+    args.model_init_kwargs = None
+    return load_unified_model(source, **kwargs), args
+
+
+def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer in the folder or repository that a model came from."""
+    if not source:
+        raise ValueError(
+            "processing_class is missing, and the model does not say where it was loaded from. Pass a tokenizer."
+        )
+    return read_tokenizer(source, padding_side="left")

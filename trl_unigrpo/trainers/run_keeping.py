@@ -1,0 +1,217 @@
+"""What a run tells and leaves behind: what watchers see, logs, checkpoints, the model card."""
+
+import warnings
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOTrainer
+
+from ..models.contract import UnifiedModelMixin
+from ..models.registry import unified_model
+from ..monitoring.events import Generation, Watcher
+from ..monitoring.image_statistics import image_statistics
+from ..monitoring.progress import Phases
+from ..reporting.completion_images import write_completion_images
+from ..reporting.gallery import Gallery
+from ..reporting.model_card import rewrite_card
+from ..trajectory import Trajectory
+from .checkpoint import load_rollouts, save_rollouts
+from .kept import KeptVelocities
+from .scoring import RewardBook
+from .trl_bridge import TextAndVelocities
+from .unigrpo_config import UniGRPOConfig
+
+
+@dataclass
+class Progress:
+    """
+    What a step has in progress, handed from one of TRL's hooks to the next.
+
+    Attributes:
+        trajectories: of the rollout that is being rewarded.
+        forward: of the micro-batch whose loss is being computed.
+        metrics: of the image's objective, of the optimizer step's micro-batches.
+        learning_rates: that the last optimizer step used, for the log.
+        eval_rows: trajectories of the evaluation so far.
+        images: of the last generation batches, for the log's tables.
+    """
+
+    trajectories: list[Trajectory] = field(default_factory=list)
+    forward: TextAndVelocities | None = None
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    eval_rows: int = 0
+    images: deque[Any] = field(default_factory=deque)
+
+
+class RunKeeping(GRPOTrainer):
+    """The hooks of `GRPOTrainer` that are not the algorithm. [`UniGRPOTrainer`] sets the attributes."""
+
+    args: UniGRPOConfig
+    num_generations: int
+    reward_weights: Tensor
+
+    _book: RewardBook
+    _kept: KeptVelocities
+    _phases: Phases
+    _progress: Progress
+
+    @property
+    def unified(self) -> UnifiedModelMixin:
+        """The unified model, out of any wrapper."""
+        return unified_model(self.accelerator.unwrap_model(self.model))
+
+    @property
+    def mode(self) -> str:
+        """Name of TRL's metrics now: "train" or "eval"."""
+        return "train" if self.model.training else "eval"
+
+    @property
+    def group_size(self) -> int:
+        """Trajectories of one prompt."""
+        return self.num_generations if self.mode == "train" else self.num_generations_eval
+
+    # What watchers are told
+
+    @property
+    def _watchers(self) -> list[Watcher]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watcher)]
+
+    def _tell(self, event: str, **what: Any) -> None:
+        """Call an event of all watchers, as TRL's own events are called."""
+        for watcher in self._watchers:
+            callbacks = self.callback_handler.callbacks
+            getattr(watcher, event)(self.args, self.state, self.control, model=self.model, callbacks=callbacks, **what)
+
+    def _show(self, images: Sequence[Any], advantages: Tensor) -> None:
+        """Show the generation batch to watchers and to the log's tables."""
+        logs_images = self.args.log_completions and (self.log_multimodal or self.args.log_completions_images)
+        if not (logs_images or self._watchers):
+            return
+        observed = self._observed(images, advantages)
+        if logs_images:
+            shown = list(observed.fetch(range(len(observed.prompts))).values())
+            self._progress.images.extend(shown)
+            if self.log_multimodal:
+                self._logs["images"].extend([image] for image in shown)
+        self._tell("on_generation", generation=observed, metrics=self._metrics[self.mode])
+
+    def _observed(self, images: Sequence[Any], advantages: Tensor) -> Generation:
+        """The generation batch of all processes, of which this one has its rewards from `_calculate_rewards`."""
+        book, rows = self._book, gather_object(self._book.rows)
+        columns = sorted({name for row in rows for name in row["extra"]})
+        names = self.reward_func_names
+        return Generation(
+            mode=self.mode,
+            group_size=self.group_size,
+            prompts=[row["prompt"] for row in rows],
+            thinking=[row["thinking"] for row in rows],
+            images=images,
+            first=self.accelerator.process_index * len(images),
+            statistics=gather_object([image_statistics(image) for image in images]),
+            rewards={name: book.rewards[:, i].tolist() for i, name in enumerate(names)},
+            weights={names[i]: book.weights[i].item() for i in (~book.is_process).nonzero()[:, 0]},
+            advantages=self.accelerator.gather(advantages).tolist(),
+            extra={name: [row["extra"].get(name) for row in rows] for name in columns},
+        )
+
+    # Metrics and logs
+
+    def _note(self, metrics: Mapping[str, float]) -> None:
+        """Add to the values that the next log averages."""
+        for name, value in metrics.items():
+            self._metrics[self.mode][name].append(value)
+
+    def _record_seconds(self, phase: str, seconds: float) -> None:
+        self._note({f"time/{phase}": seconds})
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._progress.eval_rows = 0
+        device = self.accelerator.device
+        # Every evaluation draws the same thinkings and the same noise, and training goes on as if there had been none.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.args.seed + self.accelerator.process_index)
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        if "learning_rate" in logs:
+            logs.update(self._progress.learning_rates)
+        super().log(logs, start_time)
+        if self._progress.images and self.args.log_completions_images and self.accelerator.is_main_process:
+            columns = {
+                "prompt": list(self._logs["prompt"]),
+                "completion": list(self._logs["completion"]),
+                **{name: list(values) for name, values in self._logs["rewards"].items()},
+                "advantage": list(self._logs["advantages"]),
+            }
+            write_completion_images(self.args.output_dir, self.state.global_step, columns, self._progress.images)
+
+    # Checkpoints and the card
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.unified.save_adapters(output_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        passes_left = self._step % (self.args.steps_per_generation * self.num_iterations)
+        state = {
+            "step": self._step,
+            "geometry": self._geometry,
+            "buffer": self._buffered_inputs if passes_left else None,
+            "velocities": self._kept.state() if passes_left else {},
+        }
+        save_rollouts(folder, self.accelerator.process_index, state, self.unified.context_types)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.unified.load_checkpoint(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        place, types = (self.accelerator.process_index, self.accelerator.device), self.unified.context_types
+        state = load_rollouts(checkpoint, *place, types)
+        if state is not None and state["geometry"] == self._geometry:
+            self._step, self._buffered_inputs = state["step"], state["buffer"]
+            self._kept.restore(state["velocities"])
+            return
+        self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        warnings.warn(
+            f"{checkpoint} has no rollouts of a run with these batch sizes and processes. Training goes on, but a "
+            "generation batch that was in use is sampled anew."
+        )
+
+    @property
+    def _geometry(self) -> list[int]:
+        """How a generation batch is cut: rollouts are of use to a run that cuts them alike."""
+        args = self.args
+        sizes = [args.per_device_train_batch_size, args.steps_per_generation, self.num_iterations]
+        return [self.accelerator.num_processes, *sizes]
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Gallery):
+                    callback.wait()
+            names, book = self.reward_func_names, self._book
+            rewrite_card(
+                Path(self.args.output_dir) / "README.md",
+                self.accelerator.unwrap_model(self.model),
+                self.args,
+                self.state.global_step,
+                rewards=dict(zip(names, book.weights.tolist(), strict=True)),
+                process=[name for name, of_text in zip(names, book.is_process.tolist(), strict=True) if of_text],
+                source=self.hub_model_id or self.args.output_dir,
+            )

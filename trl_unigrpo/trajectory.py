@@ -1,0 +1,295 @@
+"""The one type that training knows: a trajectory, its rounds of text and images, and the table of their trained steps.
+
+    Trajectory   a prompt, and what the model made of it:     rounds
+    Round        one text, and the images painted after it:   images
+    Image        a finished image, and its trained states:    steps
+    Steps        a table of the trained steps of a micro-batch, one row a step, of any number of images a trajectory
+
+Plain UniGRPO is one round with one image. Nothing here knows a model or a trainer.
+
+Shapes: S steps of a micro-batch, `latent` the model's own latent dimensions.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .flow.guidance import Guidance
+from .flow.states import LinePoints, SDESteps, join, on_device, rows_of
+
+
+@dataclass
+class Image:
+    """
+    One image that the policy painted.
+
+    Attributes:
+        latents: (*latent) the finished image.
+        size: (height, width) in pixels.
+        context: what stood before it, in the model's own form.
+        steps: its trained states, `SDESteps` or `LinePoints`.
+        seed: key of the random stream that it was painted with, which is its name in a generation batch.
+        guidance: the sampler's, which training repeats.
+        branches: what stood before it in each branch of that guidance, by name.
+    """
+
+    latents: Tensor
+    size: tuple[int, int]
+    context: Any
+    steps: Any
+    seed: tuple[int, ...] = ()
+    guidance: Guidance | None = None
+    branches: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Round:
+    """
+    A text and the images that were painted after it.
+
+    Attributes:
+        text_ids: tokens of the text, as sampled; none where the images follow what came before.
+        images: in the order in which they were painted.
+    """
+
+    text_ids: list[int] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+
+
+@dataclass
+class Trajectory:
+    """
+    What one sample of a prompt became.
+
+    Attributes:
+        prompt: as the dataset has it, a string or a conversation, with the system prompt that was added.
+        prompt_ids: its tokens.
+        row: place in the generation batch.
+        rounds: in their order.
+        system_ids: tokens of its system message, none where it has none; needed for guidance alone.
+        images: finished images that the prompt shows by a placeholder each, in the model's own form.
+    """
+
+    prompt: Any
+    prompt_ids: list[int]
+    row: int = 0
+    rounds: list[Round] = field(default_factory=list)
+    system_ids: list[int] | None = None
+    images: list[Any] = field(default_factory=list)
+
+    @property
+    def text_ids(self) -> list[int]:
+        """Tokens of all rounds' texts."""
+        return [token for part in self.rounds for token in part.text_ids]
+
+    def painted(self) -> Iterator[tuple[int, Image]]:
+        """The number of its round, and the image, of all images."""
+        for number, part in enumerate(self.rounds):
+            for image in part.images:
+                yield number, image
+
+
+@dataclass
+class Steps:
+    """
+    The trained steps of a micro-batch of B trajectories with I images: a table of S rows.
+
+    `steps[index]` is a part of the table, which keeps its numbers and its share in the mean.
+
+    Attributes:
+        states: S of them, all `SDESteps` or all `LinePoints`.
+        image: (S,) number of each step's image, 0 .. I - 1.
+        row: (S,) number of its trajectory, 0 .. B - 1.
+        round: (S,) number of its round.
+        weight: (S,) its weight in [`mean`]: a mean over the steps of an image, the images of a trajectory, and
+            trajectories.
+        total: S of the whole table.
+        images: the I images.
+    """
+
+    states: Any
+    image: Tensor
+    row: Tensor
+    round: Tensor
+    weight: Tensor
+    total: int
+    images: Sequence[Image]
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory]) -> "Steps":
+        """The table of a micro-batch. Raises ValueError where it has no step, or images of several sizes."""
+        found = [(row, number, image) for row, t in enumerate(trajectories) for number, image in t.painted()]
+        if not found:
+            raise ValueError("The trajectories have no images: there is nothing to train the image expert on.")
+        rows, rounds, images = zip(*found, strict=True)
+        sizes = sorted({image.size for image in images})
+        if len(sizes) != 1:
+            raise ValueError(f"Images of one batch must have one size, got {sizes}: make a batch per size.")
+        counts = torch.tensor([len(image.steps) for image in images])
+        if not counts.any():
+            raise ValueError("The images have no trained step: there is nothing to train the image expert on.")
+        number = torch.arange(len(images)).repeat_interleave(counts)
+        row = torch.tensor(rows)
+        trained = torch.zeros(len(trajectories)).index_add(0, row, (counts > 0).float())  # images of each trajectory
+        share = counts * trained[row] * len(trajectories)
+        return cls(
+            states=join([image.steps for image in images]),
+            image=number,
+            row=row[number],
+            round=torch.tensor(rounds)[number],
+            weight=(len(number) / share)[number],
+            total=len(number),
+            images=images,
+        )
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, index: Any) -> "Steps":
+        at = index.cpu() if isinstance(index, Tensor) else index
+        parts = {name: getattr(self, name)[at] for name in ("image", "row", "round", "weight")}
+        return replace(self, states=rows_of(self.states, index), **parts)
+
+    def to(self, device: torch.device) -> "Steps":
+        """The table with its states and weights on a device; its numbers and times stay on the CPU."""
+        return replace(self, states=on_device(self.states, device), weight=self.weight.to(device))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Their share of the whole table's mean: over steps, then images, then trajectories; values (S,)."""
+        return (values * self.weight.to(values.device)).sum() / self.total
+
+    def by_place(self) -> list[Tensor]:
+        """For k = 0, 1, ..: the numbers of the k-th steps of all images, so that none has two steps of one image."""
+        order = torch.argsort(self.image, stable=True)
+        counts = torch.bincount(self.image, minlength=len(self.images))
+        place = torch.empty_like(self.image)
+        place[order] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[self.image[order]]
+        return [(place == k).nonzero().flatten() for k in range(int(counts.max()) if len(self) else 0)]
+
+    def branch(self, name: str) -> "Steps":
+        """The same steps behind the contexts of a branch of guidance."""
+        return replace(self, images=[replace(image, context=image.branches[name]) for image in self.images])
+
+    @property
+    def x(self) -> Tensor:
+        """(S, *latent) the states."""
+        return self.states.x
+
+    @property
+    def t(self) -> Tensor:
+        """(S,) their times, on the CPU."""
+        return self.states.t
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels, one for the batch."""
+        return self.images[0].size
+
+    @property
+    def contexts(self) -> list[Any]:
+        """What stands before each of the S steps."""
+        return [self.images[i].context for i in self.image.tolist()]
+
+    @property
+    def guidance(self) -> Guidance:
+        """The guidance that the images were sampled with; raises ValueError where it is not one for all."""
+        first = self.images[0].guidance
+        if any(image.guidance != first for image in self.images):
+            raise ValueError("Images of one batch were sampled with different guidance: make a batch for each.")
+        return first or Guidance()
+
+
+def in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Join the values (S', ..) of parts of a table, each beside its numbers of steps (S',), in the table's order."""
+    order, values = zip(*parts, strict=True)
+    return torch.cat(values)[torch.cat(order).argsort()]
+
+
+TYPES = (Trajectory, Round, Image, SDESteps, LinePoints, Guidance)
+"""What a buffer holds beside tensors, numbers and texts; a model's contexts may add their own."""
+
+_TYPE = "__type__"
+
+
+def to_state(value: Any, types: Sequence[type] = ()) -> Any:
+    """
+    Plain tensors, numbers, texts, lists, tuples and dicts, of anything that is made of these and of dataclasses.
+
+    What is held in two places is one thing in the state, too.
+
+    Args:
+        types: dataclasses beside [`TYPES`] that it may hold.
+
+    Raises:
+        TypeError: for anything else, which a checkpoint could not be trusted to give back.
+    """
+    known: dict[str, Any] = {kind.__name__: kind for kind in (*TYPES, *types)}
+    made: dict[int, Any] = {}  # by identity
+
+    def build(value: Any) -> Any:
+        if value is None:
+            return None
+        for plain in (bool, int, float, str):
+            if isinstance(value, plain):
+                return plain(value)  # NumPy has subclasses of these
+        if isinstance(value, (list, tuple)):
+            return [build(item) for item in value] if isinstance(value, list) else tuple(map(build, value))
+        if isinstance(value, Mapping):
+            return {build(key): build(item) for key, item in value.items()}
+        if id(value) not in made:
+            made[id(value)] = value, _tensor(value) if isinstance(value, Tensor) else parts(value)
+        return made[id(value)][1]
+
+    def parts(value: Any) -> dict[str, Any]:
+        name = type(value).__name__
+        if known.get(name) is not type(value):
+            raise TypeError(
+                f"A checkpoint can't keep a {name}: what a model's `contexts` returns must be made of tensors, "
+                "numbers, texts, lists, dicts, and dataclasses that its `context_types` names."
+            )
+        return {_TYPE: name, **{part.name: build(getattr(value, part.name)) for part in fields(value) if part.init}}
+
+    return build(value)
+
+
+def _tensor(value: Tensor) -> Tensor:
+    whole = value.untyped_storage().nbytes() == value.nbytes
+    return value.detach() if whole else value.detach().clone()  # a view would keep all of what it looks at
+
+
+def from_state(state: Any, types: Sequence[type] = ()) -> Any:
+    """
+    The value that [`to_state`] was given.
+
+    Args:
+        types: dataclasses beside [`TYPES`] that it may hold.
+
+    Raises:
+        ValueError: for a dataclass that is neither.
+    """
+    known: dict[str, Any] = {kind.__name__: kind for kind in (*TYPES, *types)}
+    made: dict[int, Any] = {}  # by identity
+
+    def build(value: Any) -> Any:
+        if isinstance(value, list):
+            return [build(item) for item in value]
+        if isinstance(value, tuple):
+            return tuple(build(item) for item in value)
+        if not isinstance(value, dict):
+            return value
+        if _TYPE not in value:
+            return {key: build(item) for key, item in value.items()}
+        if value[_TYPE] not in known:
+            raise ValueError(
+                f"The checkpoint holds a {value[_TYPE]}, which this model does not know. Name the dataclass in the "
+                "model's `context_types`."
+            )
+        if id(value) not in made:
+            parts = {key: build(item) for key, item in value.items() if key != _TYPE}
+            made[id(value)] = known[value[_TYPE]](**parts)
+        return made[id(value)]
+
+    return build(state)
