@@ -9,7 +9,7 @@ from trl_unigrpo.cli import app
 from trl_unigrpo.evaluation import Guidance, Options
 from trl_unigrpo.evaluation import command as evaluation
 from trl_unigrpo.evaluation.benchmark import Painting
-from trl_unigrpo.evaluation.options import BenchmarkOptions, Judging, ModelOptions, PaintingOptions
+from trl_unigrpo.evaluation.options import BaseOptions, BenchmarkOptions, Judging, ModelOptions, PaintingOptions
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def test_options_are_the_objects_of_the_evaluation(evaluated, tmp_path):
         *("--judge-model", "j", "--judge-concurrency", 6, "--rewards", "m:a", "--rewards", "m:b", "--no-score"),
     )
     assert result.exit_code == 0, result.output
-    ((benchmark, model, painting, judging, folder, _),) = evaluated
+    ((benchmark, model, base, painting, judging, folder, _),) = evaluated
     assert len(benchmark.items) == 14 and folder == tmp_path / "out"
-    assert model == ModelOptions("a", "b", "c", "d", "float32", "cpu")
+    assert (model, base) == (ModelOptions("a", "float32", "cpu"), BaseOptions("b", "c", "d"))
     assert painting == PaintingOptions(
         2, 3, guidance_scale=4.0, guidance_interval=(0.4, 1.0), thinking=False, greedy=True, seed=5
     )
@@ -43,14 +43,14 @@ def test_options_are_the_objects_of_the_evaluation(evaluated, tmp_path):
 
 def test_without_options(evaluated):
     assert invoke("--benchmark", "shapeworld").exit_code == 0
-    ((_, model, painting, judging, folder, _),) = evaluated
-    assert (model, painting, judging) == (ModelOptions(), PaintingOptions(), Judging())
+    ((_, model, base, painting, judging, folder, _),) = evaluated
+    assert (model, base, painting, judging) == (ModelOptions(), BaseOptions(), PaintingOptions(), Judging())
     assert folder == Path("eval-shapeworld")
 
 
 def test_steps_is_the_former_name_of_num_inference_steps(evaluated):
     result = invoke("--benchmark", "shapeworld", "--steps", 3)
-    assert result.exit_code == 0 and evaluated[0][2].num_inference_steps == 3
+    assert result.exit_code == 0 and evaluated[0][3].num_inference_steps == 3
     assert result.stderr == "Note: --steps is called --num-inference-steps now; the former name will go.\n"
 
 

@@ -11,6 +11,7 @@ from .decompose import decompose_command
 from .demo import demo_command
 from .doctor import doctor_command
 from .eval import eval_command
+from .merge import merge_command
 from .options import as_command
 from .paper import paper_command
 from .report import report_command
@@ -49,6 +50,7 @@ def before_any_command(
 app.command("version")(version_command)
 app.command("demo")(as_command(demo_command))
 app.command("train", context_settings=PASS_ON)(train_command)
+app.command("merge")(as_command(merge_command))
 app.command("doctor")(as_command(doctor_command))
 app.command("decompose")(as_command(decompose_command))
 app.command("eval")(as_command(eval_command))

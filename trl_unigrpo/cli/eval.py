@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ..evaluation.options import BenchmarkOptions, Judging, ModelOptions, PaintingOptions
+from ..evaluation.options import BaseOptions, BenchmarkOptions, Judging, ModelOptions, PaintingOptions
 from .options import told_in_a_line
 
 
@@ -25,7 +25,12 @@ class EvalOptions:
 
 
 def eval_command(
-    prompts: BenchmarkOptions, model: ModelOptions, painting: PaintingOptions, judging: Judging, options: EvalOptions
+    prompts: BenchmarkOptions,
+    model: ModelOptions,
+    base: BaseOptions,
+    painting: PaintingOptions,
+    judging: Judging,
+    options: EvalOptions,
 ) -> None:
     """Paint a benchmark's prompts and score them; or compare two results; or write prompts to train on."""
     from rich.console import Console
@@ -45,7 +50,7 @@ def eval_command(
                 typer.echo(f"{options.write_prompts}: {number} prompts, none of them GenEval's.")
             else:
                 folder = Path(options.output_dir or f"eval-{prompts.name}")
-                evaluate(prepare(prompts, painting.seed), model, painting, judging, folder, console)
+                evaluate(prepare(prompts, painting.seed), model, base, painting, judging, folder, console)
     except KeyboardInterrupt:
         typer.echo("trl-unigrpo eval: stopped. The same command goes on where it stopped.", err=True)
         raise typer.Exit(130) from None

@@ -14,7 +14,7 @@ from ..monitoring.files import replace_file
 from .benchmark import Benchmark, Painting, evenly_spread
 from .benchmarks import load_benchmark
 from .compare import compare_folders, comparison_table
-from .options import BenchmarkOptions, Judging, ModelOptions, PaintingOptions
+from .options import BaseOptions, BenchmarkOptions, Judging, ModelOptions, PaintingOptions
 from .page import write_comparison, write_index
 from .scorers import (
     JudgeScorer,
@@ -103,6 +103,7 @@ def _judge(benchmark: Benchmark, judging: Judging) -> Scorer:
 def evaluate(
     benchmark: Benchmark,
     model: ModelOptions,
+    base: BaseOptions,
     painting: PaintingOptions,
     judging: Judging,
     folder: Path,
@@ -121,11 +122,11 @@ def evaluate(
     scorer = build_scorer(benchmark, judging)  # before the model, whose loading takes longer
     if benchmark.name == "shapeworld" and model.dtype == "auto":
         model = replace(model, dtype="float32")  # the demo's, on any hardware
-    loaded, tokenizer = load_model(**vars(model))
+    loaded, tokenizer = load_model(**vars(model), **vars(base))
     benchmark = without_long_prompts(benchmark, loaded, tokenizer, options)
     for problem in benchmark.problems:
         console.print(plain(f"Left out: {problem}"), highlight=False, soft_wrap=True)
-    parts = parts_of(model.source, model.base, model.thinker, model.painter)
+    parts = parts_of(model.source, **vars(base))
     prints = {"dtype": str(loaded.dtype), **{part: fingerprint(source) for part, source in parts.items()}}
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),

@@ -8,16 +8,22 @@ from typer import Option
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The model to evaluate: arguments of [`load_model`]."""
+    """The model to evaluate: arguments of [`load_model`], with those of [`BaseOptions`]."""
 
     source: Annotated[
         str | None, Option("--model", help="Folder or hub id: a model, a checkpoint, or adapters; or 'shapeworld'.")
     ] = None
+    dtype: Annotated[str, Option(help="Of the weights: auto, float32, bfloat16 or float16.")] = "auto"
+    device: Annotated[str | None, Option(help="Such as cuda:1 or cpu; by default a GPU if there is one.")] = None
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """A model below adapters, or in place of a whole one: arguments of [`load_model`]."""
+
     base: Annotated[str | None, Option(help="What adapters were trained on, if they don't say.")] = None
     thinker: Annotated[str | None, Option(help="Language model of a pipeline.")] = None
     painter: Annotated[str | None, Option(help="diffusers pipeline, instead of a model or below adapters.")] = None
-    dtype: Annotated[str, Option(help="Of the weights: auto, float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[str | None, Option(help="Such as cuda:1 or cpu; by default a GPU if there is one.")] = None
 
 
 @dataclass(frozen=True)
