@@ -150,8 +150,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="file of the fine-tuned weights: read if it is there, else written")
     parser.add_argument("--sft_steps", type=int, default=620)
-    parser.add_argument("--generations", type=int, default=45)
-    parser.add_argument("--prompts", type=int, default=525)
+    parser.add_argument("--rollouts", type=int, default=45)
+    parser.add_argument("--generations", dest="rollouts", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument("--num-prompts", type=int, default=525)
+    parser.add_argument("--prompts", dest="num_prompts", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -166,8 +168,8 @@ def main() -> None:
             if arguments.base is not None:
                 save_model(model, str(arguments.base))
         sft_seconds = time.perf_counter() - start
-        before = evaluate_model(model, model.tokenizer, arguments.prompts)
-        settings = demo_settings(arguments.generations)
+        before = evaluate_model(model, model.tokenizer, arguments.num_prompts)
+        settings = demo_settings(arguments.rollouts)
         trainer = UniGRPOTrainer(
             model=model,
             reward_funcs=shapeworld_reward,
@@ -179,13 +181,13 @@ def main() -> None:
         begin = time.perf_counter()
         trainer.train()
         training_seconds = time.perf_counter() - begin
-        after = evaluate_model(model, model.tokenizer, arguments.prompts)
+        after = evaluate_model(model, model.tokenizer, arguments.num_prompts)
     interval = mean_interval(after.reward - before.reward)
     found = {
         "date": str(date.today()),
         "seed": arguments.seed,
-        "prompts": arguments.prompts,
-        "generations": arguments.generations,
+        "prompts": arguments.num_prompts,
+        "generations": arguments.rollouts,
         "sft_steps": arguments.sft_steps,
         "sft_seconds": sft_seconds,
         "training_seconds": training_seconds,

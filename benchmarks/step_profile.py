@@ -1,6 +1,6 @@
 """The demo's training time by where it goes: the model, the optimizer, the reward, and what lies around them.
 
-    python benchmarks/step_profile.py --steps 10
+    python benchmarks/step_profile.py --rollouts 10
 
 Overhead is the time outside of the model's forward and backward passes (language head and VAE included), the optimizer
 and the reward. The Python part of `generate`, which belongs to transformers, is reported apart.
@@ -64,7 +64,8 @@ class Stopwatch:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10, help="rollouts of 192 trajectories")
+    parser.add_argument("--rollouts", type=int, default=10, help="rollouts of 192 trajectories")
+    parser.add_argument("--steps", dest="rollouts", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     quiet()
@@ -74,7 +75,7 @@ def main() -> None:
         trainer = UniGRPOTrainer(
             model=model,
             reward_funcs=watch.watch(shapeworld_reward, "reward"),
-            args=UniGRPOConfig(output_dir=folder, disable_tqdm=True, **demo_settings(arguments.steps)),
+            args=UniGRPOConfig(output_dir=folder, disable_tqdm=True, **demo_settings(arguments.rollouts)),
             train_dataset=shapeworld_dataset("train"),
             processing_class=tokenizer,
         )
@@ -99,7 +100,7 @@ def main() -> None:
         table.add_row(name, f"{value:.2f}", f"{value / total:.1%}")
     Console().print(table)
     shares = {name: value / total for name, value in watch.seconds.items()}
-    result = {"date": str(date.today()), "steps": arguments.steps, "seconds": total, "shares": shares}
+    result = {"date": str(date.today()), "steps": arguments.rollouts, "seconds": total, "shares": shares}
     arguments.results.write_text(json.dumps({**result, "threads": torch.get_num_threads()}, indent=2) + "\n")
 
 

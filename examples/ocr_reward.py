@@ -3,7 +3,7 @@
 pip install 'trl-unigrpo[ocr]'
 python examples/ocr_reward.py                          # three words drawn for you
 python examples/ocr_reward.py images --target OPEN     # a folder; without --target, each file's own name
-python examples/ocr_reward.py --train --steps 4        # rewards the demo model for rings that read as an O
+python examples/ocr_reward.py --train --max_steps 4    # rewards the demo model for rings that read as an O
 """
 
 import argparse
@@ -68,11 +68,12 @@ if __name__ == "__main__":
     parser.add_argument("folder", nargs="?", type=Path, help="folder with images; without it, three are drawn")
     parser.add_argument("--target", help="text that every image should show; without it, its file's name")
     parser.add_argument("--train", action="store_true", help="train the demo model instead of scoring")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of --train (default: %(default)s)")
+    parser.add_argument("--max_steps", type=int, default=4, help="optimizer steps of --train (default: %(default)s)")
+    parser.add_argument("--steps", dest="max_steps", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--output_dir", default="ocr-unigrpo", help="folder of --train (default: %(default)s)")
     options = parser.parse_args()
     if options.train:
-        train(options.steps, options.output_dir)
+        train(options.max_steps, options.output_dir)
     else:
         named = images_in(options.folder, options.target) if options.folder else drawn_words()
         Console().print(score(named))

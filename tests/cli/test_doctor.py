@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tests.helpers.paths import FIXTURES
 from trl_unigrpo.__about__ import versions
 from trl_unigrpo.cli import app
-from trl_unigrpo.cli.doctor import run_doctor
+from trl_unigrpo.cli.doctor_tables import run_doctor
 from trl_unigrpo.estimate import (
     Workload,
     estimate,

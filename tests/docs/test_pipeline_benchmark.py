@@ -13,7 +13,7 @@ def test_pipeline_step(tmp_path, monkeypatch, checkpointing):
     script, file = load("pipeline_step"), tmp_path / "results.json"
     small = {"image_size": 64, "transformer": {**script.SIZES["tiny"]["transformer"], "num_layers": 2}}
     monkeypatch.setitem(script.SIZES, "tiny", {**script.SIZES["tiny"], **small})
-    options = ["--batch", "2", "--steps", "4", "--repeats", "1", "--results", str(file)]
+    options = ["--batch", "2", "--num-inference-steps", "4", "--repeats", "1", "--results", str(file)]
     monkeypatch.setattr(sys, "argv", ["pipeline_step", *options, *(["--checkpointing"] if checkpointing else [])])
     script.main()
     found = json.loads(file.read_text())

@@ -16,7 +16,18 @@ from trl_unigrpo.rewards import read_questions
 from trl_unigrpo.shapeworld import evaluate_model
 
 
-SMALL = ["--steps", "2", "--image-size", "48", "--max-completion-length", "6", "--device", "cpu", "--dtype", "float32"]
+SMALL = [
+    "--num-inference-steps",
+    "2",
+    "--image-size",
+    "48",
+    "--max-completion-length",
+    "6",
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+]
 
 
 def invoke(*arguments):

@@ -1,62 +1,54 @@
 """`trl-unigrpo train`: UniGRPO from the command line or a YAML file, as `trl grpo` does GRPO."""
 
-import importlib
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
-from trl.rewards import think_format_reward
+import typer
 
-from ..trainers.unigrpo_config import UniGRPOConfig
-from ..trainers.unigrpo_trainer import UniGRPOTrainer
-from .prompt_files import load_prompts
+from .options import told_in_a_line
+
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""Settings of a command whose options another parser reads."""
 
 
 @dataclass
 class TrainArguments:
     r"""
-    What to train on.
+    The data to train on, and the rewards.
 
     Parameters:
         dataset_name (`str`): hub id or folder of a dataset, a csv, json, jsonl, parquet or txt file, or `shapeworld`.
         dataset_config (`str`, *optional*): configuration of a hub dataset.
         dataset_train_split (`str`, *optional*, defaults to `"train"`): split to train on.
         dataset_test_split (`str`, *optional*, defaults to `"test"`): split to evaluate on, if `eval_strategy` says so.
-        reward_funcs (`list[str]`): import paths of reward functions (`my_rewards.redness`), or `think_format_reward`.
+        reward_funcs (`list[str]`): reward functions as `module:NAME`, such as `my_rewards:redness`, or
+            `think_format_reward`.
     """
 
     dataset_name: str = field(
         metadata={"help": "Hub id or folder of a dataset, a csv/json/jsonl/parquet/txt file, or 'shapeworld'."}
     )
-    reward_funcs: list[str] = field(metadata={"help": "Import paths of reward functions, such as my_rewards.redness."})
+    reward_funcs: list[str] = field(metadata={"help": "Reward functions as module:NAME, such as my_rewards:redness."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
 
 
-def load_reward(path: str) -> Callable[..., Any]:
-    """The reward function at a dotted import path; modules in the working directory are found."""
-    if path == "think_format_reward":
-        return think_format_reward
-    module, _, name = path.rpartition(".")
-    if not module:
-        raise ValueError(
-            f"reward_funcs: {path!r} is no import path. Write it as module.function, such as my_rewards.redness."
-        )
-    sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"reward_funcs: can't import {path!r} ({error}). Is the module in the working directory or installed?"
-        ) from error
+def train_command(context: typer.Context) -> None:
+    """Train with UniGRPO: --config file.yaml, or options; train --help lists them."""
+    run_training(context.args)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run_training(argv: Sequence[str] | None = None) -> None:
     """Parse arguments and the file named by `--config`, train, and save to `output_dir`."""
+    from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+    from ..rewards.loading import load_reward
+    from ..trainers.unigrpo_config import UniGRPOConfig
+    from ..trainers.unigrpo_trainer import UniGRPOTrainer
+    from .prompt_files import load_prompts
+
     parser = TrlParser((TrainArguments, UniGRPOConfig, ModelConfig), prog="trl-unigrpo train")
     script, args, model = parser.parse_args_and_config(
         list(argv) if argv is not None else None, fail_with_unknown_args=True
@@ -68,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from ..shapeworld import BASE
 
         source = str(BASE)
-    rewards = [load_reward(path) for path in script.reward_funcs]
+    with told_in_a_line("train", ValueError):
+        rewards = [load_reward(path) for path in script.reward_funcs]
     evaluates = args.eval_strategy != "no"
     trainer = UniGRPOTrainer(
         model=source,

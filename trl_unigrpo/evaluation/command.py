@@ -1,19 +1,20 @@
 """`trl-unigrpo eval`: from options to a folder of results, or from two folders to their comparison."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..flow.guidance import Guidance
 from ..monitoring.files import replace_file
-from .benchmark import Benchmark, evenly_spread
+from .benchmark import Benchmark, Painting, evenly_spread
 from .benchmarks import load_benchmark
 from .compare import compare_folders, comparison_table
+from .options import BaseOptions, BenchmarkOptions, Judging, ModelOptions, PaintingOptions
 from .page import write_comparison, write_index
 from .scorers import (
     JudgeScorer,
@@ -26,45 +27,24 @@ from .scorers import (
 from .summary import plain, summarize, table
 
 
-@dataclass(frozen=True)
-class Judging:
-    """
-    What scores the pictures; without any of it, what fits the benchmark.
-
-    Attributes:
-        judge_model, judge_base_url: of [`VLMJudge`]; the key is read from OPENAI_API_KEY.
-        judge_mode, judge_concurrency, judge_cache: its arguments of these names without `judge_`.
-        local_judge: folder or hub id of a [`LocalVLMJudge`] instead.
-        rewards: reward functions, as `module:NAME`.
-        detector, clip: of GenEval's own scorer; its defaults if None.
-        none: only paint.
-    """
-
-    judge_model: str | None = None
-    judge_base_url: str | None = None
-    judge_mode: str = "logprobs"
-    judge_concurrency: int = 32
-    judge_cache: str | None = None
-    local_judge: str | None = None
-    rewards: Sequence[str] = ()
-    detector: str | None = None
-    clip: str | None = None
-    none: bool = False
+if TYPE_CHECKING:
+    from .runner import Options
 
 
-def prepare(name: str, data: str | None, num_prompts: int | None, seed: int | None) -> Benchmark:
-    """The benchmark with so many of its prompts."""
-    benchmark = load_benchmark(name, data, num_prompts, seed)
-    if name == "shapeworld" or num_prompts is None:
+def prepare(prompts: BenchmarkOptions, seed: int | None) -> Benchmark:
+    """Load the benchmark with so many of its prompts."""
+    number = prompts.num_prompts
+    benchmark = load_benchmark(prompts.name, prompts.prompts or prompts.data, number, seed)
+    if prompts.name == "shapeworld" or number is None:
         return benchmark
-    if num_prompts < 1:
-        raise ValueError(f"num_prompts={num_prompts}: expected at least 1.")
-    return replace(benchmark, items=evenly_spread(benchmark.items, num_prompts))
+    if number < 1:
+        raise ValueError(f"num_prompts={number}: expected at least 1.")
+    return replace(benchmark, items=evenly_spread(benchmark.items, number))
 
 
 def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
     """
-    What scores this benchmark.
+    Choose what scores this benchmark: what the user asks for, or else what fits it.
 
     Raises:
         ImportError: naming the extra to install, before anything is painted.
@@ -76,7 +56,7 @@ def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
     if sum((asked, bool(judging.rewards), judging.detector is not None)) > 1:
         raise ValueError("Pass one of a judge, rewards and a detector: each gives other numbers.")
     if judging.rewards:
-        from ..rewards.remote.server import load_reward
+        from ..rewards.loading import load_reward
 
         return RewardScorer({path: load_reward(path) for path in judging.rewards})
     if asked:
@@ -93,7 +73,7 @@ def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
     wanted = "a judge (--judge-model and --judge-base-url, or --local-judge)"
     if kind == "rewards":
         wanted += ", or --rewards module:NAME,"
-    raise ValueError(f"{benchmark.title} needs {wanted} to score its pictures. --no-score only paints them.")
+    raise ValueError(f"{benchmark.title} needs {wanted} to score its images. --no-score only paints them.")
 
 
 def _judge(benchmark: Benchmark, judging: Judging) -> Scorer:
@@ -122,44 +102,31 @@ def _judge(benchmark: Benchmark, judging: Judging) -> Scorer:
 
 def evaluate(
     benchmark: Benchmark,
+    model: ModelOptions,
+    base: BaseOptions,
+    painting: PaintingOptions,
     judging: Judging,
     folder: Path,
     console: Console,
-    *,
-    model: Mapping[str, str | None],
-    options: Mapping[str, Any],
-    painting: Mapping[str, int | None],
-    guidance: Guidance,
 ) -> dict[str, Any]:
     """
     Paint, score, and write `summary.json` and `index.html`.
-
-    Args:
-        model: arguments of [`load_model`].
-        options: of [`Options`], but for guidance and painting.
-        painting: changes of the benchmark's [`Painting`].
 
     Returns:
         The summary.
     """
     from .models import fingerprint, load_model, parts_of
-    from .runner import (
-        Options,
-        run,
-        with_changes,
-        without_long_prompts,
-    )
+    from .runner import run, without_long_prompts
 
+    options = run_options(painting, benchmark.painting)
     scorer = build_scorer(benchmark, judging)  # before the model, whose loading takes longer
-    chosen = Options(with_changes(benchmark.painting, **painting), guidance=guidance, **options)
-    arguments: dict[str, Any] = dict(model)
-    if benchmark.name == "shapeworld" and arguments["dtype"] == "auto":
-        arguments["dtype"] = "float32"  # the demo's, on any hardware
-    loaded, tokenizer = load_model(**arguments)
-    benchmark = without_long_prompts(benchmark, loaded, tokenizer, chosen)
+    if benchmark.name == "shapeworld" and model.dtype == "auto":
+        model = replace(model, dtype="float32")  # the demo's, on any hardware
+    loaded, tokenizer = load_model(**vars(model), **vars(base))
+    benchmark = without_long_prompts(benchmark, loaded, tokenizer, options)
     for problem in benchmark.problems:
         console.print(plain(f"Left out: {problem}"), highlight=False, soft_wrap=True)
-    parts = parts_of(model["source"], model["base"], model["thinker"], model["painter"])
+    parts = parts_of(model.source, **vars(base))
     prints = {"dtype": str(loaded.dtype), **{part: fingerprint(source) for part, source in parts.items()}}
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
@@ -173,11 +140,32 @@ def evaluate(
             benchmark,
             scorer,
             folder,
-            chosen,
+            options,
             prints,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
     return finish(folder, benchmark, scorer, lines, console, " + ".join(parts.values()))
+
+
+def run_options(asked: PaintingOptions, painting: Painting) -> "Options":
+    """Settings of a run: the benchmark's own painting with what the user asks for."""
+    from .runner import Options, with_changes
+
+    return Options(
+        with_changes(painting, **{each.name: getattr(asked, each.name) for each in fields(painting)}),
+        thinking=asked.thinking,
+        do_sample=not asked.greedy,
+        temperature=asked.temperature,
+        timestep_shift=asked.timestep_shift,
+        guidance=Guidance(
+            asked.guidance_scale,
+            asked.image_guidance_scale,
+            asked.guidance_interval,
+            asked.guidance_renorm,
+            asked.guidance_renorm_min,
+        ),
+        system_prompt=asked.system_prompt,
+    )
 
 
 def finish(
@@ -188,7 +176,7 @@ def finish(
     console: Console,
     model: str,
 ) -> dict[str, Any]:
-    """Write what a whole folder of lines comes to."""
+    """Write the summary and the page of a whole folder of lines."""
     from .results import read_settings
 
     label = f"{benchmark.title} ({scorer.label})" if scorer is not None else f"{benchmark.title} (not scored)"
@@ -204,9 +192,7 @@ def finish(
         console.print(table(summary))
     if summary["unscored"] and scorer is not None:
         why = next(line["error"] for line in lines if line["reward"] is None)
-        told = (
-            f"{summary['unscored']} of {summary['images']} pictures have no score ({why}). They are in no mean; the "
-        )
+        told = f"{summary['unscored']} of {summary['images']} images have no score ({why}). They are in no mean; the "
         console.print(plain(told + "same command scores them again."), highlight=False, soft_wrap=True)
     console.print(plain(str(folder / "index.html")), highlight=False, soft_wrap=True)
     return summary

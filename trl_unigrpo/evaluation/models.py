@@ -2,18 +2,24 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from ..models.pipeline.loading import hardware_dtype
+from ..models.pipeline.loading import hardware_dtype, local_folder
 from ..models.registry import load_unified_model, unified_model
 from ..models.tokenizer import read_tokenizer
 
 
 ADAPTER = "adapter_config.json"
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+COUNTED = ("F64", "I64", "BOOL")
+"""Dtypes of buffers that a model may have beside its weights, none of them of a quantised weight."""
 HASHED_BYTES = 2 * 2**30
 """Weights of more bytes are known by the names and sizes of their files."""
 
@@ -113,12 +119,7 @@ def fingerprint(source: str) -> dict[str, Any]:
     folder = Path(_named(source))
     if not folder.is_dir():
         return {"source": source, "revision": _revision(source)}
-    # A run's folder may hold its checkpoints, which are other models.
-    files = sorted(
-        file
-        for file in folder.rglob("*.safetensors")
-        if not any(part.startswith("checkpoint-") for part in file.relative_to(folder).parts)
-    )
+    files = weight_files(folder)
     digest = hashlib.sha256()
     whole = sum(file.stat().st_size for file in files) <= HASHED_BYTES
     for file in files:
@@ -127,6 +128,38 @@ def fingerprint(source: str) -> dict[str, Any]:
             with file.open("rb") as data:
                 digest.update(hashlib.file_digest(data, "sha256").digest())
     return {"weights_sha256" if whole else "files_sha256": digest.hexdigest()[:16]}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the files of a model's weights, without those of checkpoints in the same folder, which are other models."""
+    return sorted(
+        file
+        for file in folder.rglob("*.safetensors")
+        if not any(part.startswith("checkpoint-") for part in file.relative_to(folder).parts)
+    )
+
+
+def stored_dtype(sources: Iterable[str]) -> str:
+    """
+    Name the dtype in which most numbers of a model's parts are stored.
+
+    Raises:
+        ValueError: if a part is quantised.
+    """
+    numbers = dict.fromkeys(FLOATS, 0)
+    for source in sources:
+        for file in weight_files(local_folder(_named(source))):
+            with safe_open(file, "pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - the file is no dictionary
+                    found = weights.get_slice(name)
+                    if found.get_dtype() not in (*FLOATS, *COUNTED):
+                        raise ValueError(
+                            f"{source!r} is quantised ({name} is stored as {found.get_dtype()}): what is added to its "
+                            "weights would be rounded away. Pass the unquantised model that it was made from as base."
+                        )
+                    if found.get_dtype() in FLOATS:
+                        numbers[found.get_dtype()] += math.prod(found.get_shape())
+    return FLOATS[max(numbers, key=lambda kind: numbers[kind])]
 
 
 def _revision(source: str) -> str | None:

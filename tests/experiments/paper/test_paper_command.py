@@ -50,7 +50,7 @@ def test_what_is_wrong_is_refused_before_any_run_starts(tmp_path, chosen):
     refused(paper(*common, "--only", "unigrpo", "--only", "unifpo"), "unifpo needs", "--search --only unifpo")
     refused(paper(*common, "--search", "--only", "base"), "nothing is searched", "text_grpo")
     refused(paper(*common, "--search", "--only", "guided_base", "--chosen", tmp_path / "new.json"), "choice for sft")
-    refused(paper("--output-dir", output, "--search", "--steps", "2"), "full length", "--chosen")
+    refused(paper("--output-dir", output, "--search", "--rollouts", "2"), "full length", "--chosen")
     assert not [file for file in output.rglob("*") if file.suffix == ".txt"]
 
 
@@ -116,7 +116,7 @@ def command(*arguments):
 
 def test_sigterm_ends_the_command_and_its_runs(tmp_path, chosen):
     output = tmp_path / "runs"
-    arguments = ("--output-dir", output, "--chosen", chosen, "--only", "unigrpo", "--jobs", 2, "--steps", 50)
+    arguments = ("--output-dir", output, "--chosen", chosen, "--only", "unigrpo", "--jobs", 2, "--rollouts", 50)
     child = subprocess.Popen(command(*arguments, "--seeds", "0,1"), stdout=subprocess.PIPE, text=True)
     histories = [Job("unigrpo", seed).folder(output) / "history.jsonl" for seed in (0, 1)]
     end = time.monotonic() + 200
@@ -144,7 +144,7 @@ def children(pid):
 def test_the_search_chooses_and_waits_for_what_it_takes_over(tmp_path):
     """SFT first, then guidance on what was chosen for it; another system added later redoes neither."""
     output, file = tmp_path / "runs", tmp_path / "new.json"
-    arguments = ("--search", "--steps", 2, "--output-dir", output, "--chosen", file, "--jobs", 2)
+    arguments = ("--search", "--rollouts", 2, "--output-dir", output, "--chosen", file, "--jobs", 2)
     subprocess.run(command(*arguments, "--only", "sft,guided_base"), check=True)
     entries = read_entries(file)
     assert list(entries) == ["sft", "guided_base"]

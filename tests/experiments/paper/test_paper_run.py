@@ -66,7 +66,7 @@ def process(output, *options):
         "--seed",
         str(JOB.seed),
     ]
-    command += ["--generations", "2", "--num-prompts", "14", "--chosen", str(file), *options]
+    command += ["--rollouts", "2", "--num-prompts", "14", "--chosen", str(file), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

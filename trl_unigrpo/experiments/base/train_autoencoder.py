@@ -134,11 +134,12 @@ def train_from_arguments() -> None:
     """Train, print the report, save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output_dir")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--max-steps", type=int, default=2400)
+    parser.add_argument("--steps", dest="max_steps", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     start = time.process_time()
-    vae = train_autoencoder(steps=args.steps, seed=args.seed)
+    vae = train_autoencoder(steps=args.max_steps, seed=args.seed)
     seconds = time.process_time() - start
     print(f"trained {vae.num_parameters():,} parameters in {seconds:.0f} CPU seconds")
     for name, value in asdict(evaluate_autoencoder(vae)).items():

@@ -89,7 +89,7 @@ def write_once(file: Path, content: Mapping[str, Any]) -> None:
         file.write_text(json.dumps(content) + "\n", encoding="utf-8")
     elif json.loads(file.read_text(encoding="utf-8")) != content:
         raise ValueError(
-            f"{file} is of runs on other prompts than these: --quick and --steps need folders of their own. Choose "
+            f"{file} is of runs on other prompts than these: --quick and --rollouts need folders of their own. Choose "
             "another --output-dir."
         )
 

@@ -110,7 +110,8 @@ def run_from_arguments() -> None:
     parser.add_argument("system", choices=SYSTEMS, metavar="system")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--candidate", type=int, help="index of the search's candidate to try")
-    parser.add_argument("--generations", type=int, default=FULL.generations)
+    parser.add_argument("--rollouts", type=int, default=FULL.generations)
+    parser.add_argument("--generations", dest="rollouts", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--num-prompts", type=int, default=FULL.num_prompts)
     parser.add_argument("--split", default=FULL.split)
     parser.add_argument("--chosen", type=Path, default=CHOSEN)
@@ -119,7 +120,7 @@ def run_from_arguments() -> None:
     if args.end_with_parent:
         end_with_parent()
     quiet()
-    scale = Scale(args.generations, args.num_prompts, args.split)
+    scale = Scale(args.rollouts, args.num_prompts, args.split)
     settings = run_settings(SYSTEMS[args.system], load_chosen(args.chosen), scale, args.candidate)
     run_job(Job(args.system, args.seed, args.candidate), args.output, scale, settings)
 

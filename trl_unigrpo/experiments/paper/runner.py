@@ -117,8 +117,8 @@ def run_paper(options: PaperOptions, console: Console) -> int:
         return rewrite_page(options, console)
     if options.search and (options.quick or options.generations) and options.chosen.resolve() == CHOSEN.resolve():
         raise ValueError(
-            "The choice that is shipped is made at full length: leave out --quick and --steps, or name another file "
-            "for it with --chosen."
+            "The choice that is shipped is made at full length: leave out --quick and --rollouts, or name another "
+            "file for it with --chosen."
         )
     if not options.all_jobs:
         raise ValueError(
@@ -182,7 +182,7 @@ def do(options: PaperOptions, jobs: Sequence[Job], console: Console) -> int:
     def command(job: Job) -> list[str]:
         wanted: dict[str, object] = {
             "--seed": job.seed,
-            "--generations": scale.generations,
+            "--rollouts": scale.generations,
             "--num-prompts": scale.num_prompts,
         }
         wanted |= {"--split": scale.split, "--chosen": options.chosen}

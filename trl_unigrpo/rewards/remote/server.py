@@ -12,12 +12,9 @@ import asyncio
 import base64
 import binascii
 import functools
-import importlib
 import inspect
 import logging
-import os
 import secrets
-import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
@@ -28,6 +25,7 @@ from PIL import Image
 
 from ...__about__ import __version__
 from ..common import Scores, finite
+from ..loading import load_reward
 from .wire import (
     TooManyPixelsError,
     describe_error,
@@ -100,45 +98,6 @@ class Batch:
     completions: list[Any] | None
     images: list[Image.Image]
     columns: dict[str, list[Any]] = field(default_factory=dict)
-
-
-def load_reward(path: str) -> RewardFunction:
-    """
-    The reward at `module:NAME`, a function, a callable object, or a class that is made without arguments. Modules in
-    the working directory are found.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise ValueError(f"{path!r} names no reward. Write it as module:NAME, such as my_rewards:redness.")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        value: Any = functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{path!r} can't be imported ({error}). Is the module in the working directory or installed?"
-        ) from error
-    if inspect.isclass(value):
-        try:
-            value = value()
-        except TypeError as error:
-            raise ValueError(
-                f"{path!r} is a class that can't be made without arguments ({error}). Make an instance of it in a "
-                "module and name that."
-            ) from error
-    if not callable(value):
-        raise ValueError(f"{path!r} is a {type(value).__name__}, expected a function or a callable object.")
-    try:
-        inspect.signature(value).bind_partial(prompts=[], completions=[], images=[])
-    except TypeError as error:
-        raise ValueError(
-            f"{path!r} can't be called as a reward ({error}): expected one that takes prompts, completions, images "
-            "and **columns."
-        ) from error
-    return value
 
 
 def reward_name(reward: RewardFunction) -> str:
