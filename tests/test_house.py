@@ -212,7 +212,7 @@ def private_access(package=None):
 
 
 def doubled_names(package=None):
-    """Public functions, classes and constants that two modules define."""
+    """Public functions, classes and constants that two modules define; `logger` is everybody's name for their own."""
     homes = defaultdict(set)
     for file in files(package):
         for node in python(file).body:
@@ -221,7 +221,11 @@ def doubled_names(package=None):
             elif isinstance(node, (ast.Assign, ast.AnnAssign)):
                 for target in getattr(node, "targets", [getattr(node, "target", None)]):
                     homes[getattr(target, "id", "_")].add(module_of(file, package))
-    return {name: sorted(at) for name, at in sorted(homes.items()) if len(at) > 1 and not name.startswith("_")}
+    return {
+        name: sorted(at)
+        for name, at in sorted(homes.items())
+        if len(at) > 1 and not name.startswith("_") and name != "logger"
+    }
 
 
 MEASURES = (long_functions, long_files, many_parameters, private_access, doubled_names)

@@ -326,8 +326,8 @@ class UniGRPOTrainer(RunKeeping):
         seen, done = torch.empty_like(steps.x), 0
         for index, velocity in forward.velocities():
             seen[index] = velocity.detach().float()
-            kept = (None if known is None else known[index] for known in (old, reference))
-            flow_loss = self._flow_loss(velocity.float(), *kept, steps[index], inputs["advantages"])
+            of_old, of_ref = (None if known is None else known[index] for known in (old, reference))
+            flow_loss = self._flow_loss(velocity.float(), of_old, of_ref, steps[index], inputs["advantages"])
             flow_loss = flow_loss / self.current_gradient_accumulation_steps
             done += len(index)
             if done < len(steps):  # back-propagated at once, so that only one step's activations are alive
