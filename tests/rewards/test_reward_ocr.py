@@ -93,6 +93,7 @@ def test_noise_and_blank_have_no_text(reward):
     assert reward(prompts=['"HELLO"'] * 2, images=[noise, Image.new("RGB", (256, 128), "white")]) == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_image_modes_read_alike(reward):
     image = word_picture("HELLO")
     transparent = Image.new("RGBA", image.size, (0, 0, 0, 0))  # black below what is not there
