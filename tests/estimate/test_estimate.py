@@ -187,7 +187,7 @@ def test_vae_is_counted_as_it_runs():
         (None, False, 0.002),
         pytest.param(None, True, 0.03, marks=pytest.mark.slow),
         pytest.param((16, 16), False, 0.02, marks=pytest.mark.slow),
-        ((16, 16), True, 0.02),
+        pytest.param((16, 16), True, 0.02, marks=pytest.mark.slow),
     ],
 )
 def test_counted_generation_is_the_closed_form(tmp_path, ranks, checkpointing, tolerance):

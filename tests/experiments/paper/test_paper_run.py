@@ -95,6 +95,7 @@ def whole(tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_run_folder(whole):
     folder = JOB.folder(whole)
     assert sorted(file.name for file in folder.iterdir()) == ["history.jsonl", "run.json", "strip.png"]
