@@ -122,6 +122,7 @@ def test_run_folder(whole):
         assert image.size == (12 * 48, 48)
 
 
+@pytest.mark.slow
 def test_history(whole):
     first, second = lines(whole)
     assert [first["rollouts"], second["rollouts"]] == [192, 384]
