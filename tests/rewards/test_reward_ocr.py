@@ -107,6 +107,7 @@ def test_two_lines_are_read_from_top_to_bottom(reward):
     assert reward.read(image).replace(" ", "").upper() == "GREENTEA"
 
 
+@pytest.mark.slow
 def test_uncertain_lines_do_not_count(reward):
     image = word_picture("HELLO")
     assert reward.read(image) == "HELLO"
@@ -119,6 +120,7 @@ def test_each_image_has_its_own_target(reward):
     assert scores[1] == 1.0 and scores[0] < 0.5
 
 
+@pytest.mark.slow
 def test_column_before_quotation(reward):
     image = [word_picture("HELLO")]
     assert reward(prompts=['"DOG"'], images=image, target=["HELLO"]) == [1.0]
