@@ -13,7 +13,7 @@ from trl_unigrpo import ReFLConfig, UnifiedSFTConfig, UniGRPOConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "baselines.md").read_text(encoding="utf-8")
-CONFIGS = {"sft_trainer.py": UnifiedSFTConfig, "refl_trainer.py": ReFLConfig}
+CONFIGS = {"trainers/sft_trainer.py": UnifiedSFTConfig, "trainers/refl_trainer.py": ReFLConfig}
 
 
 @pytest.mark.parametrize("heading", ["SFT", "ReFL"])
