@@ -3,13 +3,15 @@
 One step, as the paper's algorithm has it; each line is a section below:
 
     1. sample a group of thinkings per prompt                        TRL's `_generate`
-    2. paint the images, K of the denoising steps stochastic         `_paint`: sampling.py, flow/sampler.py
+    2. paint the images, K of the denoising steps stochastic         `_paint`: sampling.py, flow/sampler.py; windows.py
        (other image objectives: all steps ODE, K states on lines)    flow/objectives.py
-    3. reward the images, advantages within the group (eq. 1: TRL's) `_calculate_rewards`: failures, scoring.py
+    3. reward the images; failures are masked                        `_calculate_rewards`: scoring.py
+       advantages within the group (eq. 1)                           TRL's `_generate_and_score_completions`
     4. velocities of the old and the reference model                 `_keep_velocities`: kept.py
-    5. for each PPO epoch (eq. 7) the text's objective (eq. 2)       TRL's `_compute_loss`
+    5. the joint objective (eq. 7): the text's (eq. 2, TRL's)        `_compute_loss`
        + lambda * flow objective (eqs. 3, 5) + w * velocity MSE (8)  `_flow_loss`: flow/objectives.py, flow/ratio.py
     6. clip the gradients of each expert, one optimizer step         `_clip_grad_norm`, `create_optimizer`
+       5 and 6 are repeated for each PPO epoch                       TRL's `num_iterations`
 
 Shapes: B trajectories, S trained steps of their images, `latent` the model's own latent dimensions.
 """
