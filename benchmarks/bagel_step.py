@@ -61,7 +61,7 @@ from trl_unigrpo.flow import (
     velocity_mse,
 )
 from trl_unigrpo.flow.sampler import RolloutPlan
-from trl_unigrpo.flow.states import SDESteps, select
+from trl_unigrpo.flow.states import SDESteps, rows_of
 from trl_unigrpo.models.bagel import BagelConfig
 from trl_unigrpo.monitoring.events import ImageLoss, Watcher
 from trl_unigrpo.sampling import decode, paint
@@ -310,7 +310,7 @@ def plain_flow_step(
 ) -> None:
     """One stochastic step: a forward of the reference, one of the policy, its backward pass."""
     base, objective = trainer.unified, trainer._setup.objective
-    states = select(image.steps, slice(k, k + 1))
+    states = rows_of(image.steps, slice(k, k + 1))
 
     def velocity(model: Any) -> torch.Tensor:
         with trainer.accelerator.autocast():

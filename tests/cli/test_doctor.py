@@ -22,6 +22,7 @@ from trl_unigrpo.estimate import (
 )
 from trl_unigrpo.estimate.advice import advise
 from trl_unigrpo.estimate.hardware import copy_rate, matmul_rate
+from trl_unigrpo.estimate.report import ESTIMATES
 from trl_unigrpo.monitoring.expected import ExpectedCost, expected_cost
 from trl_unigrpo.trainers.dry_run import dry_run, random_trainer
 
@@ -203,7 +204,7 @@ def test_expected_cost_is_the_estimate_of_the_run(tmp_path):
 
 def test_models_without_an_estimate_are_skipped(tmp_path, monkeypatch):
     trainer = random_trainer(tiny_load(), torch.device("cpu"), str(tmp_path))
-    monkeypatch.delattr(type(trainer.unified), "estimate")
+    monkeypatch.delitem(ESTIMATES, type(trainer.unified))
     assert expected_cost(trainer.model, trainer.args, 1, 1, 1) is None
 
 

@@ -9,7 +9,7 @@ from trl_unigrpo import UniGRPOConfig
 
 
 def test_config_table_names_every_documented_field(hooks):
-    table = hooks.parameter_tables(ROOT / "trl_unigrpo" / "unigrpo_config.py", "UniGRPOConfig")
+    table = hooks.parameter_tables(ROOT / "trl_unigrpo" / "trainers" / "unigrpo_config.py", "UniGRPOConfig")
     rows = [line for line in table.splitlines() if line.startswith("| `")]
     fields = {field.name for field in dataclasses.fields(UniGRPOConfig)}
     assert len(rows) > 20

@@ -50,8 +50,8 @@ def test_example_of_a_reward_has_a_gradient():
 @pytest.mark.parametrize("file", CONFIGS)
 def test_table_states_every_new_field_and_its_default(hooks, file):
     config = CONFIGS[file]
-    assert f"{{{{ parameters trl_unigrpo/{file} {config.__name__} }}}}" in PAGE
-    table = hooks.parameter_tables(ROOT / "trl_unigrpo" / file, config.__name__)
+    assert f"{{{{ parameters trl_unigrpo/trainers/{file} {config.__name__} }}}}" in PAGE
+    table = hooks.parameter_tables(ROOT / "trl_unigrpo" / "trainers" / file, config.__name__)
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
     stated = {name.strip("`"): default.strip("`") for name, _, default, _ in rows}
     fields = {field.name: field.default for field in dataclasses.fields(config)}

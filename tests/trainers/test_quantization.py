@@ -348,14 +348,14 @@ def test_train_command_in_4_bits(folder, tmp_path):
     prompts = tmp_path / "prompts.csv"
     prompts.write_text("prompt\na red cat\na small tree\n")
     own = {"model_name_or_path": folder, "dataset_name": prompts, "output_dir": tmp_path / "run"}
-    main(arguments(**own, use_peft=True, reward_funcs="tiny_unified.redness"))
+    main(arguments(**own, use_peft=True, reward_funcs="tests.helpers.tiny_unified:redness"))
     assert_quantised_run(tmp_path / "run", folder)
 
 
 def test_train_command_refuses_4_bits_without_adapters(folder, tmp_path):
     own = {"model_name_or_path": folder, "dataset_name": "shapeworld", "output_dir": tmp_path / "run"}
     with pytest.raises(ValueError, match="--use_peft"):
-        main(arguments(**own, reward_funcs="tiny_unified.redness"))
+        main(arguments(**own, reward_funcs="tests.helpers.tiny_unified:redness"))
 
 
 def test_example_in_4_bits(folder, tmp_path, monkeypatch):

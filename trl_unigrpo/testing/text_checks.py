@@ -82,7 +82,7 @@ def contexts_are_data(case: Case) -> None:
     expect(len(contexts) == len(made), "contexts", f"gives {len(contexts)} contexts for {len(made)} trajectories.")
     expect(to_state(made) == before, "contexts", "changes the trajectories.")
     file = io.BytesIO()
-    torch.save(to_state(contexts), file)
+    torch.save(to_state(contexts, case.model.context_types), file)
     file.seek(0)
     kept = from_state(torch.load(file, weights_only=True), case.model.context_types)
     latents, times = case.latents(), case.times(0.5, 0.5)
