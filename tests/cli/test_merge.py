@@ -13,10 +13,10 @@ from transformers import BitsAndBytesConfig
 from typer.testing import CliRunner
 
 from tests.helpers.adapters import difference, outputs
-from tests.helpers.painting import painted_steps
+from tests.helpers.painting import painted_steps, prompts_alone
 from tests.helpers.paths import FIXTURES
 from tests.helpers.tiny_cosmos3 import tiny_cosmos3
-from tests.helpers.tiny_painters import PROMPTS, generators, painted_from
+from tests.helpers.tiny_painters import PROMPTS, generators
 from tests.helpers.tiny_pipelines import FAMILIES, qwen3, tokenizer
 from tests.helpers.tiny_unified import tiny_bagel, tiny_tokenizer
 from trl_unigrpo.cli import app
@@ -158,7 +158,7 @@ def assert_merged(folder, adapters, size, **base):
     assert isinstance(adapted, PeftModel)
     painter = unified_model(adapted)
     plan = RolloutPlan(painter.own_timesteps(3, size), size, torch.tensor((0, 1)))
-    steps = painted_steps(painter, painted_from(PROMPTS[:2]), plan, generators(2))
+    steps = painted_steps(painter, prompts_alone(PROMPTS[:2]), plan, generators(2))
     expected = computed(adapted, steps)
     assert difference(computed(load_model(str(folder), **FLOAT)[0], steps), expected) < 1e-5
     changed = [difference([one], [other]) for one, other in zip(computed(plain, steps), expected, strict=True)]
