@@ -2,6 +2,7 @@
 
 import ast
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,13 +40,19 @@ def module_of(file, package=None):
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
+@cache
+def modules(package):
+    return {module_of(file, package) for file in files(package)}
+
+
+@cache
 def imports_of(file, package=None):
     """Modules of the package that a file imports anywhere, functions and `if TYPE_CHECKING` included."""
     package = package or PACKAGE
     here = file.relative_to(package).with_suffix("").parts
-    known = {module_of(other, package) for other in files(package)}
+    known = modules(package)
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(python(file)):
         if isinstance(node, ast.Import):
             absolute = [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -129,6 +136,7 @@ def test_only_shapeworld_knows_shapeworld():
     assert [str(file) for file in places if file.exists() and "shapeworld" in file.read_text().lower()] == []
 
 
+@cache
 def python(file):
     return ast.parse(file.read_text(encoding="utf-8"))
 

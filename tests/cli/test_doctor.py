@@ -56,6 +56,7 @@ def test_doctor_says_what_the_released_model_takes():
     assert "Fits: peak" in result.output
 
 
+@pytest.mark.slow
 def test_doctor_advises_until_it_fits():
     result = doctor("--memory", "24", "--no-gradient-checkpointing")
     assert result.exit_code == 0

@@ -57,6 +57,7 @@ def bagel_step(tmp_path_factory):
     return script, json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_every_phase_is_timed_and_its_flops_are_the_closed_form(bagel_step):
     script, written = bagel_step
     assert written["512-bf16"] == "measured before"
@@ -78,6 +79,7 @@ def test_every_phase_is_timed_and_its_flops_are_the_closed_form(bagel_step):
         assert result[key]
 
 
+@pytest.mark.slow
 def test_plain_baseline_costs_what_its_closed_form_says(bagel_step):
     script, written = bagel_step
     ours, plain = written["tiny"], written["tiny"]["plain"]
@@ -94,6 +96,7 @@ def test_plain_baseline_costs_what_its_closed_form_says(bagel_step):
     assert plain["ratio_seconds"] > 1
 
 
+@pytest.mark.slow
 def test_released_pieces_are_cheaper_than_plain(bagel_step):
     script, _ = bagel_step
     for name, piece in script.PIECES.items():
@@ -103,6 +106,7 @@ def test_released_pieces_are_cheaper_than_plain(bagel_step):
         assert script.estimate_memory(work).peak < 139 * 2**30 * 0.92, name
 
 
+@pytest.mark.slow
 def test_log_ratios_grow_with_the_difference(bagel_step, tmp_path):
     script, written = bagel_step
     share = written["tiny"]["log_ratio_share"]

@@ -12,7 +12,7 @@ from trl_unigrpo import ReFLConfig, UnifiedSFTConfig, UniGRPOConfig
 
 
 PAGE = (ROOT / "docs" / "baselines.md").read_text(encoding="utf-8")
-CONFIGS = {"sft_trainer.py": UnifiedSFTConfig, "refl_trainer.py": ReFLConfig}
+CONFIGS = {"trainers/sft_trainer.py": UnifiedSFTConfig, "trainers/refl_trainer.py": ReFLConfig}
 
 
 @pytest.mark.parametrize("heading", ["SFT", "ReFL"])

@@ -76,7 +76,12 @@ def measured_peaks(trainer, monkeypatch) -> dict[str, int]:
 
 @pytest.mark.parametrize(
     ("ranks", "half", "checkpointing"),
-    [((8, 8), True, True), ((8, 8), True, False), ((8, 8), False, False), (None, False, True)],
+    [
+        ((8, 8), True, True),
+        pytest.param((8, 8), True, False, marks=pytest.mark.slow),
+        pytest.param((8, 8), False, False, marks=pytest.mark.slow),
+        pytest.param(None, False, True, marks=pytest.mark.slow),
+    ],
 )
 def test_peaks_are_those_of_a_run(tmp_path, monkeypatch, ranks, half, checkpointing):
 

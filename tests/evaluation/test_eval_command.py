@@ -142,6 +142,7 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch):
     assert detector.exit_code == 1 and "trl-unigrpo[eval]" in detector.output
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_folder_that_goes_on(tmp_path):
     command = [
         sys.executable,

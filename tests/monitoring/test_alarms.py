@@ -259,6 +259,7 @@ def brightness(images, **_):
     return [float(np.asarray(image).mean()) / 255 for image in images]
 
 
+@pytest.mark.slow
 def test_pictures_that_please_a_foolish_reward_are_seen(tmp_path):
     # As UniRL#407, the other way round: the reward pays for light, and ShapeWorld's own reward is only watched.
     trainer = shapeworld_trainer(

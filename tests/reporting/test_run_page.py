@@ -153,7 +153,7 @@ def test_missing_pictures_and_paths_that_lead_out(tmp_path):
     assert "c2VjcmV0" not in html  # "secret" in base64
 
 
-@pytest.mark.parametrize("side", [64, 512])
+@pytest.mark.parametrize("side", [64, pytest.param(512, marks=pytest.mark.slow)])
 def test_the_page_of_a_long_run_is_small(tmp_path, side):
     """100 steps with a generation at each tenth, and their evaluations: 24 pictures each, and texts of 4,000 signs."""
     prompts = [f"{i} " + "word " * 800 for i in range(24)]

@@ -109,6 +109,7 @@ def test_what_is_refused(here, path, message):
         load_reward(path)
 
 
+@pytest.mark.slow
 def test_eval_with_rewards_needs_nothing_of_the_extra_serve(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     blocked = f"import sys; sys.modules.update(dict.fromkeys({SERVE!r})); from trl_unigrpo.cli import main; main()"

@@ -93,6 +93,7 @@ def test_noise_and_blank_have_no_text(reward):
     assert reward(prompts=['"HELLO"'] * 2, images=[noise, Image.new("RGB", (256, 128), "white")]) == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_image_modes_read_alike(reward):
     image = word_picture("HELLO")
     transparent = Image.new("RGBA", image.size, (0, 0, 0, 0))  # black below what is not there
@@ -106,6 +107,7 @@ def test_two_lines_are_read_from_top_to_bottom(reward):
     assert reward.read(image).replace(" ", "").upper() == "GREENTEA"
 
 
+@pytest.mark.slow
 def test_uncertain_lines_do_not_count(reward):
     image = word_picture("HELLO")
     assert reward.read(image) == "HELLO"
@@ -118,6 +120,7 @@ def test_each_image_has_its_own_target(reward):
     assert scores[1] == 1.0 and scores[0] < 0.5
 
 
+@pytest.mark.slow
 def test_column_before_quotation(reward):
     image = [word_picture("HELLO")]
     assert reward(prompts=['"DOG"'], images=image, target=["HELLO"]) == [1.0]

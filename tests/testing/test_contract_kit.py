@@ -59,7 +59,9 @@ def test_bagel_keeps_every_promise(packs, monkeypatch):
 
 
 # One that packs its latents, and one that paints different prompts one after the other.
-@pytest.mark.parametrize(("family", "impossible"), [("flux1", (9, 8)), ("cogview4", (34, 32))])
+@pytest.mark.parametrize(
+    ("family", "impossible"), [("flux1", (9, 8)), pytest.param("cogview4", (34, 32), marks=pytest.mark.slow)]
+)
 def test_pipelines_keep_every_promise(family, impossible):
     tiny = FAMILIES[family]()
     config = PipelineUnifiedConfig(painter_arguments=tiny.arguments)
@@ -67,6 +69,7 @@ def test_pipelines_keep_every_promise(family, impossible):
     assert contract_tests(model, None, tiny.size, impossible_size=impossible) == NAMES
 
 
+@pytest.mark.slow
 def test_cosmos3_keeps_all_promises_but_one():
     """Its transformer runs the text anew beside each image, so that the gradient reaches the reasoning tower."""
     model = tiny_cosmos3(diffusers.Cosmos3OmniPipeline)

@@ -11,7 +11,7 @@ from trl_unigrpo.trainers import unigrpo_config
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
 
-# The paper's Table 3 and design.md's table.
+# The paper's Table 3, and the project's own.
 DEFAULTS = {
     "num_inference_steps": 25,
     "eval_num_inference_steps": 50,

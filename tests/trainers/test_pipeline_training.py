@@ -71,7 +71,7 @@ def test_the_painter_hears_what_was_thought(make_trainer, train):
     assert sorted(image.context for image in images_of(seen.batches)) == sorted(told)
 
 
-@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("peft", [pytest.param(False, marks=pytest.mark.slow), True], ids=["full", "lora"])
 def test_resumes_to_the_bit(make_trainer, tmp_path, peft):
     def run(folder, resume=None):
         settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
@@ -224,7 +224,7 @@ def by_hand(pipeline, latents, times):
     ).sample
 
 
-@pytest.mark.parametrize("context_grad", ["detach", "full"])
+@pytest.mark.parametrize("context_grad", [pytest.param("detach", marks=pytest.mark.slow), "full"])
 def test_a_shared_encoder_is_trained_by_the_image_if_it_may(make_trainer, context_grad):
     """Without a loss on the text nothing else reaches it."""
     tiny = flux2_klein()
@@ -260,7 +260,11 @@ def test_cosmos3_is_one_model_like_bagel(make_trainer):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"guidance_scale": 2.0}, {"image_objective": "awm"}, {"thinking": False}],
+    [
+        {"guidance_scale": 2.0},
+        pytest.param({"image_objective": "awm"}, marks=pytest.mark.slow),
+        {"thinking": False},
+    ],
     ids=["guidance", "awm", "no-thinking"],
 )
 def test_the_trainers_other_settings(make_trainer, train, settings):

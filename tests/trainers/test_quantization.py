@@ -172,7 +172,7 @@ def test_quantised_weights_without_adapters_are_refused(empty, tmp_path):
 # Training
 
 
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("double", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_training_goes_on_after_an_evaluation(folder, tmp_path, train, double):
     trainer = build(
         folder,

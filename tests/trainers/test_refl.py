@@ -258,6 +258,7 @@ def test_late_steps(steps, share, first):
     assert late_step_range(steps, share) == (first, steps)
 
 
+@pytest.mark.slow
 def test_drawn_steps_cover_their_range_and_follow_the_seed(tmp_path):
     def drawn(**changes):
         trainer = make_refl(tmp_path, thinking=False, **{"max_steps": 24, **changes})

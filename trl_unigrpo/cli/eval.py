@@ -12,7 +12,7 @@ from .options import told_in_a_line
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is done, and where the results go."""
+    """Options of what is done, and where the results go."""
 
     output_dir: Annotated[str | None, typer.Option(help="Folder of the results; a later run goes on with it.")] = None
     compare: Annotated[

@@ -32,9 +32,10 @@ def log_ratio(
         ratio_norm=False   log r  = mean(eps dmu) / std - mean(dmu^2) / (2 std^2)
         ratio_norm=True    log r^ = std (log r + mean(dmu^2) / (2 std^2)) = mean(eps dmu)
 
-    log r is the difference of the two Gaussian log-probs divided by D, the number of latent dims. It is shifted to the
-    left by the KL and its width depends on std; RatioNorm makes it centred (E log r^ = 0 under the old policy) and of
-    the width |b| rms(v - v_old) / sqrt(D), so that one clip range fits all steps.
+    The log-prob of a step is never formed: log r is the difference of the two policies' Gaussian log-probs, divided by
+    D, the number of latent dims. It is shifted to the left by the KL and its width depends on std; RatioNorm makes it
+    centred (E log r^ = 0 under the old policy) and of the width |b| rms(v - v_old) / sqrt(D), so that one clip range
+    fits all steps.
     Both are coded without the difference of two log-probs: in float32 that difference loses the signal.
     Source: RatioNorm is GRPO-Guard's; arXiv 2603.23500, eq. (5). "Mean drift" there is against the old policy.
 

@@ -125,7 +125,7 @@ def draw_plans(specs: SpecArrays, rng: np.random.Generator) -> Plans:
         pairs = np.argwhere(table)[rng.integers(0, table.sum(), len(related))]
         region[related, :2] = np.arange(NUM_CELLS) == pairs[:, :, None]
     cell, free = np.zeros_like(color), np.ones((number, NUM_CELLS), dtype=bool)
-    # The most restricted objects first, so that no other has taken their only cell.
+    # The most restricted objects come first, so that no other has taken their only cell.
     order = np.argsort(np.where(present, region.sum(2), NUM_CELLS + 1), axis=1, kind="stable")
     for slots in order.T:
         chosen = _pick(region[rows, slots] & free, rng)

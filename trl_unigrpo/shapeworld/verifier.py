@@ -66,7 +66,7 @@ def read_cells(pixels: NDArray[np.float32]) -> tuple[IntArray, ScoreArray]:
     tiles = pixels.reshape(-1, 3, GRID_SIDE, CELL_SIZE, GRID_SIDE, CELL_SIZE).transpose(0, 2, 4, 1, 3, 5)
     rows = np.ascontiguousarray(tiles, dtype=np.float32).reshape(-1, _TEMPLATE_ROWS.shape[1])
     codes = (_TEMPLATE_NORMS - 2 * rows @ _TEMPLATE_ROWS.T).argmin(1)
-    # The difference itself, not the expanded square, which cancels to noise on clean images.
+    # This takes the difference itself, not the expanded square, which cancels to noise on clean images.
     residual = rows - _TEMPLATE_ROWS[codes]
     error = np.einsum("ij,ij->i", residual, residual).astype(np.float64) / rows.shape[1]
     cells = np.where(error <= MAX_CELL_ERROR, codes, UNREADABLE)

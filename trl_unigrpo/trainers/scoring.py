@@ -160,7 +160,8 @@ def process_advantages(
 
 def group_advantages(rewards: Tensor, group_size: int, scale_rewards: str) -> Tensor:
     """
-    (r - mean of its group) / (std + 1e-4), TRL's group advantage; 0 for samples without a reward.
+    Compute advantages of process rewards by TRL's formula, (r - mean of its group) / (std + 1e-4); 0 for samples that
+    have none. Those of the image's reward, eq. (1), are TRL's own.
 
     Args:
         rewards: (B,), groups side by side, NaN where there is none.

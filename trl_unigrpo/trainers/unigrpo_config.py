@@ -27,7 +27,8 @@ SINGLE_GPU: dict[str, Any] = {
 @dataclass
 class UniGRPOConfig(GRPOConfig):
     r"""
-    Configuration of [`UniGRPOTrainer`], with the values of the paper (arXiv 2603.23500, Table 3) as defaults.
+    Configuration of [`UniGRPOTrainer`]. Where a field's help says "Paper", its default is that of Table 3 (arXiv
+    2603.23500); the others are ours. The batch of 32 prompts is [`UniGRPOConfig.paper`]'s.
 
     Only the parameters that UniGRPO adds, or gives another default, are listed. Those of [`~trl.GRPOConfig`] are there
     too.

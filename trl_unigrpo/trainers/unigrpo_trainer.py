@@ -3,13 +3,15 @@
 One step, as the paper's algorithm has it; each line is a section below:
 
     1. sample a group of thinkings per prompt                        TRL's `_generate`
-    2. paint the images, K of the denoising steps stochastic         `_paint`: sampling.py, flow/sampler.py
+    2. paint the images, K of the denoising steps stochastic         `_paint`: sampling.py, flow/sampler.py; windows.py
        (other image objectives: all steps ODE, K states on lines)    flow/objectives.py
-    3. reward the images, advantages within the group (eq. 1)        `_calculate_rewards`: scoring.py
+    3. reward the images; failures are masked                        `_calculate_rewards`: scoring.py
+       advantages within the group (eq. 1)                           TRL's `_generate_and_score_completions`
     4. velocities of the old and the reference model                 `_keep_velocities`: kept.py
-    5. for each PPO epoch, text objective (eq. 2) + lambda * flow    `_compute_loss`: trl_bridge.py,
-       objective (eqs. 5, 7) + w * velocity MSE (eq. 8)              flow/ratio.py
+    5. the joint objective (eq. 7): the text's (eq. 2, TRL's)        `_compute_loss`
+       + lambda * flow objective (eqs. 3, 5) + w * velocity MSE (8)  `_flow_loss`: flow/objectives.py, flow/ratio.py
     6. clip the gradients of each expert, one optimizer step         `_clip_grad_norm`, `create_optimizer`
+       5 and 6 are repeated for each PPO epoch                       TRL's `num_iterations`
 
 Shapes: B trajectories, S trained steps of their images, `latent` the model's own latent dimensions.
 """
@@ -285,7 +287,7 @@ class UniGRPOTrainer(RunKeeping):
     # 4. Old and reference velocities
 
     def _keep_velocities(self, trajectories: Sequence[Trajectory]) -> None:
-        """Keep what the loss compares with, but for the old policy where the first pass is its own."""
+        """Keep what the loss compares with. An old policy that is the first pass' own is kept there, by the loss."""
         args, size = self.args, self.args.per_device_train_batch_size
         chunks = [trajectories[start : start + size] for start in range(0, len(trajectories), size)]
         tables = [Steps.of(chunk).to(self.accelerator.device) for chunk in chunks]
@@ -351,20 +353,15 @@ class UniGRPOTrainer(RunKeeping):
         None in the first pass, whose own velocities are the old policy's.
         """
         objective, of_step = self._setup.objective, advantages.to(velocity.device)[steps.row.to(velocity.device)]
-        losses, metrics = objective.loss(
-            velocity, velocity.detach() if old is None else old, steps.states, of_step, steps.image
-        )
-        flow, regularizer, parts = (
-            steps.mean(losses),
-            None,
-            steps.total / len(steps),
-        )  # logs average over a table's parts
-        metrics["flow/loss"] = flow * parts
+        old_velocity, whole = velocity.detach() if old is None else old, steps.total / len(steps)
+        losses, metrics = objective.loss(velocity, old_velocity, steps.states, of_step, steps.image)
+        flow, regularizer = steps.mean(losses), None
+        metrics["flow/loss"] = flow * whole  # logs average over the parts of a table
         loss = self.args.flow_weight * flow
         if reference is not None:
             regularizer = steps.mean(objective.regularizer(velocity, reference, steps.states))
             loss = loss + self._setup.regularizer_weight * regularizer
-            metrics[f"flow/{self.args.flow_regularizer}"] = regularizer * parts
+            metrics[f"flow/{self.args.flow_regularizer}"] = regularizer * whole
         told = ImageLoss(velocity.detach(), steps.states, old is None, objective, regularizer)
         self._tell("on_image_loss", image_loss=told)
         for name, value in metrics.items():

@@ -58,6 +58,7 @@ def test_refusals():
         PatchAutoencoderKL(strides=(4, 4))
 
 
+@pytest.mark.slow
 def test_saved_and_loaded(trained, tmp_path):
     trained.save_pretrained(tmp_path)
     loaded = PatchAutoencoderKL.from_pretrained(tmp_path)

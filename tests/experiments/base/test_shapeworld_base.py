@@ -12,6 +12,7 @@ from trl_unigrpo.shapeworld.evaluate import evaluate_model
 from trl_unigrpo.shapeworld.tokenizer import shapeworld_tokenizer
 
 
+@pytest.mark.slow
 def test_what_is_built_loads_again(tmp_path):
     before = torch.get_num_threads()
     torch.set_num_threads(1)

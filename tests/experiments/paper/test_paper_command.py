@@ -114,6 +114,7 @@ def command(*arguments):
     return [sys.executable, "-m", "trl_unigrpo.cli", "paper", *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_command_and_its_runs(tmp_path, chosen):
     output = tmp_path / "runs"
     arguments = ("--output-dir", output, "--chosen", chosen, "--only", "unigrpo", "--jobs", 2, "--rollouts", 50)

@@ -95,6 +95,7 @@ def whole(tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_run_folder(whole):
     folder = JOB.folder(whole)
     assert sorted(file.name for file in folder.iterdir()) == ["history.jsonl", "run.json", "strip.png"]
@@ -121,6 +122,7 @@ def test_run_folder(whole):
         assert image.size == (12 * 48, 48)
 
 
+@pytest.mark.slow
 def test_history(whole):
     first, second = lines(whole)
     assert [first["rollouts"], second["rollouts"]] == [192, 384]
@@ -132,6 +134,7 @@ def test_history(whole):
         assert 0 < row["reward"] < 1 and 0 < row["clip_frac"] < 1 and 0 < row["picture_error"] < 0.1
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_command_and_is_made_again_to_the_same_numbers(whole, tmp_path):
     child = process(tmp_path, "--end-with-parent")
     wait_for_lines(tmp_path, 1)
@@ -223,6 +226,7 @@ def test_the_base_is_scored_as_it_is(tmp_path):
     assert not (tmp_path / "base" / "seed-0" / "history.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_start_is_kept_and_gone_on_from(tmp_path):
     """SFT for guidance, then one rollout from it: trained with what it is scored with."""
     scale = Scale(1, 7)

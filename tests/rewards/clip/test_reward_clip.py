@@ -156,7 +156,7 @@ def test_differentiable_scores_are_the_scores(family, request):
             assert found.tolist() == pytest.approx(scores, abs=tolerance * (1 + max(map(abs, scores))))
 
 
-@pytest.mark.parametrize("family", ["clip", "siglip"])
+@pytest.mark.parametrize("family", ["clip", pytest.param("siglip", marks=pytest.mark.slow)])
 def test_gradient_is_that_of_finite_differences(family, request):
     model, processor = request.getfixturevalue(family)
     head = "sigmoid" if family == "siglip" else "cosine"

@@ -42,7 +42,7 @@ def located_rows(path: str | Path, *formats: str) -> Iterator[Found]:
 
 
 def _json_lines(file: Path) -> Iterator[Found]:
-    # By hand: str.splitlines also cuts at characters that JSON allows inside of a text.
+    # Lines are cut by hand: str.splitlines also cuts at characters that JSON allows inside of a text.
     for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:

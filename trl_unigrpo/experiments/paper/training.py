@@ -61,7 +61,7 @@ def method_settings(method: str, generations: int) -> dict[str, Any]:
     if method == "refl":
         sampling = ("max_completion_length", "num_inference_steps", "image_size", "adam_beta2")
         return {**shared, **{name: demo[name] for name in sampling}}
-    # The base model was trained so.
+    # The base model was trained with these.
     times = {"noise_draws": 3, "timestep_sampling": "uniform", "timestep_shift": 4.0}
     return {**shared, **times, "adam_beta2": 0.98, "weight_decay": 0.01}
 

@@ -51,7 +51,7 @@ CHAT_TEMPLATE = (
 """BAGEL's own format: one marked chunk per message, without roles. Not the one of its tokenizer."""
 
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What transformers calls the cache in `generate` and in outputs: the former from 5.24 on."""
+"""Name of the cache in `generate` and in outputs: the former from transformers 5.24 on."""
 
 LINEARS = r"self_attn\.[qkvo]_proj{suffix}|mlp{suffix}\.(gate|up|down)_proj"
 
