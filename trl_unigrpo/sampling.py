@@ -12,7 +12,7 @@ from .flow import flow_timesteps
 from .flow.guidance import Guidance, guided_velocity
 from .flow.sampler import RolloutPlan, draw_noise, sample_latents
 from .models.contract import UnifiedModelMixin
-from .models.prompts import as_messages, system_ids
+from .models.prompts import as_messages, choose_system_prompt, system_ids
 from .models.registry import unified_model
 from .models.tokenizer import never_sampled, prepare_tokenizer, read_tokenizer
 from .seeding import EVAL, row_generator
@@ -93,8 +93,8 @@ def generate(
     how = Thinking(thinking, do_sample, temperature, max_completion_length)
     size = (image_size, image_size)
     plan = RolloutPlan(flow_timesteps(num_inference_steps, timestep_shift), size, guidance=guidance)
-    system = base.default_system_prompt if system_prompt == "auto" else system_prompt
-    messages = [as_messages(prompt, system if thinking else None) for prompt in prompts]
+    system = choose_system_prompt(base, system_prompt, thinking)
+    messages = [as_messages(prompt, system) for prompt in prompts]
     was_training = model.training
     model.eval()
     samples = []

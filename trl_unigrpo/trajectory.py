@@ -120,7 +120,7 @@ class Steps:
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> "Steps":
-        """The table of a micro-batch. Raises ValueError where it has no step, or images of several sizes."""
+        """Make the table of a micro-batch. Raises ValueError where it has no step, or images of several sizes."""
         found = [(row, number, image) for row, t in enumerate(trajectories) for number, image in t.painted()]
         if not found:
             raise ValueError("The trajectories have no images: there is nothing to train the image expert on.")

@@ -227,7 +227,7 @@ def test_velocities_carry_no_gradient_when_none_is_asked_for(model, packs):
 def test_backbone_passes_its_velocity_on(model, packs):
     model.packs_velocities = packs
     steps = steps_of(painted(model, RolloutPlan(flow_timesteps(5), SIZE, windows=torch.tensor([0, 1]))))
-    output = model(torch.tensor([[375, 10, 376]]), steps=steps)
+    output = model.base_model(torch.tensor([[375, 10, 376]]), steps=steps)
     assert isinstance(output, UnifiedOutput)
     assert output.velocity.shape == (2, 6, 64)
 

@@ -40,7 +40,7 @@ def as_command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _keywords(group: Any) -> Iterator[Parameter]:
-    """A keyword of a signature for each field of a dataclass."""
+    """Make a keyword of a signature for each field of a dataclass."""
     hints = get_type_hints(group, include_extras=True)
     for field in fields(group):
         default = Parameter.empty if field.default is MISSING else field.default
@@ -56,7 +56,7 @@ def _key(flag: str) -> str:
 
 
 def _hidden(flag: str, parameter: Parameter) -> Parameter:
-    """The same option under its former name, without a default."""
+    """Make the same option under its former name, without a default."""
     annotated: Any = Annotated  # a type checker takes what stands in brackets behind `Annotated` itself for a type
     option = parameter.annotation.__metadata__[0]
     former = typer.Option(flag, hidden=True, min=option.min, max=option.max)
@@ -65,7 +65,7 @@ def _hidden(flag: str, parameter: Parameter) -> Parameter:
 
 
 def _renamed(flag: str, value: Any, parameter: Parameter, beside: Any) -> Any:
-    """The value that was given by a former name, with a note; refused beside another by the name of today."""
+    """Take the value that was given by a former name, with a note; refused beside another by the name of today."""
     name = f"--{parameter.name.replace('_', '-')}"
     if beside != parameter.default:
         raise typer.BadParameter(f"{flag} is the former name of {name}: pass {name} alone.")

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ..flow.guidance import Guidance
-from ..models.prompts import as_messages
+from ..models.prompts import as_messages, choose_system_prompt
 from ..models.registry import unified_model
 from ..models.tokenizer import prepare_tokenizer
 from ..rewards.questions.question import earned
@@ -97,11 +97,11 @@ def without_long_prompts(
     if limit is None:
         return benchmark
     tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
-    system = base.default_system_prompt if options.system_prompt == "auto" else options.system_prompt
+    system = choose_system_prompt(base, options.system_prompt, options.thinking)
     room = limit - IMAGE_POSITIONS - (options.painting.max_completion_length if options.thinking else 0)
     kept, problems = [], []
     for item in benchmark.items:
-        messages = as_messages(item.prompt, system if options.thinking else None)
+        messages = as_messages(item.prompt, system)
         length = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         if length <= room:
             kept.append(item)

@@ -65,8 +65,9 @@ def columns(states: States) -> dict[str, Tensor]:
 
 def rows_of(states: AnyStates, index: Any) -> AnyStates:
     """Take some of the states: by a slice, or a tensor (S',) of their numbers."""
-    at = {True: index, False: index.cpu() if isinstance(index, Tensor) else index}
-    return type(states)(**{name: column[at[column.ndim > 1]] for name, column in columns(states).items()})
+    numbers = index.cpu() if isinstance(index, Tensor) else index  # for the times
+    taken = {name: column[index if column.ndim > 1 else numbers] for name, column in columns(states).items()}
+    return type(states)(**taken)
 
 
 def join(tables: Sequence[AnyStates]) -> AnyStates:

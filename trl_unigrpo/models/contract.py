@@ -278,7 +278,7 @@ class UnifiedModelMixin(_Base):
         return guide_where_covered(velocity, branches, steps.t, guidance)
 
     def _velocity_at(self, steps: Steps, context_grad: bool, encoded: dict[Any, Any]) -> Tensor:
-        """The velocities of steps behind their own contexts; those in `encoded` are not encoded again."""
+        """Compute the velocities of steps behind their own contexts; those in `encoded` are not encoded again."""
         steps = steps.to(self.device)
         if self.packs_velocities:
             return self.predict_velocities(steps, context_grad)
@@ -311,7 +311,7 @@ class UnifiedModelMixin(_Base):
     @contextmanager
     def reference(self) -> Iterator["UnifiedModelMixin"]:
         """
-        The reference model: the frozen copy if one is kept, else this model with its adapters switched off, or
+        Give the reference model: the frozen copy if one is kept, else this model with its adapters switched off, or
         switched to the adapter named "ref" if there is one. Which parameters are trained is the same before and
         after.
         """

@@ -5,9 +5,23 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from .contract import UnifiedModelMixin
+
+
+def choose_system_prompt(model: UnifiedModelMixin, system_prompt: str, thinking: bool = True) -> str | None:
+    """
+    Choose the system prompt of prompts that bring none. It asks for a thinking: without one there is none.
+
+    Args:
+        system_prompt: "auto" for the model's own, "" for none.
+    """
+    if not thinking:
+        return None
+    return model.default_system_prompt if system_prompt == "auto" else system_prompt
+
 
 def as_messages(prompt: str | list[dict[str, Any]], system_prompt: str | None) -> list[dict[str, Any]]:
-    """A prompt as a conversation that starts with a system prompt, unless it brings one or there is none."""
+    """Make a prompt a conversation that starts with a system prompt, unless it brings one or there is none."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
@@ -18,7 +32,8 @@ def system_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict[str, Any]]], **template: Any
 ) -> list[list[int]]:
     """
-    Tokens of the system message that each prompt starts with; none for a plain string, or a conversation without one.
+    Give the tokens of the system message that each prompt starts with; none for a plain string, or a conversation
+    without one.
 
     Args:
         template: further arguments of `apply_chat_template`.

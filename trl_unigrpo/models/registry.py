@@ -26,8 +26,8 @@ def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
 
 def model_skeleton(source: str, **kwargs: Any) -> PreTrainedModel:
     """
-    The modules of what [`load_unified_model`] would load, on the meta device: no weights are read. Only pipelines are
-    loaded, as they have no other form.
+    Build the modules of what [`load_unified_model`] would load, on the meta device: no weights are read. Only
+    pipelines are loaded, as they have no other form.
     """
     from .bagel import BagelConfig, BagelForUnifiedGeneration
     from .pipeline import PipelineUnifiedConfig
@@ -52,7 +52,7 @@ def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def unified_model(model: Any) -> UnifiedModelMixin:
     """
-    The unified model inside a possibly adapted one.
+    Get the unified model inside a possibly adapted one.
 
     Raises:
         TypeError: if there is none.

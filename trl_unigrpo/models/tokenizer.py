@@ -10,7 +10,7 @@ from .contract import UnifiedModelMixin
 
 
 def read_tokenizer(source: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or a hub id; raises OSError if there is none."""
+    """Read the tokenizer of a folder or a hub id; raises OSError if there is none."""
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
@@ -22,7 +22,7 @@ def read_tokenizer(source: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> PreTrainedTokenizerBase:
     """
-    A copy of the tokenizer with the model's own chat template, if it names one.
+    Copy the tokenizer, with the model's own chat template, if it names one.
 
     Parsers of reasoning are taken off: they would move the thinking out of the completion, where rewards look for it.
     """
@@ -40,8 +40,8 @@ def never_sampled(
     model: UnifiedModelMixin, tokenizer: PreTrainedTokenizerBase, end: Collection[int]
 ) -> list[int] | None:
     """
-    Tokens that no thinking may hold, for `suppress_tokens`: the model's own markers, padding, and the rows of the
-    vocabulary that have no token.
+    List the tokens that no thinking may hold, for `suppress_tokens`: the model's own markers, padding, and the rows of
+    the vocabulary that have no token.
 
     Args:
         end: tokens that end a thinking, which are allowed.

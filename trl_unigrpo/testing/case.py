@@ -95,7 +95,7 @@ class Case:
         return torch.tensor(values, device=self.model.device)
 
     def steps(self) -> Steps:
-        """A table of three states of the first image, and two of the second."""
+        """Make a table of three states of the first image, and two of the second."""
         made, numbers = self.trajectories(), ((0.9, 0.5, 0.2), (0.7, 0.3))
         for row, (trajectory, context) in enumerate(zip(made, self.model.contexts(made), strict=True)):
             states = States(self.latents(len(numbers[row]), seed=row), torch.tensor(numbers[row]))
@@ -105,12 +105,12 @@ class Case:
     # What the model answers
 
     def velocity(self, contexts: Sequence[Any], latents: Tensor, times: Tensor) -> Tensor:
-        """The velocities at states behind contexts that are encoded anew."""
+        """Compute the velocities at states behind contexts that are encoded anew."""
         return self.model.predict_velocity(self.model.encode_context(contexts), latents, times, self.image_size)
 
     @torch.no_grad()
     def outputs(self, model: UnifiedModelMixin | None = None) -> list[Tensor]:
-        """Hidden states and velocities of a model: what its two experts compute."""
+        """Compute hidden states and velocities of a model: what its two experts compute."""
         model = self.model if model is None else model
         contexts, (ids, mask) = self.contexts(), self.text()
         latents, times = self.latents(), self.times(0.5, 0.5)
@@ -120,14 +120,14 @@ class Case:
         return [hidden * mask[..., None], velocity]
 
     def painted(self, batch_size: int | None = None) -> list[Image]:
-        """Images of four steps, of which the second is stochastic."""
+        """Paint images of four steps, of which the second is stochastic."""
         made = self.trajectories()
         plan = RolloutPlan(flow_timesteps(4), self.image_size, torch.tensor([1]), batch_size=batch_size)
         generators = [torch.Generator().manual_seed(t.row) for t in made]
         return paint(self.model, made, plan, generators)
 
     def gradients(self, backward: Callable[[], None]) -> dict[str, Tensor]:
-        """The gradient of every trained weight, zeros where there is none."""
+        """Collect the gradient of every trained weight, zeros where there is none."""
         self.model.zero_grad()
         backward()
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)

@@ -30,7 +30,7 @@ def weights_belong_to_an_expert(case: Case) -> None:
 
 
 def _adapt(case: Case, experts: str) -> Any:
-    """The model with adapters that change something from the start."""
+    """Give the model adapters that change something from the start."""
     trains = {name: experts in (name, "both") for name in ("text", "image")}
     config = target_experts(LoraConfig(r=2, init_lora_weights=False), case.model, trains)
     assert config is not None

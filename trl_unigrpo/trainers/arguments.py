@@ -10,8 +10,9 @@ from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.adapters import check_targets
+from ..models.contract import UnifiedModelMixin
 from ..models.registry import load_unified_model, model_skeleton, unified_model
-from ..models.tokenizer import read_tokenizer
+from ..models.tokenizer import prepare_tokenizer, read_tokenizer
 from ..rewards.thinking import reward_scope
 from .dataset_checks import check_dataset
 from .unigrpo_config import UniGRPOConfig
@@ -89,7 +90,7 @@ def check_lengths(args: UniGRPOConfig, base: Any) -> None:
 
 
 def default_config(source: str) -> UniGRPOConfig:
-    """The configuration of a user who gives none, for a model from this folder or repository."""
+    """Make the configuration of a user who gives none, for a model from this folder or repository."""
     return UniGRPOConfig(f"{(source or 'model').split('/')[-1]}-UniGRPO")
 
 
@@ -123,10 +124,20 @@ def load_for_training(
     return load_unified_model(source, **kwargs), args
 
 
-def load_tokenizer(source: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer in the folder or repository that a model came from."""
-    if not source:
+def find_tokenizer(
+    base: UnifiedModelMixin, processing_class: PreTrainedTokenizerBase | None, source: str | None
+) -> PreTrainedTokenizerBase:
+    """
+    Get a model's tokenizer ready: the one given, the model's own, or that of the folder or repository `source`.
+
+    Raises:
+        ValueError: if there is none, or it is not this model's.
+    """
+    tokenizer = processing_class or base.tokenizer
+    if not (tokenizer or source):
         raise ValueError(
             "processing_class is missing, and the model does not say where it was loaded from. Pass a tokenizer."
         )
-    return read_tokenizer(source, padding_side="left")
+    tokenizer = prepare_tokenizer(tokenizer or read_tokenizer(source), base.chat_template)
+    base.check_tokenizer(tokenizer)
+    return tokenizer

@@ -30,9 +30,8 @@ from ..messages import user_text
 from ..models.adapters import target_experts
 from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.experts import freeze_experts, parameters_by_expert
-from ..models.prompts import as_messages
+from ..models.prompts import as_messages, choose_system_prompt
 from ..models.registry import load_unified_model, unified_model
-from ..models.tokenizer import prepare_tokenizer
 from ..monitoring.progress import Phases
 from ..sampling import Thinking, paint, think
 from ..seeding import (
@@ -43,7 +42,7 @@ from ..seeding import (
     row_generator,
 )
 from ..trajectory import Image
-from .arguments import check_lengths, load_tokenizer
+from .arguments import check_lengths, find_tokenizer
 from .dataset_checks import check_columns
 from .refl import (
     as_reward,
@@ -211,9 +210,7 @@ class ReFLTrainer(Trainer):
         check_contract(base)
         check_lengths(args, base)
         base.latent_shape((args.image_size, args.image_size))  # raises for a size that the model can't paint
-        tokenizer = processing_class or base.tokenizer or load_tokenizer(source or model.config.name_or_path)
-        tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
-        base.check_tokenizer(tokenizer)
+        tokenizer = find_tokenizer(base, processing_class, source or model.config.name_or_path)
         if peft_config is not None:
             if hasattr(model, "peft_config"):
                 raise ValueError("peft_config is given, but the model has adapters already. Leave one of them out.")
@@ -234,7 +231,7 @@ class ReFLTrainer(Trainer):
             data_collator=collate,
             **kwargs,
         )
-        self._system = base.default_system_prompt if args.system_prompt == "auto" else args.system_prompt
+        self._system = choose_system_prompt(base, args.system_prompt, args.thinking)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._mode = "train"
         self._phases = Phases(self._record_seconds, shows=args.local_process_index == 0 and not args.disable_tqdm)
@@ -306,7 +303,7 @@ class ReFLTrainer(Trainer):
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         self._mode = mode
         purpose = TRAIN if mode == "train" else EVAL
-        messages = [as_messages(prompt, self._system if args.thinking else None) for prompt in prompts]
+        messages = [as_messages(prompt, self._system) for prompt in prompts]
         how = Thinking(args.thinking, temperature=args.temperature, max_completion_length=args.max_completion_length)
         with sampling(model), self.accelerator.autocast():
             with self._phases("think"):

@@ -13,7 +13,7 @@ from .trl_bridge import get_callable_name, is_async_callable, nanstd
 
 
 def with_name(reward_func: Any) -> Any:
-    """A reward function of the same scope whose errors say which one it was; reward models stay as they are."""
+    """Make a reward function whose errors say which one it was, of the same scope; reward models stay as they are."""
     if not callable(reward_func) or isinstance(reward_func, nn.Module):
         return reward_func
     name = get_callable_name(reward_func)

@@ -18,8 +18,8 @@ from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.experts import check_trained, freeze_experts
 from ..models.quantization import keep_trainable_layout
 from ..models.registry import unified_model
-from ..models.tokenizer import never_sampled, prepare_tokenizer
-from .arguments import check_arguments, check_lengths, default_config, load_for_training, load_tokenizer
+from ..models.tokenizer import never_sampled
+from .arguments import check_arguments, check_lengths, default_config, find_tokenizer, load_for_training
 from .trl_bridge import check_attributes, check_trl, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
@@ -85,15 +85,13 @@ def prepare_run(
     num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
     if args.beta != 0 and not adapted:
         raise ValueError(f"beta={args.beta}: the text KL needs adapters to switch off. Pass a peft_config, or beta=0.")
-    tokenizer = prepare_tokenizer(processing_class or base.tokenizer or load_tokenizer(source), base.chat_template)
-    base.check_tokenizer(tokenizer)
 
     scale = scale_with_latents if args.scale_with_latents else (lambda value, _: value)
     setup = Setup(
         model=model,
         base=base,
         args=args,
-        tokenizer=tokenizer,
+        tokenizer=find_tokenizer(base, processing_class, source),
         quantization_config=quantization_config,
         peft_config=peft_config,
         trains={"text": args.text_weight > 0, "image": args.flow_weight > 0},

@@ -22,11 +22,10 @@ from transformers import (
 from ..flow import line_state, shift_timesteps
 from ..flow.states import LinePoints
 from ..models.contract import UnifiedModelMixin, check_contract
-from ..models.prompts import as_messages
+from ..models.prompts import as_messages, choose_system_prompt
 from ..models.registry import load_unified_model, unified_model
-from ..models.tokenizer import prepare_tokenizer
 from ..trajectory import Image, Round, Steps, Trajectory
-from .arguments import load_tokenizer
+from .arguments import find_tokenizer
 from .dataset_checks import check_columns
 from .trl_bridge import take_steps
 
@@ -176,10 +175,8 @@ class UnifiedSFTTrainer(Trainer):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 check_columns(dataset, name, COLUMNS)
-        tokenizer = processing_class or base.tokenizer or load_tokenizer(source or model.config.name_or_path)
-        tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
-        base.check_tokenizer(tokenizer)
-        system = base.default_system_prompt if args.system_prompt == "auto" else args.system_prompt
+        tokenizer = find_tokenizer(base, processing_class, source or model.config.name_or_path)
+        system = choose_system_prompt(base, args.system_prompt)
         super().__init__(
             model=model,
             args=args,
@@ -213,7 +210,7 @@ class UnifiedSFTTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _noisy_copies(self, base: UnifiedModelMixin, inputs: dict[str, Any]) -> Steps:
-        """The table of K noisy copies of each image, points on lines from noise to it."""
+        """Make the table of K noisy copies of each image, points on lines from noise to it."""
         args, pixels = self.args, inputs["pixels"]
         clean = base.encode_images(pixels)[:, None]
         batch, draws = len(clean), args.noise_draws

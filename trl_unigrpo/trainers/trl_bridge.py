@@ -140,7 +140,7 @@ def check_attributes(trainer: GRPOTrainer) -> None:
 
 
 def generation_fields(outputs: tuple) -> tuple[list[list[int]], list[list[int]], dict]:
-    """Prompt ids, completion ids and the extra reward columns among what `GRPOTrainer._generate` returns."""
+    """Find prompt ids, completion ids and the extra reward columns among what `GRPOTrainer._generate` returns."""
     dicts = [value for value in outputs if isinstance(value, dict)]
     ids = outputs[:2]
     if len(dicts) != 1 or not all(
@@ -213,7 +213,7 @@ class TextAndVelocities:
         self._packed: Tensor | None = None
 
     def pack(self, model: Callable[..., Any]) -> Callable[..., Any]:
-        """The model as TRL calls it, with the steps added to the call and their velocities kept here."""
+        """Add the steps to the call that TRL makes of a model, and keep their velocities here."""
         if not self.base.packs_velocities:
             return model
 
@@ -225,7 +225,7 @@ class TextAndVelocities:
         return call
 
     def velocities(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """As the model's own `velocities`; raises [`TRLChangedError`] if TRL has not made the packed call."""
+        """Yield as the model's own `velocities` does. Raises [`TRLChangedError`] if TRL made no packed call."""
         if not self.base.packs_velocities:
             yield from self.base.velocities(self.steps, self.context_grad, self.autocast)
             return

@@ -30,7 +30,7 @@ from ..flow.guidance import Guidance
 from ..flow.sampler import RolloutPlan
 from ..models.contract import UnifiedModelMixin
 from ..models.experts import clip_by_expert, freeze_experts, split_groups
-from ..models.prompts import as_messages, system_ids
+from ..models.prompts import as_messages, choose_system_prompt, system_ids
 from ..models.registry import unified_model
 from ..monitoring.alarms import default_alarms
 from ..monitoring.events import ImageLoss, Rollout, Update
@@ -161,9 +161,8 @@ class UniGRPOTrainer(RunKeeping):
     def _with_system_prompt(self, prompts: list[Any]) -> list[Any]:
         if self.processing_class.chat_template is None:
             return prompts
-        own = self.args.system_prompt == "auto"
-        system = self.unified.default_system_prompt if own else self.args.system_prompt
-        return [as_messages(prompt, system if self.args.thinking else None) for prompt in prompts]
+        system = choose_system_prompt(self.unified, self.args.system_prompt, self.args.thinking)
+        return [as_messages(prompt, system) for prompt in prompts]
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         if self.args.thinking:
@@ -325,9 +324,10 @@ class UniGRPOTrainer(RunKeeping):
         loss = self.args.text_weight * super()._compute_loss(model, of_text)
         self._progress.forward = None
         old, reference = self._kept.at("old", steps), self._kept.at("reference", steps)
-        seen, done = torch.empty_like(steps.x), 0
+        seen, done = [], 0
         for index, velocity in forward.velocities():
-            seen[index] = velocity.detach().float()
+            if old is None:
+                seen.append((index, velocity.detach().float()))
             of_old, of_ref = (None if known is None else known[index] for known in (old, reference))
             flow_loss = self._flow_loss(velocity.float(), of_old, of_ref, steps[index], inputs["advantages"])
             flow_loss = flow_loss / self.current_gradient_accumulation_steps
@@ -337,7 +337,7 @@ class UniGRPOTrainer(RunKeeping):
                 flow_loss = flow_loss.detach()
             loss = loss + flow_loss
         if old is None:
-            self._kept.keep("old", steps, seen)
+            self._kept.keep("old", steps, in_order(seen))
         return loss
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:

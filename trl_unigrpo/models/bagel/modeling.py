@@ -15,31 +15,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...trajectory import Steps, Trajectory
 from ..contract import ContextRow, UnifiedModelMixin, UnifiedOutput
-from .attention import (
-    Context,
-    Layout,
-    causal_mask,
-    left_padded,
-)
+from .attention import Context, Layout, causal_mask, left_padded
 from .autoencoder import LatentCodec
 from .configuration import BagelConfig
 from .copies import Copies, lay_out
 from .decoder import BagelLanguageModel
-from .layers import (
-    BagelPositionTable,
-    BagelRMSNorm,
-    BagelTimeEmbedder,
-)
+from .layers import BagelPositionTable, BagelRMSNorm, BagelTimeEmbedder
 from .loading import load_checkpoint
 from .pixels import BagelPixels
 from .processing import check_tokenizer
-from .segments import (
-    ContextImage,
-    Segments,
-    guided_trajectory,
-    segments,
-    text_segments,
-)
+from .segments import ContextImage, Segments, guided_trajectory, segments, text_segments
 from .text_rows import TextRows
 from .vision import BagelPerceptron, BagelVisionTower
 
@@ -158,21 +143,16 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        steps: Steps | None = None,
-        context_grad: bool = False,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | UnifiedOutput:
+    ) -> CausalLMOutputWithPast:
         """
         Next-token logits (B, T or logits_to_keep, vocabulary) of text rows, with a cache for `generate`.
 
         Args:
             attention_mask: (B, cached + T), 1 at real tokens. Positions count the real tokens.
-            steps, context_grad: if given, the output is the backbone's instead: hidden states and velocities.
             cache: newer transformers' name of `past_key_values`.
         """
-        if steps is not None:
-            return self.base_model(input_ids, attention_mask, steps=steps, context_grad=context_grad)
         batch, length = input_ids.shape
         past_key_values = past_key_values if cache is None else cache
         if use_cache and past_key_values is None:

@@ -54,7 +54,7 @@ class TextRows:
         return cls(ids, lengths, start, input_ids.shape[1])
 
     def with_images(self, images: Sequence[Sequence[Any]]) -> list[ContextRow]:
-        """The R rows as contexts, with the images that their placeholders stand for."""
+        """Give the R rows as contexts, with the images that their placeholders stand for."""
         rows = zip(self.ids.cpu(), self.lengths, images, strict=True)
         return [ContextRow(row[:length], shown) for row, length, shown in rows]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...messages import user_text
-from ...trajectory import Steps, Trajectory
+from ...trajectory import Trajectory
 from ..contract import UnifiedModelMixin, UnifiedOutput
 from ..quantization import keep_trainable_layout
 from ..tokenizer import read_tokenizer
@@ -222,17 +222,8 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.thinker.set_output_embeddings(value)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        steps: Steps | None = None,
-        context_grad: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """The thinker's own outputs; with `steps` the backbone's, hidden states and velocities."""
-        if steps is not None:
-            return self.base_model(input_ids, attention_mask, steps=steps, context_grad=context_grad)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """Call the thinker's own forward."""
         return self.thinker(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
