@@ -8,7 +8,7 @@ import torch
 from trl_unigrpo.flow.guidance import Guidance
 from trl_unigrpo.flow.states import LinePoints, SDESteps, columns
 from trl_unigrpo.models.bagel.segments import ContextImage
-from trl_unigrpo.models.contract import ContextRow
+from trl_unigrpo.models.contract import ContextRow, UnifiedModelMixin
 from trl_unigrpo.trainers.checkpoint import load_rollouts, save_rollouts
 from trl_unigrpo.trainers.kept import KeptVelocities
 from trl_unigrpo.trajectory import Image, Round, Steps, Trajectory, from_state, in_order, to_state
@@ -299,6 +299,11 @@ def test_tensors_come_back_in_their_type(tmp_path, dtype):
 def test_context_of_a_third_party(tmp_path):
     stanza = Stanza(torch.randn(3), {"tone": "high", 3: torch.tensor([1])}, (Stanza(), torch.ones(2)))
     assert_same(kept(tmp_path, [stanza], (Stanza,)), [stanza])
+
+
+def test_rows_of_tokens_are_kept_for_a_model_that_names_nothing(tmp_path):
+    row = ContextRow(torch.tensor([4, 5]))
+    assert_same(kept(tmp_path, [row], UnifiedModelMixin.context_types), [row])
 
 
 def test_dataclass_that_is_not_named_is_refused_when_it_is_saved_and_when_it_is_read(tmp_path):
