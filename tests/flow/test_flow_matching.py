@@ -40,9 +40,26 @@ def test_line_goes_from_the_image_to_the_noise_at_its_own_velocity():
 def test_matching_log_ratio_is_the_fall_of_the_loss():
     velocity, old, target = random(3, 2, 5)
     expected = ((old - target) ** 2).mean(-1) - ((velocity - target) ** 2).mean(-1)
-    torch.testing.assert_close(matching_log_ratio(velocity, old, target, 2), expected)
-    assert (matching_log_ratio(target, old, target, 2) > 0).all()
-    assert (matching_log_ratio(old, old, target, 2) == 0).all()
+    torch.testing.assert_close(matching_log_ratio(velocity, old, target, 2, centred=False), expected)
+    centred = matching_log_ratio(velocity, old, target, 2)
+    torch.testing.assert_close(centred, expected + ((velocity - old) ** 2).mean(-1))
+    for how in (True, False):
+        assert (matching_log_ratio(target, old, target, 2, how) > 0).all()
+        assert (matching_log_ratio(old, old, target, 2, how) == 0).all()
+
+
+@pytest.mark.parametrize(("lines", "epsilon"), [(8, 3e-5), (1, 1e-4)])
+def test_centred_clip_takes_both_sides_alike_at_real_sizes(lines, epsilon):
+    """At D = 262144 with rms(v - v_old) = .03, and lines that the old policy matches but for noise."""
+    numbers, images = 16384, 400  # a sixteenth of the numbers, so four times the width
+    generator = torch.Generator().manual_seed(0)
+    residual, moved = (torch.randn(images, lines, numbers, generator=generator) for _ in range(2))
+    old, velocity, clip = torch.zeros_like(moved), 0.03 * moved, 4 * epsilon
+    ratio, plain = (matching_log_ratio(velocity, old, residual, 2, how).mean(1) for how in (True, False))
+    assert plain.mean() < -2 * clip and (plain < -clip).float().mean() > 0.8
+    above, below = ((side > clip).float().mean().item() for side in (ratio, -ratio))
+    assert above == pytest.approx(below, abs=0.08) and 0.05 < above < 0.4
+    assert ratio.std().item() == pytest.approx(2 * 0.03 / (numbers * lines) ** 0.5, rel=0.1)
 
 
 def test_matching_log_ratio_keeps_its_digits_near_the_old_policy():
@@ -109,7 +126,7 @@ def test_gradients_are_finite_differences(step):
     leaf = velocity.clone().requires_grad_()
     nft_loss(leaf, old, state, target, t, advantage, 1.0).sum().backward()
     matching = velocity.clone().requires_grad_()
-    matching_log_ratio(matching, old, target, 1).sum().backward()
+    matching_log_ratio(matching, old, target, 1, centred=False).sum().backward()
     for i in range(5):
         nudge = torch.zeros_like(velocity)
         nudge[0, i] = step

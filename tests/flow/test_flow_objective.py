@@ -207,14 +207,6 @@ def test_flow_grpo_kl_leaves_dt_out_of_the_variance():
     )
 
 
-def test_scaling_with_the_latent():
-    assert scale_with_latents(1e-6, 262144) == 1e-6
-    assert scale_with_latents(1e-6, 65536) == pytest.approx(2e-6, rel=1e-15)
-    assert scale_with_latents(1e-6, 256) == pytest.approx(3.2e-5, rel=1e-15)
-    assert scale_with_latents(1.5e-5, 256) == pytest.approx(4.8e-4, rel=1e-15)
-    assert scale_with_latents(5e-4, 72, reference_dims=1) == pytest.approx(5.9e-5, rel=0.01)
-
-
 def test_scaled_clip_means_the_same_velocity_change_at_any_size():
     """The share of steps outside the scaled clip does not depend on D."""
     shares = []

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
+from tests.helpers.oracle import step_scale
 from tests.helpers.tiny_unified import IMAGE_SIZE, FixedTexts, tiny_bagel
 from trl_unigrpo.flow.states import rows_of
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
@@ -108,15 +109,17 @@ def noisy_losses(image, v, old, advantage):
         mu, mu_old = (x + (u + sigma2 / (2 * t) * (x + (1 - t) * u)) * dt for u in (v[k], old[k]))
         log_ratio = (((x_next - mu_old) ** 2).mean() - ((x_next - mu) ** 2).mean()) / (2 * std**2)
         normed = std * (log_ratio + ((mu - mu_old) ** 2).mean() / (2 * std**2))
-        losses.append(surrogate(normed, advantage, 1e-6 * SCALE))
+        losses.append(surrogate(normed, advantage, 1e-6 * SCALE * step_scale({})))
     return losses
 
 
 def line_losses(image, v, old, advantage, kind):
     """FPO's one loss of an image, or those of each of its lines (AWM, NFT)."""
-    clean, targets, epsilon = image.latents.double(), image.steps.target.double(), 1e-4 * SCALE
+    clean, targets = image.latents.double(), image.steps.target.double()
     if kind != "nft":
+        epsilon = {"fpo": 3e-5, "awm": 1e-4}[kind] * SCALE
         gains = [((old[k] - targets[k]) ** 2 - (v[k] - targets[k]) ** 2).mean() for k in range(len(v))]
+        gains = [gain + ((v[k] - old[k]) ** 2).mean() for k, gain in enumerate(gains)]  # centred
         gains = [sum(gains) / len(gains)] if kind == "fpo" and gains else gains
         return [surrogate(gain, advantage, epsilon) for gain in gains]
     losses, share = [], 0.5 + advantage / 10
@@ -137,7 +140,7 @@ def mean(values):
 def flow_loss(models, batch, settings):
     """-(J_flow) + w L_MSE of one micro-batch: means over steps, images and trajectories, in this order."""
     rows, grad, kind = [], settings.get("flow_context_grad") == "full", settings.get("image_objective", "flow_grpo")
-    weight = settings.get("flow_regularizer_weight", 1.5e-5) * SCALE
+    weight = settings.get("flow_regularizer_weight", 1.5e-5) * SCALE * (step_scale({}) if kind == "flow_grpo" else 1)
     for trajectory, advantage in zip(batch["trajectories"], batch["advantages"].double(), strict=True):
         of_images = []
         for image in images(trajectory):

@@ -17,6 +17,28 @@ NUMBERS = 16  # in one image's latents
 SYSTEM_TOKENS = 4  # of "think first" at the start of each context, with what opens and closes it
 
 
+def step_scale(settings):
+    """Mean width of the log-ratio over the windows of this run's steps, as a multiple of the paper's."""
+
+    def width(count, size, kind, ratio_norm):
+        u = [1 - k / count for k in range(count + 1)]
+        nodes = [SHIFT * x / (1 + (SHIFT - 1) * x) for x in u]
+        widths = []
+        for start in range(5 - size + 1):  # each is as likely
+            for t, t_next in zip(nodes[start:][:size], nodes[start + 1 :][:size], strict=True):
+                sigma2 = NOISE**2 * t / (1 - (nodes[1] if t == 1 else t))
+                b, std = (1 + sigma2 * (1 - t) / (2 * t)) * (t - t_next), math.sqrt(sigma2 * (t - t_next))
+                if kind == "cps":
+                    std = t_next * math.sin(NOISE * math.pi / 2)
+                    b = t * (1 - t_next) - (1 - t) * math.sqrt(t_next**2 - std**2)
+                widths.append(b if ratio_norm else b / std)
+        return sum(widths) / len(widths)
+
+    normed = settings.get("ratio_norm", True)
+    own = width(STEPS, settings.get("sde_window_size", 3), settings.get("sde_type", "sde"), normed)
+    return own / width(25, 3, "sde", normed)
+
+
 def text_log_probs(model, prompt, completion):
     ids = torch.tensor([[*prompt, *completion]])
     logits = model.language_model.lm_head(
@@ -56,7 +78,7 @@ def line_terms(image, v, v_old, v_ref, advantage, settings):
     kind, count = settings["image_objective"], len(v)
     points, clean = image.steps, image.latents.double()
     noise = points.target.double() + clean
-    epsilon = 1e-4 * math.sqrt(262144 / NUMBERS)
+    epsilon = {"fpo": 3e-5, "awm": 1e-4, "nft": 0.0}[kind] * math.sqrt(262144 / NUMBERS)
     losses, old_losses, nft = [], [], 0.0
     for k in range(count):
         t = points.t[k].double()
@@ -77,9 +99,12 @@ def line_terms(image, v, v_old, v_ref, advantage, settings):
         ratio = log_ratio.exp()
         return torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
 
+    gains = [old - new for old, new in zip(old_losses, losses, strict=True)]
+    if settings.get("ratio_norm", True):  # which takes the left shift away
+        gains = [gain + ((v[k] - v_old[k]) ** 2).mean() for k, gain in enumerate(gains)]
     if kind == "fpo":  # the mean over the lines is inside
-        return count * clipped(sum(old_losses) / count - sum(losses) / count), regularizer
-    return sum(clipped(old - new) for old, new in zip(old_losses, losses, strict=True)), regularizer
+        return count * clipped(sum(gains) / count), regularizer
+    return sum(map(clipped, gains)), regularizer
 
 
 def flow_terms(image, v, v_old, v_ref, advantage, settings):
@@ -88,7 +113,7 @@ def flow_terms(image, v, v_old, v_ref, advantage, settings):
         return line_terms(image, v, v_old, v_ref, advantage, settings)
     first = SHIFT * (1 - 1 / STEPS) / (1 + (SHIFT - 1) * (1 - 1 / STEPS))
     surrogate, regularizer = 0.0, 0.0
-    epsilon = 1e-6 * math.sqrt(262144 / NUMBERS)
+    epsilon = 1e-6 * math.sqrt(262144 / NUMBERS) * step_scale(settings)
     for k in range(len(v)):
         x, x_next = image.steps.x[k].double(), image.steps.x_next[k].double()
         t, t_next = image.steps.t[k].double(), image.steps.t_next[k].double()
@@ -151,6 +176,7 @@ def oracle(batches, now, old, settings):
             surrogate, regularizer = surrogate + s / len(v), regularizer + r / len(v)
             samples += 1
     weight = 1.5e-5 * math.sqrt(262144 / NUMBERS)
+    weight *= step_scale(settings) if "image_objective" not in settings else 1
     text_weight, flow_weight = settings.get("text_weight", 1.0), settings.get("flow_weight", 1.0)
     loss = (-text_weight * text - flow_weight * surrogate + weight * regularizer) / samples
     loss.backward()

@@ -52,7 +52,7 @@ BROKEN = [
 
 class OtherTrainingForward(BagelForUnifiedGeneration):
     def packed_forward(self, input_ids, attention_mask, steps, context_grad=False):
-        steps = replace(steps, states=replace(steps.states, t=steps.t - 0.01))
+        steps = replace(steps, states=replace(steps.states, t=steps.t - 0.1))
         return super().packed_forward(input_ids, attention_mask, steps, context_grad)
 
 

@@ -212,7 +212,7 @@ def test_option_that_cannot_work_is_refused_with_the_reason(tmp_path, changes, m
         tiny_config(tmp_path, **changes)
 
 
-@pytest.mark.parametrize(("objective", "epsilon"), [("flow_grpo", 1e-6), ("fpo", 1e-4), ("awm", 1e-4)])
+@pytest.mark.parametrize(("objective", "epsilon"), [("flow_grpo", 1e-6), ("fpo", 3e-5), ("awm", 1e-4)])
 def test_clip_range_is_the_objective_s_own_unless_given(tmp_path, objective, epsilon):
     assert tiny_config(tmp_path, image_objective=objective).flow_epsilon == epsilon
     assert tiny_config(tmp_path, image_objective=objective, flow_epsilon=1e-5).flow_epsilon == 1e-5

@@ -91,10 +91,10 @@ def test_velocities_of_a_table_are_those_of_each_step_on_its_own(trained, make_m
 @pytest.mark.parametrize(
     ("make_model", "settings"),
     [
-        (seeing_bagel, {"image_learning_rate": 0.2}),
-        (seeing_bagel, {"image_learning_rate": 0.2, "flow_context_grad": "full"}),
-        pytest.param(seeing_bagel, {"image_learning_rate": 0.2, "flow_old_source": "rollout"}, marks=pytest.mark.slow),
-        (seeing_bagel, {**UPDATES, "image_learning_rate": 0.2}),
+        (seeing_bagel, {"image_learning_rate": 2.0}),
+        (seeing_bagel, {"image_learning_rate": 2.0, "flow_context_grad": "full"}),
+        pytest.param(seeing_bagel, {"image_learning_rate": 2.0, "flow_old_source": "rollout"}, marks=pytest.mark.slow),
+        (seeing_bagel, {**UPDATES, "image_learning_rate": 2.0}),
         (seeing_bagel, {"image_objective": "fpo", "matching_samples": 3, "image_learning_rate": 0.02}),
         pytest.param(
             seeing_bagel,

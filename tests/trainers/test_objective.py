@@ -10,13 +10,13 @@ from tests.helpers.tiny_unified import FixedTexts
 @pytest.mark.parametrize(
     ("settings", "rate"),
     [
-        ({}, 0.05),
-        ({"flow_context_grad": "full", "sde_window_scope": "sample"}, 0.05),
-        ({"ratio_norm": False, "flow_regularizer": "latent_kl"}, 0.02),
-        pytest.param({"sde_type": "cps", "flow_regularizer": "latent_kl_flow_grpo"}, 0.05, marks=pytest.mark.slow),
-        pytest.param({"text_weight": 0.5, "flow_weight": 2.0}, 0.05, marks=pytest.mark.slow),
-        ({"guidance_scale": 3.0, "num_inference_steps": 6, "sde_window_size": 5}, 0.05),
-        pytest.param({"guidance_scale": 3.0, "flow_context_grad": "full"}, 0.05, marks=pytest.mark.slow),
+        ({}, 1.0),
+        ({"flow_context_grad": "full", "sde_window_scope": "sample"}, 0.25),
+        ({"ratio_norm": False, "flow_regularizer": "latent_kl"}, 0.5),
+        pytest.param({"sde_type": "cps", "flow_regularizer": "latent_kl_flow_grpo"}, 0.25, marks=pytest.mark.slow),
+        pytest.param({"text_weight": 0.5, "flow_weight": 2.0}, 0.25, marks=pytest.mark.slow),
+        ({"guidance_scale": 3.0, "num_inference_steps": 6, "sde_window_size": 5}, 0.25),
+        pytest.param({"guidance_scale": 3.0, "flow_context_grad": "full"}, 1.0, marks=pytest.mark.slow),
         ({"image_objective": "fpo", "matching_samples": 5}, 0.02),
         pytest.param(
             {"image_objective": "awm", "matching_samples": 4, "flow_context_grad": "full"},

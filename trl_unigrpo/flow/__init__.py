@@ -1,7 +1,7 @@
 """The flow maths of UniGRPO (arXiv 2603.23500) as pure functions of tensors: no model, no trainer.
 
 Read in this order: `schedule` (which times, which steps are noisy), `transition` (one step as a Gaussian),
-`ratio` (ratio, clip, regularisers), `matching` (objectives without noisy steps).
+`ratio` (ratio, clip, regularisers), `scaling` (its constants), `matching` (objectives without noisy steps).
 """
 
 from .matching import (
@@ -14,9 +14,9 @@ from .ratio import (
     clipped_surrogate,
     latent_kl,
     log_ratio,
-    scale_with_latents,
     velocity_mse,
 )
+from .scaling import scale_with_latents, scale_with_steps
 from .schedule import flow_timesteps, sde_window, shift_timesteps
 from .transition import (
     Transition,
@@ -41,6 +41,7 @@ __all__ = [
     "nft_loss",
     "ode_transition",
     "scale_with_latents",
+    "scale_with_steps",
     "sde_transition",
     "sde_window",
     "shift_timesteps",

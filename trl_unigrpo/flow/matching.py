@@ -34,31 +34,43 @@ def line_state(image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * image + t * noise
 
 
-def matching_log_ratio(velocity: Tensor, old_velocity: Tensor, target: Tensor, num_batch_dims: int) -> Tensor:
+def matching_log_ratio(
+    velocity: Tensor, old_velocity: Tensor, target: Tensor, num_batch_dims: int, centred: bool = True
+) -> Tensor:
     """How much better than the old policy's a velocity matches the line's.
 
         log r = l_old - l = mean over latent dims of (v_old - target)^2 - (v - target)^2
+        log r + mean (v - v_old)^2 = 2 mean (target - v_old) (v - v_old)                        (centred)
 
-    coded as mean((v_old - v) (v_old + v - 2 target)), which keeps its digits where v is close to v_old.
+    coded by products with v - v_old, which keep their digits where v is close to v_old. Where the old policy matches
+    the lines on average, E log r = -mean (v - v_old)^2, which does not shrink with the latent as the width, about
+    2 rms(target - v_old) rms(v - v_old) / sqrt(D), does: at real sizes one side of the clip would take every gradient
+    and the other none. Centred, as RatioNorm centres FlowGRPO's, both sides are alike, and the gradient at v = v_old
+    is the same.
     FPO (arXiv 2507.21053) averages it over the lines of one image before it takes the ratio exp(log r); AWM
-    (arXiv 2509.25050) takes the ratio of each line. Both use the same lines for both policies.
+    (arXiv 2509.25050) takes the ratio of each line. Both use the same lines for both policies; neither centres.
 
     Args:
         velocity: (*batch, *latent) of the current policy at a point of the line; carries the gradient.
         old_velocity: Same shape, of the old policy at the same point.
         target: Same shape, the line's velocity noise - image.
         num_batch_dims: How many leading dims are batch.
+        centred: Whether to add mean (v - v_old)^2.
 
     Returns:
         (*batch), float32 (float64 if an input is float64).
 
     Examples:
         >>> one = torch.ones(1, 4)
-        >>> matching_log_ratio(0.5 * one, 0.0 * one, one, num_batch_dims=1)  # 1 - 0.25
+        >>> matching_log_ratio(0.5 * one, 0.0 * one, one, num_batch_dims=1, centred=False)  # 1 - 0.25
         tensor([0.7500])
+        >>> matching_log_ratio(0.5 * one, 0.0 * one, one, num_batch_dims=1)
+        tensor([1.])
     """
     velocity, old_velocity, target = same_float(velocity, old_velocity, target)
-    return latent_mean((old_velocity - velocity) * (old_velocity + velocity - 2 * target), num_batch_dims)
+    moved = velocity - old_velocity
+    towards = 2 * (target - old_velocity)
+    return latent_mean(moved * (towards if centred else towards - moved), num_batch_dims)
 
 
 def nft_loss(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .matching import line_state, line_times, matching_log_ratio, nft_loss
 from .ratio import clipped_surrogate, latent_kl, log_ratio, velocity_mse
+from .scaling import scale_with_latents, scale_with_steps
 from .schedule import flow_timesteps
 from .states import LinePoints, SDESteps
 from .transition import Transition, transition
@@ -29,7 +30,7 @@ class Objective(Protocol):
     Attributes:
         stochastic: images are sampled with noisy steps, which are then the states.
         pools_steps: the loss of one state needs the velocities of all states of its image.
-        epsilon: clip range at the latent size of this run.
+        epsilon: clip range of this run, see `constants`.
     """
 
     stochastic: bool
@@ -61,7 +62,7 @@ class FlowGRPO:
 
     Args:
         args: the configuration.
-        epsilon: clip range at the latent size of this run.
+        epsilon: clip range of this run, see `constants`.
     """
 
     stochastic = True
@@ -98,7 +99,7 @@ class Matching:
 
     Args:
         args: the configuration.
-        epsilon: clip range at the latent size of this run.
+        epsilon: clip range of this run, see `constants`.
     """
 
     stochastic = False
@@ -112,6 +113,10 @@ class Matching:
         noise = torch.randn(len(t), *image.shape, generator=generator).to(image.device)
         return LinePoints(x=line_state(image, noise, t), t=t, target=noise - image)
 
+    def log_ratio(self, velocity: Tensor, old: Tensor, states: LinePoints) -> Tensor:
+        """Compare with the old policy how well velocities match their lines, (S,)."""
+        return matching_log_ratio(velocity, old, states.target, num_batch_dims=1, centred=self.args.ratio_norm)
+
     def regularizer(self, velocity: Tensor, reference: Tensor, states: LinePoints) -> Tensor:
         return velocity_mse(velocity, reference, num_batch_dims=1)
 
@@ -122,7 +127,7 @@ class FPO(Matching):
     pools_steps = True
 
     def loss(self, velocity: Tensor, old: Tensor, states: LinePoints, advantages: Tensor, image: Tensor) -> Loss:
-        ratio = matching_log_ratio(velocity, old, states.target, num_batch_dims=1)
+        ratio = self.log_ratio(velocity, old, states)
         return clipped(mean_by(image, ratio), advantages, self.epsilon)
 
 
@@ -130,7 +135,7 @@ class AWM(Matching):
     """One clipped ratio per line (advantage-weighted matching, arXiv 2509.25050)."""
 
     def loss(self, velocity: Tensor, old: Tensor, states: LinePoints, advantages: Tensor, image: Tensor) -> Loss:
-        ratio = matching_log_ratio(velocity, old, states.target, num_batch_dims=1)
+        ratio = self.log_ratio(velocity, old, states)
         return clipped(ratio, advantages, self.epsilon)
 
 
@@ -146,12 +151,41 @@ OBJECTIVES: dict[str, Any] = {"flow_grpo": FlowGRPO, "fpo": FPO, "awm": AWM, "nf
 """By `image_objective`."""
 
 
+def constants(args: Any, num_latent_dims: int) -> tuple[float, float]:
+    """
+    Give the clip range and the regulariser weight of a run, 0 without regulariser.
+
+    With `scale_with_latents` both are carried to the run's latents, and for FlowGRPO to its noisy steps, so that they
+    mean the same change of velocity as the configuration's values do in the paper's run.
+    """
+    epsilon = args.flow_epsilon or 0.0  # never None: the configuration chooses
+    weight = 0.0 if args.flow_regularizer == "none" else args.flow_regularizer_weight
+    if not args.scale_with_latents:
+        return epsilon, weight
+    scale = scale_with_latents(1.0, num_latent_dims)
+    if args.image_objective == "flow_grpo":
+        scale = scale_with_steps(
+            scale,
+            args.num_inference_steps,
+            args.timestep_shift,
+            args.sde_type,
+            args.noise_level,
+            args.sde_window_range,
+            args.sde_window_size,
+            args.sde_window_mode,
+            args.ratio_norm,
+        )
+    return scale * epsilon, scale * weight
+
+
 def clipped(ratio: Tensor, advantages: Tensor, epsilon: float) -> Loss:
     """Compute PPO's objective of log-ratios (S,), with what tells how far the policy has moved."""
+    moved = torch.expm1(ratio)
     return clipped_surrogate(ratio, advantages, epsilon), {
         "flow/ratio_mean": ratio.exp().mean(),
         "flow/log_ratio_std": ratio.std(correction=0),
-        "flow/clip_frac": (torch.expm1(ratio).abs() > epsilon).float().mean(),
+        "flow/clip_frac": (moved.abs() > epsilon).float().mean(),
+        "flow/no_gradient_frac": (moved * advantages.sign() > epsilon).float().mean(),
     }
 
 

@@ -1,10 +1,8 @@
 """The image side of what UniGRPO optimises: ratio, clipped surrogate and the two regularisers.
 
 All functions reduce over the latent dims by the *mean*, as every public implementation does: log-ratio, clip range and
-regulariser weight keep one meaning only together (see `scale_with_latents`).
+regulariser weight keep one meaning only together (see `scaling`).
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -13,8 +11,6 @@ from .transition import Transition, expand_left
 
 
 KL_FORMS = ("exact", "flow_grpo")
-
-REFERENCE_DIMS = 262144  # BAGEL at 1024 pixels: 64 x 64 tokens of 64 numbers, where the paper's two constants hold.
 
 
 def log_ratio(
@@ -87,7 +83,7 @@ def clipped_surrogate(
     Args:
         log_ratio: Any shape.
         advantages: Broadcastable to it.
-        epsilon_low: In (0, 1]. See `scale_with_latents` for the value.
+        epsilon_low: In (0, 1]. See `scaling` for the value.
         epsilon_high: > 0; None means epsilon_low.
 
     Returns:
@@ -183,32 +179,6 @@ def latent_kl(
         weight = weight * torch.as_tensor(dt, dtype=torch.float64, device=weight.device).abs()
     squared = latent_mean((velocity - reference_velocity).square(), num_batch_dims)
     return expand_left(weight, squared) * squared
-
-
-def scale_with_latents(value: float, num_latent_dims: int, reference_dims: int = REFERENCE_DIMS) -> float:
-    """Carry a clip range or a regulariser weight over to another latent size.
-
-        value(D) = value(D_ref) sqrt(D_ref / D)
-
-    The width of the normed log-ratio is |b| rms(v - v_old) / sqrt(D) and the policy gradient falls against the MSE's
-    by the same sqrt(D), so under this rule clip and weight mean the same change of velocity at every image size.
-    The paper's 1e-6 and 1.5e-5 hold at D = 262144 (BAGEL, 1024 pixels).
-
-    Args:
-        value: The value at `reference_dims`.
-        num_latent_dims: D >= 1, numbers in one latent, for example tokens times channels.
-        reference_dims: D_ref >= 1.
-
-    Examples:
-        >>> scale_with_latents(1e-6, 65536)  # 512 pixels; GRPO-Guard's published value there
-        2e-06
-    """
-    if num_latent_dims < 1 or reference_dims < 1:
-        raise ValueError(
-            f"num_latent_dims is {num_latent_dims} and reference_dims is {reference_dims}, "
-            "but a latent has at least 1 number."
-        )
-    return value * math.sqrt(reference_dims / num_latent_dims)
 
 
 def same_float(*tensors: Tensor) -> tuple[Tensor, ...]:

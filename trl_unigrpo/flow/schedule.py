@@ -104,6 +104,32 @@ def sde_window(
         >>> sde_window((0, 5), 3, seed=(42, 7)) == sde_window((0, 5), 3, seed=(42, 7))
         True
     """
+    lo, hi = _check_window(window_range, size, mode)
+    if mode == "fixed":
+        return tuple(range(lo, lo + size))
+    # default_rng passes ints and sequences of ints through numpy's SeedSequence: neighbouring seeds are independent.
+    generator = np.random.default_rng(seed if isinstance(seed, int) else list(seed))
+    if mode == "scatter":
+        return tuple(sorted(int(k) for k in generator.choice(np.arange(lo, hi), size=size, replace=False)))
+    start = int(generator.integers(lo, hi - size, endpoint=True))
+    return tuple(range(start, start + size))
+
+
+def window_steps(window_range: Sequence[int], size: int, mode: str = "contiguous") -> tuple[int, ...]:
+    """List the steps that windows may hold, each as often as windows hold it; arguments as for `sde_window`.
+
+    Examples:
+        >>> window_steps((0, 5), 3)
+        (0, 1, 2, 1, 2, 3, 2, 3, 4)
+    """
+    lo, hi = _check_window(window_range, size, mode)
+    if mode == "scatter":
+        return tuple(range(lo, hi))
+    starts = range(lo, hi - size + 1) if mode == "contiguous" else (lo,)
+    return tuple(step for start in starts for step in range(start, start + size))
+
+
+def _check_window(window_range: Sequence[int], size: int, mode: str) -> tuple[int, int]:
     lo, hi = (int(bound) for bound in window_range)
     if not 0 <= lo < hi:
         raise ValueError(
@@ -117,11 +143,4 @@ def sde_window(
         )
     if mode not in WINDOW_MODES:
         raise ValueError(f"The SDE window's mode is {mode!r}, but must be one of {', '.join(WINDOW_MODES)}.")
-    if mode == "fixed":
-        return tuple(range(lo, lo + size))
-    # default_rng passes ints and sequences of ints through numpy's SeedSequence: neighbouring seeds are independent.
-    generator = np.random.default_rng(seed if isinstance(seed, int) else list(seed))
-    if mode == "scatter":
-        return tuple(sorted(int(k) for k in generator.choice(np.arange(lo, hi), size=size, replace=False)))
-    start = int(generator.integers(lo, hi - size, endpoint=True))
-    return tuple(range(start, start + size))
+    return lo, hi

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..flow import Transition
+from ..flow.scaling import ratio_width
 from ..flow.states import SDESteps, columns
 from ..flow.transition import expand_left
 from ..trajectory import Image, Trajectory
@@ -71,7 +72,7 @@ class TrustChecks(Watcher):
 
     def on_image_loss(self, args: Any, state: Any, control: Any, image_loss: ImageLoss, **kwargs: Any) -> None:
         if image_loss.first_pass and image_loss.objective.stochastic and self._first("velocities"):
-            self._report(velocity_problem(image_loss, 0.15 if args.bf16 or args.fp16 else 0.01))
+            self._report(velocity_problem(image_loss, 0.5 if args.bf16 or args.fp16 else 0.01))
         if image_loss.regularizer is not None and self._first("regularizer"):
             # A regulariser under no_grad would be a number in the logs and nothing else.
             if not image_loss.regularizer.requires_grad:
@@ -117,19 +118,19 @@ def velocity_problem(image_loss: ImageLoss, limit: float) -> str | None:
     A training forward that does not see what the sampler saw, at the same weights and states.
 
     Args:
-        limit: share of the clip range that the difference, as a log-ratio, may take.
+        limit: share of the clip range that the difference, as a log-ratio, may take on average over the steps.
     """
     trained, states, objective = image_loss.velocity, image_loss.states, image_loss.objective
     numbers = math.prod(trained.shape[1:])
     rms = (trained - states.velocity).flatten(1).double().pow(2).mean(1).sqrt()
-    weight = objective.transition(states).b.abs().to(rms)
-    share = float((weight * rms / math.sqrt(numbers)).max()) / objective.epsilon
-    if share <= limit:
+    width = ratio_width(objective.transition(states), objective.args.ratio_norm).to(rms)
+    shares = width * rms / math.sqrt(numbers) / objective.epsilon
+    if shares.mean() <= limit:
         return None
     return (
-        f"velocities of the rollout and of the training forward differ by {share:.1%} of the clip range (limit "
-        f"{limit:.0%}). The model must compute both in the same way: check dropout, padding and the positions of "
-        "images."
+        f"velocities of the rollout and of the training forward differ by {shares.mean():.1%} of the clip range, the "
+        f"worst step by {shares.max():.1%} (limit of the mean {limit:.0%}). The model must compute both in the same "
+        "way: check dropout, padding and the positions of images."
     )
 
 

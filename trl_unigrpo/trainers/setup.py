@@ -11,8 +11,7 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..flow import scale_with_latents
-from ..flow.objectives import OBJECTIVES
+from ..flow.objectives import OBJECTIVES, constants
 from ..models.adapters import add_reference_adapter, keep_adapters_in_float32, target_experts, trained_weights
 from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.experts import check_trained, freeze_experts
@@ -34,7 +33,7 @@ class Setup:
         base: the unified model in it.
         trains: expert ("text", "image") -> whether it is trained.
         objective: of the image expert.
-        regularizer_weight: at the latent size of this run; 0 without regulariser.
+        regularizer_weight: of this run's latents and steps; 0 without regulariser.
         masters: adapters that came with the model, as they were before TRL rounds those on a quantised base.
     """
 
@@ -86,7 +85,7 @@ def prepare_run(
     if args.beta != 0 and not adapted:
         raise ValueError(f"beta={args.beta}: the text KL needs adapters to switch off. Pass a peft_config, or beta=0.")
 
-    scale = scale_with_latents if args.scale_with_latents else (lambda value, _: value)
+    epsilon, regularizer_weight = constants(args, num_latent_dims)
     setup = Setup(
         model=model,
         base=base,
@@ -95,11 +94,8 @@ def prepare_run(
         quantization_config=quantization_config,
         peft_config=peft_config,
         trains={"text": args.text_weight > 0, "image": args.flow_weight > 0},
-        # The clip range is never None: the configuration chooses.
-        objective=OBJECTIVES[args.image_objective](args, scale(args.flow_epsilon or 0.0, num_latent_dims)),
-        regularizer_weight=0.0
-        if args.flow_regularizer == "none"
-        else scale(args.flow_regularizer_weight, num_latent_dims),
+        objective=OBJECTIVES[args.image_objective](args, epsilon),
+        regularizer_weight=regularizer_weight,
         masters={},
     )
     _keep_reference(setup, adapted)

@@ -12,7 +12,7 @@ from .config_checks import check_choices, check_epochs, check_values, check_wind
 from .trl_versions import check_options
 
 
-_EPSILON = {"flow_grpo": 1e-6, "fpo": 1e-4, "awm": 1e-4, "nft": 1e-6}
+_EPSILON = {"flow_grpo": 1e-6, "fpo": 3e-5, "awm": 1e-4, "nft": 1e-6}
 """Clip range of each image objective; DiffusionNFT has none."""
 
 
@@ -91,18 +91,20 @@ class UniGRPOConfig(GRPOConfig):
         nft_beta (`float`, *optional*, defaults to `1.0`):
             How far DiffusionNFT's two velocities lie from the old one, as a share of what the policy has moved.
         flow_epsilon (`float`, *optional*):
-            Clip range of the image's ratio, at 262,144 numbers per image (1024 pixels in BAGEL). By default 1e-6, the
-            paper's, for FlowGRPO and 1e-4 for FPO and AWM, for which the paper has none.
+            Clip range of the image's ratio, at 262,144 numbers per image (1024 pixels in BAGEL) and for the paper's
+            noisy steps. By default 1e-6, the paper's, for FlowGRPO, 3e-5 for FPO and 1e-4 for AWM, for which the paper
+            has none.
         ratio_norm (`bool`, *optional*, defaults to `True`):
-            Centre and rescale the image's log-ratio (RatioNorm).
+            Centre and rescale the image's log-ratio (RatioNorm); FPO's and AWM's are only centred.
         flow_regularizer (`str`, *optional*, defaults to `"velocity_mse"`):
             Tie to the reference model: `"velocity_mse"`, `"latent_kl"` (exact, per number), `"latent_kl_flow_grpo"`
             (as in the public Flow-GRPO code) or `"none"`.
         flow_regularizer_weight (`float`, *optional*, defaults to `1.5e-5`):
-            Its weight, at 262,144 numbers per image.
+            Its weight, at 262,144 numbers per image and for the paper's noisy steps.
         scale_with_latents (`bool`, *optional*, defaults to `True`):
-            Multiply `flow_epsilon` and `flow_regularizer_weight` by sqrt(262144 / numbers per image), to keep their
-            meaning at other sizes. False takes both as they are.
+            Multiply `flow_epsilon` and `flow_regularizer_weight` by sqrt(262144 / numbers per image), and for FlowGRPO
+            by the length of its noisy steps over that of the paper's, to keep their meaning. False takes both as they
+            are.
         flow_old_source (`str`, *optional*, defaults to `"recompute"`):
             Old velocities from the training forward (`"recompute"`) or from the sampler (`"rollout"`).
         flow_context_grad (`str`, *optional*, defaults to `"detach"`):
@@ -244,8 +246,8 @@ class UniGRPOConfig(GRPOConfig):
     flow_epsilon: float | None = field(
         default=None,
         metadata={
-            "help": "Clip range of the image's ratio, at 262144 numbers per image. None: 1e-6 (the paper's), for "
-            "'fpo' and 'awm' 1e-4."
+            "help": "Clip range of the image's ratio, at 262144 numbers per image and the paper's steps. None: 1e-6 "
+            "(the paper's), for 'fpo' 3e-5, for 'awm' 1e-4."
         },
     )
     ratio_norm: bool = field(
@@ -258,11 +260,13 @@ class UniGRPOConfig(GRPOConfig):
     )
     flow_regularizer_weight: float = field(
         default=1.5e-5,
-        metadata={"help": "Weight of the regulariser, at 262144 numbers per image. Paper: 1.5e-5."},
+        metadata={
+            "help": "Weight of the regulariser, at 262144 numbers per image and the paper's steps. Paper: 1.5e-5."
+        },
     )
     scale_with_latents: bool = field(
         default=True,
-        metadata={"help": "Rescale flow_epsilon and flow_regularizer_weight to the size of the image."},
+        metadata={"help": "Rescale flow_epsilon and flow_regularizer_weight to the size of image and steps."},
     )
     flow_old_source: str = field(
         default="recompute",

@@ -105,12 +105,12 @@ def matched_kl_weight() -> float:
     import torch
 
     from ...flow import flow_timesteps, latent_kl, transition
+    from ...flow.schedule import window_steps
     from ...shapeworld.settings import demo_settings
     from ...trainers.unigrpo_config import UniGRPOConfig
 
     args = UniGRPOConfig(output_dir="", **demo_settings())
-    (low, high), size = args.sde_window_range, args.sde_window_size
-    steps = torch.cat([torch.arange(first, first + size) for first in range(low, high - size + 1)])
+    steps = torch.tensor(window_steps(args.sde_window_range, args.sde_window_size, args.sde_window_mode))
     grid = flow_timesteps(args.num_inference_steps, args.timestep_shift)
     coefficients = transition(args.sde_type, grid[steps], grid[steps + 1], args.noise_level, grid[1])
     ones = torch.ones(len(steps), 1, dtype=torch.float64)
