@@ -1,0 +1,35 @@
+"""Which addresses are this machine's own: proxies of the environment are not for them."""
+
+import ipaddress
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether only this machine can reach `host`."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def direct_mounts(url: str) -> dict[str, None]:
+    """
+    Return the `mounts` of an HTTP client that reaches the URL's host directly, if that is this machine: a proxy would
+    look for it on its own.
+    """
+    host = urlsplit(url).hostname or ""
+    # Servers print 0.0.0.0 as their address when they listen on all; names below localhost are loopback by RFC 6761.
+    if not (is_loopback(host) or host in ("0.0.0.0", "::") or host.endswith(".localhost")):
+        return {}
+    return {f"all://[{host}]" if ":" in host else f"all://{host}": None}
+
+
+def proxy_hint(url: str) -> str:
+    """Say that the URL is asked through a proxy of the environment; nothing if it is not."""
+    parts = urlsplit(url)
+    host, proxies = parts.hostname or "", getproxies()
+    name = parts.scheme if proxies.get(parts.scheme) else "all"
+    if not proxies.get(name) or direct_mounts(url) or proxy_bypass(host):
+        return ""
+    return f"It was asked through the proxy in {name.upper()}_PROXY: if that can't reach {host}, add it to NO_PROXY."
