@@ -6,7 +6,7 @@ import threading
 import httpx2
 import pytest
 
-from trl_unigrpo.rewards.addresses import direct_mounts, is_loopback, proxy_hint
+from trl_unigrpo.rewards.addresses import is_here, is_loopback, proxy_hint
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_proxies_are_not_for_this_machine(url, direct, monkeypatch):
     for name in ("HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://user:secret@127.0.0.1:9")
         monkeypatch.delenv(name.lower(), raising=False)
-    assert bool(direct_mounts(url)) is direct and bool(proxy_hint(url)) is not direct
+    assert is_here(url) is direct and bool(proxy_hint(url)) is not direct
     assert "secret" not in proxy_hint(url)
     monkeypatch.setenv("NO_PROXY", "gpu-node,10.0.0.1,.example.org,api.openai.com")
     assert proxy_hint(url) == ""
@@ -63,6 +63,6 @@ def test_client_reaches_the_loopback_of_ipv6(monkeypatch):
         connection.close()
 
     url = f"http://[::1]:{listening.getsockname()[1]}"
-    with listening, httpx2.Client(mounts=direct_mounts(url), timeout=5) as client:
+    with listening, httpx2.Client(trust_env=not is_here(url), timeout=5) as client:
         threading.Thread(target=answer, daemon=True).start()
         assert client.get(url).status_code == 204

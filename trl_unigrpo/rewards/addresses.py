@@ -13,16 +13,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def direct_mounts(url: str) -> dict[str, None]:
-    """
-    Return the `mounts` of an HTTP client that reaches the URL's host directly, if that is this machine: a proxy would
-    look for it on its own.
-    """
+def is_here(url: str) -> bool:
+    """Say whether the URL's host is this machine; a proxy, asked for it, would look on its own."""
     host = urlsplit(url).hostname or ""
     # Servers print 0.0.0.0 as their address when they listen on all; names below localhost are loopback by RFC 6761.
-    if not (is_loopback(host) or host in ("0.0.0.0", "::") or host.endswith(".localhost")):
-        return {}
-    return {f"all://[{host}]" if ":" in host else f"all://{host}": None}
+    return is_loopback(host) or host in ("0.0.0.0", "::") or host.endswith(".localhost")
 
 
 def proxy_hint(url: str) -> str:
@@ -30,6 +25,6 @@ def proxy_hint(url: str) -> str:
     parts = urlsplit(url)
     host, proxies = parts.hostname or "", getproxies()
     name = parts.scheme if proxies.get(parts.scheme) else "all"
-    if not proxies.get(name) or direct_mounts(url) or proxy_bypass(host):
+    if not proxies.get(name) or is_here(url) or proxy_bypass(host):
         return ""
     return f"It was asked through the proxy in {name.upper()}_PROXY: if that can't reach {host}, add it to NO_PROXY."

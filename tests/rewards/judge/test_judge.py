@@ -223,6 +223,14 @@ def test_answer_that_never_ends_is_ended_by_the_whole_time():
     assert "no whole answer within 0.3 s" in judge.last_error and "Does a server answer" not in judge.last_error
 
 
+def test_request_that_a_filter_refuses_blames_no_setting():
+    error = {"error": {"message": "The prompt triggered the content management policy", "code": "content_filter"}}
+    with ChatServer(lambda *_: Reply(error, status=400)) as server:
+        judge = VLMJudge("m", server.url)
+        assert scored(judge, ["a"], [picture()]) == [None]
+    assert "content management policy" in judge.last_error and "mode" not in judge.last_error
+
+
 def test_failure_that_is_passed_on_is_named_and_the_connection_is_not_blamed():
     with ChatServer(lambda *_: FAULTS["error beside an answer"]) as server:
         judge = VLMJudge("m", server.url, max_retries=0)
@@ -238,7 +246,8 @@ def dead_proxy(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_judge_on_this_machine_is_not_asked_through_a_proxy(dead_proxy):
+def test_judge_on_this_machine_is_not_asked_through_a_proxy(dead_proxy, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")  # for which a package may be missing
     with ChatServer(lambda body, attempt: yes(0.75)) as server:
         for host in ("127.0.0.1", "localhost", "0.0.0.0"):
             url = server.url.replace("127.0.0.1", host)

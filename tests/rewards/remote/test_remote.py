@@ -278,6 +278,7 @@ def test_random_numbers_of_the_run_stay_where_they_were():
         "[0.5, 0.5]",
         '"scores"',
         '{"score": [0.5, 0.5]}',
+        '{"error": "upstream is gone", "scores": [0.5, 0.5]}',
         '{"scores": 0.5}',
         '{"scores": [0.5]}',
         '{"scores": [0.5, 0.5, 0.5]}',

@@ -55,7 +55,7 @@ def _json_lines(file: Path) -> Iterator[Found]:
         if line.strip():
             try:
                 yield f"{file.name}, line {number}", json.loads(line)
-            except ValueError as error:  # Unicode's errors are ValueErrors, too
+            except (ValueError, RecursionError) as error:  # Unicode's errors are ValueErrors, too
                 yield f"{file.name}, line {number}", ValueError(f"no JSON ({error})")
 
 

@@ -62,7 +62,7 @@ def read_row(row: Mapping[str, Any] | str, classes: Collection[str] | None = Non
     if isinstance(row, str):
         try:
             row = json.loads(row)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"GenEval row {row!r} is no JSON ({error}).") from None
     if not isinstance(row, Mapping):
         raise ValueError(f"GenEval row {row!r}: expected a mapping with 'include', or its JSON.")

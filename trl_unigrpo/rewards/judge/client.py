@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from ..addresses import direct_mounts, proxy_hint
+from ..addresses import is_here, proxy_hint
 
 
 try:
@@ -32,11 +32,11 @@ _SECRETS = (
     (re.compile(r"\b[sr]k-[\w*.-]+"), "[key]"),
 )
 _HINTS = {
-    400: "The endpoint does not take this request: does it know all of its options?",
+    400: "If this is about one of its arguments, a judge leaves it out with options={NAME: None}.",
     401: f"Set {KEY} in the environment.",
     403: f"Is {KEY} in the environment the endpoint's, and may it use this model?",
     404: "Look at the model's name, and at base_url, which mostly ends with /v1.",
-    422: "The endpoint does not take this request: does it know all of its options?",
+    422: "If this is about one of its arguments, a judge leaves it out with options={NAME: None}.",
 }
 _OF_PROXIES = (403, 407, 502, 503, 504)
 
@@ -117,7 +117,7 @@ class PunctualClient(DefaultAsyncHttpxClient):
     """
 
     def __init__(self, url: str, seconds: float, **settings: Any):
-        super().__init__(mounts=direct_mounts(url), **settings)
+        super().__init__(trust_env=not is_here(url), **settings)
         self.seconds = seconds
 
     async def send(self, request: httpx2.Request, **settings: Any) -> httpx2.Response:

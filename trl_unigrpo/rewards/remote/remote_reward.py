@@ -12,7 +12,7 @@ from urllib.parse import quote, urlsplit
 
 from PIL import Image
 
-from ..addresses import direct_mounts, proxy_hint
+from ..addresses import is_here, proxy_hint
 from ..common import (
     Breaker,
     Scores,
@@ -193,7 +193,7 @@ class RemoteReward:
         return {
             "base_url": self.url,
             "headers": {} if token is None else {"Authorization": f"Bearer {token}"},
-            "mounts": direct_mounts(self.url),
+            "trust_env": not is_here(self.url),
             "timeout": None,  # whoever asks bounds the whole time, which httpx does not
         }
 
@@ -277,8 +277,9 @@ def request_body(request: dict[str, Any], images: Sequence[Image.Image]) -> byte
 def read_scores(answer: httpx2.Response, number: int) -> Scores:
     """Read the scores in an answer; RequestError if there is not one number or null per image."""
     try:
-        scores = answer.json()["scores"]
-    except (ValueError, KeyError, TypeError):
+        body = answer.json()
+        scores = None if body.get("error") else body["scores"]
+    except (ValueError, KeyError, AttributeError):
         scores = None
     if (
         not isinstance(scores, list)
