@@ -33,6 +33,8 @@ _ALIKE = str.maketrans(
     | dict.fromkeys("‐‑‒–—―−⸺⸻", "-")
     | {"⋯": "..."}
 )
+_UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")
+"""Categories of white space, line ends, and characters that show nothing, such as the soft hyphen."""
 
 
 def quoted_text(prompt: str) -> str | None:
@@ -52,12 +54,9 @@ def normalized(text: str) -> str:
     Write a text as texts are compared: Unicode's compatible forms (NFKC: full-width letters, ligatures, the ellipsis),
     one form of each quotation mark and dash, no case, no white space and nothing else that can't be seen.
     """
+    # Before it as well: NFKC makes a space with an accent of "´".
     text = unicodedata.normalize("NFKC", text.translate(_ALIKE)).translate(_ALIKE).casefold()
-    return "".join(
-        character
-        for character in unicodedata.normalize("NFKC", text)
-        if not (character.isspace() or unicodedata.category(character) in ("Cc", "Cf"))
-    )
+    return "".join(character for character in text if unicodedata.category(character) not in _UNSEEN)
 
 
 def text_match(recognized: str, target: str) -> float:

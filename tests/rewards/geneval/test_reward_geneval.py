@@ -160,6 +160,7 @@ def test_absent_and_none_are_the_same():
         ({"include": DOG}, "a list of clauses in 'include'"),
         ({"include": {"class": ["dog"], "count": [1]}}, "a list of clauses in 'include'"),
         ({"include": ["dog"]}, "a list of clauses in 'include'"),
+        ({"include": 3}, "a list of clauses in 'include'"),
         ({"include": [DOG], "exclude": CAT}, "a list of clauses in 'exclude'"),
         ({"include": [clause(["dog"])]}, "expected a 'class', the name of an object"),
         ({"include": [{"count": 1}]}, "expected a 'class', the name of an object"),
