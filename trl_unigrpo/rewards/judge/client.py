@@ -96,18 +96,21 @@ async def refuse_garbage(response: httpx2.Response) -> None:
     """Make a success that is no answer a broken connection, so that the client asks again, as it does after others."""
     if not response.is_success:
         return
+    data, found = await response.aread(), "no JSON"
     try:
-        body = json.loads(await response.aread())
-        is_answer = isinstance(body["choices"][0], dict)
+        body = json.loads(data)
+        found = "JSON without choices"
+        if error := upstream_error(body):
+            raise GarbageError(f"The endpoint passes on a failure: {error}", request=response.request)
+        if isinstance(body["choices"][0], dict):
+            return
     except (ValueError, TypeError, LookupError, RecursionError):
-        body, is_answer = None, False
-    if error := upstream_error(body):
-        raise GarbageError(f"The endpoint passes on a failure: {error}", request=response.request)
-    if not is_answer:
-        start = redact(response.text)[:100]
-        raise GarbageError(
-            f"The answer is none: {start!r}. Look at base_url, which mostly ends with /v1.", request=response.request
-        )
+        pass
+    start = redact(response.text)[:100]
+    raise GarbageError(
+        f"The answer is {found}: {start!r}. Does base_url, mostly .../v1, speak OpenAI's protocol?",
+        request=response.request,
+    )
 
 
 class PunctualClient(DefaultAsyncHttpxClient):
@@ -116,8 +119,8 @@ class PunctualClient(DefaultAsyncHttpxClient):
     servers send blank lines while they compute. Addresses of this machine are asked directly, not through a proxy.
     """
 
-    def __init__(self, url: str, seconds: float, **settings: Any):
-        super().__init__(trust_env=not is_here(url), **settings)
+    def __init__(self, url: str, seconds: float):
+        super().__init__(trust_env=not is_here(url), event_hooks={"response": [refuse_garbage]})
         self.seconds = seconds
 
     async def send(self, request: httpx2.Request, **settings: Any) -> httpx2.Response:
@@ -128,21 +131,20 @@ class PunctualClient(DefaultAsyncHttpxClient):
             raise httpx2.ReadTimeout(f"no whole answer within {self.seconds:g} s", request=request) from None
 
 
-def open_client(url: str, timeout: float, max_retries: int, **settings: Any) -> AsyncOpenAI:
+def open_client(url: str, timeout: float, max_retries: int) -> AsyncOpenAI:
     """
     Connect to an endpoint.
 
     Args:
         timeout: seconds that one try of a request may take, to the last byte of its answer.
         max_retries: more tries.
-        settings: of the HTTP client.
     """
     return AsyncOpenAI(
         base_url=url,
         api_key=os.environ.get(KEY) or "none",  # a local server asks for no key, the client does
         timeout=timeout,
         max_retries=max_retries,
-        http_client=PunctualClient(url, timeout, **settings),
+        http_client=PunctualClient(url, timeout),
     )
 
 
@@ -172,8 +174,7 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         session = self._sessions.get(loop)
         if session is None:
-            hooks = {"response": [refuse_garbage]}
-            client = open_client(self.url, self.timeout, self.max_retries, event_hooks=hooks)
+            client = open_client(self.url, self.timeout, self.max_retries)
             session = self._sessions[loop] = Session(client, asyncio.Semaphore(self.concurrency))
         session.users += 1
         try:

@@ -12,8 +12,7 @@ try:
     from openai import APIError
     from pydantic import BaseModel, ConfigDict
 
-    from ..judge.answers import upstream_error
-    from ..judge.client import endpoint_url, explain, open_client, redact
+    from ..judge.client import GarbageError, endpoint_url, explain, open_client
 except ImportError as error:
     raise ImportError(f"LLMDecomposer needs openai ({error}): pip install 'trl-unigrpo[judge]'.") from error
 
@@ -110,15 +109,15 @@ class LLMDecomposer:
         Raises:
             DecompositionError: if the endpoint fails, or no answer has the right form.
         """
-        failure: Exception | None = None
+        reason = ""
         for _ in range(self.attempts):
             try:
                 return await self._ask(user_text(row["prompt"]))
-            except APIError as error:  # the client has repeated the request itself
-                raise DecompositionError(explain(error, self._url)) from None
             except Exception as error:  # of whatever form an endpoint's garbage is
-                failure = error
-        raise DecompositionError(f"no answer of {self.attempts} was of use: {reason(failure)}") from None
+                reason = explain(error, self._url)
+                if isinstance(error, APIError) and not isinstance(error.__cause__, GarbageError):
+                    raise DecompositionError(reason) from None  # the client has repeated the request itself
+        raise DecompositionError(f"no answer of {self.attempts} was of use: {reason}") from None
 
     async def _ask(self, prompt: str) -> tuple[Question, ...]:
         response = await self._client.chat.completions.parse(
@@ -129,8 +128,6 @@ class LLMDecomposer:
             ],
             response_format=_Decomposition,
         )
-        if failure := upstream_error(response.to_dict(warnings=False)):
-            raise ValueError(f"The endpoint passes on a failure: {failure}.")
         message = response.choices[0].message
         decomposition = message.parsed
         if decomposition is None:
@@ -140,11 +137,6 @@ class LLMDecomposer:
         if missing:
             raise ValueError(f"There is no {min(missing)} question.")
         return questions
-
-
-def reason(error: Exception | None) -> str:
-    """Say what happened, on one line, without the key."""
-    return redact(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 class DecompositionError(RuntimeError):
