@@ -42,6 +42,7 @@ def test_proxies_are_not_for_this_machine(url, direct, monkeypatch):
         monkeypatch.delenv(name.lower(), raising=False)
     assert is_here(url) is direct and bool(proxy_hint(url)) is not direct
     assert "secret" not in proxy_hint(url)
+    assert proxy_hint(url, 502) == proxy_hint(url) and proxy_hint(url, 404) == ""
     monkeypatch.setenv("NO_PROXY", "gpu-node,10.0.0.1,.example.org,api.openai.com")
     assert proxy_hint(url) == ""
 

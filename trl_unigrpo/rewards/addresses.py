@@ -5,6 +5,10 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 
+_OF_PROXIES = (403, 407, 502, 503, 504)
+"""What a proxy answers when it lets nobody through, or finds nobody."""
+
+
 def is_loopback(host: str) -> bool:
     """Say whether only this machine can reach `host`."""
     try:
@@ -20,8 +24,15 @@ def is_here(url: str) -> bool:
     return is_loopback(host) or host in ("0.0.0.0", "::") or host.endswith(".localhost")
 
 
-def proxy_hint(url: str) -> str:
-    """Say that the URL is asked through a proxy of the environment; nothing if it is not."""
+def proxy_hint(url: str, status: int = 0) -> str:
+    """
+    Say that a request went through a proxy of the environment; nothing if it did not, or that is not why it failed.
+
+    Args:
+        status: of the answer, 0 if there was none.
+    """
+    if status and status not in _OF_PROXIES:
+        return ""
     parts = urlsplit(url)
     host, proxies = parts.hostname or "", getproxies()
     name = parts.scheme if proxies.get(parts.scheme) else "all"

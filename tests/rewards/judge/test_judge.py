@@ -254,6 +254,15 @@ def test_judge_on_this_machine_is_not_asked_through_a_proxy(dead_proxy, monkeypa
             assert scored(VLMJudge("m", url, max_retries=0), ["a"], [picture()]) == [pytest.approx(0.75)]
 
 
+def test_proxy_that_answers_itself_is_named(dead_proxy, monkeypatch):
+    with ChatServer(lambda *_: Reply(b"<html>Bad gateway</html>", status=502)) as proxy:
+        for name in ("HTTP_PROXY", "http_proxy"):
+            monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+        judge = VLMJudge("m", "http://gpu-node.example:8000/v1", max_retries=0)
+        assert scored(judge, ["a"], [picture()]) == [None]
+    assert "502" in judge.last_error and "through the proxy in HTTP_PROXY" in judge.last_error
+
+
 def test_proxy_that_leads_nowhere_is_named(dead_proxy):
     judge = VLMJudge("m", "http://gpu-node.example:8000/v1", max_retries=0)
     assert scored(judge, ["a"], [picture()]) == [None]

@@ -38,7 +38,6 @@ _HINTS = {
     404: "Look at the model's name, and at base_url, which mostly ends with /v1.",
     422: "If this is about one of its arguments, a judge leaves it out with options={NAME: None}.",
 }
-_OF_PROXIES = (403, 407, 502, 503, 504)
 
 
 def endpoint_url(base_url: str | None) -> str:
@@ -82,8 +81,8 @@ def explain(error: Exception, url: str) -> str:
         hint = f"Does a server answer at {url}? {proxy_hint(url)}"
     elif isinstance(error, APITimeoutError):
         hint = "Raise timeout, or ask for less at a time (concurrency)."
-    elif isinstance(error, APIConnectionError) or status in _OF_PROXIES:
-        hint = f"{hint} {proxy_hint(url)}"
+    elif isinstance(error, APIConnectionError) or status:
+        hint = f"{hint} {proxy_hint(url, status)}"
     told = f" ({cause})" if cause is not None else ""
     return redact(" ".join(f"{type(error).__name__}: {error}{told} {hint}".split()))
 

@@ -171,7 +171,8 @@ class RemoteReward:
             else:
                 if answer.is_success:
                     return read_scores(answer, len(images))
-                problem = f"{self.url} answered {answer.status_code}: {error_text(answer)}"
+                hint = proxy_hint(self.url, answer.status_code)
+                problem = f"{self.url} answered {answer.status_code}: {error_text(answer)} {hint}".rstrip()
                 if answer.status_code != 429 and answer.status_code < 500:
                     break
                 pause = max(pause, retry_after(answer))
