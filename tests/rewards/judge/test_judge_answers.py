@@ -110,6 +110,7 @@ def test_answers_end_in_several_words(ending):
     ("text", "ending", "reason"),
     [
         ('{"reason": "the cat', "length", "cut off at its limit.*max_tokens"),
+        ("<think>Let me see", "length", "it is a thinking.*thinks first"),
         ("<think>Let me see.</think>" + json.dumps({"reason": "", "score": 7}), "stop", "thinks first"),
         ("I'm sorry, I can't.", "stop", "did the model refuse.*It says \"I'm sorry"),
     ],

@@ -54,7 +54,7 @@ ENDINGS = (None, "stop", "eos", "eos_token", "end_turn", "stop_sequence", *AT_LI
 MAX_TOTAL = 1.05
 """What the probabilities of one token may add up to: 1, and what rounding adds."""
 
-
+_MORE_TOKENS = "A higher limit: options={'max_tokens': 2000}."
 _DESCRIPTION = 'What a judge answers in mode "score"; the reason comes first, so that the score follows from it.'
 
 
@@ -134,10 +134,10 @@ def verdict_score(body: Any, low: float, high: float) -> float:
     try:
         verdict = Verdict.model_validate_json(text)
     except ValidationError as error:
-        if choice.finish_reason in AT_LIMIT:
-            reason = "it was cut off at its limit. Raise it: options={'max_tokens': 2000}."
-        elif "</think>" in text or text.lstrip().startswith("<think"):
-            reason = THINKS_FIRST
+        if "</think>" in text or text.lstrip().startswith("<think"):
+            reason = f"it is a thinking. {THINKS_FIRST}"
+        elif choice.finish_reason in AT_LIMIT:
+            reason = f"it was cut off at its limit of tokens. {_MORE_TOKENS}"
         else:
             reason = f"{_what(error)}. Does the endpoint follow response_format, or did the model refuse?"
         raise NoAnswer(f"the text is no verdict: {reason} It says {text!r}.") from None
@@ -179,7 +179,7 @@ def _check_text(choice: _Choice) -> str:
     if text:
         return text
     if choice.finish_reason in AT_LIMIT:
-        raise NoAnswer(f"the answer reached its limit of tokens before its text began. {THINKS_FIRST}")
+        raise NoAnswer(f"the answer reached its limit of tokens before its text began. {THINKS_FIRST} {_MORE_TOKENS}")
     raise NoAnswer("the answer is empty.")
 
 
