@@ -159,6 +159,79 @@ def test_wise_categories_and_shares(tmp_path):
     assert reward(benchmark, benchmark.items[0], 0.51) == 1 and reward(benchmark, benchmark.items[0], 0.49) == 0
 
 
+def write_wise(file, *numbers, word="prompt", **more):
+    rows = [{"prompt_id": n, "Prompt": f"{word} {n}", "Explanation": "as it says", **more} for n in numbers]
+    file.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return file
+
+
+def test_wise_prompts_that_stand_in_two_files_count_once(tmp_path):
+    """The benchmark's own folder has all its files once more in `merge.json`."""
+    write_wise(tmp_path / "culture.json", 1, 2, 3)
+    write_wise(tmp_path / "merge.json", 1, 2, 3, 401, 402, Category="of no matter")
+    write_wise(tmp_path / "time.json", 401, 402)
+    benchmark = load_benchmark("wise", tmp_path)
+    assert [item.key for item in benchmark.items] == ["0001", "0002", "0003", "0401", "0402"]
+    assert benchmark.problems == (
+        "merge.json, entry 0 (line 2): stands in culture.json, too, like 2 more rows of merge.json; each counts once",
+        "time.json, entry 0 (line 2): stands in merge.json, too, like 1 more rows of time.json; each counts once",
+    )
+
+
+def test_wise_files_that_disagree_are_refused(tmp_path):
+    write_wise(tmp_path / "culture.json", 1, 2)
+    write_wise(tmp_path / "culture_rewrite.json", 2, word="a rewritten prompt")
+    with pytest.raises(
+        ValueError,
+        match=r"culture_rewrite.json, entry 0 \(line 2\) and culture.json, entry 1 \(line 7\) both have .*\b2\b",
+    ):
+        load_benchmark("wise", tmp_path)
+    assert len(load_benchmark("wise", tmp_path / "culture_rewrite.json").items) == 1
+
+
+def test_wise_rows_are_named_by_line(tmp_path):
+    file = write_wise(tmp_path / "wise.json", 1, 2, 2, "x")
+    benchmark = load_benchmark("wise", file)
+    assert [item.key for item in benchmark.items] == ["0001", "0002"]
+    assert benchmark.problems == (
+        "wise.json, entry 2 (line 12): '0002' is already wise.json, entry 1 (line 7)",
+        "wise.json, entry 3 (line 17): 'prompt_id' is 'x', expected a number from 1 to 1000",
+    )
+    file.write_text(file.read_text()[:-40])
+    with pytest.raises(ValueError, match=r"wise.json is no JSON .*line 19"):
+        load_benchmark("wise", file)
+    file.write_text('\ufeff[{"prompt_id": 3, "Prompt": "a \\n, [", "Explanation": "b"},\n\n3]', encoding="utf-8")
+    assert load_benchmark("wise", file).problems == ("wise.json, entry 1 (line 3): a int, expected an object",)
+
+
+def test_copies_of_files_count_once(tmp_path):
+    """In every benchmark that is a folder of files; a row that one file has twice is the user's own matter."""
+    geneval2 = {"prompt": "x", "atom_count": 1, "vqa_list": [["a?", "yes"]], "skills": ["object"]}
+    folders = {
+        "dpg": lambda file: write_dpg(file, ("p1", 1, "0", "entity"), ("p1", 2, "1", "entity"), ("p2", 1, "0", "x")),
+        "tiif": lambda file: write_jsonl(file, tiif_row("color", ["yes"]), tiif_row("count", ["yes"])),
+        "geneval2": lambda file: write_jsonl(file, geneval2, geneval2),
+        "prompts": lambda file: write_jsonl(file, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "b"}),
+    }
+    for name, write in folders.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        ending = "csv" if name == "dpg" else "jsonl"
+        alone = load_benchmark(name, write(folder / f"a.{ending}"))
+        write(folder / f"b.{ending}")
+        both = load_benchmark(name, folder)
+        assert both.items == alone.items and alone.problems == ()
+        (problem,) = both.problems
+        assert problem.startswith(f"b.{ending}, line ") and f"stands in a.{ending}, too" in problem
+
+
+def test_dpg_files_that_disagree_are_refused(tmp_path):
+    write_dpg(tmp_path / "a.csv", ("p1", 1, "0", "entity"), ("p1", 2, "1", "entity"))
+    write_dpg(tmp_path / "b.csv", ("p1", 1, "0", "entity"), ("p1", 2, "0", "entity"))
+    with pytest.raises(ValueError, match="b.csv, line 4 and a.csv, line 4 both have .*p1"):
+        load_benchmark("dpg", tmp_path)
+
+
 def test_geneval2_soft_tifa(tmp_path):
     row = {
         "prompt": "four white bicycles",
@@ -206,7 +279,7 @@ def test_own_prompts_in_every_format(tmp_path, ending):
 
         Dataset.from_dict({"prompt": texts}).to_parquet(str(file))
     else:
-        file.write_text("\n".join(texts), encoding="utf-8")
+        file.write_text("\ufeff" + "\n".join(texts), encoding="utf-8")  # as Windows begins a file
     benchmark = load_benchmark("prompts", file)
     assert [item.prompt for item in benchmark.items] == texts and benchmark.metric is None
 

@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import math
+import socket
 import time
 from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
@@ -27,8 +29,9 @@ class Reply:
 def chat(content="Yes", top=None):
     """The body of an answer; `top` are the first token's (token, probability)."""
     choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
-    if top is not None:
-        tops = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in top if p > 0]
+    if top is not None:  # as vLLM writes what is impossible
+        logprobs = [(token, math.log(p) if p > 0 else -9999.0) for token, p in top]
+        tops = [{"token": token, "logprob": logprob, "bytes": None} for token, logprob in logprobs]
         choice["logprobs"] = {"content": [{"token": content, "logprob": 0.0, "bytes": None, "top_logprobs": tops}]}
     return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
 
@@ -47,6 +50,33 @@ def pictures_of(body):
     parts = [part for part in body["messages"][-1]["content"] if part["type"] == "image_url"]
     urls = [part["image_url"]["url"] for part in parts]
     return [Image.open(io.BytesIO(base64.b64decode(url.split(",", 1)[1]))) for url in urls]
+
+
+def keep_alive(connection):
+    """Answer a request with blank lines, and never with anything else."""
+    connection.recv(2**20)
+    try:
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n")
+        while True:
+            connection.sendall(b"1\r\n\n\r\n")
+            time.sleep(0.05)
+    except OSError:
+        connection.close()
+
+
+@contextmanager
+def endless_server():
+    """A server that keeps each connection alive and never answers; gives its address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve():
+            with suppress(OSError):  # until it is closed
+                while True:
+                    Thread(target=keep_alive, args=(listening.accept()[0],), daemon=True).start()
+
+        Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
 
 
 class ChatServer:

@@ -43,6 +43,25 @@ def edit_distance(a: str, b: str) -> int:
         ("OPEN24HOURS", "Open 24", 1.0),  # contained: full credit
         ("a much longer text than that", "DOG", 0.0),  # never below 0
         ("DOC", "DOG", 2 / 3),
+        ("GRAND OPENING", "Grand\nOpening", 1.0),
+        ("Grand\u3000Opening", "Grand\u00a0Op\u00aden\u200bing\ufeff", 1.0),
+        ("Grand Opening", "Grand\u2028Opening", 1.0),
+        ("Wait...", "Wait…", 1.0),
+        ("Wait⋯", "Wait...", 1.0),
+        ("DON'T WALK", "DON’T WALK", 1.0),
+        ("DON´T", "DON`T", 1.0),
+        ('"Hi"', "“Hi”", 1.0),
+        ("«Hi»", "„Hi“", 1.0),
+        ("9-5", "9–5", 1.0),
+        ("A—B−C﹘D", "A-B‑C-D", 1.0),
+        ("tel", "℡", 1.0),
+        ("OPEN 24!", "ＯＰＥＮ　２４！", 1.0),
+        ("ﬁne", "FINE", 1.0),
+        ("STRASSE", "Straße", 1.0),
+        ("ﾊﾟﾝ", "パン", 1.0),
+        ("5 m²", "5 m2", 1.0),
+        ("CAFE", "CAFÉ", 3 / 4),  # another letter stays another letter
+        ("A.B", "A-B", 2 / 3),
     ],
 )
 def test_match_by_hand(recognized, target, score):
@@ -57,9 +76,12 @@ def test_match_is_one_minus_the_relative_edit_distance():
         assert text_match(a, b) == pytest.approx(expected)
 
 
-def test_empty_target_is_an_error():
+@pytest.mark.parametrize("target", ["  ", "\u200b", "\n\u00a0\ufeff"])
+def test_empty_target_is_an_error(reward, target):
     with pytest.raises(ValueError, match="target text is empty"):
-        text_match("HELLO", "  ")
+        text_match("HELLO", target)
+    with pytest.raises(ValueError, match="column 'target' is empty"):
+        reward(prompts=["a"], images=[word_picture("HELLO")], target=[target])
 
 
 @pytest.mark.parametrize(
@@ -75,6 +97,23 @@ def test_empty_target_is_an_error():
         ('a sign that says ""', None),
         ('a 5" nail', None),
         ("a sign", None),
+        ('a sign that says "" and "OPEN"', "OPEN"),
+        ("ein Schild: „GEÖFFNET“, daneben „ZU“", "GEÖFFNET"),
+        ('ein Schild: „OFFEN"', "OFFEN"),
+        ("szyld „OTWARTE”", "OTWARTE"),
+        ("ein Schild: »OFFEN« und «ZU»", "OFFEN"),
+        ("ein Schild: ‚OFFEN‘", "OFFEN"),
+        ("une enseigne « OUVERT »", "OUVERT"),
+        ("une enseigne «\u202fOUVERT\u00a0»", "OUVERT"),
+        ("une enseigne ‹ OUVERT ›", "OUVERT"),
+        ("kyltti ”AUKI”", "AUKI"),
+        ("看板に「営業中」と『本』", "営業中"),
+        ("縦書きの﹁営業中﹂", "営業中"),
+        ("写着“开门”的牌子", "开门"),
+        ("写着＂开门＂的牌子", "开门"),
+        ("a sign: ＇OPEN＇", "OPEN"),
+        ("看板〝営業中〟", "営業中"),
+        ('“first” and "second"', "first"),
     ],
 )
 def test_quoted_text(prompt, text):
@@ -86,6 +125,13 @@ def test_quoted_text(prompt, text):
 )
 def test_drawn_words(reward, word, target, score):
     assert reward(prompts=[f'the word "{target}"'], images=[word_picture(word)]) == [pytest.approx(score)]
+
+
+@pytest.mark.parametrize(
+    ("drawn", "target"), [("HE\nLO", "HE\nLO"), ("DON'T", "DON’T"), ("HELLO", "ＨＥ\u00a0ＬＬＯ"), ("GO...", "GO…")]
+)
+def test_what_is_drawn_rightly_has_the_full_reward(reward, drawn, target):
+    assert reward(prompts=["x"], images=[word_picture(drawn, size=(256, 192))], target=[target]) == [1.0]
 
 
 def test_noise_and_blank_have_no_text(reward):

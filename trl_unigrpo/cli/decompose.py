@@ -33,7 +33,7 @@ class DecomposerOptions:
 
     quality: Annotated[bool, typer.Option(help="Also ask for questions about the image's quality.")] = True
     attempts: Annotated[int, typer.Option(min=1, help="Answers per prompt before it counts as failed.")] = 3
-    timeout: Annotated[float, typer.Option(help="Seconds without an answer before a request is repeated.")] = 120.0
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take before it is repeated.")] = 120.0
     max_retries: Annotated[int, typer.Option(min=0, help="Repetitions of a request that the endpoint failed on.")] = 4
 
 

@@ -38,7 +38,7 @@ def read_rows(name: str, split: str = "train") -> Iterable[Mapping[str, Any]]:
         return load_prompts(name, split)
     rows = []
     # Line by line: a table of typed columns can't hold GenEval's positions, ["left of", 0].
-    for number, line in enumerate(Path(name).read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(Path(name).read_text(encoding="utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))

@@ -1,6 +1,7 @@
 """A reward for text that was asked for in the image, read by a real OCR model that runs on a CPU."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,40 +16,64 @@ from .common import (
 )
 
 
-# Straight or curly quotation marks. An apostrophe inside of a word is none.
-_QUOTED = (
-    re.compile(r'"([^"]+)"'),
-    re.compile(r"“([^”]+)”"),
-    re.compile(r"(?<!\w)'(.+?)'(?!\w)"),
-    re.compile(r"‘(.+?)’(?!\w)"),
+# From the left, double quotation marks of all scripts, each with those that close it, and then single ones. An
+# apostrophe inside of a word is none.
+_DOUBLE = re.compile(
+    '"([^"]*)"|“([^“”]*)[“”]|„([^“”"]*)[“”"]|”([^”]*)”|«([^»]*)»|»([^«»]*)[«»]|「([^」]*)」|『([^』]*)』'
+    "|﹁([^﹂]*)﹂|﹃([^﹄]*)﹄|＂([^＂]*)＂|〝([^〞〟]*)[〞〟]|❝([^❞]*)❞"
 )
+_SINGLE = re.compile(
+    r"(?<!\w)'(.+?)'(?!\w)|‘(.+?)’(?!\w)|(?<!\w)‚(.+?)[‘’](?!\w)|‹([^›]+)›|›([^‹›]+)[‹›]|＇([^＇]+)＇"
+)
+
+# What Unicode's compatible forms leave apart and a reader does not: quotation marks, dashes, dots.
+_ALIKE = str.maketrans(
+    dict.fromkeys("“”„‟«»「」『』﹁﹂﹃﹄〝〞〟❝❞″", '"')
+    | dict.fromkeys("‘’‚‛‹›′`´❛❜", "'")
+    | dict.fromkeys("‐‑‒–—―−⸺⸻", "-")
+    | {"⋯": "..."}
+)
+_UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")
+"""Categories of white space, line ends, and characters that show nothing, such as the soft hyphen."""
 
 
 def quoted_text(prompt: str) -> str | None:
     """
-    Find the first quoted text of a prompt, double quotation marks before single ones; `None` if nothing is quoted.
+    Find the first quoted text of a prompt, in the quotation marks of any script, double ones before single ones;
+    `None` if nothing is quoted.
     """
-    for pattern in _QUOTED:
-        if (match := pattern.search(prompt)) and match[1].strip():
-            return match[1]
+    for pattern in (_DOUBLE, _SINGLE):
+        for match in pattern.finditer(prompt):
+            if text := match[match.lastindex or 0].strip():
+                return text
     return None
+
+
+def normalized(text: str) -> str:
+    """
+    Write a text as texts are compared: Unicode's compatible forms (NFKC: full-width letters, ligatures, the ellipsis),
+    one form of each quotation mark and dash, no case, no white space and nothing else that can't be seen.
+    """
+    # Before it as well: NFKC makes a space with an accent of "´".
+    text = unicodedata.normalize("NFKC", text.translate(_ALIKE)).translate(_ALIKE).casefold()
+    return "".join(character for character in text if unicodedata.category(character) not in _UNSEEN)
 
 
 def text_match(recognized: str, target: str) -> float:
     """
     Say how much of a text was recognized, in [0, 1], by Flow-GRPO's definition (arXiv 2505.05470).
 
-    `1 - min(Lev(recognized, target), len(target)) / len(target)`, Lev the edit distance, both texts in lower case and
-    without spaces; 1 where the target is a part of what was recognized.
+    `1 - min(Lev(recognized, target), len(target)) / len(target)`, Lev the edit distance, both texts [`normalized`]; 1
+    where the target is a part of what was recognized.
 
     Raises:
-        ValueError: if the target has no character but spaces.
+        ValueError: if the target has no character that can be seen.
     """
     from rapidfuzz.distance import Levenshtein
 
-    recognized, target = (text.replace(" ", "").lower() for text in (recognized, target))
+    recognized, target = normalized(recognized), normalized(target)
     if not target:
-        raise ValueError("The target text is empty: expected at least one character that is not a space.")
+        raise ValueError("The target text is empty: expected at least one character that can be seen.")
     if target in recognized:
         return 1.0
     return 1 - min(Levenshtein.distance(recognized, target), len(target)) / len(target)
@@ -125,7 +150,7 @@ class OCRReward(ImageReward):
         else:
             given = [quoted_text(prompt) or "" for prompt in prompts]
             where = "the dataset has no column 'target', and its prompt has nothing in quotation marks"
-        found = [text if text.strip() else None for text in given]
+        found = [text if normalized(text) else None for text in given]
         for row, (text, prompt) in enumerate(zip(found, prompts, strict=True)):
             if text is None and self.missing == "error":
                 raise ValueError(

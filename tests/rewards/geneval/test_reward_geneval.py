@@ -156,18 +156,44 @@ def test_absent_and_none_are_the_same():
     [
         ({"include": []}, "expected at least one clause in 'include'"),
         ([DOG], "expected a mapping with 'include'"),
+        ('{"include": [', r"GenEval row '{\"include\": \[' is no JSON"),
+        ({"include": DOG}, "a list of clauses in 'include'"),
+        ({"include": {"class": ["dog"], "count": [1]}}, "a list of clauses in 'include'"),
+        ({"include": ["dog"]}, "a list of clauses in 'include'"),
+        ({"include": 3}, "a list of clauses in 'include'"),
+        ({"include": [DOG], "exclude": CAT}, "a list of clauses in 'exclude'"),
+        ({"include": [clause(["dog"])]}, "expected a 'class', the name of an object"),
+        ({"include": [{"count": 1}]}, "expected a 'class', the name of an object"),
+        ({"include": [clause("dog", "1")]}, "expected a 'count' of at least 1, a whole number"),
+        ({"include": [clause("dog", True)]}, "expected a 'count' of at least 1, a whole number"),
+        ({"include": [DOG, clause("cat", position=["left of", "0"])]}, r"\['left of', '0'\].*store such rows as JSON"),
+        ({"include": [DOG, clause("cat", position="left of")]}, "'position': 'left of'.*counted from 0, as in"),
+        ({"include": [DOG, clause("cat", position=["left of"])]}, "counted from 0, as in"),
+        ({"include": [DOG, clause("cat", position=["left of", -1])]}, "counted from 0, as in"),
+        ({"include": [DOG, clause("cat", position=["left of", False])]}, "counted from 0, as in"),
+        ({"include": [DOG, clause("cat", position=[["left of"], 0])]}, "counted from 0, as in"),
         ({"include": [{"class": "dog"}]}, "expected a 'count' of at least 1"),
         ({"include": [clause("dog", 0)]}, "expected a 'count' of at least 1"),
         ({"include": [clause("unicorn")]}, "'unicorn'.*the detector knows no such 'class'. It knows: cat, dog"),
         ({"include": [DOG], "exclude": [clause("unicorn")]}, "the detector knows no such 'class'"),
         ({"include": [clause("dog", color="mauve")]}, "'mauve'.*expected a 'color' of red, orange"),
         ({"include": [DOG, clause("cat", position=["near", 0])]}, "expected a 'position' of one of left of"),
-        ({"include": [DOG, clause("cat", position=["above", 1])]}, "the number of an earlier clause"),
+        ({"include": [DOG, clause("cat", position=["above", 1])]}, "relative to an earlier clause"),
     ],
 )
 def test_rows_that_cannot_be_checked(row, message):
     with pytest.raises(ValueError, match=message):
         read_row(row, {"dog", "cat"})
+
+
+def test_row_that_cannot_be_checked_is_named():
+    reward = GenEvalReward(detector=lambda images: [[]] * len(images), colors=named_colors)
+    rows = [{"prompt": "a", "geneval": {"include": [DOG]}}, {"prompt": "b", "geneval": '{"include": ['}]
+    with pytest.raises(ValueError, match="GenEvalReward, row 1: GenEval row .* is no JSON"):
+        reward.check(rows)
+    reward.check(rows[:1])
+    with pytest.raises(ValueError, match="GenEvalReward, row 1 of a batch .'b'.: GenEval row .* is no JSON"):
+        reward(prompts=["a", "b"], images=[Image.new("RGB", (8, 8))] * 2, geneval=[row["geneval"] for row in rows])
 
 
 def test_wrong_use():

@@ -9,13 +9,14 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from tests.helpers.judge_server import ChatServer, Reply, chat, pictures_of, text_of, yes
+from tests.helpers.judge_server import ChatServer, Reply, chat, endless_server, pictures_of, text_of, yes
 from trl_unigrpo.rewards import VLMJudge
 from trl_unigrpo.rewards.common import DeadRewardError
 from trl_unigrpo.rewards.judge.client import redact
@@ -153,7 +154,8 @@ FAULTS = {
     "no choices": Reply({"choices": []}),
     "odd choices": Reply({"choices": "Yes"}),
     "error inside": Reply({"error": {"message": "try again"}}),
-    "slow": Reply(chat("No", [("No", 1.0)]), delay=2.0),
+    "error beside an answer": Reply({**yes(0.0).body, "error": {"message": "try again"}}),
+    "slow": Reply(yes(0.0).body, delay=2.0),
 }
 
 
@@ -211,6 +213,60 @@ def test_nobody_listens():
     judge = VLMJudge("m", server.url, max_retries=0)
     assert scored(judge, ["a"], [picture()]) == [None]
     assert f"Does a server answer at {server.url}?" in judge.last_error
+
+
+def test_answer_that_never_ends_is_ended_by_the_whole_time():
+    with endless_server() as url:
+        judge, start = VLMJudge("m", f"{url}/v1", timeout=0.3, max_retries=1), time.monotonic()
+        assert scored(judge, ["a"], [picture()]) == [None]
+    assert time.monotonic() - start < 5  # two tries and the pause between them
+    assert "no whole answer within 0.3 s" in judge.last_error and "Does a server answer" not in judge.last_error
+
+
+def test_request_that_a_filter_refuses_blames_no_setting():
+    error = {"error": {"message": "The prompt triggered the content management policy", "code": "content_filter"}}
+    with ChatServer(lambda *_: Reply(error, status=400)) as server:
+        judge = VLMJudge("m", server.url)
+        assert scored(judge, ["a"], [picture()]) == [None]
+    assert "content management policy" in judge.last_error and "mode" not in judge.last_error
+
+
+def test_failure_that_is_passed_on_is_named_and_the_connection_is_not_blamed():
+    with ChatServer(lambda *_: FAULTS["error beside an answer"]) as server:
+        judge = VLMJudge("m", server.url, max_retries=0)
+        assert scored(judge, ["a"], [picture()]) == [None]
+    assert judge.last_error == "The endpoint passes on a failure: try again"
+
+
+@pytest.fixture
+def dead_proxy(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_judge_on_this_machine_is_not_asked_through_a_proxy(dead_proxy, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")  # for which a package may be missing
+    with ChatServer(lambda body, attempt: yes(0.75)) as server:
+        for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+            url = server.url.replace("127.0.0.1", host)
+            assert scored(VLMJudge("m", url, max_retries=0), ["a"], [picture()]) == [pytest.approx(0.75)]
+
+
+def test_proxy_that_answers_itself_is_named(dead_proxy, monkeypatch):
+    with ChatServer(lambda *_: Reply(b"<html>Bad gateway</html>", status=502)) as proxy:
+        for name in ("HTTP_PROXY", "http_proxy"):
+            monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+        judge = VLMJudge("m", "http://gpu-node.example:8000/v1", max_retries=0)
+        assert scored(judge, ["a"], [picture()]) == [None]
+    assert "502" in judge.last_error and "through the proxy in HTTP_PROXY" in judge.last_error
+
+
+def test_proxy_that_leads_nowhere_is_named(dead_proxy):
+    judge = VLMJudge("m", "http://gpu-node.example:8000/v1", max_retries=0)
+    assert scored(judge, ["a"], [picture()]) == [None]
+    assert "through the proxy in HTTP_PROXY: if that can't reach gpu-node.example" in judge.last_error
 
 
 def test_dead_judge_stops_the_training_and_says_why(monkeypatch):

@@ -29,8 +29,95 @@ from trl_unigrpo.rewards.judge.prompts import (
 def test_spellings_of_yes_and_no_are_added_up():
     top = [("Yes", 0.3), (" yes", 0.2), ("YES.", 0.1), ("▁yes", 0.05), ("No", 0.04), ("Ġno", 0.06), ("The", 0.25)]
     assert yes_probability(chat("Yes", top)) == pytest.approx(0.65 / 0.75, abs=1e-12)
-    assert yes_probability(chat("Yes", [("Yes", 0.4), ("Maybe", 0.6)])) == 1.0
-    assert yes_probability(chat("No", [("No", 1e-30), ("Maybe", 1.0)])) == 0.0
+    assert yes_probability(chat("Yes", [("Yes", 0.6), ("Maybe", 0.4)])) == 1.0
+    assert yes_probability(chat("No", [("No", 1.0), ("Maybe", 0.0)])) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("top", "reason"),
+    [
+        ([("So", 0.6), ("Okay", 0.3), ("Yes", 2e-6), ("No", 4e-7)], "begins with 'So' .60%.*thinks first"),
+        ([("Maybe", 0.6), ("Yes", 0.3), ("No", 0.1)], "begins with 'Maybe' .60%.*these have 0.4 .*hesitates"),
+        ([("Yes", 0.25), ("No", 0.25), ("I", 0.25)], "these have 0.5 of its probability, expected more than 0.5"),
+        ([("Yes", 1.0), ("No", 1.0)], "add up to 2, expected at most 1.*mode='score'"),
+        ([("Yes", 1.0)] + [(word, 1.0) for word in "abcdefg"], "add up to 8"),
+        ([("Yes", 0.0), ("No", 0.0)], "add up to 0"),
+        ([("Yes", 0.9)], "without alternatives.*top_logprobs"),
+        ([("Yes", 1.0)], "without alternatives.*top_logprobs"),
+        ([], "without alternatives.*top_logprobs"),
+    ],
+)
+def test_first_token_that_says_neither_is_no_answer(top, reason):
+    with pytest.raises(NoAnswer, match=reason):
+        yes_probability(chat("x", top))
+
+
+def test_log_probs_may_be_rounded():
+    assert yes_probability(chat("Yes", [("Yes", 0.8), ("No", 0.21)])) == pytest.approx(0.8 / 1.01)
+
+
+def with_choice(body, message=None, **changes):
+    """An answer whose choice, and its message, have other values."""
+    body = copy.deepcopy(body)
+    body["choices"][0] |= changes
+    body["choices"][0]["message"] |= message or {}
+    return body
+
+
+NO_TEXT = {"content": None}
+FAILED = {"error": {"code": 502, "message": "Provider returned error"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"message": {"content": None, "refusal": "I can't judge this."}}, "refused: \"I can't judge this"),
+        ({"message": {"refusal": "No."}}, "refused: 'No.'"),
+        ({"finish_reason": "content_filter"}, "content filter"),
+        ({"finish_reason": "content_filter", "message": NO_TEXT, "logprobs": None}, "content filter"),
+        ({"finish_reason": "content_filter: SAFETY"}, "content filter"),
+        ({"finish_reason": "error", **FAILED}, "passes on a failure: Provider returned error"),
+        (FAILED, "passes on a failure: Provider returned error"),
+        ({"error": "upstream went away"}, "passes on a failure: upstream went away"),
+        ({"finish_reason": "error"}, "passes on a failure: finish_reason='error'"),
+        ({"finish_reason": "abort"}, "passes on a failure: finish_reason='abort'"),
+        ({"finish_reason": "tool_calls"}, "did not come to its end .finish_reason='tool_calls'"),
+        ({"finish_reason": {"type": "abort"}}, "did not come to its end"),
+        ({"finish_reason": "length", "message": NO_TEXT, "logprobs": None}, "limit of tokens.*thinks first"),
+        ({"finish_reason": "stop", "message": NO_TEXT, "logprobs": {"content": None}}, "the answer is empty"),
+    ],
+)
+def test_what_stands_beside_a_failure_is_no_answer(changes, reason):
+    for body, read in ((GOOD[0], yes_probability), (GOOD[1], lambda body: verdict_score(body, 0, 10))):
+        with pytest.raises(NoAnswer, match=reason):
+            read(with_choice(body, **changes))
+
+
+def test_failure_of_the_whole_body_is_no_answer():
+    for body, read in ((GOOD[0], yes_probability), (GOOD[1], lambda body: verdict_score(body, 0, 10))):
+        with pytest.raises(NoAnswer, match="passes on a failure: Provider returned error"):
+            read({**body, **FAILED})
+        assert read({**body, "error": None}) == read(body)
+
+
+@pytest.mark.parametrize("ending", ["stop", "STOP", "length", "eos_token", None])
+def test_answers_end_in_several_words(ending):
+    assert yes_probability(with_choice(GOOD[0], finish_reason=ending)) == pytest.approx(0.7 / 0.8)
+    assert verdict_score(with_choice(GOOD[1], finish_reason=ending), 0, 10) == 0.7
+
+
+@pytest.mark.parametrize(
+    ("text", "ending", "reason"),
+    [
+        ('{"reason": "the cat', "length", "cut off at its limit.*max_tokens"),
+        ("<think>Let me see", "length", "it is a thinking.*thinks first"),
+        ("<think>Let me see.</think>" + json.dumps({"reason": "", "score": 7}), "stop", "thinks first"),
+        ("I'm sorry, I can't.", "stop", "did the model refuse.*It says \"I'm sorry"),
+    ],
+)
+def test_text_that_is_no_verdict_is_shown_with_its_reason(text, ending, reason):
+    with pytest.raises(NoAnswer, match=reason):
+        verdict_score(with_choice(chat(text), finish_reason=ending), 0, 10)
 
 
 @pytest.mark.parametrize("token", ["Yesterday", "noon", "yes no", "y", "", "not", "know", "はい"])
@@ -77,7 +164,7 @@ def test_score_that_is_none_is_no_answer(score):
         verdict_score(verdict(score), 0, 10)
 
 
-@pytest.mark.parametrize("text", ["", "7", "[7]", '{"score": 7}', '{"reason": "x", "score": 7', "The score is 7."])
+@pytest.mark.parametrize("text", ["7", "[7]", '{"score": 7}', '{"reason": "x", "score": 7', "The score is 7."])
 def test_text_that_is_no_verdict_is_no_answer(text):
     with pytest.raises(NoAnswer, match="no verdict"):
         verdict_score(chat(text), 0, 10)
@@ -100,7 +187,7 @@ JSON = st.recursive(
 GOOD = [
     chat("Yes", [("Yes", 0.5), (" yes", 0.2), ("no", 0.1)]),
     verdict(7),
-    chat("No", [("No", 1.0)]),
+    chat("No", [("No", 1.0), ("Yes", 0.0)]),
 ]
 
 

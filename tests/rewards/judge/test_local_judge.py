@@ -11,7 +11,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from tests.helpers.tiny_llava import IMAGE_SIZE, WORDS, tiny_llava
 from trl_unigrpo.rewards import LocalVLMJudge
 from trl_unigrpo.rewards.common import DeadRewardError
+from trl_unigrpo.rewards.judge import local_judge
 from trl_unigrpo.rewards.judge.local_judge import answer_ids, to_image
+from trl_unigrpo.rewards.judge.prompts import MIN_ANSWER_SHARE
 from trl_unigrpo.rewards.pixels import differentiable_pixels
 
 
@@ -29,6 +31,12 @@ def llava():
     return tiny_llava()
 
 
+@pytest.fixture(autouse=True)
+def any_share(monkeypatch):
+    """Random weights seldom say yes or no: any share of these is an answer here."""
+    monkeypatch.setattr(local_judge, "MIN_ANSWER_SHARE", 0.0)
+
+
 @pytest.fixture
 def judge(llava):
     return LocalVLMJudge(*llava, question_template="{question}", template="{prompt}", system_prompt="", device="cpu")
@@ -39,7 +47,10 @@ def asked(judge, pairs):
 
 
 def by_hand(llava, image, question):
-    """P(yes) from the whole distribution of the next token, one picture and one sequence, without a chat template."""
+    """
+    P(yes) and the share of both words, from the whole distribution of the next token, one picture and one sequence,
+    without a chat template.
+    """
     model, processor = llava
     text = f'<s>user : <image> "{question}" assistant :'
     inputs = processor(images=image, text=text, return_tensors="pt", add_special_tokens=False)
@@ -48,14 +59,33 @@ def by_hand(llava, image, question):
         probabilities = model(**inputs).logits[0, -1].softmax(-1)
     yes = sum(probabilities[WORDS.index(word)] for word in ("Yes", "yes", "▁yes"))
     no = sum(probabilities[WORDS.index(word)] for word in ("NO", "no"))
-    return (yes / (yes + no)).item()
+    return (yes / (yes + no)).item(), (yes + no).item()
 
 
 def test_probability_of_yes_is_that_of_the_next_token(llava, judge):
     scores = asked(judge, list(zip(IMAGES, QUESTIONS, strict=True)))
-    expected = [by_hand(llava, image, question) for image, question in zip(IMAGES, QUESTIONS, strict=True)]
+    expected = [by_hand(llava, image, question)[0] for image, question in zip(IMAGES, QUESTIONS, strict=True)]
     assert scores == pytest.approx(expected, abs=1e-9)
     assert len(set(scores)) == 3 and all(0.01 < score < 0.99 for score in scores)
+
+
+def test_next_token_that_is_another_word_is_no_answer(llava, judge, monkeypatch):
+    """The shares lie between 0.02 and 0.4, so that some of them pass here and none as released."""
+    pairs = [(image, question) for image in IMAGES for question in QUESTIONS]
+    expected = [by_hand(llava, *pair) for pair in pairs]
+    monkeypatch.setattr(local_judge, "MIN_ANSWER_SHARE", 0.2)
+    scores = asked(judge, pairs)
+    assert scores == [pytest.approx(p, abs=1e-9) if share > 0.2 else None for p, share in expected]
+    assert 0 < scores.count(None) < len(scores)
+    pixels = torch.from_numpy(np.array(IMAGES[0])).permute(2, 0, 1).double() / 255
+    pixels = pixels.repeat(3, 1, 1, 1).requires_grad_()
+    found = judge.differentiable(pixels, QUESTIONS)
+    assert found.isfinite().tolist() == [score is not None for score in scores[:3]] == [False, True, False]
+    (gradient,) = torch.autograd.grad(found[found.isfinite()].sum(), pixels)  # as ReFL takes it
+    assert gradient.isfinite().all()
+    monkeypatch.setattr(local_judge, "MIN_ANSWER_SHARE", MIN_ANSWER_SHARE)
+    assert asked(judge, pairs) == [None] * 9
+    assert "neither yes nor no" in judge.last_error and "expected more than 0.5" in judge.last_error
 
 
 def test_score_asks_about_the_prompt(judge):
@@ -187,20 +217,20 @@ def test_model_and_processor_of_a_folder(tmp_path, llava):
 
 
 def test_memory_that_runs_out_is_no_score(judge, monkeypatch):
-    judge.batch_size, log_odds = 1, judge._log_odds
+    judge.batch_size, next_token = 1, judge._next_token
     sizes = []
 
     def hungry(inputs):
         sizes.append(inputs["input_ids"].shape[1])
         if len(sizes) == 2:
             raise torch.OutOfMemoryError("tried to allocate 20 GiB.")
-        return log_odds(inputs)
+        return next_token(inputs)
 
-    monkeypatch.setattr(judge, "_log_odds", hungry)
+    monkeypatch.setattr(judge, "_next_token", hungry)
     scores = judge(["cat", "dog", "red"], images=IMAGES)
     assert [score is None for score in scores] == [False, True, False]
     assert "20 GiB. Lower batch_size=1" in judge.last_error
-    monkeypatch.setattr(judge, "_log_odds", lambda inputs: torch.full((1,), torch.nan))
+    monkeypatch.setattr(judge, "_next_token", lambda inputs: torch.full((1, len(WORDS)), torch.nan))
     for _ in range(2):
         assert judge(["cat"], images=IMAGES[:1]) == [None]
     with pytest.raises(DeadRewardError, match=r"NaN in torch\.float64: try another dtype"):

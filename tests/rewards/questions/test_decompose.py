@@ -11,6 +11,7 @@ import pytest
 from datasets import load_dataset
 from typer.testing import CliRunner
 
+from tests.helpers.judge_server import endless_server
 from trl_unigrpo.cli import app
 from trl_unigrpo.cli.prompt_files import read_rows
 from trl_unigrpo.rewards.questions.decompose import (
@@ -165,9 +166,50 @@ def test_request_and_answer(endpoint, monkeypatch):
 def test_garbage_is_asked_again_and_then_refused(endpoint, garbage):
     endpoint.answers = {"cat": [garbage, GOOD], "dog": [garbage]}
     assert ask(endpoint, "a cat", attempts=2) == read_questions(GOOD["questions"])
-    with pytest.raises(DecompositionError, match="no answer of 2 was of use: "):
+    with pytest.raises(DecompositionError, match="no answer of 2 was of use: ") as caught:
         ask(endpoint, "a dog", attempts=2)
+    if isinstance(garbage, bytes):
+        assert "speak OpenAI's protocol?" in str(caught.value)
     assert endpoint.prompts() == ["a cat"] * 2 + ["a dog"] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"finish_reason": "error", "error": {"message": "upstream is gone"}},
+            "passes on a failure: upstream is gone",
+        ),
+        ({"finish_reason": "error"}, "passes on a failure: finish_reason='error'"),
+        ({"finish_reason": "content_filter"}, "content filter"),
+        ({"finish_reason": "length"}, "length limit"),
+        ({"message": {"role": "assistant", "content": None, "refusal": "I won't."}}, "refused: \"I won't"),
+        ({"message": {"role": "assistant", "content": None}}, "The answer is empty"),
+    ],
+)
+def test_questions_beside_a_failure_are_none(endpoint, changes, reason):
+    _, body = Endpoint.respond(GOOD, {"model": "m"})
+    whole = json.loads(body)
+    whole["choices"][0] |= changes
+    endpoint.answers = {"cat": [json.dumps(whole).encode()]}
+    with pytest.raises(DecompositionError, match=reason):
+        ask(endpoint, "a cat", attempts=1)
+
+
+def test_answer_that_never_ends_is_ended_by_the_whole_time():
+    async def main(url):
+        async with LLMDecomposer("m", f"{url}/v1", timeout=0.3, max_retries=0) as decomposer:
+            await decomposer({"prompt": "a cat"})
+
+    with endless_server() as url, pytest.raises(DecompositionError, match="no whole answer within 0.3 s"):
+        asyncio.run(main(url))
+
+
+def test_endpoint_on_this_machine_is_not_asked_through_a_proxy(endpoint, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert ask(endpoint, "a cat") == read_questions(GOOD["questions"])
 
 
 def test_without_quality_the_group_is_neither_asked_for_nor_needed(endpoint):
@@ -303,7 +345,9 @@ def test_rows_without_a_prompt_fail_alone(endpoint, tmp_path):
     rows = [{"prompt": None}, {"text": "x"}, {"prompt": " "}, {"prompt": [{"role": "system", "content": "x"}]}]
     report = decompose(endpoint, [*rows, {"prompt": "a cat", "x": float("nan")}, {"prompt": "a fox"}], output)
     assert (report.written, report.failed) == (1, 5)
-    reasons = " ".join(failure["error"] for failure in lines(failures_file(output)))
+    failures = lines(failures_file(output))
+    assert sorted(failure["row"] for failure in failures) == [1, 2, 3, 4, 5]
+    reasons = " ".join(failure["error"] for failure in failures)
     for reason in (
         "the row has: prompt",
         "the row has: text",
@@ -343,7 +387,8 @@ def test_command_by_geneval_s_rule_needs_no_model(tmp_path):
     assert result.exit_code == 1 and "1 decomposed" in result.output
     (row,) = lines(output)
     assert row["tag"] == "position" and row["questions"][2]["text"] == "Is the cup in the image above the cow?"
-    assert "empty 'include'" in lines(failures_file(output))[0]["error"]
+    (failure,) = lines(failures_file(output))
+    assert failure["row"] == 2 and "no object in 'include'" in failure["error"]
 
 
 @pytest.mark.parametrize(
@@ -372,6 +417,11 @@ def test_command_says_what_is_wrong(endpoint, tmp_path, arguments, message):
 def test_txt_holds_a_prompt_per_line(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     assert [row["prompt"] for row in read_rows(str(tmp_path / "prompts.txt"))] == ["a cat", "a dog"]
+
+
+def test_jsonl_may_begin_as_windows_begins_a_file(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('\ufeff{"prompt": "a cat"}\n', encoding="utf-8")
+    assert read_rows(str(tmp_path / "prompts.jsonl")) == [{"prompt": "a cat"}]
 
 
 def test_names_need_no_extra():

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.judge_server import endless_server
 from tests.helpers.served_rewards import calm, patchy, redness
 from tests.helpers.serving import SERVED, TOKEN, pictures, score, scripted, serving, serving_process
 from trl_unigrpo.rewards import RemoteReward
@@ -277,6 +278,7 @@ def test_random_numbers_of_the_run_stay_where_they_were():
         "[0.5, 0.5]",
         '"scores"',
         '{"score": [0.5, 0.5]}',
+        '{"error": "upstream is gone", "scores": [0.5, 0.5]}',
         '{"scores": 0.5}',
         '{"scores": [0.5]}',
         '{"scores": [0.5, 0.5, 0.5]}',
@@ -408,6 +410,29 @@ def test_checks_at_construction(url):
         RemoteReward(nobody, "far", check=True)
     with scripted() as (address, _), pytest.raises(ConnectionError, match="answers 501 and 501, but not as a reward"):
         RemoteReward(address, "far", check=True)
+
+
+def test_greeting_that_never_ends_is_ended_by_the_whole_time(monkeypatch):
+    monkeypatch.setattr(remote, "CHECK_SECONDS", 0.3)
+    with endless_server() as address:
+        for wait in (lambda: RemoteReward(address), lambda: RemoteReward(address, "far", check=True)):
+            with pytest.raises(ConnectionError, match="did not answer within 0.3 s"):
+                wait()
+
+        async def in_a_loop():
+            return RemoteReward(address)
+
+        with pytest.raises(ConnectionError, match="did not answer within 0.3 s"):
+            asyncio.run(in_a_loop())
+        assert score(RemoteReward(address, "far", timeout=0.3, max_retries=0), pictures(1)) == [None]
+
+
+def test_proxy_that_leads_nowhere_is_named(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://me:secret-word@127.0.0.1:9")
+    monkeypatch.delenv("http_proxy", raising=False)
+    with pytest.raises(ConnectionError, match="through the proxy in HTTP_PROXY") as caught:
+        RemoteReward("http://gpu-node.example:8000")
+    assert "secret-word" not in str(caught.value)
 
 
 def test_proxy_of_the_environment_is_not_for_this_machine(url, monkeypatch):

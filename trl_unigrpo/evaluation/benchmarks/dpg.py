@@ -11,6 +11,7 @@ from .rows import (
     Found,
     as_object,
     located_rows,
+    once,
     row_problem,
 )
 
@@ -22,12 +23,13 @@ def load_dpg(path: str | Path) -> Benchmark:
 
     A prompt with a line that can't be read is left out as a whole: by fewer questions it would be another one.
     """
-    items, problems = prompts(located_rows(path, ".csv"))
+    rows, repeated = once(located_rows(path, ".csv"), _known_by)
+    items, problems = prompts(rows)
     return Benchmark(
         "dpg",
         "DPG-Bench",
         tuple(items),
-        tuple(problems),
+        (*repeated, *problems),
         metric=dependency_score,
         painting=Painting(samples=4),
         notes=(
@@ -67,6 +69,11 @@ def prompts(rows: Iterable[Found]) -> tuple[list[Item], list[str]]:
         except (KeyError, TypeError, ValueError) as error:
             problems.append(f"{own[0][0]}: {row_problem(error)}; the prompt {name!r} is left out")
     return items, problems
+
+
+def _known_by(row: dict[str, Any]) -> tuple[Any, Any]:
+    says = ("text", "dependency", "question_natural_language")
+    return {name: row[name] for name in ("item_id", "proposition_id")}, [row[name] for name in says]
 
 
 def _item(name: str, rows: list[dict[str, Any]]) -> Item:

@@ -7,7 +7,7 @@ from typing import Any
 from ...rewards.questions.question import Question
 from ..benchmark import Benchmark, Item
 from ..metrics import soft_tifa
-from .rows import located_rows, parse
+from .rows import located_rows, once, parse
 
 
 def load_geneval2(path: str | Path) -> Benchmark:
@@ -16,12 +16,13 @@ def load_geneval2(path: str | Path) -> Benchmark:
 
     A task is a number of atoms, as the official analysis has it; groups of questions are the skills.
     """
-    items, problems = parse(located_rows(path, ".jsonl"), _items)
+    rows, repeated = once(located_rows(path, ".jsonl"))
+    items, problems = parse(rows, _items)
     return Benchmark(
         "geneval2",
         "GenEval 2",
         items,
-        problems,
+        (*repeated, *problems),
         metric=soft_tifa,
         soft=True,
         notes=(

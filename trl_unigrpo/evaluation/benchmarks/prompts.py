@@ -11,6 +11,7 @@ from .rows import (
     FORMATS,
     as_object,
     located_rows,
+    once,
     parse,
 )
 
@@ -23,7 +24,7 @@ def load_own_prompts(path: str | Path) -> Benchmark:
     task that a prompt is counted with. With questions this is the form of UniGRPO's own evaluation (TA): several
     images of each prompt, each scored by the mean of its exam points. Where one row has questions all must.
     """
-    rows = list(located_rows(path, *FORMATS))
+    rows, repeated = once(located_rows(path, *FORMATS))
     asked = any(isinstance(row, dict) and row.get("questions") for _, row in rows)
 
     def to_items(row: dict[str, Any], where: str) -> Iterable[Item]:
@@ -32,5 +33,10 @@ def load_own_prompts(path: str | Path) -> Benchmark:
 
     items, problems = parse(rows, to_items)
     return Benchmark(
-        "prompts", Path(path).name, items, problems, metric=accuracy if asked else None, painting=Painting(samples=4)
+        "prompts",
+        Path(path).name,
+        items,
+        (*repeated, *problems),
+        metric=accuracy if asked else None,
+        painting=Painting(samples=4),
     )

@@ -1,7 +1,10 @@
 """Rows of benchmark files, each with where it stands; a row that can't be read costs that row alone."""
 
+import codecs
 import csv
 import json
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,11 @@ from ..benchmark import Item
 
 Found = tuple[str, Any]
 """Where a row stands ("prompts.jsonl, line 7"), and the row, or the error that it can't be read for."""
+
+Known = Callable[[dict[str, Any]], tuple[Any, Any]]
+"""From a row to the name that the benchmark knows it by, and to what it says."""
+
+_NEXT_ROW = re.compile(r"[^\s,]")
 
 FORMATS = (".csv", ".json", ".jsonl", ".parquet", ".txt")
 
@@ -47,19 +55,26 @@ def _json_lines(file: Path) -> Iterator[Found]:
         if line.strip():
             try:
                 yield f"{file.name}, line {number}", json.loads(line)
-            except ValueError as error:  # Unicode's errors are ValueErrors, too
+            except (ValueError, RecursionError) as error:  # Unicode's errors are ValueErrors, too
                 yield f"{file.name}, line {number}", ValueError(f"no JSON ({error})")
 
 
 def _json_list(file: Path) -> Iterator[Found]:
+    raw = file.read_bytes()
     try:
-        rows = json.loads(file.read_bytes())
+        text = raw.decode(json.detect_encoding(raw))
+        rows = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{file} is no JSON ({error}).") from error
     if not isinstance(rows, list):
         raise ValueError(f"{file} holds a {type(rows).__name__}, expected a list of objects.")
+    # Once more, row by row, for the lines that they begin in.
+    line, counted, end = 1, 0, text.index("[") + 1
     for number, row in enumerate(rows):
-        yield f"{file.name}, entry {number}", row
+        start = _NEXT_ROW.search(text, end).start()  # type: ignore[union-attr]  # there is one
+        line, counted = line + text.count("\n", counted, start), start
+        _, end = json.JSONDecoder().raw_decode(text, start)
+        yield f"{file.name}, entry {number} (line {line})", row
 
 
 def _csv(file: Path) -> Iterator[Found]:
@@ -84,7 +99,7 @@ def _csv(file: Path) -> Iterator[Found]:
 
 
 def _text(file: Path) -> Iterator[Found]:
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if line.strip():
             try:
                 yield f"{file.name}, line {number}", {"prompt": line.decode().rstrip("\r")}
@@ -118,9 +133,52 @@ _READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
 }
 
 
+def once(rows: Iterable[Found], known_by: Known = lambda row: (row, None)) -> tuple[list[Found], list[str]]:
+    """
+    Leave out rows that another file of the folder has, too, as a benchmark's files and all of them in one.
+
+    Args:
+        known_by: of rows that another file may have with other columns; by default only equal rows are the same.
+
+    Returns:
+        The other rows, and a line for each pair of files.
+
+    Raises:
+        ValueError: if two files say different things under one name: which one is meant?
+    """
+    kept, repeated = [], defaultdict[tuple[str, str], list[str]](list)
+    first: dict[str, tuple[str, str]] = {}
+    for where, row in rows:
+        try:
+            name, says = (json.dumps(part, sort_keys=True, default=repr) for part in known_by(as_object(row)))
+        except (KeyError, TypeError, ValueError):  # of no form: whoever reads it says so
+            kept.append((where, row))
+            continue
+        there, said = first.setdefault(name, (where, says))
+        if file_of(there) == file_of(where):
+            kept.append((where, row))
+        elif says == said:
+            repeated[file_of(where), file_of(there)].append(where)
+        else:
+            raise ValueError(
+                f"{where} and {there} both have {name}, with other words. Pass the file that you mean, or a folder "
+                "without the other one."
+            )
+    problems = [
+        f"{places[0]}: stands in {other}, too, like {len(places) - 1} more rows of {file}; each counts once"
+        for (file, other), places in repeated.items()
+    ]
+    return kept, problems
+
+
+def file_of(where: str) -> str:
+    """Name the file of a place."""
+    return where.rpartition(", ")[0]
+
+
 def parse(rows: Iterable[Found], to_items: Callable[[dict[str, Any], str], Iterable[Item]]) -> Any:
     """
-    Make the items of all rows that can be read, and a line on each of the others.
+    Make the items of all rows that can be read, each with a key of its own, and a line on each of the others.
 
     Args:
         to_items: from a row and where it stands to its items; KeyError, TypeError and ValueError leave the row out.
@@ -130,9 +188,14 @@ def parse(rows: Iterable[Found], to_items: Callable[[dict[str, Any], str], Itera
     """
     items: list[Item] = []
     problems: list[str] = []
+    places: dict[str, str] = {}
     for where, row in rows:
         try:
-            items += to_items(as_object(row), where)
+            found = list(to_items(as_object(row), where))
+            if taken := [item.key for item in found if item.key in places]:
+                raise ValueError(f"{taken[0]!r} is already {places[taken[0]]}")
+            places |= {item.key: where for item in found}
+            items += found
         except (KeyError, TypeError, ValueError) as error:
             problems.append(f"{where}: {row_problem(error)}")
     return tuple(items), tuple(problems)

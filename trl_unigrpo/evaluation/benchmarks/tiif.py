@@ -11,6 +11,7 @@ from .rows import (
     Found,
     as_object,
     located_rows,
+    once,
     parse,
     row_problem,
     texts,
@@ -32,13 +33,14 @@ def load_tiif(path: str | Path) -> Benchmark:
     """
     path = Path(path)
     places = [path / name for name in FOLDERS] if (path / FOLDERS[0]).is_dir() else [path]
-    rows, repeated = joined(row for place in places for row in located_rows(place, ".jsonl"))
+    found, repeated = once(row for place in places for row in located_rows(place, ".jsonl"))
+    rows, unjoined = joined(found)
     items, problems = parse(rows, _items)
     return Benchmark(
         "tiif",
         "TIIF-Bench",
         items,
-        (*repeated, *problems),
+        (*repeated, *unjoined, *problems),
         metric=accuracy,
         overall="tasks",
         pooled=True,

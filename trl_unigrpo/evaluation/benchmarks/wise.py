@@ -7,7 +7,7 @@ from typing import Any
 from ...rewards.questions.question import Question
 from ..benchmark import Benchmark, Item
 from ..metrics import all_correct
-from .rows import located_rows, parse
+from .rows import located_rows, once, parse
 
 
 WISE_CATEGORIES = {
@@ -26,13 +26,21 @@ QUESTION = (
 
 
 def load_wise(path: str | Path) -> Benchmark:
-    """Read a verified file or the folder of all three: `prompt_id`, `Prompt`, `Explanation`."""
-    items, problems = parse(located_rows(path, ".json"), _items)
+    """
+    Read a verified file or the folder of all three: `prompt_id`, `Prompt`, `Explanation`.
+
+    A prompt that two files have counts once. Two files with other words for one prompt, as the original and the
+    rewritten ones of the first edition, are refused: pass one of them.
+    """
+    rows, repeated = once(
+        located_rows(path, ".json"), lambda row: ({"prompt_id": row["prompt_id"]}, [row["Prompt"], row["Explanation"]])
+    )
+    items, problems = parse(rows, _items)
     return Benchmark(
         "wise",
         "WISE Verified",
         items,
-        problems,
+        (*repeated, *problems),
         metric=all_correct,
         overall={name: share for name, (_, share) in WISE_CATEGORIES.items()},
         notes=(

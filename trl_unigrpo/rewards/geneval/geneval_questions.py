@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..questions.question import Question
+from .rules import is_count, read_clauses, read_position
 
 
 # GenEval's relations, as they stand in a sentence.
@@ -22,12 +23,13 @@ def questions_from_geneval(metadata: Mapping[str, Any]) -> tuple[Question, ...]:
             `position` is `[relation, place of the other object in include]`. Other keys are not looked at.
 
     Raises:
-        TypeError, ValueError: for metadata that is not of this form.
+        ValueError: for metadata that is not of this form.
     """
-    include = _objects(metadata, "include")
+    include = read_clauses(metadata, "include")
     if not include:
-        raise ValueError("GenEval metadata has an empty 'include': there is nothing to ask.")
-    limits = {item["class"]: _count(item) for item in _objects(metadata, "exclude")}
+        known = ", ".join(sorted(map(str, metadata)))
+        raise ValueError(f"GenEval metadata has no object in 'include': there is nothing to ask (it has: {known}).")
+    limits = {item["class"]: _count(item) for item in read_clauses(metadata, "exclude")}
     questions = [_presence(item["class"]) for item in include]  # at the same places as the objects
     for place, item in enumerate(include):
         questions += _details(place, item, include, limits)
@@ -53,11 +55,13 @@ def _details(
     elif count > 1 or limit is not None:
         bounds = f"at least {count}" + (f" and less than {limit}" if limit is not None else "")
         details.append(Question(f"{_number(name)} {bounds}?", parents=(place,)))
-    if item.get("color") is not None:
+    if "color" in item:
         details.append(Question(f"Is the {name} in the image {item['color']}?", parents=(place,)))
-    if item.get("position") is not None:
-        relation, other = _position(item["position"], place, len(include))
-        text = f"Is the {name} in the image {relation} the {include[other]['class']}?"
+    if "position" in item:
+        relation, other = read_position(item)
+        if other == place or other >= len(include):
+            raise ValueError(f"GenEval clause {item!r}: there is no other object at place {other}.")
+        text = f"Is the {name} in the image {RELATION_WORDS[relation]} the {include[other]['class']}?"
         details.append(Question(text, parents=(place, other)))
     return details
 
@@ -72,37 +76,8 @@ def _number(name: str) -> str:
     return f'Is the number of objects of the kind "{name}" in the image'
 
 
-def _objects(metadata: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
-    items = metadata.get(key)
-    if items is None:
-        if key == "include":
-            raise ValueError(
-                f"GenEval metadata without 'include' (it has: {', '.join(sorted(metadata)) or 'nothing'})."
-            )
-        return []
-    for item in items:
-        if not isinstance(item, Mapping) or not isinstance(item.get("class"), str) or not item["class"]:
-            raise ValueError(f"GenEval metadata: {item!r} in {key!r}, expected an object with a 'class'.")
-    return items
-
-
 def _count(item: Mapping[str, Any]) -> int:
-    count = 1 if item.get("count") is None else item["count"]
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    count = item.get("count", 1)
+    if not is_count(count):
         raise ValueError(f"GenEval metadata: count={count!r} of the class {item['class']!r}, expected 1 or more.")
-    return count
-
-
-def _position(position: Any, place: int, number: int) -> tuple[str, int]:
-    """Return the relation's words, and the place of the other object."""
-    try:
-        relation, other = position
-        words, other = RELATION_WORDS[relation], int(other)
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"GenEval metadata: position={position!r}, expected one of {', '.join(RELATION_WORDS)} and an object's "
-            "place."
-        ) from error
-    if not 0 <= other < number or other == place:
-        raise ValueError(f"GenEval metadata: position={position!r}, but there is no other object at place {other}.")
-    return words, other
+    return int(count)

@@ -1,7 +1,7 @@
 """GenEval as a reward: are the objects there, how many, where, in which colour? By a detector and CLIP."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -186,7 +186,8 @@ class GenEvalReward(ImageReward):
         batch_size: images, or objects, at once.
         name, max_dead_batches: see [`ImageReward`].
 
-    A row that is not in GenEval's form, or asks for a class that the detector does not know, raises ValueError.
+    A row that is not in GenEval's form, or asks for a class that the detector does not know, raises ValueError:
+    [`check`] finds it before training.
     """
 
     def __init__(
@@ -216,9 +217,23 @@ class GenEvalReward(ImageReward):
             else colors
         )
 
+    def check(self, dataset: Iterable[Mapping[str, Any]]) -> None:
+        """Raise ValueError, with the row's number, if a row can't be checked. Once before training, not in it."""
+        for number, row in enumerate(dataset):
+            self._row(column(dict(row), self.metadata_column, self.__name__), f"row {number}")
+
+    def _row(self, row: Any, where: str) -> dict[str, Any]:
+        try:
+            return read_row(row, getattr(self.detector, "classes", None))
+        except ValueError as error:
+            raise ValueError(f"{self.__name__}, {where}: {error}") from error
+
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any]) -> Scores:
-        classes = getattr(self.detector, "classes", None)
-        rows = [read_row(row, classes) for row in column(columns, self.metadata_column, self.__name__)]
+        given = column(columns, self.metadata_column, self.__name__)
+        rows = [
+            self._row(row, f"row {i} of a batch ({prompt!r})")
+            for i, (row, prompt) in enumerate(zip(given, prompts, strict=True))
+        ]
         scores: Scores = []
         for image, row, found in zip(images, rows, self.detector(images), strict=True):
             objects = confident_objects(found, row["tag"])

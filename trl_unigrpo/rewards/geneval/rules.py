@@ -59,19 +59,20 @@ def read_row(row: Mapping[str, Any] | str, classes: Collection[str] | None = Non
     Raises:
         ValueError: for a row that asks for nothing, or for what cannot be checked.
     """
-    row = json.loads(row) if isinstance(row, str) else row
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"GenEval row {row!r} is no JSON ({error}).") from None
     if not isinstance(row, Mapping):
         raise ValueError(f"GenEval row {row!r}: expected a mapping with 'include', or its JSON.")
-    include = [
-        {key: value for key, value in clause.items() if value is not None} for clause in row.get("include") or []
-    ]
-    exclude = list(row.get("exclude") or [])
+    include, exclude = read_clauses(row, "include"), read_clauses(row, "exclude")
     if not include:
         raise ValueError(f"GenEval row {dict(row)!r}: expected at least one clause in 'include'.")
     for clause in [*include, *exclude]:
-        if not isinstance(clause.get("count"), int) or clause["count"] < 1:
-            raise ValueError(f"GenEval clause {clause!r}: expected a 'count' of at least 1.")
-        if classes is not None and clause.get("class") not in classes:
+        if not is_count(clause.get("count")):
+            raise ValueError(f"GenEval clause {clause!r}: expected a 'count' of at least 1, a whole number.")
+        if classes is not None and clause["class"] not in classes:
             raise ValueError(
                 f"GenEval clause {clause!r}: the detector knows no such 'class'. It knows: "
                 f"{', '.join(sorted(classes))}."
@@ -79,13 +80,44 @@ def read_row(row: Mapping[str, Any] | str, classes: Collection[str] | None = Non
     for index, clause in enumerate(include):
         if clause.get("color", GENEVAL_COLORS[0]) not in GENEVAL_COLORS:
             raise ValueError(f"GenEval clause {clause!r}: expected a 'color' of {', '.join(GENEVAL_COLORS)}.")
-        relation, target = clause.get("position", (RELATIONS[0], -1))
-        if relation not in RELATIONS or ("position" in clause and not 0 <= target < index):
+        if "position" in clause and read_position(clause)[1] >= index:
             raise ValueError(
-                f"GenEval clause {clause!r}: expected a 'position' of one of {', '.join(RELATIONS)} and the number of "
-                "an earlier clause."
+                f"GenEval clause {clause!r}: expected a 'position' relative to an earlier clause than this one, which "
+                f"has the number {index}."
             )
     return {"tag": row.get("tag"), "include": include, "exclude": exclude}
+
+
+def read_clauses(row: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """Return the clauses below a key, each with a class and without values that are None."""
+    clauses = row.get(key)
+    if clauses is None:
+        return []
+    if not isinstance(clauses, (list, tuple)) or not all(isinstance(clause, Mapping) for clause in clauses):
+        raise ValueError(
+            f"GenEval row {dict(row)!r}: expected a list of clauses in {key!r}, as in "
+            '[{"class": "dog", "count": 1}].'
+        )
+    for clause in clauses:
+        if not isinstance(clause.get("class"), str) or not clause["class"]:
+            raise ValueError(f"GenEval clause {dict(clause)!r}: expected a 'class', the name of an object.")
+    return [{name: value for name, value in clause.items() if value is not None} for clause in clauses]
+
+
+def is_count(value: Any) -> bool:
+    """Say whether it is a whole number of at least 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def read_position(clause: Mapping[str, Any]) -> tuple[str, int]:
+    """Read a clause's relation and the number of the clause that it is relative to; ValueError if it is none."""
+    match clause["position"]:
+        case (str(relation), int(number)) if relation in RELATIONS and number >= 0 and not isinstance(number, bool):
+            return relation, number
+    raise ValueError(
+        f"GenEval clause {clause!r}: expected a 'position' of one of {', '.join(RELATIONS)} and the number of a "
+        'clause, counted from 0, as in ["left of", 0]. Tables make a text of the number: store such rows as JSON.'
+    )
 
 
 def confident_objects(detections: Sequence[Detection], tag: str | None = None) -> dict[str, list[Detection]]:

@@ -7,12 +7,17 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
+
+from ..addresses import is_here, proxy_hint
 
 
 try:
     import httpx2
-    from openai import APIConnectionError, AsyncOpenAI, DefaultAsyncHttpxClient
+    from openai import APIConnectionError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient
+
+    from .answers import upstream_error
 except ImportError as error:
     raise ImportError(f"Models behind an endpoint need openai ({error}): pip install 'trl-unigrpo[judge]'.") from error
 
@@ -27,11 +32,11 @@ _SECRETS = (
     (re.compile(r"\b[sr]k-[\w*.-]+"), "[key]"),
 )
 _HINTS = {
-    400: "The endpoint does not take this request: look at the judge's mode and options.",
+    400: "If this is about one of its arguments, a judge leaves it out with options={NAME: None}.",
     401: f"Set {KEY} in the environment.",
     403: f"Is {KEY} in the environment the endpoint's, and may it use this model?",
     404: "Look at the model's name, and at base_url, which mostly ends with /v1.",
-    422: "The endpoint does not take this request: look at the judge's mode and options.",
+    422: "If this is about one of its arguments, a judge leaves it out with options={NAME: None}.",
 }
 
 
@@ -68,24 +73,78 @@ def redact(text: str) -> str:
 
 def explain(error: Exception, url: str) -> str:
     """Say in one line what went wrong and what to do about it."""
-    cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
-    hint = _HINTS.get(getattr(error, "status_code", 0), "")
-    if isinstance(error, APIConnectionError):
-        hint = f"Does a server answer at {url}?"
-    return redact(" ".join(f"{type(error).__name__}: {error}{cause} {hint}".split()))
+    cause, status = error.__cause__, getattr(error, "status_code", 0)
+    if isinstance(cause, GarbageError):
+        return redact(" ".join(str(cause).split()))
+    hint = _HINTS.get(status, "")
+    if isinstance(cause, (httpx2.ConnectError, httpx2.ConnectTimeout)):
+        hint = f"Does a server answer at {url}? {proxy_hint(url)}"
+    elif isinstance(error, APITimeoutError):
+        hint = "Raise timeout, or ask for less at a time (concurrency)."
+    elif isinstance(error, APIConnectionError) or status:
+        hint = f"{hint} {proxy_hint(url, status)}"
+    told = f" ({cause})" if cause is not None else ""
+    return redact(" ".join(f"{type(error).__name__}: {error}{told} {hint}".split()))
+
+
+class GarbageError(httpx2.RemoteProtocolError):
+    """A success that is no answer; its text says so, and what to do."""
 
 
 async def refuse_garbage(response: httpx2.Response) -> None:
     """Make a success that is no answer a broken connection, so that the client asks again, as it does after others."""
-    if response.is_success:
+    if not response.is_success:
+        return
+    data, found = await response.aread(), "no JSON"
+    try:
+        body = json.loads(data)
+        found = "JSON without choices"
+        if error := upstream_error(body):
+            raise GarbageError(f"The endpoint passes on a failure: {error}", request=response.request)
+        if isinstance(body["choices"][0], dict):
+            return
+    except (ValueError, TypeError, LookupError, RecursionError):
+        pass
+    start = redact(response.text)[:100]
+    raise GarbageError(
+        f"The answer is {found}: {start!r}. Does base_url, mostly .../v1, speak OpenAI's protocol?",
+        request=response.request,
+    )
+
+
+class PunctualClient(DefaultAsyncHttpxClient):
+    """
+    A client that gives a request so many seconds as a whole: the library's own timeouts begin anew with each byte, and
+    servers send blank lines while they compute. Addresses of this machine are asked directly, not through a proxy.
+    """
+
+    def __init__(self, url: str, seconds: float):
+        super().__init__(trust_env=not is_here(url), event_hooks={"response": [refuse_garbage]})
+        self.seconds = seconds
+
+    async def send(self, request: httpx2.Request, **settings: Any) -> httpx2.Response:
         try:
-            body = json.loads(await response.aread())
-            is_answer = isinstance(body["choices"][0], dict)
-        except (ValueError, TypeError, LookupError, RecursionError):
-            is_answer = False
-        if not is_answer:
-            start = redact(response.text)[:100]
-            raise httpx2.RemoteProtocolError(f"The answer is none: {start!r}", request=response.request)
+            async with asyncio.timeout(self.seconds):
+                return await super().send(request, **settings)
+        except TimeoutError:
+            raise httpx2.ReadTimeout(f"no whole answer within {self.seconds:g} s", request=request) from None
+
+
+def open_client(url: str, timeout: float, max_retries: int) -> AsyncOpenAI:
+    """
+    Connect to an endpoint.
+
+    Args:
+        timeout: seconds that one try of a request may take, to the last byte of its answer.
+        max_retries: more tries.
+    """
+    return AsyncOpenAI(
+        base_url=url,
+        api_key=os.environ.get(KEY) or "none",  # a local server asks for no key, the client does
+        timeout=timeout,
+        max_retries=max_retries,
+        http_client=PunctualClient(url, timeout),
+    )
 
 
 @dataclass
@@ -114,13 +173,7 @@ class Endpoint:
         loop = asyncio.get_running_loop()
         session = self._sessions.get(loop)
         if session is None:
-            client = AsyncOpenAI(
-                base_url=self.url,
-                api_key=os.environ.get(KEY) or "none",  # a local server asks for no key, the client does
-                timeout=self.timeout,
-                max_retries=self.max_retries,
-                http_client=DefaultAsyncHttpxClient(event_hooks={"response": [refuse_garbage]}),
-            )
+            client = open_client(self.url, self.timeout, self.max_retries)
             session = self._sessions[loop] = Session(client, asyncio.Semaphore(self.concurrency))
         session.users += 1
         try:

@@ -18,11 +18,13 @@ from ..common import (
 )
 from ..pixels import differentiable_pixels
 from .prompts import (
+    MIN_ANSWER_SHARE,
     QUESTIONS,
     SYSTEM_PROMPT,
     TEMPLATES,
     answer_word,
     fill,
+    no_answer_word,
     places,
 )
 
@@ -30,6 +32,7 @@ from .prompts import (
 class LocalVLMJudge(ImageReward):
     """
     Scores images by P(yes) / (P(yes) + P(no)) of a transformers image-text-to-text model: one forward, no sampling.
+    Where these two have no more than half of the next token's probability, the model has not answered: no score.
 
     An [`ImageReward`], an [`Asker`], and differentiable in the pixels. The questions are those of [`VLMJudge`].
 
@@ -119,7 +122,7 @@ class LocalVLMJudge(ImageReward):
             questions: B texts, put as [`ask`] puts them.
 
         Returns:
-            (B,) in [0, 1].
+            (B,) in [0, 1], NaN where the model begins with another word.
 
         Raises:
             ValueError: if there is not one question per image, or the model's image processor does more than resize,
@@ -141,7 +144,7 @@ class LocalVLMJudge(ImageReward):
                 f"({type(self.processor.image_processor).__name__}) cuts images into pieces: no gradient through that."
             )
         inputs["pixel_values"] = seen.to(self.device, self.model.dtype)
-        return self._log_odds(inputs).sigmoid().to(pixels)
+        return self._yes_probabilities(inputs).to(pixels)
 
     def release(self) -> None:
         """Move the weights back to the CPU, with `offload=True`."""
@@ -168,10 +171,7 @@ class LocalVLMJudge(ImageReward):
                 batch = slice(start, start + self.batch_size)
                 shown = [to_rgb(image, self.max_side) for image in images[batch]]
                 try:
-                    found = self._log_odds(self._inputs(shown, texts[batch])).sigmoid()
-                    if not found.isfinite().all():
-                        self.last_error = f"The model answers NaN in {self.model.dtype}: try another dtype."
-                    scores += map(finite, found.tolist())
+                    scores += map(finite, self._yes_probabilities(self._inputs(shown, texts[batch])).tolist())
                 except torch.OutOfMemoryError as error:  # another batch may fit
                     self.last_error = f"{error} Lower batch_size={self.batch_size} or max_side={self.max_side}."
                     scores += [None] * len(shown)
@@ -196,15 +196,31 @@ class LocalVLMJudge(ImageReward):
         )
         return inputs.to(self.device, self.model.dtype)
 
-    def _log_odds(self, inputs: Any) -> Tensor:
-        """Compute log(P(yes) / P(no)) of the next token, (B,): no other token matters, so no softmax is needed."""
+    def _yes_probabilities(self, inputs: Any) -> Tensor:
+        """Compute P(yes) / (P(yes) + P(no)) of the next token, (B,); NaN, with the reason, where it is no answer."""
+        log_probs = self._next_token(inputs)
+        yes, no = (log_probs[:, self._words[word]].logsumexp(1) for word in ("yes", "no"))
+        shares = (yes.exp() + no.exp()).detach()
+        if not shares.isfinite().all():
+            self.last_error = f"The model answers NaN in {self.model.dtype}: try another dtype."
+        elif (shares <= MIN_ANSWER_SHARE).any():
+            row = int(shares.argmin())
+            likely = log_probs[row].detach().exp().topk(3)
+            names = self.processor.tokenizer.convert_ids_to_tokens(likely.indices.tolist())
+            tops = list(zip(names, likely.values.tolist(), strict=True))
+            self.last_error = (
+                f"{no_answer_word(tops, shares[row].item())} Choose a model that does not think first, or other words "
+                "in the template."
+            )
+        return (yes - no).sigmoid().masked_fill(~(shares > MIN_ANSWER_SHARE), torch.nan)
+
+    def _next_token(self, inputs: Any) -> Tensor:
+        """Compute the log-probabilities of the next token, (B, V)."""
         last = inputs["attention_mask"].sum(1) - 1
         kept, place = last.unique(return_inverse=True)
         logits = self.model(**inputs, logits_to_keep=kept).logits
         logits = logits[torch.arange(len(place), device=logits.device), place]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        yes, no = (logits[:, self._words[word]].logsumexp(1) for word in ("yes", "no"))
-        return yes - no
+        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(1)
 
 
 def answer_ids(tokenizer: Any) -> dict[str, list[int]]:

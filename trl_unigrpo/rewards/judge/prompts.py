@@ -7,7 +7,7 @@ its quotation, start a line of its own or hold a control token of a chat format.
 import json
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 SYSTEM_PROMPT = (
@@ -32,6 +32,15 @@ QUESTIONS = {
     "score": "A question about the picture: {question} How sure is a yes, on a scale from {low} (certainly no) to "
     f"{{high}} (certainly yes)? {_SCORE}",
 }
+
+MIN_ANSWER_SHARE = 0.5
+"""A first token answers if yes and no together have more than this share of its probability. With less, the model most
+likely says something else, and their ratio is that of two words it did not mean."""
+
+THINKS_FIRST = (
+    "A model that thinks first must be told not to: "
+    "options={'extra_body': {'chat_template_kwargs': {'enable_thinking': False}}}."
+)
 
 # Beside angle brackets, which chat formats put around control tokens: what is invisible or turns text around.
 _ESCAPED = re.compile("[<>\x7f-\xa0\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202f\u2060-\u206f\ufeff\ufff9-\ufffb"
@@ -85,3 +94,18 @@ def answer_word(token: str) -> str | None:
     """
     word = token.strip(_AROUND).casefold()
     return word if word in ("yes", "no") else None
+
+
+def no_answer_word(tops: Sequence[tuple[str, float]], share: float) -> str:
+    """
+    Say that a first token is no answer.
+
+    Args:
+        tops: the most probable tokens with their probabilities.
+        share: of yes and no together.
+    """
+    likely = ", ".join(f"{token!r} ({p:.0%})" for token, p in sorted(tops, key=lambda top: -top[1])[:3])
+    return (
+        f"the answer begins with {likely}, neither yes nor no: these have {share:.2g} of its probability, expected "
+        f"more than {MIN_ANSWER_SHARE:g}."
+    )

@@ -31,6 +31,7 @@ from .client import (
     explain,
 )
 from .prompts import (
+    MIN_ANSWER_SHARE,
     QUESTIONS,
     SYSTEM_PROMPT,
     TEMPLATES,
@@ -64,7 +65,8 @@ class VLMJudge:
     Args:
         model: name of the model at the endpoint.
         base_url: of the endpoint, as in `http://localhost:8000/v1`. By default OPENAI_BASE_URL, or the hosted one.
-        mode: "logprobs" scores with P(yes) / (P(yes) + P(no)) of the first token. "score" asks for a number, for
+        mode: "logprobs" scores with P(yes) / (P(yes) + P(no)) of the first token, which is no answer unless these two
+            have more than half of its probability. "score" asks for a number, for
             endpoints without log-probs. "pairwise" scores with P(yes) that the image beats a reference (RewardDance,
             arXiv 2509.08826).
         template: what is asked about an image. `{prompt}` and the names of the dataset's columns are places for texts,
@@ -78,7 +80,7 @@ class VLMJudge:
         image_format: "jpeg" (quality 95) or "png", exact.
         concurrency: requests at a time. One that waits to be repeated keeps its place: an endpoint that is overloaded
             gets fewer.
-        timeout: seconds without an answer before a request is repeated.
+        timeout: seconds that a request may take, to the last byte of its answer, before it is repeated.
         max_retries: repetitions of a request after a timeout, a dropped connection, an answer that is none, or the
             status 408, 409, 429 or 5xx; with growing pauses, or the endpoint's own (Retry-After).
         cache: a sqlite file that keeps the answers; None for none. Generated images hardly repeat, so it pays for
@@ -258,8 +260,8 @@ class VLMJudge:
         return {name: value for name, value in body.items() if value is not None}
 
     def _key(self, body: dict[str, Any]) -> str:
-        """Hash everything that the answer depends on: endpoint, model, images, texts, options."""
-        whole = [self._endpoint.url, self.mode, self.score_range, body]
+        """Hash everything that the score depends on: endpoint, model, images, texts, options, what is an answer."""
+        whole = [self._endpoint.url, self.mode, self.score_range, MIN_ANSWER_SHARE, body]
         return hashlib.sha256(json.dumps(whole, default=repr).encode()).hexdigest()
 
     def _read(self, body: Any) -> float:

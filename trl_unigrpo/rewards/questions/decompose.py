@@ -47,8 +47,8 @@ async def decompose_rows(
     """
     Write each row with its `questions` and `prompt_hash` as a line of JSON, as soon as they are there.
 
-    Prompts that the output has already are skipped. Rows that fail go to [`failures_file`], with the reason, and are
-    tried again by the next run. Lines stand in the order of the answers.
+    Prompts that the output has already are skipped. Rows that fail go to [`failures_file`], with their number in the
+    input, from 1, and the reason, and are tried again by the next run. Lines stand in the order of the answers.
 
     Args:
         rows: each with a `prompt`, a string or a conversation. Other columns are kept.
@@ -70,8 +70,8 @@ async def decompose_rows(
     failures = failures_file(output)
     with output.open("a", encoding="utf-8") as lines, failures.open("w", encoding="utf-8") as failed_lines:
         work = _Work(todo, decomposer, lines, failed_lines, report, max_failures_in_a_row, on_row)
-        for row, reason in unreadable:
-            work.fail(row, reason)
+        for number, row, reason in unreadable:
+            work.fail(number, row, reason)
         report.left = len(todo)
         work.tell()
         await asyncio.gather(*(work.go() for _ in range(min(concurrency, len(todo)))))
@@ -82,20 +82,20 @@ async def decompose_rows(
 
 def _sorted_out(
     rows: Iterable[Row], known: Collection[str], report: Report
-) -> tuple[dict[str, Row], list[tuple[Row, Exception]]]:
-    """Return the rows to do, by the hash of their prompt, and those without a prompt; count the others."""
-    todo: dict[str, Row] = {}
-    unreadable: list[tuple[Row, Exception]] = []
-    for row in rows:
+) -> tuple[dict[str, tuple[int, Row]], list[tuple[int, Row, Exception]]]:
+    """Return the rows to do, by the hash of their prompt, and those without one, all numbered; count the others."""
+    todo: dict[str, tuple[int, Row]] = {}
+    unreadable: list[tuple[int, Row, Exception]] = []
+    for number, row in enumerate(rows, start=1):
         try:
             key = prompt_hash(_prompt(row))
         except Exception as error:
-            unreadable.append((row, error))
+            unreadable.append((number, row, error))
             continue
         report.skipped += key in known
         report.repeated += key in todo
         if key not in known and key not in todo:
-            todo[key] = row
+            todo[key] = number, row
     return todo, unreadable
 
 
@@ -113,7 +113,7 @@ class _Work:
 
     def __init__(
         self,
-        todo: Mapping[str, Row],
+        todo: Mapping[str, tuple[int, Row]],
         decomposer: Decomposer,
         lines: TextIO,
         failed_lines: TextIO,
@@ -129,20 +129,20 @@ class _Work:
     async def go(self) -> None:
         """Decompose one row after the other until none waits, or too many have failed in a row."""
         while self.in_a_row < self.max_failures_in_a_row and (item := next(self.waiting, None)) is not None:
-            key, row = item
+            key, (number, row) = item
             try:
                 write_questions(self.lines, key, row, await self.decomposer(row))
                 self.report.written, self.in_a_row = self.report.written + 1, 0
             except Exception as error:  # one row's, whatever it is: the others go on
-                self.fail(row, error)
+                self.fail(number, row, error)
                 self.in_a_row += 1
             self.report.left -= 1
             self.tell()
 
-    def fail(self, row: Row, error: Exception) -> None:
+    def fail(self, number: int, row: Row, error: Exception) -> None:
         """Count and write a row that failed."""
         self.report.failed += 1
-        write_failure(self.failed_lines, row, error)
+        write_failure(self.failed_lines, number, row, error)
 
     def tell(self) -> None:
         """Say how many rows are done."""

@@ -1,7 +1,6 @@
 """A language model, behind an OpenAI-compatible endpoint, that turns a prompt into questions."""
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,10 +9,10 @@ from .question import Question, read_questions
 
 
 try:
-    from openai import APIError, AsyncOpenAI
+    from openai import APIError
     from pydantic import BaseModel, ConfigDict
 
-    from ..judge.client import KEY, endpoint_url, redact
+    from ..judge.client import GarbageError, endpoint_url, explain, open_client
 except ImportError as error:
     raise ImportError(f"LLMDecomposer needs openai ({error}): pip install 'trl-unigrpo[judge]'.") from error
 
@@ -69,7 +68,7 @@ class LLMDecomposer:
         base_url: of the endpoint, as in `http://localhost:8000/v1`. By default OPENAI_BASE_URL, or the hosted one.
         quality: also ask for questions of the group "quality", which [`DVReward`] needs.
         attempts: how often a prompt is put before its answers, none of them of the right form, make it fail.
-        timeout: seconds without an answer before a request is repeated.
+        timeout: seconds that a request may take, to the last byte of its answer, before it is repeated.
         max_retries: repetitions of a request that the endpoint failed on (timeouts, 408, 409, 429, 5xx), with pauses.
 
     Raises:
@@ -94,12 +93,8 @@ class LLMDecomposer:
                 "and more than 0."
             )
         self.model, self.quality, self.attempts = model, quality, attempts
-        self._client = AsyncOpenAI(
-            base_url=endpoint_url(base_url),
-            api_key=os.environ.get(KEY) or "none",  # a local endpoint asks for none, the client does
-            timeout=timeout,
-            max_retries=max_retries,
-        )
+        self._url = endpoint_url(base_url)
+        self._client = open_client(self._url, timeout, max_retries)
 
     async def __aenter__(self) -> "LLMDecomposer":
         return self
@@ -114,15 +109,15 @@ class LLMDecomposer:
         Raises:
             DecompositionError: if the endpoint fails, or no answer has the right form.
         """
-        failure: Exception | None = None
+        reason = ""
         for _ in range(self.attempts):
             try:
                 return await self._ask(user_text(row["prompt"]))
-            except APIError as error:  # the client has repeated the request itself
-                raise DecompositionError(reason(error)) from None
             except Exception as error:  # of whatever form an endpoint's garbage is
-                failure = error
-        raise DecompositionError(f"no answer of {self.attempts} was of use: {reason(failure)}") from None
+                reason = explain(error, self._url)
+                if isinstance(error, APIError) and not isinstance(error.__cause__, GarbageError):
+                    raise DecompositionError(reason) from None  # the client has repeated the request itself
+        raise DecompositionError(f"no answer of {self.attempts} was of use: {reason}") from None
 
     async def _ask(self, prompt: str) -> tuple[Question, ...]:
         response = await self._client.chat.completions.parse(
@@ -133,19 +128,15 @@ class LLMDecomposer:
             ],
             response_format=_Decomposition,
         )
-        decomposition = response.choices[0].message.parsed
+        message = response.choices[0].message
+        decomposition = message.parsed
         if decomposition is None:
-            raise ValueError("The model refused.")
+            raise ValueError(f"The model refused: {message.refusal!r}." if message.refusal else "The answer is empty.")
         questions = read_questions([item.model_dump() for item in decomposition.questions])
         missing = {"semantic", *(["quality"] if self.quality else [])} - {question.group for question in questions}
         if missing:
             raise ValueError(f"There is no {min(missing)} question.")
         return questions
-
-
-def reason(error: Exception | None) -> str:
-    """Say what happened, on one line, without the key."""
-    return redact(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 class DecompositionError(RuntimeError):

@@ -31,9 +31,9 @@ def write_questions(lines: TextIO, key: str, row: Mapping[str, Any], questions: 
     lines.flush()
 
 
-def write_failure(lines: TextIO, row: Mapping[str, Any], error: Exception) -> None:
-    """Add a row that failed, with the reason; on disk when this returns."""
-    record = {"prompt": row.get("prompt"), "error": f"{type(error).__name__}: {error}"}
+def write_failure(lines: TextIO, number: int, row: Mapping[str, Any], error: Exception) -> None:
+    """Add a row that failed, with its place in the input and the reason; on disk when this returns."""
+    record = {"row": number, "prompt": row.get("prompt"), "error": f"{type(error).__name__}: {error}"}
     lines.write(json.dumps(record, default=str) + "\n")
     lines.flush()
 

@@ -6,11 +6,13 @@ import json
 import logging
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from PIL import Image
 
+from ..addresses import is_here, proxy_hint
 from ..common import (
     Breaker,
     Scores,
@@ -20,7 +22,6 @@ from ..common import (
 )
 from .wire import (
     describe_error,
-    is_loopback,
     read_token,
     safe_text,
     to_png,
@@ -139,7 +140,7 @@ class RemoteReward:
             except Exception as error:
                 return [None] * len(images[part]), describe_error(error, token)
 
-        async with httpx2.AsyncClient(**self._settings(token), timeout=None) as client:
+        async with httpx2.AsyncClient(**self._settings(token)) as client:
             starts = range(0, len(prompts), self.batch_size)
             answers = await asyncio.gather(*(ask(client, slice(i, i + self.batch_size)) for i in starts))
         errors = [error for _, error in answers if error]
@@ -166,11 +167,12 @@ class RemoteReward:
             except TimeoutError:
                 problem = f"{self.url} did not answer within {self.timeout:g} s."
             except httpx2.TransportError as error:
-                problem = f"{self.url}: {describe_error(error)}"
+                problem = f"{self.url}: {describe_error(error)} {proxy_hint(self.url)}".rstrip()
             else:
                 if answer.is_success:
                     return read_scores(answer, len(images))
-                problem = f"{self.url} answered {answer.status_code}: {error_text(answer)}"
+                hint = proxy_hint(self.url, answer.status_code)
+                problem = f"{self.url} answered {answer.status_code}: {error_text(answer)} {hint}".rstrip()
                 if answer.status_code != 429 and answer.status_code < 500:
                     break
                 pause = max(pause, retry_after(answer))
@@ -188,24 +190,33 @@ class RemoteReward:
         return None if self.token_env is None else read_token(self.token_env)
 
     def _settings(self, token: str | None) -> dict[str, Any]:
-        """
-        Return the arguments of an HTTP client. Proxies of the environment are not for this machine's own addresses.
-        """
+        """Return the arguments of an HTTP client."""
         return {
             "base_url": self.url,
             "headers": {} if token is None else {"Authorization": f"Bearer {token}"},
-            "trust_env": not is_loopback(urlsplit(self.url).hostname or ""),
+            "trust_env": not is_here(self.url),
+            "timeout": None,  # whoever asks bounds the whole time, which httpx does not
         }
+
+    async def _greet(self) -> tuple[httpx2.Response, httpx2.Response]:
+        """Ask the server for its health and its rewards; TimeoutError if the two take longer than `CHECK_SECONDS`."""
+        async with asyncio.timeout(CHECK_SECONDS), httpx2.AsyncClient(**self._settings(self._token())) as client:
+            return await client.get("/health"), await client.get("/rewards")
 
     def _find(self, name: str | None) -> str:
         """Return the name, once the server has confirmed it; without one, that of its only reward."""
         try:
-            with httpx2.Client(**self._settings(self._token()), timeout=CHECK_SECONDS) as client:
-                health, answer = client.get("/health"), client.get("/rewards")
+            with ThreadPoolExecutor(1) as thread:  # a loop may be running in this one
+                health, answer = thread.submit(asyncio.run, self._greet()).result()
+        except TimeoutError:
+            raise ConnectionError(
+                f"{self.url} did not answer within {CHECK_SECONDS:g} s. Is a reward server listening there? "
+                f"{proxy_hint(self.url)}".rstrip()
+            ) from None
         except httpx2.TransportError as error:
             raise ConnectionError(
                 f"No reward server answers at {self.url} ({describe_error(error)}). Start one: trl-unigrpo "
-                "serve-rewards module:reward"
+                f"serve-rewards module:reward {proxy_hint(self.url)}".rstrip()
             ) from None
         if answer.status_code == 401:
             place = "pass token_env" if self.token_env is None else f"it is not the one in {self.token_env}"
@@ -267,8 +278,9 @@ def request_body(request: dict[str, Any], images: Sequence[Image.Image]) -> byte
 def read_scores(answer: httpx2.Response, number: int) -> Scores:
     """Read the scores in an answer; RequestError if there is not one number or null per image."""
     try:
-        scores = answer.json()["scores"]
-    except (ValueError, KeyError, TypeError):
+        body = answer.json()
+        scores = None if body.get("error") else body["scores"]
+    except (ValueError, KeyError, AttributeError):
         scores = None
     if (
         not isinstance(scores, list)

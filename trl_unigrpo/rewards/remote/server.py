@@ -24,13 +24,13 @@ from typing import Any
 from PIL import Image
 
 from ...__about__ import __version__
+from ..addresses import is_loopback
 from ..common import Scores, finite
 from ..loading import load_reward
 from .wire import (
     TooManyPixelsError,
     describe_error,
     from_png,
-    is_loopback,
     read_token,
     safe_text,
 )

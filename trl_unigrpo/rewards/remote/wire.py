@@ -1,7 +1,6 @@
-"""Shared by the two ends of a served reward: images as PNG, tokens, addresses, and texts that are safe to show."""
+"""Shared by the two ends of a served reward: images as PNG, tokens, and texts that are safe to show."""
 
 import io
-import ipaddress
 import os
 import re
 
@@ -68,14 +67,6 @@ def read_token(name: str) -> str:
             f'export {name}="$(openssl rand -hex 16)"'
         )
     return token
-
-
-def is_loopback(host: str) -> bool:
-    """Say whether only this machine can reach `host`."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def safe_text(text: str, token: str | None = None, limit: int = 300) -> str:
