@@ -29,7 +29,7 @@ DIVERGING = {
 def run(make_trainer, folder, resume=None, **arguments):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "linear", **arguments}
     trainer = make_trainer(output_dir=folder, **settings)
-    trainer.train(resume_from_checkpoint=resume if resume in (None, True) else str(resume))
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
 

@@ -19,8 +19,7 @@ from trl_unigrpo.evaluation import Guidance, generate
 from trl_unigrpo.models.prompts import system_ids
 from trl_unigrpo.models.tokenizer import never_sampled
 from trl_unigrpo.reporting.run_files import read_run
-from trl_unigrpo.reporting.run_page import run_page
-from trl_unigrpo.reporting.run_summary import panels
+from trl_unigrpo.reporting.run_summary import panels, panels_of
 
 
 REWARDS = ("eval_easy_reward", "eval_hard_reward")
@@ -159,15 +158,17 @@ def test_evaluation_sets_have_metrics_of_their_own(make_trainer, tmp_path):
     assert all(len(values) == 2 for values in logged.values())
     assert not any("eval_reward" in log for log in trainer.state.log_history)
     assert trainer.state.best_metric == max(logged["eval_easy_reward"])
+    run = read_run(tmp_path)
     # The two together are what each gives alone.
     together = trainer.evaluate()
     alone = [trainer.evaluate(part, metric_key_prefix="test")["test_reward"] for part in sets.values()]
     assert [together[name] for name in REWARDS] == alone
     assert alone == pytest.approx([(9 + 20) / 200, (28 + 12) / 200])
-    run = read_run(tmp_path)
-    assert all(name in run_page(run) for name in REWARDS)
-    (reward,) = (panel for panel in panels(run) if panel.title == "Reward")
-    assert {"held-out prompts, easy", "held-out prompts, hard"} <= {c.name for c in reward.curves if c.values}
+    curves = {curve.name: curve.y for curve in panels(run)[0].curves}
+    assert curves["held-out prompts, easy"] == logged["eval_easy_reward"]
+    assert curves["held-out prompts, hard"] == logged["eval_hard_reward"]
+    both = {panel.title for panel in panels_of([run, run], ["a", "b"])}
+    assert {"Reward: held-out prompts, easy", "Reward: held-out prompts, hard"} <= both
 
 
 @pytest.mark.parametrize("metric", ["loss", "eval_reward", "medium_reward"])

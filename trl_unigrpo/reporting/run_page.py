@@ -86,7 +86,7 @@ def _view(run: Run, budget: _Budget, rows: int, columns: int) -> dict[str, Any]:
         **trust(run),
         "change": change(run),
         "rewards": _rewards(run),
-        "latest": {name: values[-1] for name in _latest(run) if (values := series(run, name)[1])},
+        "latest": {name: values[-1] for name in LATEST if (values := series(run, name)[1])},
         "evaluations": [
             _evaluation(run, name, shown, budget, rows, columns) for name, shown in evaluations(run).items() if columns
         ],
@@ -114,10 +114,6 @@ LATEST = (
     "step_time",
     "reward/frac_none",
 )
-
-
-def _latest(run: Run) -> list[str]:
-    return [*(f"eval_{name}_reward" for name in evaluations(run) if name), *LATEST]
 
 
 def _rewards(run: Run) -> list[str]:

@@ -124,7 +124,7 @@ class ReFLConfig(TrainingArguments):
             raise ValueError(f"refl_margin={self.refl_margin}: expected a finite number, in units of the reward.")
         for name in ("max_completion_length", "num_inference_steps", "image_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
         for name in ("temperature", "timestep_shift", "refl_scale"):
             if not 0 < getattr(self, name) < math.inf:

@@ -253,7 +253,8 @@ class UnifiedSFTTrainer(TrainingLoop):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
+        timed = (name.removesuffix("runtime") for name in logs if name.endswith("_runtime"))
+        prefix = next((name for name in timed if name != "train_"), "")  # of an evaluation, by its dataset
         logs.update({prefix + name: sum(values) / len(values) for name, values in self._sums.items()})
         self._sums.clear()
         super().log(logs, start_time)
