@@ -1,6 +1,7 @@
 """What a user can hand over by mistake: one clear error each, before any training."""
 
 import re
+from functools import wraps
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import PrinterCallback, ProcessorMixin, ProgressCallback, Qwen
 from tests.helpers.tiny_unified import prompts_dataset, redness, tiny_bagel, tiny_config, tiny_tokenizer
 from trl_unigrpo.trainers.dataset_checks import check_training_data
 from trl_unigrpo.trainers.prompt_checks import prompt_fault
+from trl_unigrpo.trainers.reward_checks import GIVEN
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 
@@ -83,6 +85,7 @@ USER = {"role": "user", "content": "a red cat"}
 IMAGE_PART = {"type": "image", "text": None}
 FAULTS = {
     "none": (None, r"None, expected a text, or a conversation.*dataset.filter"),
+    "nan": (float("nan"), "nan, expected a text, or a conversation.*dataset.filter"),
     "blank": (" \n", r"' \\n', a blank text.*dataset.filter"),
     "number": (1984, r"1984, a number, expected a text.*cast_column\('prompt', datasets.Value\('string'\)\)"),
     "share": (0.5, "0.5, a number"),
@@ -285,7 +288,12 @@ def test_reward_that_takes_no_columns_of_the_dataset(make_trainer):
     def narrow(prompts, completions, completion_ids, images, trainer_state, log_extra, log_metric):
         return [0.0] * len(images)
 
+    @wraps(narrow)
+    def wide(**columns):
+        return narrow(**{name: columns[name] for name in GIVEN})
+
     make_trainer(reward_funcs=narrow)
+    make_trainer(reward_funcs=wide, train_dataset=prompts_dataset(tag=list("abcd")))
     with pytest.raises(TypeError, match="'narrow' can't be called: got an unexpected keyword argument 'tag'"):
         make_trainer(reward_funcs=narrow, train_dataset=prompts_dataset(tag=list("abcd")))
 

@@ -142,6 +142,7 @@ def test_evaluation_batch_without_whole_groups(tmp_path):
     ("cls", "options"),
     [
         (UniGRPOConfig, "{image_learning_rate: 1e-4, learning_rate: 1e-7, image_size: '512', reward_weights: [1e-1]}"),
+        (UniGRPOConfig, "{reward_weights: 1e-1}"),
         (UniGRPOConfig, "{sde_window_range: ['1', 4.0], num_generations: 8.0, max_steps: 1e2}"),
         (ReFLConfig, "{learning_rate: 1e-4, refl_scale: 1e-2, image_size: 256.0}"),
         (UnifiedSFTConfig, "{learning_rate: 1e-4, flow_weight: 1e-1, noise_draws: '2'}"),

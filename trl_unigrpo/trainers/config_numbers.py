@@ -21,8 +21,9 @@ def read_numbers(config: Any) -> None:
         value = getattr(config, name)
         if value is None:
             continue
-        if several and isinstance(value, (list, tuple)):
-            setattr(config, name, [_number(name, item, kind) for item in value])
+        if several:
+            items = value if isinstance(value, (list, tuple)) else [value]
+            setattr(config, name, [_number(name, item, kind) for item in items])
         else:
             setattr(config, name, _number(name, value, kind))
 

@@ -54,8 +54,8 @@ class CheckedRows:
 
 def prompt_fault(prompt: Any) -> str | None:
     """Say what is wrong with a prompt, and what to do; None if it can be trained on."""
-    if prompt is None:
-        return f"None, expected {FORM}. {DROP}"
+    if prompt is None or prompt != prompt:  # pandas has NaN in an empty cell
+        return f"{prompt!r}, expected {FORM}. {DROP}"
     if isinstance(prompt, str):
         return None if prompt.strip() else f"{prompt!r}, a blank text. {DROP}"
     if isinstance(prompt, Number):

@@ -72,7 +72,7 @@ def check_reward_funcs(reward_funcs: Sequence[Any], args: Any, columns: Iterable
 
 def _check_call(function: Any, arguments: Iterable[str]) -> None:
     try:
-        signature = inspect.signature(function)
+        signature = inspect.signature(function, follow_wrapped=False)  # a decorator may take more than it passes on
     except (TypeError, ValueError):  # of a function that isn't Python's
         return
     try:
