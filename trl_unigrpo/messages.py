@@ -10,8 +10,12 @@ def user_text(prompt: str | Sequence[dict[str, Any]]) -> str:
         return prompt
     for message in reversed(prompt):
         if message.get("role") == "user":
-            content = message["content"]
-            if isinstance(content, str):
-                return content
-            return " ".join(part.get("text", "") for part in content if part.get("type") == "text")
+            return content_text(message["content"])
     raise ValueError(f"{prompt!r} has no message of the user: expected a string, or a conversation with one.")
+
+
+def content_text(content: str | Sequence[dict[str, Any]]) -> str:
+    """Give the text of a message, whose content is a text or a list of parts: those of text are joined."""
+    if isinstance(content, str):
+        return content
+    return " ".join(part.get("text", "") for part in content if part.get("type") == "text")

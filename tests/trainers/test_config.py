@@ -4,10 +4,14 @@ import sys
 
 import pytest
 import torch
+import yaml
 from trl import GRPOConfig, TrlParser
 
 from tests.helpers.tiny_unified import tiny_config
 from trl_unigrpo.trainers import unigrpo_config
+from trl_unigrpo.trainers.evaluation_checks import whole_groups
+from trl_unigrpo.trainers.refl_trainer import ReFLConfig
+from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
 
@@ -69,7 +73,10 @@ DEFAULTS = {
 
 
 def test_every_field_of_this_project_has_its_default_here():
-    of_the_machine, below = {"bf16", "dataloader_pin_memory"}, {"gradient_accumulation_steps"}
+    of_the_machine, below = (
+        {"bf16", "dataloader_pin_memory"},
+        {"gradient_accumulation_steps", "per_device_eval_batch_size"},
+    )
     assert set(UniGRPOConfig.__annotations__) - of_the_machine - below <= set(DEFAULTS)
 
 
@@ -111,6 +118,65 @@ def test_accumulation_is_chosen_for_whole_groups(tmp_path, group, batch, accumul
     config = UniGRPOConfig(str(tmp_path), use_cpu=True, num_generations=group, per_device_train_batch_size=batch)
     assert config.gradient_accumulation_steps == accumulation
     assert config.generation_batch_size % group == 0
+
+
+@pytest.mark.parametrize(
+    ("group", "processes", "chosen"), [(24, 1, 24), (1, 1, 8), (4, 1, 8), (6, 1, 6), (24, 8, 6), (3, 2, 6), (5, 2, 5)]
+)
+def test_evaluation_batches_are_chosen_for_whole_groups(tmp_path, group, processes, chosen):
+    assert whole_groups(None, group, processes) == chosen
+    assert chosen * processes % group == 0
+    if processes == 1:
+        config = UniGRPOConfig(str(tmp_path), use_cpu=True, num_generations_eval=group)
+        assert config.per_device_eval_batch_size == chosen
+
+
+def test_evaluation_batch_without_whole_groups(tmp_path):
+    message = r"per_device_eval_batch_size=8 on 1 process holds no whole groups of 24.*Leave it unset, or set num_gen"
+    with pytest.raises(ValueError, match=message):
+        UniGRPOConfig(str(tmp_path), use_cpu=True, per_device_eval_batch_size=8)
+    UniGRPOConfig(str(tmp_path), use_cpu=True, per_device_eval_batch_size=8, num_generations_eval=4)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (UniGRPOConfig, "{image_learning_rate: 1e-4, learning_rate: 1e-7, image_size: '512', reward_weights: [1e-1]}"),
+        (UniGRPOConfig, "{reward_weights: 1e-1}"),
+        (UniGRPOConfig, "{sde_window_range: ['1', 4.0], num_generations: 8.0, max_steps: 1e2}"),
+        (ReFLConfig, "{learning_rate: 1e-4, refl_scale: 1e-2, image_size: 256.0}"),
+        (UnifiedSFTConfig, "{learning_rate: 1e-4, flow_weight: 1e-1, noise_draws: '2'}"),
+    ],
+)
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path, cls, options):
+    read = yaml.safe_load(options)
+    config = cls(str(tmp_path), use_cpu=True, **read)
+    for name, value in read.items():
+        values = value if isinstance(value, list) else [value]
+        found = getattr(config, name)
+        assert (found if isinstance(found, list) else [found]) == [float(item) for item in values]
+
+
+@pytest.mark.parametrize(
+    ("cls", "option", "message"),
+    [
+        (UniGRPOConfig, {"image_learning_rate": "fast"}, "image_learning_rate='fast': expected a number"),
+        (UniGRPOConfig, {"learning_rate": "1e-4x"}, "learning_rate='1e-4x': expected a number"),
+        (UniGRPOConfig, {"num_generations": 4.5}, "num_generations=4.5: expected an integer"),
+        (UniGRPOConfig, {"reward_weights": ["one"]}, "reward_weights='one': expected a number"),
+        (UniGRPOConfig, {"image_size": (512, 768)}, r"image_size=\(512, 768\): expected an integer: the side of a sq"),
+        (
+            ReFLConfig,
+            {"image_size": [512, 768]},
+            r"image_size=\[512, 768\]: expected an integer: the side of a square",
+        ),
+        (ReFLConfig, {"late_steps": "a quarter"}, "late_steps='a quarter': expected a number"),
+        (UnifiedSFTConfig, {"noise_draws": "1.5"}, "noise_draws='1.5': expected an integer"),
+    ],
+)
+def test_option_that_is_no_number_is_named(tmp_path, cls, option, message):
+    with pytest.raises(ValueError, match=message):
+        cls(str(tmp_path), use_cpu=True, **option)
 
 
 def test_every_field_has_a_help_text_and_a_line_in_the_docstring():

@@ -1,5 +1,7 @@
 """Evaluation inside of training, and sampling outside of it."""
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -16,6 +18,11 @@ from tests.helpers.tiny_unified import (
 from trl_unigrpo.evaluation import Guidance, generate
 from trl_unigrpo.models.prompts import system_ids
 from trl_unigrpo.models.tokenizer import never_sampled
+from trl_unigrpo.reporting.run_files import read_run
+from trl_unigrpo.reporting.run_summary import panels, panels_of
+
+
+REWARDS = ("eval_easy_reward", "eval_hard_reward")
 
 
 def keep_images(trainer):
@@ -131,6 +138,65 @@ def test_evaluation_with_groups_and_a_text_kl_keeps_frozen_weights_frozen(make_t
     assert not any(
         trainer.unified.is_image_parameter(n) for n, p in trainer.model.named_parameters() if p.requires_grad
     )
+
+
+def test_evaluation_sets_have_metrics_of_their_own(make_trainer, tmp_path):
+    sets = {"easy": prompts_dataset(PROMPTS[:2], 1), "hard": prompts_dataset(PROMPTS[2:], 1)}
+    trainer = evaluating(
+        make_trainer,
+        reward_funcs=lambda prompts, **_: [len(prompt) / 100 for prompt in prompts],
+        eval_dataset=sets,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_easy_reward",
+        greater_is_better=True,
+        gallery_steps=1,
+    )
+    trainer.train()
+    logged = {name: [log[name] for log in trainer.state.log_history if name in log] for name in REWARDS}
+    assert all(len(values) == 2 for values in logged.values())
+    assert not any("eval_reward" in log for log in trainer.state.log_history)
+    assert trainer.state.best_metric == max(logged["eval_easy_reward"])
+    run = read_run(tmp_path)
+    # The two together are what each gives alone.
+    together = trainer.evaluate()
+    alone = [trainer.evaluate(part, metric_key_prefix="test")["test_reward"] for part in sets.values()]
+    assert [together[name] for name in REWARDS] == alone
+    assert alone == pytest.approx([(9 + 20) / 200, (28 + 12) / 200])
+    curves = {curve.name: curve.y for curve in panels(run)[0].curves}
+    assert curves["held-out prompts, easy"] == logged["eval_easy_reward"]
+    assert curves["held-out prompts, hard"] == logged["eval_hard_reward"]
+    both = {panel.title for panel in panels_of([run, run], ["a", "b"])}
+    assert {"Reward: held-out prompts, easy", "Reward: held-out prompts, hard"} <= both
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_reward", "medium_reward"])
+def test_best_model_by_a_metric_of_no_evaluation_set(make_trainer, metric):
+    sets = {"easy": prompts_dataset(), "hard": prompts_dataset()}
+    with pytest.raises(ValueError, match=rf"metric_for_best_model='{metric}' is of none of .*'eval_easy_reward'"):
+        evaluating(make_trainer, eval_dataset=sets, metric_for_best_model=metric)
+
+
+def test_evaluation_with_the_default_batch_after_a_training(make_trainer):
+    trainer = make_trainer(max_steps=1, num_generations=12, per_device_train_batch_size=12)
+    trainer.train()
+    assert 0 < trainer.evaluate(prompts_dataset(PROMPTS[:3], 1))["eval_reward"] < 1
+
+
+def test_evaluation_that_never_happens_is_said(make_trainer):
+    with pytest.warns(UserWarning, match="eval_dataset is not used while training: eval_strategy is 'no'"):
+        make_trainer(eval_dataset=prompts_dataset())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for used in ({"eval_strategy": "epoch"}, {"eval_on_start": True}, {"do_eval": True}):
+            make_trainer(eval_dataset=prompts_dataset(), **used)
+
+
+@pytest.mark.parametrize("option", [{"eval_strategy": "steps", "eval_steps": 1}, {"eval_on_start": True}])
+def test_evaluation_of_nothing(make_trainer, option):
+    with pytest.raises(ValueError, match="there is no eval_dataset. Pass one, or switch evaluation off"):
+        make_trainer(**option)
 
 
 def test_best_model_by_reward(make_trainer, tmp_path):

@@ -270,12 +270,37 @@ def test_each_expert_is_clipped_by_its_own_norm(make_trainer, train, max_grad_no
 def test_an_optimizer_of_the_user_is_left_alone(make_trainer):
     model = tiny_bagel()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-    trainer = make_trainer(model=model, optimizers=(optimizer, None))
+    with pytest.warns(UserWarning, match="your SGD keeps its own settings. learning_rate, image_learning_rate and"):
+        trainer = make_trainer(model=model, optimizers=(optimizer, None))
     trainer.train()
     assert len(optimizer.param_groups) == 1
     assert optimizer.param_groups[0]["lr"] == 0.25
     assert "name" not in optimizer.param_groups[0]
-    assert not any(key.startswith("learning_rate/") for key in trainer.state.log_history[0])
+    log = trainer.state.log_history[0]
+    assert log["learning_rate/text"] == log["learning_rate/image"] == 0.25
+
+
+def test_an_optimizer_of_the_user_is_logged_by_expert_under_its_own_scheduler(make_trainer):
+    model = tiny_bagel()
+    halves = [[p for n, p in model.named_parameters() if is_image(n) == image] for image in (True, False)]
+    optimizer = torch.optim.SGD([{"params": halves[0], "lr": 0.5}, {"params": halves[1], "lr": 0.25}])
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1.0, lambda step: 0.5**step])
+    trainer = make_trainer(model=model, optimizers=(optimizer, scheduler))
+    trainer.train()
+    rates = [(log["learning_rate/text"], log["learning_rate/image"]) for log in trainer.state.log_history[:2]]
+    assert rates == [(0.25, 0.5), (0.125, 0.5)]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_optimizer_that_steps_nothing_of_an_expert(make_trainer, adapted):
+    model = tiny_bagel()
+    kept = [p for n, p in model.named_parameters() if adapted or not is_image(n)]
+    arguments = {"peft_config": LoraConfig(r=2)} if adapted else {}
+    message = f"the SGD holds none of the .* weights of the {'text' if adapted else 'image'} expert.*get_peft_model"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model=model, optimizers=(torch.optim.SGD(kept, lr=0.25), None), **arguments)
+    if not adapted:
+        make_trainer(model=model, optimizers=(torch.optim.SGD(kept, lr=0.25), None), flow_weight=0.0)
 
 
 def test_weight_decay_keeps_to_its_groups(make_trainer):

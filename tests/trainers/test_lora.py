@@ -6,12 +6,13 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from tests.helpers.adapters import BOTH, assert_same_outputs, difference, outputs
 from tests.helpers.paths import FIXTURES
 from tests.helpers.tiny_unified import (
+    IMAGE_SIZE,
     moved,
     prompts_dataset,
     redness,
@@ -21,6 +22,9 @@ from tests.helpers.tiny_unified import (
     weights,
 )
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
+from trl_unigrpo.models.registry import load_unified_model
+from trl_unigrpo.trainers.refl_trainer import ReFLConfig, ReFLTrainer
+from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 
 
@@ -170,6 +174,80 @@ def test_adapter_comes_back_bit_for_bit(make_trainer, folder, tmp_path, dtype):
     base = BagelForUnifiedGeneration.from_pretrained(folder, dtype=dtype)
     assert difference(outputs(base), expected) > 1e-3
     assert_same_outputs(outputs(PeftModel.from_pretrained(base, tmp_path / "adapter")), expected)
+
+
+@pytest.fixture
+def stage_one(make_trainer, folder, tmp_path):
+    """A folder of adapters that were trained, and what they compute."""
+    trainer = make_trainer(model=str(folder), peft_config=LoraConfig(r=2, lora_alpha=8))
+    trainer.train()
+    trainer.save_model(tmp_path / "stage-one")
+    return str(tmp_path / "stage-one"), outputs(trainer.model)
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2, lora_alpha=8)])
+def test_training_goes_on_with_the_adapters_of_a_folder(make_trainer, tmp_path, stage_one, peft_config):
+    source, before = stage_one
+    if peft_config is None:
+        trainer = make_trainer(model=source, output_dir=tmp_path / "two")
+    else:
+        with pytest.warns(UserWarning, match="holds adapters: training goes on with them. peft_config is not used"):
+            trainer = make_trainer(model=source, output_dir=tmp_path / "two", peft_config=peft_config)
+    assert_same_outputs(outputs(trainer.model), before)
+    trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".default." in name for name in trained)
+    start = weights(trainer.model)
+    trainer.train()
+    assert moved(start, weights(trainer.model)) <= trained
+    trainer.save_model(tmp_path / "two")
+    base = PeftConfig.from_pretrained(tmp_path / "two").base_model_name_or_path
+    again = PeftModel.from_pretrained(BagelForUnifiedGeneration.from_pretrained(base), tmp_path / "two")
+    assert_same_outputs(outputs(again), outputs(trainer.model))
+    assert difference(outputs(again), before) > 1e-4
+
+
+def test_refl_and_fine_tuning_go_on_with_the_adapters_of_a_folder(tmp_path, stage_one):
+    source, before = stage_one
+    common = {"train_dataset": prompts_dataset(completion=[""] * 4, image=[None] * 4)}
+    refl = ReFLTrainer(source, lambda pixels, *_, **__: pixels.mean((1, 2, 3)), small(ReFLConfig, tmp_path), **common)
+    sft = UnifiedSFTTrainer(source, small(UnifiedSFTConfig, tmp_path), **common)
+    for trainer in (refl, sft):
+        assert isinstance(trainer.model, PeftModel)
+        assert_same_outputs(outputs(trainer.model), before)
+        assert all("lora_" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="holds adapters with r=2, but peft_config has 4"):
+        ReFLTrainer(source, len, small(ReFLConfig, tmp_path), peft_config=LoraConfig(r=4, lora_alpha=8), **common)
+
+
+def small(config, folder):
+    sizes = {"image_size": IMAGE_SIZE, "max_completion_length": 4} if config is ReFLConfig else {}
+    return config(str(folder), use_cpu=True, report_to="none", **sizes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 4}, "adapters with r=2, but peft_config has 4.*leave peft_config out.*trl-unigrpo merge"),
+        ({"lora_alpha": 16}, "adapters with lora_alpha=8, but peft_config has 16"),
+    ],
+)
+def test_other_adapters_than_those_of_the_folder_are_refused(make_trainer, stage_one, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model=stage_one[0], peft_config=LoraConfig(**{"r": 2, "lora_alpha": 8, **changes}))
+
+
+def test_adapters_that_name_no_base(make_trainer, stage_one):
+    config = PeftConfig.from_pretrained(stage_one[0])
+    config.base_model_name_or_path = None
+    config.save_pretrained(stage_one[0])
+    with pytest.raises(ValueError, match=r"don't say what they were trained on.*PeftModel.from_pretrained\(model"):
+        make_trainer(model=stage_one[0])
+
+
+def test_adapters_that_transformers_put_into_a_model_are_refused(make_trainer, stage_one):
+    model = load_unified_model(stage_one[0])
+    with pytest.raises(ValueError, match=r"The model holds adapters.*PeftModel.from_pretrained\(base"):
+        make_trainer(model=model)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.03)])

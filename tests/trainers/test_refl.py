@@ -618,7 +618,7 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(tmp_p
         ({"temperature": -1.0}, "temperature=-1.0: expected a positive number"),
         ({"timestep_shift": float("inf")}, "timestep_shift=inf: expected a positive number"),
         ({"num_inference_steps": 0}, "num_inference_steps=0: expected a whole number of at least 1"),
-        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5: expected a whole number"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5: expected an integer"),
         ({"max_completion_length": 0}, "max_completion_length=0: expected a whole number"),
         ({"image_size": -8}, "image_size=-8: expected a whole number"),
         ({"late_steps": 0.0}, "late_steps=0.0: expected a share"),

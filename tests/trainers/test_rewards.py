@@ -7,7 +7,9 @@ from PIL import Image
 from trl.rewards import think_format_reward
 
 from tests.helpers.tiny_unified import IMAGE_SIZE, images_of, prompts_dataset, redness
+from trl_unigrpo.reporting.run_files import read_run
 from trl_unigrpo.sampling import decode
+from trl_unigrpo.trainers.reward_checks import distinct
 from trl_unigrpo.trainers.scoring import mask_failed_rewards
 
 
@@ -27,6 +29,54 @@ class Watcher:
 
 def advantages_of(batches):
     return torch.cat([batch["advantages"] for batch in batches])
+
+
+class Channel:
+    """A judge of a colour, of which a run may have several."""
+
+    def __init__(self, channel):
+        self.channel = channel
+
+    def __call__(self, images, **columns):
+        return [float(np.asarray(image)[..., self.channel].mean()) / 255 for image in images]
+
+
+def test_rewards_that_share_a_name_are_numbered(make_trainer, tmp_path):
+    rewards = (Channel(0), redness, Channel(2), lambda images, **_: [0.5] * len(images))
+    trainer = make_trainer(reward_funcs=rewards, reward_weights=[1.0, 0.0, 0.0, 0.0], max_steps=1, gallery_steps=1)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    names = ["Channel", "redness", "Channel_2", "<lambda>"]
+    assert trainer.reward_func_names == names
+    assert log["rewards/Channel/mean"] == pytest.approx(log["reward"]) == pytest.approx(log["rewards/redness/mean"])
+    assert log["rewards/Channel_2/mean"] != pytest.approx(log["reward"], rel=1e-3)
+    run = read_run(tmp_path)
+    for sample in run.shown[0].samples:
+        assert list(sample.rewards) == names
+        assert sample.rewards["Channel"] == sample.rewards["redness"] != sample.rewards["Channel_2"]
+        assert sample.reward == pytest.approx(sample.rewards["Channel"])
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "Channel_2" in card and "Channel" in card.replace("Channel_2", "")
+
+
+def test_numbers_of_names_meet_no_other_name():
+    assert distinct(["a", "a", "b", "a", "a_2", "a"]) == ["a", "a_2", "b", "a_3", "a_2_2", "a_4"]
+
+
+def test_error_of_a_reward_that_shares_its_name_says_which(make_trainer):
+    def broken(channel):
+        def judge(images, **columns):
+            raise KeyError(channel)
+
+        return judge
+
+    def judge(images, **columns):
+        return [0.0] * len(images)
+
+    with pytest.raises(KeyError) as raised:
+        make_trainer(reward_funcs=[judge, broken(1)], max_steps=1).train()
+    assert raised.value.__notes__ == ["Raised by the reward function 'judge_2'."]
 
 
 def test_images_are_a_flat_list_aligned_with_the_completions(make_trainer, train):

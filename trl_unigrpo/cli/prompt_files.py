@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 
-# Files that `datasets` reads, by their ending. A text file holds one prompt per line.
+# Files that `datasets` reads, by their ending. A text file holds one prompt per line that is not blank.
 _FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -24,7 +24,9 @@ def load_prompts(name: str, split: str, config: str | None = None) -> Dataset:
     if not Path(name).is_file():
         raise FileNotFoundError(f"{name!r}: no such file. Pass a file, a folder, a hub id or 'shapeworld'.")
     dataset = load_dataset(kind, data_files=name, split="train")
-    return dataset.rename_column("text", "prompt") if kind == "text" else dataset
+    if kind == "text":
+        return dataset.rename_column("text", "prompt").filter(lambda row: row["prompt"].strip())
+    return dataset
 
 
 def read_rows(name: str, split: str = "train") -> Iterable[Mapping[str, Any]]:

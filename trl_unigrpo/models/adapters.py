@@ -1,17 +1,20 @@
 """Adapters: where they go, in which precision they are kept, and which of them is the reference."""
 
 import copy
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from transformers.utils import cached_file
 
 from .contract import UnifiedModelMixin
-from .registry import unified_model
+from .registry import hub_arguments, load_unified_model, unified_model
 
 
 def target_experts(peft_config: PeftConfig | None, model: Any, trains: Mapping[str, bool]) -> PeftConfig | None:
@@ -91,6 +94,64 @@ def _listing(names: Collection[str], limit: int = 4) -> str:
     """The first names, and how many more there are."""
     shown = ", ".join(map(repr, list(names)[:limit]))
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def saved_adapters(source: str, **kwargs: Any) -> PeftConfig | None:
+    """
+    Read the configuration of the adapters in a folder or hub repository; None if it holds a whole model.
+
+    Args:
+        source: a folder or hub id.
+        kwargs: of `from_pretrained`.
+    """
+    hub = hub_arguments(kwargs)
+    if cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub) is None:
+        return None
+    return PeftConfig.from_pretrained(source, **hub)
+
+
+def load_trainable(source: str, peft_config: PeftConfig | None, **kwargs: Any) -> Any:
+    """
+    Load a model by name; where it holds adapters, their base with them, to go on training these.
+
+    Args:
+        source: a folder or hub id.
+        peft_config: of the adapters that are asked for.
+        kwargs: of `from_pretrained`.
+
+    Raises:
+        ValueError: if the saved adapters are others than those asked for, or don't name their base.
+    """
+    saved = saved_adapters(source, **kwargs)
+    if saved is None:
+        return load_unified_model(source, **kwargs)
+    remedy = (
+        "To go on training them, leave peft_config out (--use_peft). To train others, merge these into their base "
+        "first: trl-unigrpo merge."
+    )
+    for name in ("peft_type", "r", "lora_alpha"):
+        mine, theirs = (getattr(config, name, None) for config in (peft_config, saved))
+        if peft_config is not None and mine != theirs:
+            raise ValueError(f"{source!r} holds adapters with {name}={theirs}, but peft_config has {mine}. {remedy}")
+    if not saved.base_model_name_or_path:
+        raise ValueError(
+            f"The adapters in {source!r} don't say what they were trained on. Load that, and pass "
+            f"PeftModel.from_pretrained(model, {source!r}, is_trainable=True)."
+        )
+    if peft_config is not None:
+        warnings.warn(f"{source!r} holds adapters: training goes on with them. peft_config is not used.")
+    below = {key: value for key, value in kwargs.items() if key != "revision"}
+    model = load_unified_model(saved.base_model_name_or_path, **below)
+    return PeftModel.from_pretrained(model, source, is_trainable=True, **hub_arguments(kwargs))
+
+
+def check_own_adapters(model: Any) -> None:
+    """Raise ValueError for adapters that transformers put into a model, where PEFT doesn't see them."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "The model holds adapters that from_pretrained or load_adapter put into it, where they can't be trained. "
+            "Load its base, and pass PeftModel.from_pretrained(base, folder, is_trainable=True)."
+        )
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Which weights belong to which expert: freezing, learning rates, clipping."""
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -38,6 +39,38 @@ def split_groups(
             if parameters:
                 groups.append({**group, "params": parameters, "lr": rate, "name": name})
     optimizer.param_groups[:] = groups
+
+
+def rates_by_expert(base: UnifiedModelMixin, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Give the learning rate of each expert that the optimizer steps, whoever made its groups."""
+    experts, rates = parameters_by_expert(base, model), {}
+    for name, parameters in experts.items():
+        own = set(parameters)
+        for group in optimizer.param_groups:
+            if not own.isdisjoint(group["params"]):
+                rates[name] = group["lr"]
+    return rates
+
+
+def check_optimizer(base: UnifiedModelMixin, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """
+    Raise ValueError if the user's own optimizer steps none of an expert's trained weights, and warn of the settings
+    that it does not know.
+    """
+    if optimizer is None:
+        return
+    stepped = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameters in parameters_by_expert(base, model).items():
+        if stepped.isdisjoint(parameters):
+            raise ValueError(
+                f"optimizers: the {type(optimizer).__name__} holds none of the {len(parameters)} trained weights of "
+                f"the {name} expert. Make it of them, after adapters were added (get_peft_model), or leave it to the "
+                "trainer."
+            )
+    warnings.warn(
+        f"optimizers: your {type(optimizer).__name__} keeps its own settings. learning_rate, image_learning_rate and "
+        "adam_epsilon are not used; the flow's gradients are about 1e-9, which torch's eps of 1e-8 drowns."
+    )
 
 
 def check_trained(base: UnifiedModelMixin, model: nn.Module, trains: Mapping[str, bool]) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..messages import content_text
 from .contract import UnifiedModelMixin
 
 
@@ -21,8 +22,13 @@ def choose_system_prompt(model: UnifiedModelMixin, system_prompt: str, thinking:
 
 
 def as_messages(prompt: str | list[dict[str, Any]], system_prompt: str | None) -> list[dict[str, Any]]:
-    """Make a prompt a conversation that starts with a system prompt, unless it brings one or there is none."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    """
+    Make a prompt a conversation that starts with a system prompt, unless it brings one or there is none.
+
+    Chat templates of language models take texts: a content in parts becomes the text of its parts.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [{**message, "content": content_text(message["content"])} for message in messages]
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
     return messages

@@ -1,5 +1,6 @@
 """Find the class of a unified model by its name, and check that a model is one."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
     from . import pipeline  # noqa: F401 - registers its classes
     from .bagel import BagelForUnifiedGeneration
 
-    if _is_released_bagel(source, _hub_arguments(kwargs)):
+    if _is_released_bagel(source, hub_arguments(kwargs)):
         return BagelForUnifiedGeneration.from_pretrained(source, **kwargs)
     return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **kwargs)
 
@@ -32,7 +33,7 @@ def model_skeleton(source: str, **kwargs: Any) -> PreTrainedModel:
     from .bagel import BagelConfig, BagelForUnifiedGeneration
     from .pipeline import PipelineUnifiedConfig
 
-    hub = _hub_arguments(kwargs)
+    hub = hub_arguments(kwargs)
     with torch.device("meta"):
         if _is_released_bagel(source, hub):
             return BagelForUnifiedGeneration(BagelConfig.from_pretrained(source, **hub))
@@ -46,7 +47,8 @@ def _is_released_bagel(source: str, hub: dict[str, Any]) -> bool:
     return cached_file(source, "llm_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None
 
 
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that say where a repository's files are found."""
     return {key: kwargs[key] for key in ("cache_dir", "revision", "token") if kwargs.get(key)}
 
 

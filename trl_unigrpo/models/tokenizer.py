@@ -4,9 +4,24 @@ import copy
 from collections.abc import Collection
 from typing import Any
 
+from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .contract import UnifiedModelMixin
+
+
+FOLD_SYSTEM = """\
+{%- if messages and messages[0]['role'] == 'system' -%}
+{%- set system = messages[0]['content'] -%}
+{%- if messages | length > 1 and messages[1]['role'] == 'user' -%}
+{%- set turn = {'role': 'user', 'content': system + '\\n\\n' + messages[1]['content']} -%}
+{%- set messages = [turn] + messages[2:] -%}
+{%- else -%}
+{%- set messages = [{'role': 'user', 'content': system}] + messages[1:] -%}
+{%- endif -%}
+{%- endif -%}
+"""
+"""Put before a chat template without a system role: the system message opens the user's turn."""
 
 
 def read_tokenizer(source: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -24,16 +39,31 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
     """
     Copy the tokenizer, with the model's own chat template, if it names one.
 
+    Where the template knows no system role, the system message opens the user's turn.
     Parsers of reasoning are taken off: they would move the thinking out of the completion, where rewards look for it.
     """
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.padding_side = "left"
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    if isinstance(tokenizer.chat_template, str) and not _keeps_system(tokenizer, tokenizer.chat_template):
+        folded = FOLD_SYSTEM + tokenizer.chat_template
+        if _keeps_system(tokenizer, folded):
+            tokenizer.chat_template = folded
     for parser in ("response_template", "response_schema"):
         if getattr(tokenizer, parser, None) is not None:
             setattr(tokenizer, parser, None)
     return tokenizer
+
+
+def _keeps_system(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Say whether a chat template shows a system message; some refuse it, others leave it out."""
+    messages = [{"role": "system", "content": "SYSTEM"}, {"role": "user", "content": "USER"}]
+    try:
+        shown = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    except TemplateError:
+        return False
+    return "SYSTEM" in shown
 
 
 def never_sampled(

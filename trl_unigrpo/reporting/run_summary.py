@@ -105,13 +105,14 @@ def change(run: Run) -> RunChange | None:
     return training_change(series(run, "reward")[1])
 
 
+HELD_OUT = "held-out prompts"
 DRIFT = ("flow/velocity_mse", "flow/latent_kl", "flow/latent_kl_flow_grpo")
 
 # Title, metrics (name in the legend -> metrics, of which the first that was logged counts), note.
 PANELS: tuple[tuple[str, dict[str, tuple[str, ...]], str], ...] = (
     (
         "Reward",
-        {"training": ("reward",), "held-out prompts": ("eval_reward",)},
+        {"training": ("reward",), HELD_OUT: ("eval_reward",)},
         "Training paints with noise, evaluation without.",
     ),
     ("Drift of the painter", {"drift": DRIFT}, "Distance of its velocities to the reference model's."),
@@ -135,7 +136,8 @@ PANELS: tuple[tuple[str, dict[str, tuple[str, ...]], str], ...] = (
 def panels(run: Run) -> list[Panel]:
     """Collect the curves of one run."""
     found = []
-    for title, names, note in PANELS:
+    for title, metrics, note in PANELS:
+        names = _with_sets(metrics, [run])
         curves = [_curve(run, options, name if len(names) > 1 else "") for name, options in names.items()]
         found.append(Panel(title, curves, note))
     return found
@@ -145,10 +147,18 @@ def panels_of(runs: Sequence[Run], names: Sequence[str]) -> list[Panel]:
     """Collect the same curves of several runs in one chart each."""
     found = []
     for title, metrics, note in PANELS:
-        for label, options in metrics.items():
+        for label, options in _with_sets(metrics, runs).items():
             curves = [_curve(run, options, name) for run, name in zip(runs, names, strict=True)]
             found.append(Panel(f"{title}: {label}" if len(metrics) > 1 else title, curves, note))
     return found
+
+
+def _with_sets(metrics: dict[str, tuple[str, ...]], runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
+    """Add a curve for each evaluation set that has a name."""
+    if HELD_OUT not in metrics:
+        return metrics
+    sets = sorted({name for run in runs for name in evaluations(run) if name})
+    return {**metrics, **{f"{HELD_OUT}, {name}": (f"eval_{name}_reward",) for name in sets}}
 
 
 def _curve(run: Run, options: Sequence[str], name: str) -> Curve:

@@ -1,20 +1,20 @@
 """Checks of what a user hands to the trainer, and models and tokenizers by name, before anything expensive."""
 
 import copy
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..models.adapters import check_targets
+from ..models.adapters import check_targets, load_trainable, saved_adapters
 from ..models.contract import UnifiedModelMixin
-from ..models.registry import load_unified_model, model_skeleton, unified_model
+from ..models.registry import model_skeleton, unified_model
 from ..models.tokenizer import prepare_tokenizer, read_tokenizer
-from ..rewards.thinking import reward_scope
-from .dataset_checks import check_dataset
+from .dataset_checks import check_dataset, check_training_data
+from .evaluation_checks import check_evaluation
+from .reward_checks import check_reward_funcs
 from .unigrpo_config import UniGRPOConfig
 
 
@@ -27,7 +27,7 @@ UNSUPPORTED = {
 
 def check_arguments(
     args: Any,
-    reward_funcs: Any,
+    reward_funcs: Sequence[Any],
     datasets: Mapping[str, Any],
     processing_class: Any,
     unsupported: Mapping[str, Any],
@@ -38,7 +38,7 @@ def check_arguments(
     Args:
         args: the configuration.
         reward_funcs: the user's reward functions.
-        datasets: by argument name; None where there is none.
+        datasets: `train_dataset` and `eval_dataset`; None where there is none.
         processing_class: the tokenizer, or None.
         unsupported: remaining keyword arguments.
     """
@@ -49,34 +49,18 @@ def check_arguments(
             raise ValueError(f"{name} does not work with UniGRPO: {UNSUPPORTED[name]}. Leave it out.")
     if not isinstance(args, UniGRPOConfig):
         raise TypeError(f"args is a {type(args).__name__}, expected a UniGRPOConfig.")
-    if not reward_funcs:
-        raise ValueError("reward_funcs is empty: pass at least one function that scores images.")
-    check_scopes(reward_funcs if isinstance(reward_funcs, list) else [reward_funcs], args.process_reward_weight)
-    for name, dataset in datasets.items():
-        if dataset is not None:
-            check_dataset(dataset, name)
+    if (trained := datasets["train_dataset"]) is None:
+        raise ValueError("train_dataset is missing: pass a dataset with a column 'prompt'.")
+    columns = check_training_data(trained, args)
+    if (evaluated := datasets["eval_dataset"]) is not None:
+        columns = {**columns, **check_dataset(evaluated, "eval_dataset")}
+    check_evaluation(args, evaluated)
+    check_reward_funcs(reward_funcs, args, {name for part in columns.values() for name in part})
     if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             f"processing_class is a {type(processing_class).__name__}, expected a tokenizer: images are generated "
             "here, not read. Pass processor.tokenizer."
         )
-
-
-def check_scopes(reward_funcs: list[Any], process_reward_weight: float) -> None:
-    """Raise ValueError if no reward function scores the image, or a weight waits for process rewards in vain."""
-    scopes = [reward_scope(function) for function in reward_funcs]
-    if "both" not in scopes:
-        raise ValueError(
-            "All reward_funcs are marked as rewards of the thinking alone: none scores the image. Add one that does, "
-            "or pass them unmarked."
-        )
-    if process_reward_weight > 0 and "text" not in scopes:
-        raise ValueError(
-            f"process_reward_weight={process_reward_weight}, but no reward function is marked as a reward of the "
-            "thinking alone. Mark it, thinking_reward(function), or set the weight to 0."
-        )
-    if process_reward_weight == 0 and "text" in scopes:
-        warnings.warn("Rewards of the thinking alone are logged, not trained on: process_reward_weight is 0.")
 
 
 def check_lengths(args: UniGRPOConfig, base: Any) -> None:
@@ -98,7 +82,9 @@ def load_for_training(
     source: str, args: UniGRPOConfig, quantization_config: Any, peft_config: PeftConfig | None
 ) -> tuple[PreTrainedModel, UniGRPOConfig]:
     """
-    Load a model by name, in float32 if its weights are trained: in bfloat16 small updates would round to nothing.
+    Load a model by name, with adapters if the name is of such.
+
+    Its dtype is float32 if its weights are trained: in bfloat16 small updates would round to nothing.
 
     Returns:
         The model, and a copy of the configuration without the arguments that went into loading it.
@@ -106,8 +92,10 @@ def load_for_training(
     Raises:
         ValueError: before weights are read, if adapters would go to the wrong place or quantised weights be trained.
     """
-    adapted = peft_config is not None
-    kwargs = {"dtype": torch.bfloat16 if args.bf16 and adapted else torch.float32, **(args.model_init_kwargs or {})}
+    given = args.model_init_kwargs or {}
+    saved = saved_adapters(source, **given)
+    adapted = peft_config is not None or saved is not None
+    kwargs = {"dtype": torch.bfloat16 if args.bf16 and adapted else torch.float32, **given}
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
     if kwargs.get("quantization_config") is not None:
@@ -117,11 +105,11 @@ def load_for_training(
                 "Pass peft_config=LoraConfig(r=32) (--use_peft on the command line), or leave the quantisation out."
             )
         kwargs.setdefault("device_map", {"": args.device})
-    if getattr(peft_config, "target_modules", None) is not None:
+    if saved is None and getattr(peft_config, "target_modules", None) is not None:
         check_targets(peft_config, unified_model(model_skeleton(source, **kwargs)))
     args = copy.copy(args)
     args.model_init_kwargs = None
-    return load_unified_model(source, **kwargs), args
+    return load_trainable(source, peft_config, **kwargs), args
 
 
 def find_tokenizer(

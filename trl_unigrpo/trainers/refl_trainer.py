@@ -20,18 +20,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from ..flow import flow_timesteps, sde_window
 from ..flow.sampler import RolloutPlan
 from ..messages import user_text
-from ..models.adapters import target_experts
+from ..models.adapters import check_own_adapters, load_trainable, target_experts
 from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.experts import freeze_experts, parameters_by_expert
 from ..models.prompts import as_messages, choose_system_prompt
-from ..models.registry import load_unified_model, unified_model
+from ..models.registry import unified_model
 from ..monitoring.progress import Phases
 from ..sampling import Thinking, paint, think
 from ..seeding import (
@@ -43,7 +43,10 @@ from ..seeding import (
 )
 from ..trajectory import Image
 from .arguments import check_lengths, find_tokenizer
-from .dataset_checks import check_columns
+from .config_numbers import read_numbers
+from .dataset_checks import check_rows
+from .evaluation_checks import check_evaluation
+from .prompt_checks import CheckedRows
 from .refl import (
     as_reward,
     check_rewards,
@@ -52,6 +55,8 @@ from .refl import (
     reward_gradient,
     to_unit,
 )
+from .reward_checks import callback_list
+from .training_loop import TrainingLoop
 
 
 TRAINS = {"text": False, "image": True}
@@ -111,6 +116,7 @@ class ReFLConfig(TrainingArguments):
     system_prompt: str = field(default="auto", metadata={"help": "'auto': the model's own; '': none."})
 
     def __post_init__(self) -> None:
+        read_numbers(self)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         if self.refl_loss not in ("hinge", "linear"):
             raise ValueError(f"refl_loss={self.refl_loss!r}: expected one of 'hinge', 'linear'.")
@@ -118,7 +124,7 @@ class ReFLConfig(TrainingArguments):
             raise ValueError(f"refl_margin={self.refl_margin}: expected a finite number, in units of the reward.")
         for name in ("max_completion_length", "num_inference_steps", "image_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
         for name in ("temperature", "timestep_shift", "refl_scale"):
             if not 0 < getattr(self, name) < math.inf:
@@ -149,7 +155,7 @@ def check_names(columns: Mapping[str, Sequence[str]]) -> None:
             )
 
 
-class ReFLTrainer(Trainer):
+class ReFLTrainer(TrainingLoop):
     """
     Trainer for reward feedback learning (ReFL, arXiv 2304.05977) of a unified model's image expert.
 
@@ -201,13 +207,18 @@ class ReFLTrainer(Trainer):
         self.reward = as_reward(reward)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
-                check_names(check_columns(dataset, name, ("prompt",)))
+                check_names(check_rows(dataset, name, ("prompt",), args if name == "train_dataset" else None))
+        check_evaluation(args, eval_dataset)
+        kwargs["callbacks"] = callback_list(kwargs.get("callbacks"))
         source = model if isinstance(model, str) else None
         if isinstance(model, str):
             frozen_in_bf16 = args.bf16 and peft_config is not None
-            model = load_unified_model(model, dtype=torch.bfloat16 if frozen_in_bf16 else torch.float32)
+            model = load_trainable(model, peft_config, dtype=torch.bfloat16 if frozen_in_bf16 else torch.float32)
+            if isinstance(model, PeftModel):  # the folder held adapters
+                peft_config, source = None, None
         base = unified_model(model)
         check_contract(base)
+        check_own_adapters(model)
         check_lengths(args, base)
         base.latent_shape((args.image_size, args.image_size))  # raises for a size that the model can't paint
         tokenizer = find_tokenizer(base, processing_class, source or model.config.name_or_path)
@@ -228,7 +239,7 @@ class ReFLTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            data_collator=collate,
+            data_collator=CheckedRows(collate),
             **kwargs,
         )
         self._system = choose_system_prompt(base, args.system_prompt, args.thinking)

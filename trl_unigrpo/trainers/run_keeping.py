@@ -1,5 +1,6 @@
 """The books of a run: what watchers are told, logs, checkpoints, the model card."""
 
+import math
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,10 @@ from ..reporting.gallery import Gallery
 from ..reporting.model_card import rewrite_card
 from ..trajectory import Trajectory
 from .checkpoint import load_rollouts, save_rollouts
+from .dataset_checks import check_dataset
 from .kept import KeptVelocities
 from .scoring import RewardBook
+from .training_loop import TrainingLoop
 from .trl_bridge import TextAndVelocities
 from .unigrpo_config import UniGRPOConfig
 
@@ -40,6 +43,7 @@ class Progress:
         metrics: of the image's objective, of the optimizer step's micro-batches.
         learning_rates: that the last optimizer step used, for the log.
         eval_rows: trajectories of the evaluation so far.
+        eval_prefix: of its metrics' names.
         images: of the last generation batches, for the log's tables.
     """
 
@@ -48,10 +52,11 @@ class Progress:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     learning_rates: dict[str, float] = field(default_factory=dict)
     eval_rows: int = 0
+    eval_prefix: str = "eval"
     images: deque[Any] = field(default_factory=deque)
 
 
-class RunKeeping(GRPOTrainer):
+class RunKeeping(TrainingLoop, GRPOTrainer):
     """The hooks of `GRPOTrainer` that are not the algorithm. [`UniGRPOTrainer`] sets the attributes."""
 
     args: UniGRPOConfig
@@ -145,17 +150,23 @@ class RunKeeping(GRPOTrainer):
     def _record_seconds(self, phase: str, seconds: float) -> None:
         self._note({f"time/{phase}": seconds})
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        self._progress.eval_rows = 0
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            check_dataset(eval_dataset, "eval_dataset")
+        self._progress.eval_rows, self._progress.eval_prefix = 0, metric_key_prefix
         device = self.accelerator.device
         # Every evaluation draws the same thinkings and the same noise, and training goes on as if there had been none.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(self.args.seed + self.accelerator.process_index)
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "learning_rate" in logs:
             logs.update(self._progress.learning_rates)
+        if self.mode == "eval":  # TRL names the metrics of all evaluation sets alike
+            logs.update(self._eval_means())
         super().log(logs, start_time)
         if self._progress.images and self.args.log_completions_images and self.accelerator.is_main_process:
             columns = {
@@ -165,6 +176,15 @@ class RunKeeping(GRPOTrainer):
                 "advantage": list(self._logs["advantages"]),
             }
             write_completion_images(self.args.output_dir, self.state.global_step, columns, self._progress.images)
+
+    def _eval_means(self) -> dict[str, float | None]:
+        """Take the metrics of an evaluation, under the name of its dataset."""
+        means: dict[str, float | None] = {}
+        for name, values in self._metrics["eval"].items():
+            known = [value for value in values if not math.isnan(value)]
+            means[f"{self._progress.eval_prefix}_{name}"] = sum(known) / len(known) if known else None
+        self._metrics["eval"].clear()
+        return means
 
     # Checkpoints and the card
 

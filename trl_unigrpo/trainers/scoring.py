@@ -9,14 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from ..rewards.thinking import reward_scope
+from .reward_checks import distinct
 from .trl_bridge import get_callable_name, is_async_callable, nanstd
 
 
-def with_name(reward_func: Any) -> Any:
-    """Make a reward function whose errors say which one it was, of the same scope; reward models stay as they are."""
-    if not callable(reward_func) or isinstance(reward_func, nn.Module):
-        return reward_func
-    name = get_callable_name(reward_func)
+def with_names(reward_funcs: Sequence[Any]) -> list[Any]:
+    """Give each reward function a name of its own, which its errors say; reward models stay as they are."""
+    names = distinct(map(get_callable_name, reward_funcs))
+    return [
+        _with_name(function, name) if callable(function) and not isinstance(function, nn.Module) else function
+        for function, name in zip(reward_funcs, names, strict=True)
+    ]
+
+
+def _with_name(reward_func: Any, name: str) -> Any:
+    """Wrap a reward function, of the same scope, so that its errors name it."""
 
     async def score_async(*args: Any, **kwargs: Any) -> Any:
         try:

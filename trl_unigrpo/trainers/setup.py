@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,21 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..flow.objectives import OBJECTIVES, constants
-from ..models.adapters import add_reference_adapter, keep_adapters_in_float32, target_experts, trained_weights
+from ..models.adapters import (
+    add_reference_adapter,
+    check_own_adapters,
+    keep_adapters_in_float32,
+    target_experts,
+    trained_weights,
+)
 from ..models.contract import UnifiedModelMixin, check_contract
-from ..models.experts import check_trained, freeze_experts
+from ..models.experts import check_optimizer, check_trained, freeze_experts
 from ..models.quantization import keep_trainable_layout
 from ..models.registry import unified_model
 from ..models.tokenizer import never_sampled
 from .arguments import check_arguments, check_lengths, default_config, find_tokenizer, load_for_training
+from .prompt_checks import CheckedRows
+from .reward_checks import distinct
 from .trl_bridge import check_attributes, check_trl, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
@@ -57,7 +65,7 @@ class Setup:
 def prepare_run(
     model: str | PreTrainedModel,
     args: UniGRPOConfig | None,
-    reward_funcs: Callable | list[Callable],
+    reward_funcs: Sequence[Any],
     datasets: dict[str, Any],
     processing_class: PreTrainedTokenizerBase | None,
     quantization_config: Any,
@@ -70,6 +78,7 @@ def prepare_run(
         source, adapted = model, peft_config is not None
     else:
         check_contract(unified_model(model))
+        check_own_adapters(model)
         source, adapted = model.config.name_or_path, peft_config is not None or is_peft_model(model)
     args = args or default_config(source)
     check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
@@ -79,6 +88,8 @@ def prepare_run(
         model, args = load_for_training(source, args, quantization_config, peft_config)
         quantization_config = None
         check_contract(unified_model(model))
+        if is_peft_model(model):  # the folder held adapters
+            peft_config, source, adapted = None, model.config.name_or_path, True
     base = unified_model(model)
     check_lengths(args, base)
     num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
@@ -128,6 +139,9 @@ def finish_run(trainer: Any, setup: Setup) -> None:
     return_velocity(base)
     if base.kept_reference is not None:
         base.kept_reference.to(trainer.accelerator.device)
+    check_optimizer(base, model, trainer.optimizer)
+    trainer.data_collator = CheckedRows(trainer.data_collator)
+    trainer.reward_func_names = distinct(trainer.reward_func_names)
     trainer.generation_config.suppress_tokens = never_sampled(base, setup.tokenizer, trainer.eos_token_ids)
 
 

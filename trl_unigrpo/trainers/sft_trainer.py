@@ -15,18 +15,23 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
 )
 
 from ..flow import line_state, shift_timesteps
 from ..flow.states import LinePoints
+from ..models.adapters import check_own_adapters, load_trainable
 from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.prompts import as_messages, choose_system_prompt
-from ..models.registry import load_unified_model, unified_model
+from ..models.registry import unified_model
 from ..trajectory import Image, Round, Steps, Trajectory
 from .arguments import find_tokenizer
-from .dataset_checks import check_columns
+from .config_numbers import read_numbers
+from .dataset_checks import check_rows
+from .evaluation_checks import check_evaluation
+from .prompt_checks import CheckedRows
+from .reward_checks import callback_list
+from .training_loop import TrainingLoop
 from .trl_bridge import take_steps
 
 
@@ -75,6 +80,7 @@ class UnifiedSFTConfig(TrainingArguments):
     system_prompt: str = field(default="auto", metadata={"help": "'auto': the model's own; '': none."})
 
     def __post_init__(self) -> None:
+        read_numbers(self)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         for name, choices in {
             "timestep_sampling": ("logit_normal", "uniform"),
@@ -142,7 +148,7 @@ class UnifiedCollator:
         }
 
 
-class UnifiedSFTTrainer(Trainer):
+class UnifiedSFTTrainer(TrainingLoop):
     """
     Trainer for supervised fine-tuning of a unified model on rows of prompt, thinking and image.
 
@@ -166,16 +172,18 @@ class UnifiedSFTTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
-        source = model if isinstance(model, str) else None
-        if isinstance(model, str):
-            model = load_unified_model(model, dtype=torch.float32)
-        base = unified_model(model)
-        check_contract(base)
-        take_steps(base)
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
-                check_columns(dataset, name, COLUMNS)
-        tokenizer = find_tokenizer(base, processing_class, source or model.config.name_or_path)
+                check_rows(dataset, name, COLUMNS, args if name == "train_dataset" else None)
+        check_evaluation(args, eval_dataset)
+        kwargs["callbacks"] = callback_list(kwargs.get("callbacks"))
+        if isinstance(model, str):
+            model = load_trainable(model, None, dtype=torch.float32)
+        base = unified_model(model)
+        check_contract(base)
+        check_own_adapters(model)
+        take_steps(base)
+        tokenizer = find_tokenizer(base, processing_class, model.config.name_or_path)
         system = choose_system_prompt(base, args.system_prompt)
         super().__init__(
             model=model,
@@ -183,7 +191,7 @@ class UnifiedSFTTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            data_collator=UnifiedCollator(tokenizer, system),
+            data_collator=CheckedRows(UnifiedCollator(tokenizer, system)),
             **kwargs,
         )
         self._sums: dict[str, list[float]] = {}
@@ -245,7 +253,8 @@ class UnifiedSFTTrainer(Trainer):
         return loss.detach(), None, None
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
+        timed = (name.removesuffix("runtime") for name in logs if name.endswith("_runtime"))
+        prefix = next((name for name in timed if name != "train_"), "")  # of an evaluation, by its dataset
         logs.update({prefix + name: sum(values) / len(values) for name, values in self._sums.items()})
         self._sums.clear()
         super().log(logs, start_time)

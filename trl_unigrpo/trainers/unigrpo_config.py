@@ -9,6 +9,8 @@ import torch
 from trl import GRPOConfig
 
 from .config_checks import check_choices, check_epochs, check_values, check_window
+from .config_numbers import read_numbers
+from .evaluation_checks import whole_groups
 from .trl_versions import check_options
 
 
@@ -120,6 +122,9 @@ class UniGRPOConfig(GRPOConfig):
             Gradients are clipped to this norm, the text expert's and the image expert's apart.
         adam_epsilon (`float`, *optional*, defaults to `1e-15`):
             Adam's epsilon: the flow's gradients are of the order of 1e-9, which TRL's 1e-8 would drown.
+        per_device_eval_batch_size (`int`, *optional*):
+            Trajectories per device in evaluation: about 8, whole groups of `num_generations_eval`, by default of
+            `num_generations`.
         gradient_accumulation_steps (`int`, *optional*):
             Chosen so that a generation batch holds whole groups: one prompt, if one group fills it.
 
@@ -172,6 +177,9 @@ class UniGRPOConfig(GRPOConfig):
         metadata={
             "help": "Micro-steps per optimizer step. None: the fewest that make whole groups of num_generations."
         },
+    )
+    per_device_eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Trajectories per device in evaluation. None: whole groups, about 8."}
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False,
@@ -303,10 +311,13 @@ class UniGRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         check_options()
+        read_numbers(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.gradient_accumulation_steps is None:
             self.gradient_accumulation_steps = _whole_groups(self.num_generations, self._micro_batch())
+        group = self.num_generations_eval or self.num_generations or 1
+        self.per_device_eval_batch_size = whole_groups(self.per_device_eval_batch_size, group, _world_size())
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing  # the newer name of the same thing
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()

@@ -29,7 +29,7 @@ from ..flow import flow_timesteps
 from ..flow.guidance import Guidance
 from ..flow.sampler import RolloutPlan
 from ..models.contract import UnifiedModelMixin
-from ..models.experts import clip_by_expert, freeze_experts, split_groups
+from ..models.experts import clip_by_expert, freeze_experts, rates_by_expert, split_groups
 from ..models.prompts import as_messages, choose_system_prompt, system_ids
 from ..models.registry import unified_model
 from ..monitoring.alarms import default_alarms
@@ -44,8 +44,9 @@ from ..sampling import decode, paint
 from ..seeding import EVAL, TRAIN, row_generator
 from ..trajectory import Round, Steps, Trajectory, in_order
 from .kept import KeptVelocities
+from .reward_checks import as_list, callback_list
 from .run_keeping import Progress, RunKeeping
-from .scoring import RewardBook, with_name
+from .scoring import RewardBook, with_names
 from .setup import finish_run, prepare_run
 from .trl_bridge import (
     TextAndVelocities,
@@ -115,18 +116,19 @@ class UniGRPOTrainer(RunKeeping):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: Callable | list[Callable],
+        reward_funcs: Callable | Sequence[Callable] | None = None,
         args: UniGRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        callbacks: TrainerCallback | Sequence[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
         **unsupported: Any,
     ):
+        reward_funcs, callbacks = as_list(reward_funcs), callback_list(callbacks)
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         setup = prepare_run(
             model, args, reward_funcs, datasets, processing_class, quantization_config, peft_config, unsupported
@@ -138,12 +140,12 @@ class UniGRPOTrainer(RunKeeping):
         watchers = [*default_checks(args.trust_checks), *default_alarms(args.alarms), Gallery()]
         super().__init__(
             model=setup.model,
-            reward_funcs=[with_name(f) for f in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])],
+            reward_funcs=with_names(reward_funcs),
             args=args,
             **datasets,
             processing_class=setup.tokenizer,
             reward_processing_classes=reward_processing_classes,
-            callbacks=[*(callbacks or []), *watchers, SaveOnSignal(), ExpectedCost()],
+            callbacks=[*callbacks, *watchers, SaveOnSignal(), ExpectedCost()],
             optimizers=optimizers,
             quantization_config=setup.quantization_config,
             peft_config=setup.peft_config,
@@ -392,6 +394,6 @@ class UniGRPOTrainer(RunKeeping):
     def _get_learning_rate(self) -> float:
         # Called between the optimizer's step and the scheduler's: these are the rates that were used.
         self._phases.end("update")
-        groups = [group for group in self.optimizer.param_groups if "name" in group]
-        self._progress.learning_rates = {f"learning_rate/{group['name']}": group["lr"] for group in groups}
+        rates = rates_by_expert(self.unified, self.model, self.optimizer)
+        self._progress.learning_rates = {f"learning_rate/{name}": rate for name, rate in rates.items()}
         return super()._get_learning_rate()
