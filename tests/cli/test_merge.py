@@ -20,7 +20,7 @@ from tests.helpers.tiny_painters import PROMPTS, generators
 from tests.helpers.tiny_pipelines import FAMILIES, qwen3, tokenizer
 from tests.helpers.tiny_unified import tiny_bagel, tiny_tokenizer
 from trl_unigrpo.cli import app
-from trl_unigrpo.cli.train import run_training
+from trl_unigrpo.cli.train import main as train
 from trl_unigrpo.evaluation.models import load_model
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
@@ -134,7 +134,7 @@ def test_eval_and_train_load_it(tmp_path):
         "report_to": "none",
     }
     settings |= {"num_inference_steps": 7, "sde_window_size": 1, "num_iterations": 1, "use_cpu": True, "bf16": False}
-    run_training([str(part) for name, value in settings.items() for part in (f"--{name}", value)])
+    train([str(part) for name, value in settings.items() for part in (f"--{name}", value)])
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 

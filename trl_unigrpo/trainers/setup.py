@@ -16,10 +16,11 @@ from ..flow.objectives import OBJECTIVES
 from ..models.adapters import add_reference_adapter, keep_adapters_in_float32, target_experts, trained_weights
 from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.experts import check_trained, freeze_experts
+from ..models.hub import hub_arguments
 from ..models.quantization import keep_trainable_layout
 from ..models.registry import unified_model
 from ..models.tokenizer import never_sampled
-from .arguments import check_arguments, check_lengths, default_config, find_tokenizer, load_for_training
+from .arguments import check_arguments, check_lengths, default_config, find_tokenizer, load_for_training, of_revision
 from .trl_bridge import check_attributes, check_trl, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
@@ -76,6 +77,7 @@ def prepare_run(
     check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
 
     set_seed(args.seed)  # adapters start at random
+    hub = hub_arguments(args.model_init_kwargs or {})
     if isinstance(model, str):
         model, args = load_for_training(source, args, quantization_config, peft_config)
         quantization_config = None
@@ -91,7 +93,7 @@ def prepare_run(
         model=model,
         base=base,
         args=args,
-        tokenizer=find_tokenizer(base, processing_class, source),
+        tokenizer=find_tokenizer(base, processing_class, source, **hub),
         quantization_config=quantization_config,
         peft_config=peft_config,
         trains={"text": args.text_weight > 0, "image": args.flow_weight > 0},
@@ -104,7 +106,7 @@ def prepare_run(
     )
     _keep_reference(setup, adapted)
     setup.masters = trained_weights(model) if is_peft_model(model) else {}
-    setup.peft_config = target_experts(peft_config, base, setup.trains)
+    setup.peft_config = of_revision(target_experts(peft_config, base, setup.trains), hub.get("revision"))
     return setup
 
 

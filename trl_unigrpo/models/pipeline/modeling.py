@@ -18,6 +18,7 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from ...messages import user_text
 from ...trajectory import Trajectory
 from ..contract import UnifiedModelMixin, UnifiedOutput
+from ..hub import HUB_ARGUMENTS, hub_arguments
 from ..quantization import keep_trainable_layout
 from ..tokenizer import read_tokenizer
 from .blocks import linear_names, recomputed_blocks
@@ -38,6 +39,9 @@ from .sharing import share_weights, whole_state
 
 
 END_OF_THINKING = "</think>"
+
+_PASSED_BY = ("adapter_kwargs", "device_map", "trust_remote_code", "_from_auto")
+"""What transformers' auto classes and the trainer hand to every model, and a pipeline has no use for."""
 
 
 class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMixin):
@@ -111,6 +115,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         painter_prompt: str | None = None,
         painter_arguments: dict[str, Any] | None = None,
         system_prompt: str | None = None,
+        attn_implementation: str | None = None,
         **hub: Any,
     ) -> "PipelineForUnifiedGeneration":
         """
@@ -126,11 +131,18 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
                 `torch.float32`.
             quantization_config: a `BitsAndBytesConfig` for the linear layers of both.
             painter_prompt, painter_arguments, system_prompt: see [`PipelineUnifiedConfig`].
-            hub: `revision`, `token`, `cache_dir`.
+            attn_implementation: of the thinker, as transformers names it. The painter has diffusers' own.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            TypeError: for an argument that neither half would get.
         """
         if (pretrained_model_name_or_path is None) == (painter is None):
             raise ValueError("Pass either the folder of a saved unified model, or painter=... with thinker=... .")
-        hub = {name: hub[name] for name in ("cache_dir", "revision", "token") if hub.get(name)}
+        unknown = sorted(set(hub) - {*HUB_ARGUMENTS, *_PASSED_BY})
+        if unknown:
+            raise TypeError(f"{unknown[0]}={hub[unknown[0]]!r} does nothing for a pipeline. Leave it out.")
+        hub = hub_arguments(hub)
         if painter is None:
             folder = local_folder(pretrained_model_name_or_path, **hub)
             config, hub = config or PipelineUnifiedConfig.from_pretrained(folder), {}
@@ -152,9 +164,14 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         check_pipeline(pipeline)
         if thinker is None:
             thinker, own = painters_own_thinker(pipeline)
-            return cls(thinker, tokenizer or own, pipeline, config)
-        thinker = load_thinker(thinker, dtype, quantization_config, **hub)
-        return cls(thinker, tokenizer or read_tokenizer(thinker.config._name_or_path, **hub), pipeline, config)
+            tokenizer = tokenizer or own
+        else:
+            thinker = load_thinker(thinker, dtype, quantization_config, **hub)
+            tokenizer = tokenizer or read_tokenizer(thinker.config._name_or_path, **hub)
+        attention = attn_implementation or getattr(config, "_attn_implementation", None)
+        if attention is not None:
+            thinker.set_attn_implementation(attention)
+        return cls(thinker, tokenizer, pipeline, config)
 
     def save_pretrained(self, save_directory: Any, *args: Any, is_main_process: bool = True, **kwargs: Any) -> None:
         """Write `thinker/`, a folder of transformers, and `painter/`, one of diffusers, beside the configuration."""
