@@ -12,6 +12,7 @@ from PIL import Image
 from tests.helpers.tiny_painters import tiny_model
 from tests.helpers.tiny_pipelines import tokenizer
 from tests.helpers.tiny_unified import prompts_dataset, redness, tiny_bagel, tiny_tokenizer
+from trl_unigrpo.flow.guidance import Guidance
 from trl_unigrpo.reporting.run_files import read_run
 from trl_unigrpo.reporting.run_summary import change
 from trl_unigrpo.rewards import thinking_reward
@@ -92,27 +93,34 @@ def run_example(text):
 
 
 @pytest.mark.parametrize("adapters", [False, True])
-def test_the_example_of_the_card_runs(make_trainer, tmp_path, monkeypatch, adapters):
+def test_the_example_of_the_card_paints_as_it_was_trained(make_trainer, tmp_path, monkeypatch, adapters):
     import trl_unigrpo.evaluation as evaluation
 
     base, run = tmp_path / "base", tmp_path / "run"
     tiny_bagel().save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     trainer = make_trainer(
-        run, model=str(base), processing_class=None, peft_config=LoraConfig(r=2) if adapters else None, **SAVED
+        run,
+        model=str(base),
+        processing_class=None,
+        peft_config=LoraConfig(r=2) if adapters else None,
+        timestep_shift=2.0,
+        guidance_scale=1.5,
+        **SAVED,
     )
     trainer.train()
     trainer.save_model(str(run))
     monkeypatch.chdir(tmp_path)
-    generate = evaluation.generate
-    small = {"image_size": 8, "num_inference_steps": 3, "max_completion_length": 4}
-    monkeypatch.setattr(evaluation, "generate", lambda model, prompts: generate(model, prompts, **small))
+    generate, asked = evaluation.generate, {}
+    monkeypatch.setattr(evaluation, "generate", lambda *args, **told: asked.update(told) or generate(*args, **told))
     names = run_example((run / "README.md").read_text())
     trained = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     loaded = dict(names["model"].named_parameters())
     changed = [name for name in loaded if "lora" in name] if adapters else list(loaded)
     assert changed and all(math.isclose(float((trained[n] - loaded[n]).abs().max()), 0) for n in changed)
-    assert (tmp_path / "image.png").is_file()
+    assert Image.open(tmp_path / "image.png").size == (8, 8)
+    sizes = {"image_size": 8, "num_inference_steps": 6, "max_completion_length": 5}
+    assert asked == sizes | {"timestep_shift": 2.0, "guidance": Guidance(1.5)}
 
 
 def test_a_pipelines_card_names_its_parts(make_trainer, tmp_path):

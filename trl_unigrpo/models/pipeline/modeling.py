@@ -5,7 +5,7 @@ Shapes: B samples, T text tokens, H hidden size, `latent` the dimensions of the 
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 from ...messages import user_text
 from ...trajectory import Trajectory
 from ..contract import UnifiedModelMixin, UnifiedOutput
-from ..hub import HUB_ARGUMENTS, hub_arguments
 from ..quantization import keep_trainable_layout
 from ..tokenizer import read_tokenizer
 from .blocks import linear_names, recomputed_blocks
@@ -28,20 +27,18 @@ from .encodings import Encodings
 from .latents import LatentMap
 from .loading import (
     hardware_dtype,
+    hub_alone,
     load_painter,
     load_thinker,
     local_folder,
     painters_own_thinker,
 )
 from .painter import Painter
-from .saving import quick_start, save_adapters
+from .saving import ADAPTERS, quick_start, save_adapters
 from .sharing import share_weights, whole_state
 
 
 END_OF_THINKING = "</think>"
-
-_PASSED_BY = ("adapter_kwargs", "device_map", "trust_remote_code", "_from_auto")
-"""What transformers' auto classes and the trainer hand to every model, and a pipeline has no use for."""
 
 
 class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMixin):
@@ -139,10 +136,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         """
         if (pretrained_model_name_or_path is None) == (painter is None):
             raise ValueError("Pass either the folder of a saved unified model, or painter=... with thinker=... .")
-        unknown = sorted(set(hub) - {*HUB_ARGUMENTS, *_PASSED_BY})
-        if unknown:
-            raise TypeError(f"{unknown[0]}={hub[unknown[0]]!r} does nothing for a pipeline. Leave it out.")
-        hub = hub_arguments(hub)
+        hub = hub_alone(hub)
         if painter is None:
             folder = local_folder(pretrained_model_name_or_path, **hub)
             config, hub = config or PipelineUnifiedConfig.from_pretrained(folder), {}
@@ -162,15 +156,13 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         )
         pipeline = load_painter(painter, dtype, quantization_config, thinks=thinker is None, **hub)
         check_pipeline(pipeline)
+        thinker, own = load_thinker(thinker, dtype, quantization_config, **hub), None
         if thinker is None:
             thinker, own = painters_own_thinker(pipeline)
-            tokenizer = tokenizer or own
-        else:
-            thinker = load_thinker(thinker, dtype, quantization_config, **hub)
-            tokenizer = tokenizer or read_tokenizer(thinker.config._name_or_path, **hub)
         attention = attn_implementation or getattr(config, "_attn_implementation", None)
         if attention is not None:
             thinker.set_attn_implementation(attention)
+        tokenizer = tokenizer or own or read_tokenizer(thinker.config.name_or_path, **hub)
         return cls(thinker, tokenizer, pipeline, config)
 
     def save_pretrained(self, save_directory: Any, *args: Any, is_main_process: bool = True, **kwargs: Any) -> None:
@@ -194,11 +186,21 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return True
 
     def save_adapters(self, folder: str | Path) -> None:
-        """Write the LoRA of each half as its own library has it, `adapters/thinker` and `adapters/painter`."""
+        """
+        Write the LoRA of each half as its own library has it, `adapters/thinker` and `adapters/painter`, and beside
+        them what a model that is in no folder of its own was put together from.
+        """
         save_adapters(self, folder)
+        if getattr(self, "peft_config", None) and not self.in_one_folder:
+            self.config.save_pretrained(Path(folder) / ADAPTERS)
 
-    def quick_start(self, source: str) -> str:
-        return quick_start(self, source)
+    @property
+    def in_one_folder(self) -> bool:
+        """True for a model that `save_pretrained` wrote, False for one that was put together from its two halves."""
+        return self.config.name_or_path != self.thinker.config.name_or_path
+
+    def quick_start(self, source: str, painting: Mapping[str, Any]) -> str:
+        return quick_start(self, source, painting)
 
     @property
     def pipeline(self) -> Any:

@@ -1,7 +1,7 @@
 """Adapters in the formats that transformers and diffusers load by themselves."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ messages = [
     {{"role": "user", "content": "A red cube on a blue table"}},
 ]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-tokens = thinker.generate(**inputs, max_new_tokens=512)
+tokens = thinker.generate(**inputs, max_new_tokens={length})
 text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 image = pipeline({prompt}, {arguments}).images[0]
@@ -131,20 +131,24 @@ image.save("image.png")
 """
 
 
-def quick_start(model: Any, source: str) -> str:
-    """Write code for the model card that thinks and paints with transformers and diffusers alone."""
+def quick_start(model: Any, source: str, painting: Mapping[str, Any]) -> str:
+    """Write code for the model card that thinks and paints as in training, with transformers and diffusers alone."""
     told = {
         "answer": "text.rpartition('</think>')[2].strip()",
         "prompt_and_answer": "messages[1]['content'] + '\\n' + text.rpartition('</think>')[2].strip()",
         "completion": "text.strip()",
     }
+    size, system = painting["image_size"], painting.get("system_prompt", model.config.system_prompt)
+    arguments = {**model.painter_arguments, "height": size, "width": size}
+    arguments["num_inference_steps"] = painting["num_inference_steps"]
     return QUICK_START.format(
         source=source,
         language_class=type(model.thinker).__name__,
         loading="\n".join(_loading(model, source)),
-        system=model.config.system_prompt,
+        length=painting["max_completion_length"],
+        system=system or "",
         prompt=told[model.config.painter_prompt],
-        arguments=", ".join(f"{name}={value!r}" for name, value in model.painter_arguments.items()),
+        arguments=", ".join(f"{name}={value!r}" for name, value in arguments.items()),
     )
 
 
@@ -152,13 +156,15 @@ def _loading(model: Any, source: str) -> Iterator[str]:
     """Yield lines that load `thinker` and `pipeline`, with what was trained."""
     adapted, shared = bool(getattr(model, "peft_config", {})), model.config.shared_encoder
     language_class = type(model.thinker).__name__
-    painter = model.config.sources["painter"] if adapted else f"{source}/painter"
+    home = model.config.name_or_path if adapted else source
+    in_parts = adapted and not model.in_one_folder
+    painter = model.config.sources["painter"] if in_parts else f"{home}/painter"
     if shared:
         yield f'thinker = {language_class}.from_pretrained("{painter}", subfolder="text_encoder")'
-    elif adapted:
+    elif in_parts:
         yield f'thinker = {language_class}.from_pretrained("{model.config.sources["thinker"]}")'
     else:
-        yield f'thinker = {language_class}.from_pretrained("{source}", subfolder="thinker")'
+        yield f'thinker = {language_class}.from_pretrained("{home}", subfolder="thinker")'
     if adapted:
         yield f'thinker = PeftModel.from_pretrained(thinker, "{source}", subfolder="{ADAPTERS}/thinker")'
     encoder = ""
