@@ -48,11 +48,14 @@ def before_any_command(
 
 def train_command(context: typer.Context) -> None:
     """Train with UniGRPO: --config file.yaml, or options; train --help lists them."""
+    from ..monitoring.trust import TrustError
+    from ..rewards.common import DeadRewardError
     from .train import prepare_training, run_training
 
     with told_in_a_line("train", ImportError, OSError, TypeError, ValueError):
         training = prepare_training(context.args)
-    run_training(*training)
+    with told_in_a_line("train", DeadRewardError, TrustError):
+        run_training(*training)
 
 
 # The options of `train` are TRL's, which its own parser reads.

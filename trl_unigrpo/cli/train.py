@@ -51,7 +51,7 @@ class TrainArguments:
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """TRL's [`~trl.ModelConfig`], whose dtype is left to the trainer."""
+    """TRL's [`~trl.ModelConfig`] with other defaults: the dtype is left to the trainer, adapters have no dropout."""
 
     dtype: str | None = field(
         default=None,
@@ -59,6 +59,9 @@ class ModelArguments(ModelConfig):
             "help": "Of the weights. By default float32 where they are trained, below adapters bfloat16 with --bf16.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout of the adapters; with --disable_dropout false alone."}
     )
 
 
@@ -85,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_training(script: TrainArguments, trainer: UniGRPOTrainer) -> None:
     """Train, save, and publish if that was asked for."""
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    resume = trainer.args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):  # an option of the command line is a text
+        resume = resume.lower() == "true"
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(trainer.args.output_dir)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
@@ -107,7 +113,7 @@ def prepare_training(argv: Sequence[str] | None = None) -> tuple[TrainArguments,
     script, args, model = parser.parse_args_and_config(given if argv is not None else None)
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: a folder, a hub id, or 'shapeworld'.")
-    check_model_arguments(model)
+    check_model_arguments(model, args)
     rewards = [load_reward(path) for path in script.reward_funcs]
     train_dataset, eval_dataset = load_datasets(script, args)
     args.model_init_kwargs = {**loading_arguments(model), **(args.model_init_kwargs or {})}
@@ -141,8 +147,8 @@ def loading_arguments(model: ModelArguments) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def check_model_arguments(model: ModelArguments) -> None:
-    """Raise ValueError for options of adapters, or of quantised weights, where there are none."""
+def check_model_arguments(model: ModelArguments, args: UniGRPOConfig) -> None:
+    """Raise ValueError for options of adapters, or of quantised weights, that would do nothing."""
     changed = [each.name for each in fields(model) if getattr(model, each.name) != each.default]
     groups = {
         "use_peft": [name for name in changed if name.startswith("lora_") or name in ("use_rslora", "use_dora")],
@@ -153,6 +159,11 @@ def check_model_arguments(model: ModelArguments) -> None:
             raise ValueError(
                 f"--{names[0]} {getattr(model, names[0])} does nothing without --{switch}: add that, or leave it out."
             )
+    if model.lora_dropout and args.disable_dropout:
+        raise ValueError(
+            f"--lora_dropout {model.lora_dropout} does nothing: dropout is off, as the update would not compute what "
+            "the rollout did. Leave it out, or add --disable_dropout false."
+        )
     if model.lora_task_type != "CAUSAL_LM":
         raise ValueError(
             f"--lora_task_type {model.lora_task_type}: a unified model writes its thinking, which is CAUSAL_LM."

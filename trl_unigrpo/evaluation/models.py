@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
+from ..models.contract import UnifiedModelMixin
 from ..models.pipeline.configuration import PipelineUnifiedConfig
 from ..models.pipeline.loading import hardware_dtype, local_folder
 from ..models.pipeline.saving import ADAPTERS
@@ -57,6 +58,7 @@ def load_model(
             raise ValueError(f"{source!r} is a whole model: base, thinker and painter belong to a folder of adapters.")
         source = _named(source)
         model = load_unified_model(source, **kwargs)
+        _check_paints(model, f"{source!r} is")
         return model.to(where).eval(), _tokenizer(model, source)
     parts = parts_of(source, base, thinker, painter)
     if "painter" in parts:
@@ -72,12 +74,12 @@ def load_model(
         below = _named(parts["base"])
         revision = None if base is not None else _adapter_config(str(source)).get("revision")
         model = load_unified_model(below, **kwargs, **({"revision": revision} if revision else {}))
+        _check_paints(model, f"The adapters in {source!r} were trained on {below!r},")
         tokenizer = _tokenizer(model, below, str(source), revision)
     if source is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, source)
-    unified_model(model)
     return model.to(where).eval(), tokenizer
 
 
@@ -99,6 +101,14 @@ def parts_of(source: str | None, base: str | None, thinker: str | None, painter:
         raise ValueError(f"thinker={thinker!r} without a painter paints nothing. Pass painter=... too (--painter).")
     given = {"source": source, "base": base, "thinker": thinker, "painter": painter}
     return {name: part for name, part in given.items() if part is not None}
+
+
+def _check_paints(model: Any, found: str) -> None:
+    if not isinstance(model, UnifiedModelMixin):
+        raise ValueError(
+            f"{found} a {type(model).__name__}, which paints no images. To paint with a pipeline of diffusers, pass "
+            "painter=... and thinker=... (--painter P --thinker T)."
+        )
 
 
 def is_adapter(source: str) -> bool:

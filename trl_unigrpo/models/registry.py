@@ -20,8 +20,11 @@ def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
     party registers its own with `AutoModelForCausalLM.register`. Never runs code from a repository.
 
     Raises:
+        FileNotFoundError: for a folder that is not there.
         ValueError: for `trust_remote_code`, and for an argument that the model can't follow.
     """
+    if str(source).startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
+        raise FileNotFoundError(f"{str(source)!r}: no such folder. Pass the folder or the hub id of a model.")
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(
             "trust_remote_code=True: code of a repository is never run. Register the model's class with "
