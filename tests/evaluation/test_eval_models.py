@@ -94,12 +94,9 @@ def test_a_pipelines_folder_and_its_parts(tmp_path):
 @pytest.fixture
 def halves(tmp_path):
     """Folders of a thinker and of a painter."""
-    from tests.helpers.tiny_pipelines import FAMILIES, qwen3, tokenizer
+    from tests.helpers.tiny_pipelines import saved_halves
 
-    qwen3(language_head=True).save_pretrained(tmp_path / "thinker")
-    tokenizer().save_pretrained(tmp_path / "thinker")
-    FAMILIES["sd3"]().pipeline.save_pretrained(tmp_path / "painter")
-    return {"thinker": str(tmp_path / "thinker"), "painter": str(tmp_path / "painter")}
+    return saved_halves(tmp_path)
 
 
 def pipeline_adapters(model, folder):

@@ -143,17 +143,12 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
             painter, thinker = folder / "painter", None if config.shared_encoder else folder / "thinker"
             tokenizer = tokenizer or read_tokenizer(folder, padding_side="left")
         config = copy.deepcopy(config) or PipelineUnifiedConfig()
-        given = {
-            "painter_prompt": painter_prompt,
-            "painter_arguments": painter_arguments,
-            "system_prompt": system_prompt,
-        }
-        for name, value in given.items():
+        given = {"painter_prompt": painter_prompt, "painter_arguments": painter_arguments}
+        for name, value in {**given, "system_prompt": system_prompt}.items():
             if value is not None:
                 setattr(config, name, value)
-        dtype = (
-            hardware_dtype() if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        )
+        if not isinstance(dtype, torch.dtype):
+            dtype = hardware_dtype() if dtype in (None, "auto") else getattr(torch, dtype)
         pipeline = load_painter(painter, dtype, quantization_config, thinks=thinker is None, **hub)
         check_pipeline(pipeline)
         thinker, own = load_thinker(thinker, dtype, quantization_config, **hub), None
