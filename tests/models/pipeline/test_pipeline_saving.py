@@ -141,6 +141,19 @@ def test_the_model_cards_example_runs(tmp_path, adapters, monkeypatch):
     assert (tmp_path / "image.png").is_file()
 
 
+def test_the_example_of_a_model_on_the_hub_runs(tmp_path, monkeypatch):
+    model = PipelineForUnifiedGeneration.from_pretrained(**saved_parts(tmp_path))
+    repository = tmp_path / "hub" / "models--org--run"
+    model.save_pretrained(repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(model.quick_start("org/run", PAINTING).split("```")[1].removeprefix("python"), names)
+    assert names["image"].size == (8, 8) and names["home"] == str(repository / "snapshots" / ("0" * 40))
+
+
 def test_a_trainer_saves_adapters_for_other_libraries(tmp_path):
     """Beside PEFT's file of both, from which training is resumed."""
     model = tiny_model()
