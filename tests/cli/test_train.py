@@ -13,7 +13,7 @@ from tests.helpers.tiny_unified import tiny_bagel, tiny_tokenizer
 from trl_unigrpo.cli import app
 from trl_unigrpo.cli.prompt_files import load_prompts
 from trl_unigrpo.cli.train import ModelArguments, check_model_arguments, main, prepare_training
-from trl_unigrpo.evaluation.models import load_model
+from trl_unigrpo.evaluation.models import base_revision, fingerprint, load_model
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
 
@@ -104,7 +104,9 @@ def test_a_revision_is_that_of_weights_tokenizer_adapters_and_evaluation(hub, tm
     trainer = prepared(tmp_path, **small, model_revision="second", use_peft=True)
     assert float(trainer.unified.llm2vae.bias.mean()) == 1 and "later" in trainer.processing_class.get_vocab()
     trainer.save_model()
-    model, tokenizer = load_model(str(tmp_path / "run"), device="cpu")
+    run = str(tmp_path / "run")
+    assert base_revision(run) == "second" and fingerprint(hub, "second") == {"source": hub, "revision": "1" * 40}
+    model, tokenizer = load_model(run, device="cpu")
     assert float(model.get_base_model().llm2vae.bias.mean()) == 1 and "later" in tokenizer.get_vocab()
 
 

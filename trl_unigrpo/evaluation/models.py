@@ -72,7 +72,7 @@ def load_model(
         tokenizer = model.tokenizer
     else:
         below = _named(parts["base"])
-        revision = None if base is not None else _adapter_config(str(source)).get("revision")
+        revision = base_revision(source) if base is None else None
         model = load_unified_model(below, **kwargs, **({"revision": revision} if revision else {}))
         _check_paints(model, f"The adapters in {source!r} were trained on {below!r},")
         tokenizer = _tokenizer(model, below, str(source), revision)
@@ -136,6 +136,11 @@ def _half(config: PipelineUnifiedConfig, part: str, source: str) -> str:
     return name
 
 
+def base_revision(source: str | None) -> str | None:
+    """Name the revision of the base model that adapters were trained on; None for its latest, or without adapters."""
+    return _adapter_config(source).get("revision") if source is not None and is_adapter(source) else None
+
+
 def _adapter_config(source: str) -> dict[str, Any]:
     return json.loads((Path(source) / ADAPTER).read_text(encoding="utf-8"))
 
@@ -174,14 +179,14 @@ def _tokenizer(
         return read_tokenizer(adapters)
 
 
-def fingerprint(source: str) -> dict[str, Any]:
+def fingerprint(source: str, revision: str | None = None) -> dict[str, Any]:
     """
     Give what a model's weights are known by: a digest of all weight files of a folder, of their names and sizes where
-    they are more than 2 GiB, or a hub repository's revision where the cache knows it.
+    they are more than 2 GiB, or the commit of a hub repository's `revision` where the cache knows it.
     """
     folder = Path(_named(source))
     if not folder.is_dir():
-        return {"source": source, "revision": _revision(source)}
+        return {"source": source, "revision": _commit(source, revision)}
     files = weight_files(folder)
     digest = hashlib.sha256()
     whole = sum(file.stat().st_size for file in files) <= HASHED_BYTES
@@ -225,12 +230,13 @@ def stored_dtype(sources: Iterable[str]) -> str:
     return FLOATS[max(numbers, key=lambda kind: numbers[kind])]
 
 
-def _revision(source: str) -> str | None:
+def _commit(source: str, revision: str | None) -> str | None:
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 
     for name in ("config.json", "llm_config.json", "model_index.json"):
-        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, local_files_only=True)
+        where = {"revision": revision or "main", "local_files_only": True}
+        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)
         if file is not None:
             return extract_commit_hash(file, None)
     return None

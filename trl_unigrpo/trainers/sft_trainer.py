@@ -244,6 +244,11 @@ class UnifiedSFTTrainer(Trainer):
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        base = unified_model(self.accelerator.unwrap_model(self.model))
+        base.save_adapters(output_dir or self.args.output_dir)
+
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         prefix = "eval_" if any(key.startswith("eval_") for key in logs) else ""
         logs.update({prefix + name: sum(values) / len(values) for name, values in self._sums.items()})
