@@ -1,7 +1,9 @@
 """`trl-unigrpo train`: each option that its help lists reaches the run, or is refused."""
 
 import json
+import runpy
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,11 +11,14 @@ import torch
 from datasets import Dataset
 from typer.testing import CliRunner
 
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny_pipelines import saved_halves
 from tests.helpers.tiny_unified import tiny_bagel, tiny_tokenizer
 from trl_unigrpo.cli import app
 from trl_unigrpo.cli.prompt_files import load_prompts
 from trl_unigrpo.cli.train import ModelArguments, check_model_arguments, main, prepare_training
 from trl_unigrpo.evaluation.models import base_revision, fingerprint, load_model
+from trl_unigrpo.shapeworld import BASE
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
 
@@ -225,6 +230,22 @@ def test_a_yaml_file_with_single_values(tmp_path, prompts):
     assert "unknown option 'num_generation'. Is it num_generations?" in refused("--config", str(file))
 
 
+def test_mistakes_of_the_command_line_are_one_line(tmp_path):
+    assert "--config names no file" in refused("--config")
+    for arguments, said in (
+        (
+            ["--output_dir", "run"],
+            "required: --dataset_name/--dataset-name, --reward_funcs/--reward-funcs. --help lists",
+        ),
+        (
+            options(tmp_path, num_generations="three"),
+            "--num_generations/--num-generations: invalid int value: 'three'",
+        ),
+    ):
+        result = CliRunner().invoke(app, ["train", *arguments])
+        assert result.exit_code == 2 and said in result.output and result.output.count("\n") == 1
+
+
 # The run
 
 
@@ -247,3 +268,16 @@ def test_a_run_goes_on_and_is_evaluated(tmp_path, prompts, monkeypatch):
     result = CliRunner().invoke(app, ["eval", *arguments])
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "eval" / "summary.json").read_text())["images"] == 2
+
+
+@pytest.mark.parametrize("name", ["bagel", "pipeline"])
+def test_the_examples_hand_on_the_options_of_a_model(tmp_path, prompts, monkeypatch, name):
+    if name == "bagel":
+        own = {"model_name_or_path": str(BASE)}
+    else:
+        own = saved_halves(tmp_path)
+    own |= {"prompts": prompts, "output_dir": tmp_path / "run", "attn_implementation": "nonsense", "bf16": False}
+    arguments = [part for option, value in own.items() for part in (f"--{option}", str(value))]
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--use_cpu"])
+    with pytest.raises(ValueError, match='attn_implementation="nonsense"'):
+        runpy.run_path(str(ROOT / "examples" / f"unigrpo_{name}.py"), run_name="__main__")

@@ -65,8 +65,14 @@ class ModelArguments(ModelConfig):
     )
 
 
-class YamlParser(TrlParser):
-    """TRL's parser, which takes one value for a list of one and refuses unknown options of a YAML file by name."""
+class TrainParser(TrlParser):
+    """
+    TRL's parser, which takes one value in YAML for a list of one, names an unknown option of the file, and says what
+    is wrong without the usage of three hundred options before it.
+    """
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}. --help lists all options.\n")
 
     def set_defaults_with_config(self, **settings: Any) -> list[str]:
         options = {action.dest: action for action in self._actions}
@@ -104,12 +110,14 @@ def prepare_training(argv: Sequence[str] | None = None) -> tuple[TrainArguments,
     Raises:
         ImportError, OSError, TypeError, ValueError: for what can't be trained, before the training.
     """
-    parser = YamlParser(
+    parser = TrainParser(
         (TrainArguments, UniGRPOConfig, ModelArguments),
         prog="trl-unigrpo train",
         description="Train with UniGRPO. --config FILE reads options from a YAML file; those beside it count more.",
     )
     given = [part for word in argv or () for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if given[-1:] == ["--config"]:
+        raise ValueError("--config names no file: expected one of YAML behind it.")
     script, args, model = parser.parse_args_and_config(given if argv is not None else None)
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: a folder, a hub id, or 'shapeworld'.")
