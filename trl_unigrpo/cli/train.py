@@ -200,8 +200,8 @@ def load_datasets(script: TrainArguments, args: UniGRPOConfig) -> tuple[Dataset,
     config = script.dataset_config if script.eval_dataset_name is None else None
     held_out = load_prompts(source, script.dataset_test_split or ("train" if whole else "test"), config)
     if "prompt" in train.column_names and "prompt" in held_out.column_names:
-        known = {json.dumps(prompt) for prompt in train["prompt"]}
-        repeated = sum(json.dumps(prompt) in known for prompt in held_out["prompt"])
+        known = {json.dumps(prompt, default=str) for prompt in train["prompt"]}
+        repeated = sum(json.dumps(prompt, default=str) in known for prompt in held_out["prompt"])
         if repeated == len(held_out) > 0:
             raise ValueError(
                 f"All {repeated} prompts to evaluate on are trained on, so that they would measure nothing new. Pass "
