@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import load_dataset
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import TrlParser, get_peft_config, get_quantization_config
 
 from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
+from trl_unigrpo.cli.train import ModelArguments, loading_arguments
 from trl_unigrpo.trainers.unigrpo_config import SINGLE_GPU
 
 
-ADAPTERS = {"use_peft": True, "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0}
+ADAPTERS = {"use_peft": True, "lora_r": 32, "lora_alpha": 64}
 
 
 def colorfulness(prompts, completions, images, **columns):
@@ -35,9 +36,10 @@ class ScriptArguments:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, UniGRPOConfig, ModelConfig))
+    parser = TrlParser((ScriptArguments, UniGRPOConfig, ModelArguments))
     parser.set_defaults(model_name_or_path="ByteDance-Seed/BAGEL-7B-MoT", **SINGLE_GPU, **ADAPTERS)
     script, args, model = parser.parse_args_and_config()
+    args.model_init_kwargs = {**loading_arguments(model), **(args.model_init_kwargs or {})}
     trainer = UniGRPOTrainer(
         model=model.model_name_or_path,
         reward_funcs=colorfulness,

@@ -9,20 +9,21 @@ Where the painter's text encoder is a language model itself, leave `--thinker` o
         --prompts prompts.csv --output_dir qwen-unigrpo
 
 `prompts.csv` has a column `prompt`; its other columns reach the reward as lists.
-Any field of UniGRPOConfig, and of TRL's ModelConfig (`--lora_r`), is an option.
+Any field of UniGRPOConfig, and of TRL's ModelConfig (`--lora_r`), is an option; `--model_revision` is both models'.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import load_dataset
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import TrlParser, get_peft_config, get_quantization_config
 
 from trl_unigrpo import PipelineForUnifiedGeneration, UniGRPOConfig, UniGRPOTrainer
+from trl_unigrpo.cli.train import ModelArguments, loading_arguments
 from trl_unigrpo.trainers.unigrpo_config import SINGLE_GPU
 
 
-ADAPTERS = {"use_peft": True, "lora_r": 32, "lora_alpha": 64, "lora_dropout": 0.0}
+ADAPTERS = {"use_peft": True, "lora_r": 32, "lora_alpha": 64}
 
 
 def colorfulness(prompts, completions, images, **columns):
@@ -43,7 +44,7 @@ class ScriptArguments:
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, UniGRPOConfig, ModelConfig))
+    parser = TrlParser((ScriptArguments, UniGRPOConfig, ModelArguments))
     parser.set_defaults(**SINGLE_GPU, **ADAPTERS)
     script, args, model = parser.parse_args_and_config()
     trainer = UniGRPOTrainer(
@@ -52,6 +53,7 @@ if __name__ == "__main__":
             painter=script.painter,
             painter_prompt=script.painter_prompt,
             quantization_config=get_quantization_config(model),
+            **loading_arguments(model),
         ),
         reward_funcs=colorfulness,
         args=args,

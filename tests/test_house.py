@@ -220,7 +220,7 @@ def private_access(package=None):
 
 
 def doubled_names(package=None):
-    """Public functions, classes and constants that two modules define; `logger` is everybody's name for their own."""
+    """Public functions, classes and constants that two modules define; `logger` and `main` are everybody's own."""
     homes = defaultdict(set)
     for file in files(package):
         for node in python(file).body:
@@ -232,7 +232,7 @@ def doubled_names(package=None):
     return {
         name: sorted(at)
         for name, at in sorted(homes.items())
-        if len(at) > 1 and not name.startswith("_") and name != "logger"
+        if len(at) > 1 and not name.startswith("_") and name not in ("logger", "main")
     }
 
 

@@ -20,7 +20,7 @@ from tests.helpers.tiny_painters import PROMPTS, generators
 from tests.helpers.tiny_pipelines import FAMILIES, qwen3, tokenizer
 from tests.helpers.tiny_unified import tiny_bagel, tiny_tokenizer
 from trl_unigrpo.cli import app
-from trl_unigrpo.cli.train import run_training
+from trl_unigrpo.cli.train import main as train
 from trl_unigrpo.evaluation.models import load_model
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
@@ -134,7 +134,7 @@ def test_eval_and_train_load_it(tmp_path):
         "report_to": "none",
     }
     settings |= {"num_inference_steps": 7, "sde_window_size": 1, "num_iterations": 1, "use_cpu": True, "bf16": False}
-    run_training([str(part) for name, value in settings.items() for part in (f"--{name}", value)])
+    train([str(part) for name, value in settings.items() for part in (f"--{name}", value)])
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
@@ -171,13 +171,18 @@ def test_a_pipeline_of_two_parts(tmp_path):
     tokenizer().save_pretrained(tmp_path / "thinker")
     tiny.pipeline.save_pretrained(tmp_path / "painter")
     parts = {name: str(tmp_path / name) for name in ("thinker", "painter")}
-    adapt(PipelineForUnifiedGeneration.from_pretrained(**parts, dtype=torch.float32), tmp_path / "adapters")
+    model = PipelineForUnifiedGeneration.from_pretrained(**parts, dtype=torch.float32)
+    adapt(model, tmp_path / "adapters")
     given = [part for name, value in parts.items() for part in (f"--{name}", value)]
     told = merged(tmp_path / "adapters", tmp_path / "merged", *given)
     assert told.endswith(f"merged into {tmp_path}/thinker + {tmp_path}/painter, in float32.\n")
     assert_merged(tmp_path / "merged", tmp_path / "adapters", tiny.size, **parts)
     lost = merge(tmp_path / "adapters", tmp_path / "other")
-    assert lost.exit_code == 1 and "is not a unified model" in lost.output and not (tmp_path / "other").exists()
+    assert lost.exit_code == 1 and "pass painter=... and thinker=..." in lost.output
+    assert not (tmp_path / "other").exists()
+    model.save_adapters(tmp_path / "adapters")  # as a trainer does: now they say what they were trained on
+    assert merged(tmp_path / "adapters", tmp_path / "other").endswith(told.partition(": ")[2].partition(" ")[2])
+    assert_merged(tmp_path / "other", tmp_path / "adapters", tiny.size, **parts)
 
 
 @pytest.mark.parametrize("kind", ["z_image", "cosmos3"])

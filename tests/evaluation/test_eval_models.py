@@ -19,6 +19,7 @@ from trl_unigrpo.shapeworld import BASE, load_base
 
 
 RELEASED = FIXTURES / "bagel" / "tiny_bagel"
+PAINTING = {"image_size": 8, "num_inference_steps": 3, "max_completion_length": 5}
 FLOAT = {"dtype": "float32", "device": "cpu"}
 
 
@@ -90,11 +91,115 @@ def test_a_pipelines_folder_and_its_parts(tmp_path):
     assert same(painted(*load_model(str(tmp_path / "whole"), **FLOAT), tiny.size[0]), expected)
 
 
+@pytest.fixture
+def halves(tmp_path):
+    """Folders of a thinker and of a painter."""
+    from tests.helpers.tiny_pipelines import saved_halves
+
+    return saved_halves(tmp_path)
+
+
+def pipeline_adapters(model, folder):
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=model.default_lora_targets("both"), init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    adapted.save_pretrained(folder)  # as a trainer saves them
+    model.save_adapters(folder)
+    model.tokenizer.save_pretrained(folder)
+    return painted(adapted.eval(), model.tokenizer, 8)
+
+
+def test_adapters_of_a_pipeline_say_what_they_were_trained_on(halves, tmp_path):
+    from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
+
+    told = {"painter_prompt": "completion", "painter_arguments": {"max_sequence_length": 24}, "system_prompt": "paint"}
+    model = PipelineForUnifiedGeneration.from_pretrained(**halves, **told, dtype=torch.float32)
+    expected = pipeline_adapters(model, tmp_path / "run")
+    run = str(tmp_path / "run")
+    read, tokenizer = load_model(run, **FLOAT)
+    assert same(painted(read, tokenizer, 8), expected)
+    config = read.get_base_model().config
+    assert {name: getattr(config, name) for name in told} == told and config.sources == halves
+    assert parts_of(run, None, None, None) == {"source": run, **halves}
+
+    shutil.move(halves["painter"], tmp_path / "moved")  # which its user says; the rest is as it was trained
+    moved, tokenizer = load_model(run, painter=str(tmp_path / "moved"), **FLOAT)
+    assert same(painted(moved, tokenizer, 8), expected)
+    assert moved.get_base_model().config.sources == halves | {"painter": str(tmp_path / "moved")}
+    with pytest.raises(ValueError, match=r"a painter from '.*painter', which is gone: .*--painter P --thinker T"):
+        load_model(run, **FLOAT)
+
+
+def test_adapters_of_a_saved_pipeline_sit_on_its_folder(halves, tmp_path):
+    """Not on the halves that it was once put together from, whose weights may be others."""
+    from trl_unigrpo.models import load_unified_model
+    from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
+
+    whole = PipelineForUnifiedGeneration.from_pretrained(**halves, dtype=torch.float32)
+    with torch.no_grad():
+        whole.painter.proj_out.bias.add_(1.0)
+    whole.save_pretrained(tmp_path / "whole")
+    model = load_unified_model(str(tmp_path / "whole"), dtype=torch.float32)
+    expected = pipeline_adapters(model, tmp_path / "run")
+    read, tokenizer = load_model(str(tmp_path / "run"), **FLOAT)
+    assert same(painted(read, tokenizer, 8), expected)
+    assert parts_of(str(tmp_path / "run"), None, None, None)["base"] == str(tmp_path / "whole")
+    assert f'DiffusionPipeline.from_pretrained("{tmp_path}/whole/painter")' in model.quick_start("run", PAINTING)
+
+
+def test_adapters_of_a_painter_that_thinks(tmp_path):
+    from tests.helpers.tiny_pipelines import FAMILIES
+    from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
+
+    tiny = FAMILIES["z_image"]()
+    tiny.pipeline.save_pretrained(tmp_path / "painter")
+    model = PipelineForUnifiedGeneration.from_pretrained(painter=str(tmp_path / "painter"), dtype=torch.float32)
+    torch.manual_seed(0)
+    targets = model.default_lora_targets("both")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "run")
+    model.save_adapters(tmp_path / "run")
+    expected = painted(adapted.eval(), model.tokenizer, tiny.size[0])
+    assert same(painted(*load_model(str(tmp_path / "run"), **FLOAT), tiny.size[0]), expected)
+    assert parts_of(str(tmp_path / "run"), None, None, None)["painter"] == str(tmp_path / "painter")
+
+
+def test_adapters_that_name_a_thinker_alone(halves, tmp_path):
+    """As runs of earlier versions do, and models that were made in memory."""
+    from tests.helpers.tiny_painters import tiny_model
+    from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
+
+    model = PipelineForUnifiedGeneration.from_pretrained(**halves, dtype=torch.float32)
+    get_peft_model(model, LoraConfig(r=2, target_modules=model.default_lora_targets())).save_pretrained(
+        tmp_path / "old"
+    )
+    with pytest.raises(ValueError, match=r"trained on '.*thinker', a Qwen3.*no images. .*--painter P --thinker T"):
+        load_model(str(tmp_path / "old"), **FLOAT)
+    pipeline_adapters(tiny_model("sd3"), tmp_path / "memory")
+    with pytest.raises(ValueError, match="a painter from one without a name: .*--painter P --thinker T"):
+        load_model(str(tmp_path / "memory"), **FLOAT)
+
+
+def test_a_tokenizer_beside_the_adapters_where_the_base_has_none(tmp_path):
+    shutil.copytree(BASE, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*"))
+    model, tokenizer = load_base()
+    model.name_or_path = str(tmp_path / "base")
+    get_peft_model(model, LoraConfig(r=2, target_modules=model.default_lora_targets())).save_pretrained(
+        tmp_path / "run"
+    )
+    with pytest.raises(OSError, match=r"No tokenizer can be read from '.*run'"):
+        load_model(str(tmp_path / "run"), **FLOAT)
+    tokenizer.save_pretrained(tmp_path / "run")
+    assert load_model(str(tmp_path / "run"), **FLOAT)[1].get_vocab() == tokenizer.get_vocab()
+
+
 def test_bad_names(tmp_path):
     with pytest.raises(ValueError, match="no model"):
         load_model(None)
     with pytest.raises(ValueError, match="is a whole model"):
         load_model("shapeworld", base="other")
+    with pytest.raises(ValueError, match="thinker='other' without a painter paints nothing"):
+        parts_of(None, None, "other", None)
     with pytest.raises(ValueError, match="dtype='int8'"):
         load_model("shapeworld", dtype="int8")
     with pytest.raises(OSError):

@@ -7,6 +7,7 @@ Some put a template before the prompt, which takes a token for each byte here: l
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -63,6 +64,14 @@ def tokenizer(max_length: int = 512, padding_side: str = "right") -> PreTrainedT
     )
     made.chat_template = CHAT_TEMPLATE
     return made
+
+
+def saved_halves(folder: Path) -> dict[str, str]:
+    """Write a thinker and a painter as a hub would have them; returns both folders."""
+    qwen3(language_head=True).save_pretrained(folder / "thinker")
+    tokenizer().save_pretrained(folder / "thinker")
+    FAMILIES["sd3"]().pipeline.save_pretrained(folder / "painter")
+    return {name: str(folder / name) for name in ("thinker", "painter")}
 
 
 def random_weights(network: nn.Module, std: float = 0.08) -> nn.Module:

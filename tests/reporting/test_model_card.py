@@ -5,13 +5,17 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
 
 from tests.helpers.tiny_painters import tiny_model
-from tests.helpers.tiny_pipelines import tokenizer
+from tests.helpers.tiny_pipelines import saved_halves, tokenizer
 from tests.helpers.tiny_unified import prompts_dataset, redness, tiny_bagel, tiny_tokenizer
+from trl_unigrpo.flow.guidance import Guidance
+from trl_unigrpo.models import load_unified_model
+from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
 from trl_unigrpo.reporting.run_files import read_run
 from trl_unigrpo.reporting.run_summary import change
 from trl_unigrpo.rewards import thinking_reward
@@ -92,27 +96,68 @@ def run_example(text):
 
 
 @pytest.mark.parametrize("adapters", [False, True])
-def test_the_example_of_the_card_runs(make_trainer, tmp_path, monkeypatch, adapters):
+def test_the_example_of_the_card_paints_as_it_was_trained(make_trainer, tmp_path, monkeypatch, adapters):
     import trl_unigrpo.evaluation as evaluation
 
     base, run = tmp_path / "base", tmp_path / "run"
     tiny_bagel().save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     trainer = make_trainer(
-        run, model=str(base), processing_class=None, peft_config=LoraConfig(r=2) if adapters else None, **SAVED
+        run,
+        model=str(base),
+        processing_class=None,
+        peft_config=LoraConfig(r=2) if adapters else None,
+        timestep_shift=2.0,
+        guidance_scale=1.5,
+        **SAVED,
     )
     trainer.train()
     trainer.save_model(str(run))
     monkeypatch.chdir(tmp_path)
-    generate = evaluation.generate
-    small = {"image_size": 8, "num_inference_steps": 3, "max_completion_length": 4}
-    monkeypatch.setattr(evaluation, "generate", lambda model, prompts: generate(model, prompts, **small))
+    generate, asked = evaluation.generate, {}
+    monkeypatch.setattr(evaluation, "generate", lambda *args, **told: asked.update(told) or generate(*args, **told))
     names = run_example((run / "README.md").read_text())
     trained = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     loaded = dict(names["model"].named_parameters())
     changed = [name for name in loaded if "lora" in name] if adapters else list(loaded)
     assert changed and all(math.isclose(float((trained[n] - loaded[n]).abs().max()), 0) for n in changed)
-    assert (tmp_path / "image.png").is_file()
+    assert Image.open(tmp_path / "image.png").size == (8, 8)
+    sizes = {"image_size": 8, "num_inference_steps": 6, "max_completion_length": 5}
+    assert asked == sizes | {"timestep_shift": 2.0, "guidance": Guidance(1.5)}
+
+
+@pytest.mark.parametrize("kind", ["whole", "adapters", "adapters of a saved one"])
+def test_the_example_of_a_pipelines_card_paints_as_it_was_trained(make_trainer, tmp_path, monkeypatch, kind):
+    """With transformers and diffusers alone."""
+    told = {"painter_arguments": {"max_sequence_length": 24}, "dtype": torch.float32}
+    model = PipelineForUnifiedGeneration.from_pretrained(**saved_halves(tmp_path), **told)
+    if kind == "adapters of a saved one":
+        model.save_pretrained(tmp_path / "saved")
+        model = load_unified_model(str(tmp_path / "saved"), dtype=torch.float32)
+    trainer = make_trainer(
+        tmp_path / "run",
+        model=model,
+        processing_class=model.tokenizer,
+        peft_config=None if kind == "whole" else LoraConfig(r=2),
+        image_learning_rate=0.1,
+        system_prompt="paint well",
+        **SAVED,
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    text = (tmp_path / "run" / "README.md").read_text()
+    names = run_example(text)
+    assert names["image"].size == (8, 8) and "num_inference_steps=6" in text
+    assert names["tokens"].shape[1] - names["inputs"]["input_ids"].shape[1] <= 5
+    assert names["messages"][0]["content"] == "paint well"
+    prompt = names["text"].rpartition("</think>")[2].strip() or "A red cube on a blue table"
+    arguments = {"height": 8, "width": 8, "num_inference_steps": 6, "output_type": "pt"}
+    painted = [
+        pipeline(prompt, **trainer.unified.painter_arguments, **arguments, generator=torch.manual_seed(0)).images
+        for pipeline in (names["pipeline"], trainer.unified.pipeline)
+    ]
+    assert torch.equal(*painted)
 
 
 def test_a_pipelines_card_names_its_parts(make_trainer, tmp_path):

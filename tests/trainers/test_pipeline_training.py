@@ -6,19 +6,23 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image as PILImage
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.painting import painted_steps, prompts_alone
 from tests.helpers.tiny_cosmos3 import tiny_cosmos3
 from tests.helpers.tiny_painters import PROMPTS, generators, tiny_model
-from tests.helpers.tiny_pipelines import flux2_klein, qwen3, sd3, tokenizer
+from tests.helpers.tiny_pipelines import flux2_klein, qwen3, saved_halves, sd3, tokenizer
 from tests.helpers.tiny_unified import PROMPTS as PROMPTS_OF_TRAINING
 from tests.helpers.tiny_unified import images_of, moved, prompts_dataset, redness, tiny_config, weights
+from trl_unigrpo import ReFLConfig, ReFLTrainer
+from trl_unigrpo.evaluation import load_model
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.flow.states import LinePoints
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
 from trl_unigrpo.sampling import decode, paint
+from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 from trl_unigrpo.trajectory import Image, Round, Steps, Trajectory, in_order
 
@@ -282,3 +286,19 @@ def test_the_trainers_other_settings(make_trainer, train, settings):
         assert trainer.state.log_history[0]["flow/log_ratio_std"] == 0
     if "thinking" in settings:
         assert image.context in PROMPTS_OF_TRAINING
+
+
+@pytest.mark.parametrize("kind", ["sft", "refl"])
+def test_adapters_of_the_other_trainers_say_what_they_were_trained_on(tmp_path, kind):
+    config = UnifiedSFTConfig if kind == "sft" else ReFLConfig
+    size = {} if kind == "sft" else {"image_size": 8}
+    args = config(str(tmp_path / "run"), report_to="none", use_cpu=True, bf16=False, **size)
+    model = PipelineForUnifiedGeneration.from_pretrained(**saved_halves(tmp_path), dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=model.default_lora_targets("both")))
+    if kind == "sft":
+        rows = prompts_dataset(completion=["a"] * 4, image=[PILImage.new("RGB", (8, 8))] * 4)
+        trainer = UnifiedSFTTrainer(adapted, args, rows)
+    else:
+        trainer = ReFLTrainer(adapted, lambda pixels, **_: pixels.mean((1, 2, 3)), args, prompts_dataset())
+    trainer.save_model()
+    assert type(load_model(str(tmp_path / "run"), device="cpu")[0].get_base_model()) is type(model)

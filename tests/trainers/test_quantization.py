@@ -25,7 +25,7 @@ from tests.helpers.tiny_unified import (
     tiny_tokenizer,
     weights,
 )
-from trl_unigrpo.cli.train import run_training as main
+from trl_unigrpo.cli.train import main
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.models.quantization import ready_to_quantize
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer

@@ -12,11 +12,10 @@ from .demo import demo_command
 from .doctor import doctor_command
 from .eval import eval_command
 from .merge import merge_command
-from .options import as_command
+from .options import as_command, told_in_a_line
 from .paper import paper_command
 from .report import report_command
 from .serve_rewards import serve_command
-from .train import PASS_ON, train_command
 from .version import version_command
 
 
@@ -46,6 +45,21 @@ def before_any_command(
     # PEFT imports bitsandbytes where it is installed, and that warns of slow 4-bit weights on any CPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+
+def train_command(context: typer.Context) -> None:
+    """Train with UniGRPO: --config file.yaml, or options; train --help lists them."""
+    from ..monitoring.trust import TrustError
+    from ..rewards.common import DeadRewardError
+    from .train import prepare_training, run_training
+
+    with told_in_a_line("train", ImportError, OSError, TypeError, ValueError):
+        training = prepare_training(context.args)
+    with told_in_a_line("train", DeadRewardError, TrustError):
+        run_training(*training)
+
+
+# The options of `train` are TRL's, which its own parser reads.
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 app.command("version")(version_command)
 app.command("demo")(as_command(demo_command))

@@ -115,7 +115,7 @@ def evaluate(
     Returns:
         The summary.
     """
-    from .models import fingerprint, load_model, parts_of
+    from .models import base_revision, fingerprint, load_model, parts_of
     from .runner import run, without_long_prompts
 
     options = run_options(painting, benchmark.painting)
@@ -127,7 +127,9 @@ def evaluate(
     for problem in benchmark.problems:
         console.print(plain(f"Left out: {problem}"), highlight=False, soft_wrap=True)
     parts = parts_of(model.source, **vars(base))
-    prints = {"dtype": str(loaded.dtype), **{part: fingerprint(source) for part, source in parts.items()}}
+    revisions = {"base": base_revision(model.source)} if base.base is None else {}
+    prints: dict[str, Any] = {"dtype": str(loaded.dtype)}
+    prints |= {part: fingerprint(source, revisions.get(part)) for part, source in parts.items()}
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
         *(TimeElapsedColumn(), TimeRemainingColumn()),

@@ -11,7 +11,10 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
+from ..models.contract import UnifiedModelMixin
+from ..models.pipeline.configuration import PipelineUnifiedConfig
 from ..models.pipeline.loading import hardware_dtype, local_folder
+from ..models.pipeline.saving import ADAPTERS
 from ..models.registry import load_unified_model, unified_model
 from ..models.tokenizer import read_tokenizer
 
@@ -51,42 +54,99 @@ def load_model(
     kwargs: dict[str, Any] = {"dtype": hardware_dtype() if dtype == "auto" else _dtype(dtype)}
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if source is not None and not is_adapter(source):
-        if base is not None or painter is not None:
+        if any(part is not None for part in (base, thinker, painter)):
             raise ValueError(f"{source!r} is a whole model: base, thinker and painter belong to a folder of adapters.")
         source = _named(source)
         model = load_unified_model(source, **kwargs)
-        return model.to(where).eval(), _tokenizer(source, model)
-    if painter is not None:
+        _check_paints(model, f"{source!r} is")
+        return model.to(where).eval(), _tokenizer(model, source)
+    parts = parts_of(source, base, thinker, painter)
+    if "painter" in parts:
         from ..models.pipeline import PipelineForUnifiedGeneration
 
-        model = PipelineForUnifiedGeneration.from_pretrained(thinker=thinker, painter=painter, **kwargs)
+        halves: dict[str, Any] = {name: parts.get(name) for name in ("thinker", "painter")}
+        config = None if source is None else pipeline_of(source)
+        if config is not None:
+            config.sources = {}  # of those that are loaded now
+        model = PipelineForUnifiedGeneration.from_pretrained(**halves, config=config, **kwargs)
         tokenizer = model.tokenizer
     else:
-        below = _named(base or _base_of(str(source)))
-        model = load_unified_model(below, **kwargs)
-        tokenizer = _tokenizer(below, model)
+        below = _named(parts["base"])
+        revision = base_revision(source) if base is None else None
+        model = load_unified_model(below, **kwargs, **({"revision": revision} if revision else {}))
+        _check_paints(model, f"The adapters in {source!r} were trained on {below!r},")
+        tokenizer = _tokenizer(model, below, str(source), revision)
     if source is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, source)
-    unified_model(model)
     return model.to(where).eval(), tokenizer
 
 
 def parts_of(source: str | None, base: str | None, thinker: str | None, painter: str | None) -> dict[str, str]:
-    """Name the parts of a model by [`load_model`]'s arguments; of adapters also what they sit on."""
-    if source is not None and is_adapter(source) and painter is None:
-        base = base or _base_of(source)
+    """
+    Name the parts of a model by [`load_model`]'s arguments; of adapters also what they sit on.
+
+    Raises:
+        ValueError: if adapters don't say that, with what to pass.
+    """
+    if source is not None and is_adapter(source) and base is None:
+        config = pipeline_of(source)
+        if config is not None:
+            painter = painter or _half(config, "painter", source)
+            thinker = thinker or (None if config.shared_encoder else _half(config, "thinker", source))
+        elif painter is None:
+            base = _base_of(source)
+    if thinker is not None and painter is None:
+        raise ValueError(f"thinker={thinker!r} without a painter paints nothing. Pass painter=... too (--painter).")
     given = {"source": source, "base": base, "thinker": thinker, "painter": painter}
     return {name: part for name, part in given.items() if part is not None}
+
+
+def _check_paints(model: Any, found: str) -> None:
+    if not isinstance(model, UnifiedModelMixin):
+        raise ValueError(
+            f"{found} a {type(model).__name__}, which paints no images. To paint with a pipeline of diffusers, pass "
+            "painter=... and thinker=... (--painter P --thinker T)."
+        )
 
 
 def is_adapter(source: str) -> bool:
     return (Path(source) / ADAPTER).is_file()
 
 
+def pipeline_of(source: str) -> PipelineUnifiedConfig | None:
+    """Read what adapters of a pipeline were trained on, where that was put together from a thinker and a painter."""
+    folder = Path(source) / ADAPTERS
+    if not (folder / "config.json").is_file():
+        return None
+    config = PipelineUnifiedConfig.from_pretrained(folder)
+    config.name_or_path = ""  # the folder holds no model
+    return config
+
+
+def _half(config: PipelineUnifiedConfig, part: str, source: str) -> str:
+    name = config.sources.get(part, "")
+    if not name or (Path(name).is_absolute() and not Path(name).exists()):
+        lost = f"{name!r}, which is gone" if name else "one without a name"
+        raise ValueError(
+            f"The adapters in {source!r} were trained on a {part} from {lost}: pass painter=... and thinker=... "
+            "(--painter P --thinker T)."
+        )
+    return name
+
+
+def base_revision(source: str | None) -> str | None:
+    """Name the revision of the base model that adapters were trained on; None for its latest, or without adapters."""
+    return _adapter_config(source).get("revision") if source is not None and is_adapter(source) else None
+
+
+def _adapter_config(source: str) -> dict[str, Any]:
+    return json.loads((Path(source) / ADAPTER).read_text(encoding="utf-8"))
+
+
 def _base_of(source: str) -> str:
-    base = json.loads((Path(source) / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = _adapter_config(source).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"The adapters in {source!r} do not say what they were trained on: pass base=... .")
     return base
@@ -107,18 +167,26 @@ def _dtype(name: str) -> torch.dtype:
     return found
 
 
-def _tokenizer(source: str, model: Any) -> PreTrainedTokenizerBase:
-    return unified_model(model).tokenizer or read_tokenizer(source)
+def _tokenizer(
+    model: Any, source: str, adapters: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Find the tokenizer of a model, beside its weights or the adapters on them."""
+    try:
+        return unified_model(model).tokenizer or read_tokenizer(source, revision=revision or "main")
+    except OSError:
+        if adapters is None:
+            raise
+        return read_tokenizer(adapters)
 
 
-def fingerprint(source: str) -> dict[str, Any]:
+def fingerprint(source: str, revision: str | None = None) -> dict[str, Any]:
     """
     Give what a model's weights are known by: a digest of all weight files of a folder, of their names and sizes where
-    they are more than 2 GiB, or a hub repository's revision where the cache knows it.
+    they are more than 2 GiB, or the commit of a hub repository's `revision` where the cache knows it.
     """
     folder = Path(_named(source))
     if not folder.is_dir():
-        return {"source": source, "revision": _revision(source)}
+        return {"source": source, "revision": _commit(source, revision)}
     files = weight_files(folder)
     digest = hashlib.sha256()
     whole = sum(file.stat().st_size for file in files) <= HASHED_BYTES
@@ -162,12 +230,13 @@ def stored_dtype(sources: Iterable[str]) -> str:
     return FLOATS[max(numbers, key=lambda kind: numbers[kind])]
 
 
-def _revision(source: str) -> str | None:
+def _commit(source: str, revision: str | None) -> str | None:
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 
     for name in ("config.json", "llm_config.json", "model_index.json"):
-        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, local_files_only=True)
+        where = {"revision": revision or "main", "local_files_only": True}
+        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **where)
         if file is not None:
             return extract_commit_hash(file, None)
     return None

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from .contract import UnifiedModelMixin
-from .registry import hub_arguments, load_unified_model, unified_model
+from .hub import hub_arguments
+from .registry import load_unified_model, unified_model
 
 
 def target_experts(peft_config: PeftConfig | None, model: Any, trains: Mapping[str, bool]) -> PeftConfig | None:
@@ -32,8 +33,8 @@ def target_experts(peft_config: PeftConfig | None, model: Any, trains: Mapping[s
 
 def check_targets(peft_config: PeftConfig, base: UnifiedModelMixin) -> None:
     """
-    Raise ValueError for names in `target_modules`, `modules_to_save`, `rank_pattern` or `alpha_pattern` that match no
-    module, and for modules that belong to neither expert.
+    Raise ValueError for names in `target_modules`, `modules_to_save`, `target_parameters`, `rank_pattern` or
+    `alpha_pattern` that match nothing, and for modules that belong to neither expert.
 
     Only the names of the model's modules are looked at: weights may be on the meta device.
     """
@@ -50,13 +51,14 @@ def check_targets(peft_config: PeftConfig, base: UnifiedModelMixin) -> None:
     if lost:
         raise ValueError(f"peft_config: target_modules {_listing(lost)} match no module of the model. {remedy}")
 
-    kept = [name for name, _ in base.named_modules()]
-    lost = [name for name in getattr(peft_config, "modules_to_save", None) or [] if not _ends_in(kept, name)]
-    if lost:
-        raise ValueError(
-            f"peft_config: modules_to_save {_listing(lost)} match no module of the model. Take the names from "
-            "model.named_modules()."
-        )
+    for field, kind in (("modules_to_save", "module"), ("target_parameters", "parameter")):
+        names = [name for name, _ in getattr(base, f"named_{kind}s")()]
+        lost = [name for name in getattr(peft_config, field, None) or [] if not _ends_in(names, name)]
+        if lost:
+            raise ValueError(
+                f"peft_config: {field} {_listing(lost)} match no {kind} of the model. Take the names from "
+                f"model.named_{kind}s()."
+            )
     for field in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(peft_config, field, None) or {}
         lost = [key for key in patterns if targets and all(get_pattern_key([key], name) != key for name in adapted)]

@@ -8,7 +8,7 @@ Shapes: B trajectories, S steps, T text tokens, H hidden size, `latent` the mode
 tokens of C numbers).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -201,8 +201,14 @@ class UnifiedModelMixin(_Base):
         """
         return False
 
-    def quick_start(self, source: str) -> str | None:
-        """Write a section of the model card that paints with the model saved at `source`; None for the package's."""
+    def quick_start(self, source: str, painting: Mapping[str, Any]) -> str | None:
+        """
+        Write a section of the model card that paints with the model saved at `source`; None for the package's.
+
+        Args:
+            painting: how it was trained, as arguments of `generate`: `image_size`, `num_inference_steps`,
+                `max_completion_length`, and others that are not `generate`'s own.
+        """
         return None
 
     # 4. What a model gets

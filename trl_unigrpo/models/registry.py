@@ -1,6 +1,7 @@
 """Find the class of a unified model by its name, and check that a model is one."""
 
-from collections.abc import Mapping
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from .contract import UnifiedModelMixin
+from .hub import hub_arguments
 
 
 def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
@@ -16,7 +18,20 @@ def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
 
     BAGEL is known by its `llm_config.json`; other models are found through transformers' auto classes, where a third
     party registers its own with `AutoModelForCausalLM.register`. Never runs code from a repository.
+
+    Raises:
+        FileNotFoundError: for a folder that is not there.
+        ValueError: for `trust_remote_code`, and for an argument that the model can't follow.
     """
+    if str(source).startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
+        raise FileNotFoundError(f"{str(source)!r}: no such folder. Pass the folder or the hub id of a model.")
+    if kwargs.pop("trust_remote_code", False):
+        raise ValueError(
+            "trust_remote_code=True: code of a repository is never run. Register the model's class with "
+            "AutoModelForCausalLM.register, and leave the option out."
+        )
+    if kwargs.get("revision") not in (None, "main") and Path(source).is_dir():
+        warnings.warn(f"revision={kwargs['revision']!r} is ignored: {source!r} is a folder, which has no revisions.")
     from . import pipeline  # noqa: F401 - registers its classes
     from .bagel import BagelForUnifiedGeneration
 
@@ -45,11 +60,6 @@ def model_skeleton(source: str, **kwargs: Any) -> PreTrainedModel:
 
 def _is_released_bagel(source: str, hub: dict[str, Any]) -> bool:
     return cached_file(source, "llm_config.json", _raise_exceptions_for_missing_entries=False, **hub) is not None
-
-
-def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of `from_pretrained` that say where a repository's files are found."""
-    return {key: kwargs[key] for key in ("cache_dir", "revision", "token") if kwargs.get(key)}
 
 
 def unified_model(model: Any) -> UnifiedModelMixin:

@@ -27,7 +27,10 @@ FOLD_SYSTEM = """\
 def read_tokenizer(source: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a folder or a hub id; raises OSError if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
+        if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+            raise ValueError("its vocabulary is empty")  # as transformers makes one where there are no files
+        return tokenizer
     except (OSError, ValueError) as error:
         raise OSError(
             f"No tokenizer can be read from {str(source)!r}. Put the checkpoint's `tokenizer.json` and "

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from ..flow.guidance import Guidance
 from ..models.registry import unified_model
+from ..sampling import generate
 from .description import (
     SETTINGS,
     base_models,
@@ -35,7 +38,7 @@ PACKAGE_QUICK_START = """## Quick start
 {imports}
 
 {loading}
-sample = generate(model, prompts=["A red cube on a blue table"])[0]
+sample = generate(model, ["A red cube on a blue table"], {arguments})[0]
 print(sample.thinking)
 sample.image.save("image.png")
 ```
@@ -70,7 +73,7 @@ def rewrite_card(
     data: Any = card.data
     data.base_model = on_hub[0] if len(on_hub) == 1 else on_hub or None
     data.pipeline_tag = "text-to-image"
-    own = unified_model(model)
+    own, painting = unified_model(model), painting_of(args)
     environment = Environment(
         loader=PackageLoader("trl_unigrpo.reporting"),
         autoescape=False,  # Markdown: what comes from outside goes through `_code`
@@ -87,7 +90,7 @@ def rewrite_card(
         trained=trained_parameters(model),
         step=step,
         image=_image(run, readme.parent),
-        quick_start=own.quick_start(source) or package_quick_start(model, source),
+        quick_start=own.quick_start(source, painting) or package_quick_start(model, source, painting),
         rewards=[
             {"name": _code(name), "weight": f"{weight:g}", "note": " (of the thinking)" * (name in process)}
             for name, weight in rewards.items()
@@ -103,15 +106,31 @@ def rewrite_card(
     card.save(readme)
 
 
-def package_quick_start(model: Any, source: str) -> str:
+def painting_of(args: Any) -> dict[str, Any]:
+    """Choose the arguments of `generate` that paint as in training; of most only those that are not its own."""
+    own = signature(generate).parameters
+    others = ("thinking", "system_prompt", "temperature", "timestep_shift")
+    names = ["image_size", "num_inference_steps", "max_completion_length"]
+    names += [name for name in others if getattr(args, name) != own[name].default]
+    painting = {name: getattr(args, name) for name in names}
+    return painting | ({"guidance": Guidance(args.guidance_scale)} if args.guidance_scale > 1 else {})
+
+
+def package_quick_start(model: Any, source: str, painting: Mapping[str, Any]) -> str:
     """Write an example that thinks and paints with this package; adapters are put on their base model by PEFT."""
     imports = ["from trl_unigrpo.evaluation import generate", "from trl_unigrpo.models import load_unified_model"]
     loading = f'model = load_unified_model("{source}")'
-    if getattr(model, "peft_config", None):
+    adapters = getattr(model, "peft_config", None)
+    if adapters:
         imports.insert(0, "from peft import PeftModel")
         base = (base_models(model) or ["the-base-model"])[0]
-        loading = f'model = PeftModel.from_pretrained(load_unified_model("{base}"), "{source}")'
-    return PACKAGE_QUICK_START.format(imports="\n".join(imports), loading=loading)
+        revision = next(iter(adapters.values())).revision
+        where = f'"{base}"' + (f', revision="{revision}"' if revision else "")
+        loading = f'model = PeftModel.from_pretrained(load_unified_model({where}), "{source}")'
+    if "guidance" in painting:
+        imports.append("from trl_unigrpo.flow.guidance import Guidance")
+    arguments = ", ".join(f"{name}={value!r}" for name, value in painting.items())
+    return PACKAGE_QUICK_START.format(imports="\n".join(imports), loading=loading, arguments=arguments)
 
 
 def _sections(text: str) -> dict[str, str]:

@@ -112,11 +112,23 @@ def load_for_training(
     return load_trainable(source, peft_config, **kwargs), args
 
 
+def of_revision(peft_config: PeftConfig | None, revision: str | None) -> PeftConfig | None:
+    """Note in a copy of the adapters' configuration which revision of the base model they are trained on."""
+    if peft_config is None or revision is None:
+        return peft_config
+    peft_config = copy.copy(peft_config)
+    peft_config.revision = revision
+    return peft_config
+
+
 def find_tokenizer(
-    base: UnifiedModelMixin, processing_class: PreTrainedTokenizerBase | None, source: str | None
+    base: UnifiedModelMixin, processing_class: PreTrainedTokenizerBase | None, source: str | None, **hub: Any
 ) -> PreTrainedTokenizerBase:
     """
     Get a model's tokenizer ready: the one given, the model's own, or that of the folder or repository `source`.
+
+    Args:
+        hub: where in the repository, such as `revision`.
 
     Raises:
         ValueError: if there is none, or it is not this model's.
@@ -126,6 +138,6 @@ def find_tokenizer(
         raise ValueError(
             "processing_class is missing, and the model does not say where it was loaded from. Pass a tokenizer."
         )
-    tokenizer = prepare_tokenizer(tokenizer or read_tokenizer(source), base.chat_template)
+    tokenizer = prepare_tokenizer(tokenizer or read_tokenizer(source, **hub), base.chat_template)
     base.check_tokenizer(tokenizer)
     return tokenizer

@@ -17,6 +17,10 @@ _REFUSED: dict[str, tuple[Any, str]] = {
         False,
         "it casts the whole model, adapters included, to bfloat16",
     ),
+    "trust_remote_code": (
+        False,
+        "code of a repository is never run",
+    ),
     "use_liger_kernel": (
         False,
         "it patches layers by model type and knows no unified model",

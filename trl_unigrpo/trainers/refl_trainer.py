@@ -379,6 +379,10 @@ class ReFLTrainer(TrainingLoop):
         self._metrics[mode].clear()
         return means
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.unified.save_adapters(output_dir or self.args.output_dir)
+
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._means("train"))

@@ -21,10 +21,11 @@ from ..models.adapters import (
 )
 from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.experts import check_optimizer, check_trained, freeze_experts
+from ..models.hub import hub_arguments
 from ..models.quantization import keep_trainable_layout
 from ..models.registry import unified_model
 from ..models.tokenizer import never_sampled
-from .arguments import check_arguments, check_lengths, default_config, find_tokenizer, load_for_training
+from .arguments import check_arguments, check_lengths, default_config, find_tokenizer, load_for_training, of_revision
 from .prompt_checks import CheckedRows
 from .reward_checks import distinct
 from .trl_bridge import check_attributes, check_trl, return_velocity
@@ -84,12 +85,14 @@ def prepare_run(
     check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
 
     set_seed(args.seed)  # adapters start at random
+    hub = hub_arguments(args.model_init_kwargs or {})
     if isinstance(model, str):
         model, args = load_for_training(source, args, quantization_config, peft_config)
         quantization_config = None
         check_contract(unified_model(model))
         if is_peft_model(model):  # the folder held adapters
             peft_config, source, adapted = None, model.config.name_or_path, True
+            hub.pop("revision", None)  # of the adapters, not of what they were trained on
     base = unified_model(model)
     check_lengths(args, base)
     num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
@@ -101,7 +104,7 @@ def prepare_run(
         model=model,
         base=base,
         args=args,
-        tokenizer=find_tokenizer(base, processing_class, source),
+        tokenizer=find_tokenizer(base, processing_class, source, **hub),
         quantization_config=quantization_config,
         peft_config=peft_config,
         trains={"text": args.text_weight > 0, "image": args.flow_weight > 0},
@@ -111,7 +114,7 @@ def prepare_run(
     )
     _keep_reference(setup, adapted)
     setup.masters = trained_weights(model) if is_peft_model(model) else {}
-    setup.peft_config = target_experts(peft_config, base, setup.trains)
+    setup.peft_config = of_revision(target_experts(peft_config, base, setup.trains), hub.get("revision"))
     return setup
 
 

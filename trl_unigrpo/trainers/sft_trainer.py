@@ -252,6 +252,11 @@ class UnifiedSFTTrainer(TrainingLoop):
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        base = unified_model(self.accelerator.unwrap_model(self.model))
+        base.save_adapters(output_dir or self.args.output_dir)
+
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         timed = (name.removesuffix("runtime") for name in logs if name.endswith("_runtime"))
         prefix = next((name for name in timed if name != "train_"), "")  # of an evaluation, by its dataset

@@ -488,3 +488,19 @@ def test_rollout_and_training_agree_within_the_clip_range(model, trajectories, p
         assert ratio.abs().max() < 0.01 * clip
     else:
         assert ratio.square().mean().sqrt() < 0.15 * clip
+
+
+def test_eager_attention_is_plain_products(model, steps):
+    """Text and velocities are the same but for rounding, and no fused kernel computes them."""
+
+    def kernels(name):
+        model.set_attn_implementation(name)
+        with torch.profiler.profile() as profile, torch.no_grad():
+            outputs = model(input_ids=torch.tensor(PROMPTS[0])[None]).logits, *dict(model.velocities(steps)).values()
+        model.set_attn_implementation("sdpa")
+        return {e.key for e in profile.key_averages() if "_scaled_dot_product" in e.key}, outputs
+
+    (fused, expected), (plain, found) = kernels("sdpa"), kernels("eager")
+    assert plain == {"aten::_scaled_dot_product_attention_math"} and not plain & fused
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ from tests.helpers.tiny_painters import PROMPTS, generators, tiny_model, unified
 from tests.helpers.tiny_pipelines import FAMILIES, TinyPipeline, qwen3, sd3, tokenizer, vae
 from trl_unigrpo.evaluation import generate
 from trl_unigrpo.flow.sampler import RolloutPlan
+from trl_unigrpo.models import load_unified_model
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration, PipelineUnifiedConfig, painter
 from trl_unigrpo.models.pipeline.painter import ReplayError
 from trl_unigrpo.sampling import paint
@@ -244,3 +245,28 @@ def test_arguments_that_leave_something_out():
         tiny_model().default_lora_targets("vision")
     with pytest.raises(ValueError, match="output_type='np': expected 'pil' or 'pt'"):
         tiny_model().decode_latents(torch.zeros(1, 4, 8, 8), (8, 8), "np")
+
+
+# What `from_pretrained` is told
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_the_attention_asked_for_is_the_thinkers(tmp_path, thinks):
+    """Alone, as a painter's own text encoder, and of a saved model."""
+    if thinks:
+        parts = {"painter": FAMILIES["z_image"]().pipeline}
+    else:
+        qwen3(language_head=True).save_pretrained(tmp_path / "thinker")
+        tokenizer().save_pretrained(tmp_path / "thinker")
+        parts = {"thinker": str(tmp_path / "thinker"), "painter": FAMILIES["sd3"]().pipeline}
+    for asked in ("eager", "sdpa"):
+        model = PipelineForUnifiedGeneration.from_pretrained(**parts, dtype=torch.float32, attn_implementation=asked)
+        assert model.thinker.config._attn_implementation == asked
+    model.save_pretrained(tmp_path / "whole")
+    read = load_unified_model(str(tmp_path / "whole"), dtype=torch.float32, attn_implementation="eager")
+    assert read.thinker.config._attn_implementation == "eager"
+
+
+def test_arguments_that_nobody_gets_are_refused():
+    with pytest.raises(TypeError, match="variant='fp16' does nothing for a pipeline"):
+        PipelineForUnifiedGeneration.from_pretrained(painter="somewhere", variant="fp16")

@@ -18,6 +18,7 @@ from trl_unigrpo.sampling import decode, paint
 
 
 STEPS = 3
+PAINTING = {"image_size": 8, "num_inference_steps": STEPS, "max_completion_length": 4}
 IDS = torch.tensor([[10, 40, 90, 41]])
 
 
@@ -128,15 +129,29 @@ def test_the_model_cards_example_runs(tmp_path, adapters, monkeypatch):
         model.save_adapters(tmp_path / "run")
     else:
         model.save_pretrained(tmp_path / "run")
-    code = model.quick_start(str(tmp_path / "run")).split("```")[1].removeprefix("python")
+    code = model.quick_start(str(tmp_path / "run"), PAINTING).split("```")[1].removeprefix("python")
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(code.replace("max_new_tokens=512", "max_new_tokens=4"), names)
-    assert names["image"].size == (16, 16)
+    exec(code, names)
+    assert names["image"].size == (8, 8)
+    assert names["tokens"].shape[1] - names["inputs"]["input_ids"].shape[1] <= PAINTING["max_completion_length"]
     own, read = (dict(network.named_modules()) for network in (model.painter, names["pipeline"].transformer))
     assert own.keys() == {name.replace("default_0", "default") for name in read}
     assert type(names["thinker"]).__name__ == ("PeftModelForCausalLM" if adapters else "Qwen3ForCausalLM")
     assert (tmp_path / "image.png").is_file()
+
+
+def test_the_example_of_a_model_on_the_hub_runs(tmp_path, monkeypatch):
+    model = PipelineForUnifiedGeneration.from_pretrained(**saved_parts(tmp_path))
+    repository = tmp_path / "hub" / "models--org--run"
+    model.save_pretrained(repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(model.quick_start("org/run", PAINTING).split("```")[1].removeprefix("python"), names)
+    assert names["image"].size == (8, 8) and names["home"] == str(repository / "snapshots" / ("0" * 40))
 
 
 def test_a_trainer_saves_adapters_for_other_libraries(tmp_path):
@@ -160,7 +175,12 @@ def test_the_example_of_a_painter_that_thinks(tmp_path, family, monkeypatch):
     adapted(model).save_pretrained(tmp_path / "run")
     model.save_adapters(tmp_path / "run")
     model.tokenizer.save_pretrained(tmp_path / "run")
-    lines = model.quick_start(str(tmp_path / "run")).split("```")[1].removeprefix("python").split("messages = ")[0]
+    lines = (
+        model.quick_start(str(tmp_path / "run"), PAINTING)
+        .split("```")[1]
+        .removeprefix("python")
+        .split("messages = ")[0]
+    )
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(lines, names)

@@ -13,12 +13,14 @@ Shapes: B samples, A query heads, V key heads, D head size, S = U + G context to
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Cache, PreTrainedConfig
 
 from .segments import Segments
 
@@ -72,6 +74,11 @@ class Layout:
     def num_latents(self) -> int:
         """G, context tokens at the head of the gen stream."""
         return 0 if self.segments is None else self.segments.image_positions.shape[1]
+
+
+def attention_kernels(config: PreTrainedConfig) -> AbstractContextManager:
+    """Choose what computes attention: torch's choice of fused kernels, or plain products for "eager"."""
+    return sdpa_kernel(SDPBackend.MATH) if getattr(config, "_attn_implementation", None) == "eager" else nullcontext()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:

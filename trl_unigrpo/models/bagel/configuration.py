@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 from transformers.utils import cached_file
 
+from ..hub import hub_arguments
+
 
 # The released checkpoint carries no VAE configuration: these are the sizes of its `ae.safetensors` (FLUX's VAE).
 RELEASED_VAE = {
@@ -196,11 +198,6 @@ class BagelConfig(PreTrainedConfig):
 
 def _is_released(config_dict: dict[str, Any]) -> bool:
     return "llm_config" not in config_dict or RELEASED_CLASS in (config_dict.get("architectures") or ())
-
-
-def hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Choose those of `from_pretrained`'s arguments that say where on the hub a file lies."""
-    return {key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if kwargs.get(key)}
 
 
 def _read_json(source: str | Path, name: str, hub: dict[str, Any]) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, Qwen2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import Layout, attend_streams
+from .attention import Layout, attend_streams, attention_kernels
 
 
 Rotary = tuple[Tensor, Tensor]
@@ -54,7 +54,7 @@ class BagelAttention(nn.Module):
 
     def __init__(self, config: Qwen2Config, layer: int):
         super().__init__()
-        self.layer = layer
+        self.config, self.layer = config, layer
         self.head_dim = head_size(config)
         width, query_width = config.hidden_size, config.num_attention_heads * self.head_dim
         key_width = (config.num_key_value_heads or config.num_attention_heads) * self.head_dim
@@ -89,7 +89,8 @@ class BagelAttention(nn.Module):
         und_qkv, gen_qkv = self.project(und, rotary_und, ""), None
         if gen is not None and rotary_gen is not None:
             gen_qkv = self.project(gen, rotary_gen, "_moe_gen")
-        und, gen, keys, values = attend_streams(und_qkv, gen_qkv, layout, self.layer, past_key_values)
+        with attention_kernels(self.config):
+            und, gen, keys, values = attend_streams(und_qkv, gen_qkv, layout, self.layer, past_key_values)
         und = self.o_proj(und.transpose(1, 2).flatten(2))
         gen = None if gen is None else self.o_proj_moe_gen(gen.transpose(1, 2).flatten(2))
         return und, gen, keys, values

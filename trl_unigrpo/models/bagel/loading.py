@@ -9,9 +9,10 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
+from ..hub import hub_arguments
 from ..quantization import keep_trainable_layout, ready_to_quantize
 from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
-from .configuration import RELEASED_WEIGHTS, hub_arguments
+from .configuration import RELEASED_WEIGHTS
 from .vision import UNDERSTANDING_MODULES
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig
 from transformers.activations import ACT2FN
 
+from .attention import attention_kernels
+
 
 UNDERSTANDING_MODULES = ("vit_model", "connector", "vit_pos_embed")
 """The parts of the model that read images; frozen unless asked otherwise."""
@@ -35,7 +37,7 @@ class BagelVisionAttention(nn.Module):
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
-        self.heads = config.num_attention_heads
+        self.config, self.heads = config, config.num_attention_heads
         width = config.hidden_size
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in "qkv")
         self.out_proj = nn.Linear(width, width)
@@ -45,7 +47,8 @@ class BagelVisionAttention(nn.Module):
             projection(x).unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (A, N, D)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2))
+        with attention_kernels(self.config):
+            return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2))
 
 
 class BagelVisionLayer(nn.Module):

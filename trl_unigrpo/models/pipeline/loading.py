@@ -17,11 +17,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..hub import HUB_ARGUMENTS, hub_arguments
 from ..quantization import ready_to_quantize
 
 
 UNQUANTIZED_HEADS = {"thinker": ("lm_head",), "painter": ("proj_out", "norm_out")}
 """Heads: few weights, and the most sensitive ones."""
+
+_NO_USE = ("adapter_kwargs", "device_map", "trust_remote_code", "_from_auto")
+"""What transformers' auto classes and the trainer hand to every model, and a pipeline has no use for."""
 
 
 def local_folder(source: Any, **hub: Any) -> Path:
@@ -34,9 +38,17 @@ def hardware_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
-def load_thinker(source: Any, dtype: torch.dtype, quantization: Any = None, **hub: Any) -> PreTrainedModel:
-    """Load a causal language model, or the language half of a model that also reads images."""
-    if isinstance(source, PreTrainedModel):
+def hub_alone(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Choose the arguments that say where on the hub a model lies; TypeError for one that neither half would get."""
+    for name, value in arguments.items():
+        if name not in (*HUB_ARGUMENTS, *_NO_USE):
+            raise TypeError(f"{name}={value!r} does nothing for a pipeline. Leave it out.")
+    return hub_arguments(arguments)
+
+
+def load_thinker(source: Any, dtype: torch.dtype, quantization: Any = None, **hub: Any) -> PreTrainedModel | None:
+    """Load a causal language model, or the language half of a model that also reads images; None for None."""
+    if source is None or isinstance(source, PreTrainedModel):
         return source
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True, **hub}
     if quantization is not None:

@@ -5,7 +5,7 @@ Shapes: B samples, T text tokens, H hidden size, `latent` the dimensions of the 
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from .encodings import Encodings
 from .latents import LatentMap
 from .loading import (
     hardware_dtype,
+    hub_alone,
     load_painter,
     load_thinker,
     local_folder,
     painters_own_thinker,
 )
 from .painter import Painter
-from .saving import quick_start, save_adapters
+from .saving import ADAPTERS, quick_start, save_adapters
 from .sharing import share_weights, whole_state
 
 
@@ -111,6 +112,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         painter_prompt: str | None = None,
         painter_arguments: dict[str, Any] | None = None,
         system_prompt: str | None = None,
+        attn_implementation: str | None = None,
         **hub: Any,
     ) -> "PipelineForUnifiedGeneration":
         """
@@ -126,35 +128,37 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
                 `torch.float32`.
             quantization_config: a `BitsAndBytesConfig` for the linear layers of both.
             painter_prompt, painter_arguments, system_prompt: see [`PipelineUnifiedConfig`].
-            hub: `revision`, `token`, `cache_dir`.
+            attn_implementation: of the thinker, as transformers names it. The painter has diffusers' own.
+            hub: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            TypeError: for an argument that neither half would get.
         """
         if (pretrained_model_name_or_path is None) == (painter is None):
             raise ValueError("Pass either the folder of a saved unified model, or painter=... with thinker=... .")
-        hub = {name: hub[name] for name in ("cache_dir", "revision", "token") if hub.get(name)}
+        hub = hub_alone(hub)
         if painter is None:
             folder = local_folder(pretrained_model_name_or_path, **hub)
             config, hub = config or PipelineUnifiedConfig.from_pretrained(folder), {}
             painter, thinker = folder / "painter", None if config.shared_encoder else folder / "thinker"
             tokenizer = tokenizer or read_tokenizer(folder, padding_side="left")
         config = copy.deepcopy(config) or PipelineUnifiedConfig()
-        given = {
-            "painter_prompt": painter_prompt,
-            "painter_arguments": painter_arguments,
-            "system_prompt": system_prompt,
-        }
-        for name, value in given.items():
+        given = {"painter_prompt": painter_prompt, "painter_arguments": painter_arguments}
+        for name, value in {**given, "system_prompt": system_prompt}.items():
             if value is not None:
                 setattr(config, name, value)
-        dtype = (
-            hardware_dtype() if dtype in (None, "auto") else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        )
+        if not isinstance(dtype, torch.dtype):
+            dtype = hardware_dtype() if dtype in (None, "auto") else getattr(torch, dtype)
         pipeline = load_painter(painter, dtype, quantization_config, thinks=thinker is None, **hub)
         check_pipeline(pipeline)
+        thinker, own = load_thinker(thinker, dtype, quantization_config, **hub), None
         if thinker is None:
             thinker, own = painters_own_thinker(pipeline)
-            return cls(thinker, tokenizer or own, pipeline, config)
-        thinker = load_thinker(thinker, dtype, quantization_config, **hub)
-        return cls(thinker, tokenizer or read_tokenizer(thinker.config._name_or_path, **hub), pipeline, config)
+        attention = attn_implementation or getattr(config, "_attn_implementation", None)
+        if attention is not None:
+            thinker.set_attn_implementation(attention)
+        tokenizer = tokenizer or own or read_tokenizer(thinker.config.name_or_path, **hub)
+        return cls(thinker, tokenizer, pipeline, config)
 
     def save_pretrained(self, save_directory: Any, *args: Any, is_main_process: bool = True, **kwargs: Any) -> None:
         """Write `thinker/`, a folder of transformers, and `painter/`, one of diffusers, beside the configuration."""
@@ -177,11 +181,21 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         return True
 
     def save_adapters(self, folder: str | Path) -> None:
-        """Write the LoRA of each half as its own library has it, `adapters/thinker` and `adapters/painter`."""
+        """
+        Write the LoRA of each half as its own library has it, `adapters/thinker` and `adapters/painter`, and beside
+        them what a model that is in no folder of its own was put together from.
+        """
         save_adapters(self, folder)
+        if getattr(self, "peft_config", None) and not self.in_one_folder:
+            self.config.save_pretrained(Path(folder) / ADAPTERS)
 
-    def quick_start(self, source: str) -> str:
-        return quick_start(self, source)
+    @property
+    def in_one_folder(self) -> bool:
+        """True for a model that `save_pretrained` wrote, False for one that was put together from its two halves."""
+        return self.config.name_or_path != self.thinker.config.name_or_path
+
+    def quick_start(self, source: str, painting: Mapping[str, Any]) -> str:
+        return quick_start(self, source, painting)
 
     @property
     def pipeline(self) -> Any:

@@ -1,7 +1,7 @@
 """Adapters in the formats that transformers and diffusers load by themselves."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ QUICK_START = """## Quick start
 
 ```python
 from diffusers import DiffusionPipeline
-from peft import PeftModel
+{downloads}from peft import PeftModel
 from transformers import AutoTokenizer, {language_class}
 
 tokenizer = AutoTokenizer.from_pretrained("{source}")
@@ -121,7 +121,7 @@ messages = [
     {{"role": "user", "content": "A red cube on a blue table"}},
 ]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-tokens = thinker.generate(**inputs, max_new_tokens=512)
+tokens = thinker.generate(**inputs, max_new_tokens={length})
 text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 image = pipeline({prompt}, {arguments}).images[0]
@@ -131,20 +131,26 @@ image.save("image.png")
 """
 
 
-def quick_start(model: Any, source: str) -> str:
-    """Write code for the model card that thinks and paints with transformers and diffusers alone."""
+def quick_start(model: Any, source: str, painting: Mapping[str, Any]) -> str:
+    """Write code for the model card that thinks and paints as in training, with transformers and diffusers alone."""
     told = {
         "answer": "text.rpartition('</think>')[2].strip()",
         "prompt_and_answer": "messages[1]['content'] + '\\n' + text.rpartition('</think>')[2].strip()",
         "completion": "text.strip()",
     }
+    size, system = painting["image_size"], painting.get("system_prompt", model.config.system_prompt)
+    arguments = {**model.painter_arguments, "height": size, "width": size}
+    arguments["num_inference_steps"] = painting["num_inference_steps"]
+    loading = "\n".join(_loading(model, source))
     return QUICK_START.format(
         source=source,
+        downloads="from huggingface_hub import snapshot_download\n" if "snapshot_download" in loading else "",
         language_class=type(model.thinker).__name__,
-        loading="\n".join(_loading(model, source)),
-        system=model.config.system_prompt,
+        loading=loading,
+        length=painting["max_completion_length"],
+        system=system or "",
         prompt=told[model.config.painter_prompt],
-        arguments=", ".join(f"{name}={value!r}" for name, value in model.painter_arguments.items()),
+        arguments=", ".join(f"{name}={value!r}" for name, value in arguments.items()),
     )
 
 
@@ -152,13 +158,18 @@ def _loading(model: Any, source: str) -> Iterator[str]:
     """Yield lines that load `thinker` and `pipeline`, with what was trained."""
     adapted, shared = bool(getattr(model, "peft_config", {})), model.config.shared_encoder
     language_class = type(model.thinker).__name__
-    painter = model.config.sources["painter"] if adapted else f"{source}/painter"
-    if shared:
-        yield f'thinker = {language_class}.from_pretrained("{painter}", subfolder="text_encoder")'
-    elif adapted:
-        yield f'thinker = {language_class}.from_pretrained("{model.config.sources["thinker"]}")'
+    if adapted and not model.in_one_folder:
+        thinker, painter = (f'"{model.config.sources[part]}"' for part in PARTS)
     else:
-        yield f'thinker = {language_class}.from_pretrained("{source}", subfolder="thinker")'
+        home = model.config.name_or_path if adapted else source
+        thinker, painter = (f'"{home}/{part}"' for part in PARTS)
+        if not Path(home).is_dir():  # diffusers reads no pipeline out of a part of a repository
+            yield f'home = snapshot_download("{home}")'
+            thinker, painter = (f'f"{{home}}/{part}"' for part in PARTS)
+    if shared:
+        yield f'thinker = {language_class}.from_pretrained({painter}, subfolder="text_encoder")'
+    else:
+        yield f"thinker = {language_class}.from_pretrained({thinker})"
     if adapted:
         yield f'thinker = PeftModel.from_pretrained(thinker, "{source}", subfolder="{ADAPTERS}/thinker")'
     encoder = ""
@@ -166,7 +177,7 @@ def _loading(model: Any, source: str) -> Iterator[str]:
         bare = model.pipeline.text_encoder is not model.thinker
         inside = "thinker.get_base_model()" if adapted else "thinker"
         encoder = f", text_encoder={inside}" + (f".{model.thinker.base_model_prefix}" if bare else "")
-    yield f'pipeline = DiffusionPipeline.from_pretrained("{painter}"{encoder})'
+    yield f"pipeline = DiffusionPipeline.from_pretrained({painter}{encoder})"
     if adapted and loads_adapters(model.pipeline):
         # Without the file's name diffusers takes any other of a local folder for it.
         where = f'subfolder="{ADAPTERS}/painter", weight_name="{LORA_WEIGHT_NAME_SAFE}"'
