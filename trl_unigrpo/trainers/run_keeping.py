@@ -145,6 +145,14 @@ class RunKeeping(GRPOTrainer):
     def _record_seconds(self, phase: str, seconds: float) -> None:
         self._note({f"time/{phase}": seconds})
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:  # an error leaves an update half done
+            self._phases.stop()
+            self._progress.forward = None
+            self._progress.metrics.clear()
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._progress.eval_rows = 0
         device = self.accelerator.device

@@ -20,7 +20,8 @@ from ..models.quantization import keep_trainable_layout
 from ..models.registry import unified_model
 from ..models.tokenizer import never_sampled
 from .arguments import check_arguments, check_lengths, default_config, find_tokenizer, load_for_training
-from .trl_bridge import check_attributes, check_trl, return_velocity
+from .config_checks import check_generation
+from .trl_bridge import check_attributes, check_trl, compute_head_in_float32, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
 
@@ -35,6 +36,7 @@ class Setup:
         trains: expert ("text", "image") -> whether it is trained.
         objective: of the image expert.
         regularizer_weight: at the latent size of this run; 0 without regulariser.
+        float32_head: whether log-probs are computed in float32 (`cast_lm_head_to_fp32`).
         masters: adapters that came with the model, as they were before TRL rounds those on a quantised base.
     """
 
@@ -47,6 +49,7 @@ class Setup:
     trains: dict[str, bool]
     objective: Any
     regularizer_weight: float
+    float32_head: bool
     masters: dict[str, Tensor]
 
     @property
@@ -74,6 +77,9 @@ def prepare_run(
         source, adapted = model.config.name_or_path, peft_config is not None or is_peft_model(model)
     args = args or default_config(source)
     check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
+    if float32_head := args.cast_lm_head_to_fp32:
+        args = copy.copy(args)
+        args.cast_lm_head_to_fp32 = False  # TRL looks for the head at `model.lm_head`
 
     set_seed(args.seed)  # adapters start at random
     if isinstance(model, str):
@@ -100,6 +106,7 @@ def prepare_run(
         regularizer_weight=0.0
         if args.flow_regularizer == "none"
         else scale(args.flow_regularizer_weight, num_latent_dims),
+        float32_head=float32_head,
         masters={},
     )
     _keep_reference(setup, adapted)
@@ -129,10 +136,16 @@ def finish_run(trainer: Any, setup: Setup) -> None:
     check_trained(base, model, setup.trains)
     keep_adapters_in_float32(model, setup.masters)
     keep_trainable_layout(model)
+    check_generation(base.generation_config, trainer.generation_kwargs)
+    if setup.float32_head:
+        trainer.args.cast_lm_head_to_fp32 = True
+        compute_head_in_float32(base, trainer.temperature)
     return_velocity(base)
     if base.kept_reference is not None:
         base.kept_reference.to(trainer.accelerator.device)
-    trainer.generation_config.suppress_tokens = never_sampled(base, setup.tokenizer, trainer.eos_token_ids)
+    sampling = trainer.generation_config
+    never = never_sampled(base, setup.tokenizer, trainer.eos_token_ids) or ()
+    sampling.suppress_tokens = sorted({*never, *(sampling.suppress_tokens or ())}) or None
 
 
 def _check_one_by_one(trainer: Any, setup: Setup) -> None:

@@ -21,7 +21,15 @@ OPTIONS = (
     *("adam_epsilon", "bf16", "dataloader_pin_memory", "ddp_find_unused_parameters", "disable_dropout"),
     *("gradient_accumulation_steps", "learning_rate", "log_multimodal", "loss_type", "max_completion_length"),
     *("num_generations", "num_iterations", "per_device_train_batch_size"),
-    *("beta", "generation_batch_size", "log_completions", "model_init_kwargs", "steps_per_generation", "temperature"),
+    *(
+        "beta",
+        "cast_lm_head_to_fp32",
+        "generation_batch_size",
+        "log_completions",
+        "model_init_kwargs",
+        "steps_per_generation",
+        "temperature",
+    ),
 )
 
 
