@@ -52,17 +52,18 @@ def test_phases_that_an_error_broke_off_are_stopped():
     assert name == "update" and seconds < 0.05
 
 
-def test_error_in_an_update_ends_it(make_trainer):
+@pytest.mark.parametrize("part", ["_get_per_token_logps_and_entropies", "_flow_loss"])
+def test_error_in_an_update_ends_it(make_trainer, part):
     trainer = make_trainer(disable_tqdm=False)
-    flow_loss, calls = trainer._flow_loss, []
+    compute, calls = getattr(trainer, part), []
 
-    def fails(*args):
+    def fails(*args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        return flow_loss(*args)
+        return compute(*args, **kwargs)
 
-    trainer._flow_loss = fails
+    setattr(trainer, part, fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
     assert not drawing()

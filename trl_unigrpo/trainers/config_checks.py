@@ -59,6 +59,14 @@ _REFUSED: dict[str, tuple[Any, str]] = {
         "random",
         "rows are drawn in groups of one prompt; shuffle_dataset=False keeps the dataset's order",
     ),
+    "data_seed": (
+        None,
+        "TRL draws the prompts by seed",
+    ),
+    "include_num_input_tokens_seen": (
+        "no",
+        "batches are lists of rows here; TRL logs num_tokens",
+    ),
     "parallelism_config": (
         None,
         "the image rollout calls the model outside of the wrappers that would spread it",
