@@ -88,6 +88,14 @@ def test_plain_mean_where_each_trajectory_has_one_image_of_one_window():
     assert torch.equal(steps.mean(values), values.sum() / 12)
 
 
+def test_trajectories_that_count_for_nothing_weigh_nothing():
+    values = torch.tensor([0.3, -1.7, 2.2, 5.0, 0.01, -0.4, 11.0, -3.0], dtype=torch.float64)
+    steps = Steps.of(three_trajectories(), torch.tensor([False, True, True]))
+    assert steps.mean(values).item() == pytest.approx((11.0 - 3.0) / 2 / 3, rel=1e-6)  # still a mean over three
+    everything = Steps.of(three_trajectories(), torch.tensor([True, True, True]))
+    assert torch.equal(everything.weight, Steps.of(three_trajectories()).weight)
+
+
 def test_part_of_a_table_keeps_its_numbers():
     steps = Steps.of(three_trajectories())
     part = steps[torch.tensor([6, 1, 3])]

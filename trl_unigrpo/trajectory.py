@@ -119,8 +119,13 @@ class Steps:
     images: Sequence[Image]
 
     @classmethod
-    def of(cls, trajectories: Sequence[Trajectory]) -> "Steps":
-        """Make the table of a micro-batch. Raises ValueError where it has no step, or images of several sizes."""
+    def of(cls, trajectories: Sequence[Trajectory], counts_for: Tensor | None = None) -> "Steps":
+        """
+        Make the table of a micro-batch. Raises ValueError where it has no step, or images of several sizes.
+
+        Args:
+            counts_for: (B,) False for trajectories whose steps weigh nothing; they count in the mean all the same.
+        """
         found = [(row, number, image) for row, t in enumerate(trajectories) for number, image in t.painted()]
         if not found:
             raise ValueError("The trajectories have no images: there is nothing to train the image expert on.")
@@ -135,12 +140,15 @@ class Steps:
         row = torch.tensor(rows)
         trained = torch.zeros(len(trajectories)).index_add(0, row, (counts > 0).float())  # images of each trajectory
         share = counts * trained[row] * len(trajectories)
+        weight = len(number) / share
+        if counts_for is not None:
+            weight = weight * counts_for.cpu()[row]
         return cls(
             states=join([image.steps for image in images]),
             image=number,
             row=row[number],
             round=torch.tensor(rounds)[number],
-            weight=(len(number) / share)[number],
+            weight=weight[number],
             total=len(number),
             images=images,
         )

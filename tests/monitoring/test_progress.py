@@ -1,6 +1,7 @@
 """Seconds of the phases, and a bar for the slow ones."""
 
 import re
+import threading
 import time
 
 import pytest
@@ -35,6 +36,46 @@ def test_a_phase_that_fails_ends():
     with pytest.raises(ValueError):
         fails()
     assert ended == ["inner", "paint"]
+
+
+def test_phases_that_an_error_broke_off_are_stopped():
+    ended = []
+    phases = Phases(lambda name, seconds: ended.append((name, seconds)), shows=True)
+    phases.begin("update")
+    phases.begin("inner")
+    time.sleep(0.1)
+    phases.stop()
+    assert not ended and not drawing()
+    phases.begin("update")
+    phases.end("update")
+    ((name, seconds),) = ended
+    assert name == "update" and seconds < 0.05
+
+
+@pytest.mark.parametrize("part", ["_get_per_token_logps_and_entropies", "_flow_loss"])
+def test_error_in_an_update_ends_it(make_trainer, part):
+    trainer = make_trainer(disable_tqdm=False)
+    compute, calls = getattr(trainer, part), []
+
+    def fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return compute(*args, **kwargs)
+
+    setattr(trainer, part, fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert not drawing()
+    assert trainer._progress.forward is None and not trainer._progress.metrics
+    assert "time/update" not in trainer._metrics["train"]
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def drawing():
+    """Threads of bars."""
+    return [thread for thread in threading.enumerate() if "_draw" in thread.name]
 
 
 def test_slow_phases_have_a_bar_that_knows_the_last_time(capsys):

@@ -5,10 +5,12 @@ import sys
 import pytest
 import torch
 import yaml
+from accelerate import ParallelismConfig
+from transformers import TrainingArguments
 from trl import GRPOConfig, TrlParser
 
 from tests.helpers.tiny_unified import tiny_config
-from trl_unigrpo.trainers import unigrpo_config
+from trl_unigrpo.trainers import config_checks, unigrpo_config
 from trl_unigrpo.trainers.evaluation_checks import whole_groups
 from trl_unigrpo.trainers.refl_trainer import ReFLConfig
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig
@@ -225,6 +227,31 @@ REFUSED = [
     ({"torch_compile": True}, "torch_compile=True does not work"),
     ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 does not work"),
     ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 does not work"),
+    ({"torch_compile_backend": "inductor"}, "torch_compile_backend='inductor' does not work"),
+    ({"torch_compile_mode": "default"}, "torch_compile_mode='default' does not work"),
+    ({"use_transformers_paged": True}, "use_transformers_paged=True does not work"),
+    ({"bf16_full_eval": True}, "bf16_full_eval=True does not work.*rounds the trained weights"),
+    ({"fp16_full_eval": True}, "fp16_full_eval=True does not work.*rounds the trained weights"),
+    ({"trust_remote_code": True}, "trust_remote_code=True does not work.*no code of a repository"),
+    ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length' does not work"),
+    ({"data_seed": 7}, "data_seed=7 does not work.*by seed"),
+    ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen='all' does not work"),
+    ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen=True does not work"),
+    ({"parallelism_config": ParallelismConfig()}, r"(?s)^parallelism_config=.*does not work"),
+    ({"top_p": 0.9}, "^top_p=0.9 does not work.*would not be what is trained. Set it to 1.0"),
+    ({"top_k": 50}, "^top_k=50 does not work.*Set it to 0"),
+    ({"min_p": 0.1}, "^min_p=0.1 does not work"),
+    ({"repetition_penalty": 1.1}, "^repetition_penalty=1.1 does not work"),
+    ({"generation_kwargs": {"top_k": 5}}, "^generation_kwargs: top_k=5 does not work"),
+    ({"generation_kwargs": {"typical_p": 0.9}}, "^generation_kwargs: typical_p=0.9 does not work"),
+    ({"generation_kwargs": {"no_repeat_ngram_size": 3}}, "^generation_kwargs: no_repeat_ngram_size=3 does not work"),
+    ({"generation_kwargs": {"sequence_bias": [[[6], 2.0]]}}, "^generation_kwargs: sequence_bias=.*Set it to None"),
+    ({"generation_kwargs": {"do_sample": False}}, "^generation_kwargs: do_sample=False does not work"),
+    ({"generation_kwargs": {"num_beams": 2}}, "^generation_kwargs: num_beams=2 does not work"),
+    ({"generation_kwargs": {"temperature": 0.5}}, "^generation_kwargs: temperature=0.5.*It is set by `temperature`"),
+    ({"generation_kwargs": {"eos_token_id": 7}}, "^generation_kwargs: eos_token_id=7.*generation_config.eos_token_id"),
+    ({"generation_kwargs": {"num_return_sequences": 2}}, "num_return_sequences=2.*It is set by `num_generations`"),
+    ({"cache_implementation": "paged"}, "cache_implementation='paged' does not work.*continuous batching"),
     ({"include_for_metrics": ["inputs"]}, "include_for_metrics.*does not work"),
     ({"deepspeed": "zero3.json"}, "deepspeed='zero3.json' does not work"),
     ({"fsdp": "full_shard"}, "fsdp.*not supported"),
@@ -276,6 +303,60 @@ REFUSED = [
 def test_option_that_cannot_work_is_refused_with_the_reason(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, **changes)
+
+
+def test_each_refused_option_of_trl_is_tried_here():
+    tried = {name for changes, _ in REFUSED for name in (*changes, *changes.get("generation_kwargs", ()))}
+    own = {"top_p", "top_k", "min_p", "repetition_penalty"}
+    assert set(config_checks._REFUSED) | own <= tried
+
+
+# What becomes of each option of TRL's GRPOConfig that is not refused. A new one has to be tried, and be named here.
+OF_THE_TEXT = """
+    beta epsilon epsilon_high delta loss_type importance_sampling_level use_bias_correction_kl top_entropy_quantile
+    entropy_coef use_adaptive_entropy entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target
+    sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg
+    router_aux_loss_coef cast_lm_head_to_fp32 temperature
+"""
+OF_BOTH = """
+    model_init_kwargs disable_dropout num_generations num_generations_eval max_completion_length shuffle_dataset
+    pad_to_multiple_of generation_batch_size steps_per_generation num_iterations reward_weights scale_rewards
+    multi_objective_aggregation mask_truncated_completions chat_template_kwargs generation_kwargs cache_implementation
+    log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
+"""
+LEFT_ALONE = "top_p top_k min_p repetition_penalty"  # at the values that change nothing
+# Of vLLM, DeepSpeed, continuous batching, tools, and a reference that is synced, all of which are refused.
+WITHOUT_EFFECT = """
+    ds3_gather_for_generation max_tool_calling_iterations ref_model_mixup_alpha ref_model_sync_steps
+    transformers_continuous_batching_config
+"""
+
+
+def test_every_option_of_trl_works_or_is_refused_or_has_no_effect():
+    of_trl = set(GRPOConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
+    known = " ".join([OF_THE_TEXT, OF_BOTH, LEFT_ALONE, WITHOUT_EFFECT]).split()
+    known += [name for name in of_trl if name.startswith("vllm_") or name in config_checks._REFUSED]
+    assert sorted(known) == sorted(of_trl)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"suppress_tokens": [7]},
+        {"min_new_tokens": 2},
+        {"temperature": 1.0, "top_k": 0, "do_sample": True, "num_beams": 1},
+        {"guidance_scale": None},
+    ],
+)
+def test_generation_that_is_trained_as_it_is_sampled_is_allowed(tmp_path, extra):
+    assert tiny_config(tmp_path, generation_kwargs=extra, guidance_scale=2.0).generation_kwargs == extra
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_launcher_that_spreads_the_model_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(ValueError, match=f"was told to use {name}, which is not supported"):
+        tiny_config(tmp_path)
 
 
 @pytest.mark.parametrize(("objective", "epsilon"), [("flow_grpo", 1e-6), ("fpo", 3e-5), ("awm", 1e-4)])

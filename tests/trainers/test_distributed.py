@@ -1,4 +1,4 @@
-"""Two processes make the update that one makes."""
+"""Two processes make the update that one makes, by rewards or by examples."""
 
 import socket
 
@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from tests.helpers.runs import DIVERGING, alarms_of, assert_same_update
+from tests.helpers.sft import make_sft, many_rows
 from tests.helpers.tiny_unified import FixedTexts, build_trainer, redness, tiny_bagel, weights
 from trl_unigrpo.monitoring.alarm import read_alarms
 from trl_unigrpo.reporting.run_files import read_run
@@ -70,6 +71,33 @@ def diverge(folder, per_device_train_batch_size):
     return {"step": trainer.state.global_step, "memory": memory, "log": trainer.state.log_history[0]}
 
 
+SFT_CASES = {"full": {}, "lora, checkpointing": {"lora": True, "gradient_checkpointing": True}}
+
+
+def fine_tune(folder, case, per_device_train_batch_size):
+    """A supervised run over thinkings of all lengths, whose last step accumulates less than the others."""
+    arguments = dict(SFT_CASES[case])
+    model = tiny_bagel()
+    if arguments.pop("lora", False):
+        config = LoraConfig(r=2, init_lora_weights=False, target_modules=model.default_lora_targets())
+        model = get_peft_model(model, config)
+    before = weights(model)
+    trainer = make_sft(
+        folder,
+        model,
+        rows=many_rows(12),
+        per_device_train_batch_size=per_device_train_batch_size,
+        gradient_accumulation_steps=2,
+        max_steps=2,
+        optim="sgd",
+        learning_rate=0.5,
+        context_dropout=0.3,
+        **arguments,
+    )
+    trainer.train()
+    return before, weights(trainer.model), trainer.state.log_history[0]
+
+
 def worker(rank, port, folder, cases):
     import os
 
@@ -89,6 +117,7 @@ def worker(rank, port, folder, cases):
         prompts = [batch["prompt_ids"] for batch in trainer._buffered_inputs]
         results[case] = {"weights": after, "windows": windows, "prompts": prompts, "log": trainer.state.log_history}
     results["diverging"] = diverge(f"{folder}/diverging", 2)
+    results["sft"] = {case: fine_tune(f"{folder}/sft", case, 2) for case in SFT_CASES}
     torch.save(results, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -133,6 +162,17 @@ def check_update(ranks, tmp_path, case):
     for name in (*names, "process/reward", "process/frac_none"):
         if name in one:
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.parametrize("case", SFT_CASES)
+def test_two_processes_fine_tune_as_one_does(two_processes, tmp_path, case):
+    _, ranks = two_processes
+    before, after, log = fine_tune(tmp_path, case, 4)
+    for rank in ranks:
+        _, found, its_log = rank["sft"][case]
+        assert_same_update(before, after, found)
+        for name in ("loss", "loss/text", "loss/flow"):
+            assert its_log[name] == pytest.approx(log[name], rel=1e-3), name
 
 
 def test_processes_share_the_window_but_not_the_work(two_processes):

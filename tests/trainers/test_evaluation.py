@@ -114,6 +114,16 @@ def test_two_evaluations_of_the_same_weights_are_the_same(make_trainer):
     assert first["eval_reward"] == second["eval_reward"]
 
 
+def test_rows_of_an_evaluation_have_noise_of_their_own(make_trainer):
+    # The same prompt, and no thinking: noise is all that can differ, in a batch and from batch to batch.
+    dataset = prompts_dataset(PROMPTS[:1], copies=6)
+    trainer = evaluating(make_trainer, eval_dataset=dataset, thinking=False, text_weight=0.0)
+    kept = keep_images(trainer)
+    trainer.evaluate()
+    assert [len(images) for _, _, images in kept] == [2, 2, 2]
+    assert len({image.tobytes() for _, _, images in kept for image in images}) == 6
+
+
 def test_evaluation_leaves_training_as_it_is(make_trainer):
     ends = []
     for strategy in ("no", "steps"):
@@ -278,6 +288,22 @@ def test_never_sampled_are_markers_padding_and_rows_without_a_token(model, make_
     assert end not in special
     assert special[0] not in never_sampled(model, tokenizer, [end, special[0]])
     assert make_trainer().generation_config.suppress_tokens == never_sampled(model, tokenizer, [end])
+
+
+def test_tokens_that_the_user_suppresses_join_those(model, make_trainer, train):
+    tokenizer, unwanted = tiny_tokenizer(), list(range(6, 16))
+    trainer = make_trainer(generation_kwargs={"suppress_tokens": unwanted}, max_steps=1)
+    never = never_sampled(model, tokenizer, [tokenizer.eos_token_id])
+    assert trainer.generation_config.suppress_tokens == sorted({*never, *unwanted})
+    written = torch.cat([batch["completion_ids"].flatten() for batch in train(trainer).batches])
+    assert not set(written.tolist()) & set(unwanted)
+
+
+def test_options_of_the_model_s_own_generation_are_refused_too(make_trainer):
+    model = tiny_bagel()
+    model.generation_config.update(typical_p=0.9, temperature=0.5)  # TRL sets the latter
+    with pytest.raises(ValueError, match=r"^model.generation_config: typical_p=0.9 does not work.*Set it to 1.0"):
+        make_trainer(model=model)
 
 
 @pytest.mark.parametrize("thinking", [True, False])

@@ -5,7 +5,17 @@ import torch
 from peft import LoraConfig
 
 from tests.helpers.runs import assert_same_update
-from tests.helpers.tiny_unified import FixedTexts, OneByOne, beside, images_of, moved, tiny_bagel, weights
+from tests.helpers.tiny_unified import (
+    PROMPTS,
+    FixedTexts,
+    OneByOne,
+    beside,
+    images_of,
+    moved,
+    prompts_dataset,
+    tiny_bagel,
+    weights,
+)
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 
 
@@ -67,6 +77,15 @@ def test_update_computes_velocities_in_the_precision_of_the_rollout(make_trainer
         assert torch.equal(batch["old"], batch["steps"].states.velocity)
 
 
+def test_old_and_reference_velocities_have_the_precision_of_the_rollout(make_trainer, train):
+    # An update per micro-batch: both are computed before the first.
+    settings = {"gradient_accumulation_steps": 1, "steps_per_generation": 2, "num_iterations": 1, "max_steps": 2}
+    for batch in train(make_trainer(bf16=True, **settings)).batches:
+        for policy in ("old", "reference"):
+            # bf16 twice; float32 would differ by its rounding.
+            assert torch.equal(batch[policy], batch["steps"].states.velocity), policy
+
+
 def test_one_ratio_per_image_needs_its_velocities_together(make_trainer):
     model = tiny_bagel()
     model.__class__ = OneByOne
@@ -93,6 +112,26 @@ def test_gradient_accumulation_does_not_change_the_update(make_trainer, loss_typ
         updates.append(weights(model))
     assert_same_update(before, updates[0], updates[1])
     assert_same_update(before, updates[0], updates[2])
+
+
+def test_last_accumulation_of_an_epoch_may_be_short(make_trainer):
+    # One prompt makes one micro-batch an epoch: whatever the accumulation, the update is of that one.
+    updates = []
+    for accumulation in (1, 2):
+        model = tiny_bagel()
+        before = weights(model)
+        make_trainer(
+            model=model,
+            train_dataset=prompts_dataset(PROMPTS[:1], copies=1),
+            gradient_accumulation_steps=accumulation,
+            steps_per_generation=1,
+            num_iterations=1,
+            max_steps=1,
+            trainer_class=FixedTexts,
+            **PLAIN,
+        ).train()
+        updates.append(weights(model))
+    assert_same_update(before, *updates)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +209,50 @@ def test_truncated_thinkings_still_condition_their_image(make_trainer):
     for batch in batches:
         found = beside(trainer, batch["trajectories"])
         torch.testing.assert_close(found["old"], found["steps"].states.velocity, rtol=1e-4, atol=1e-5)
+
+
+class Endless(FixedTexts):
+    """Thinkings that come to no end, but for those of some rows."""
+
+    ending = ()
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        ends = [2 if row in self.ending else 9 for row in self.rows(len(prompt_ids))]
+        return [[8, 9, 10, 11 + i % 4, end] for i, end in enumerate(ends)], None
+
+
+def test_truncated_thinkings_train_nothing(make_trainer):
+    # Adam makes whole steps of any gradient, and the regulariser has one from the start.
+    config = LoraConfig(r=2, init_lora_weights=False)
+    trainer = make_trainer(trainer_class=Endless, mask_truncated_completions=True, peft_config=config)
+    before = weights(trainer.model)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["completions/clipped_ratio"] == 1
+    assert log["grad_norm/text"] == log["grad_norm/image"] == log["flow/velocity_mse"] == 0
+    assert not moved(before, weights(trainer.model))
+
+
+@pytest.mark.parametrize("objective", ["flow_grpo", "fpo", "nft"])
+def test_images_of_truncated_thinkings_have_no_gradient(make_trainer, objective):
+    class Half(Endless):
+        ending = (0, 2, 5, 7)
+
+    trainer = make_trainer(trainer_class=Half, mask_truncated_completions=True, image_objective=objective)
+    flow_loss, gradients = trainer._flow_loss, {}
+
+    def spied(velocity, old, reference, steps, advantages):
+        def keep(gradient):
+            for image, of_image in zip(steps.image.tolist(), gradient, strict=True):
+                gradients.setdefault(steps.images[image].seed[-1], []).append(of_image.abs().max().item())
+
+        velocity.register_hook(keep)
+        return flow_loss(velocity, old, reference, steps, advantages)
+
+    trainer._flow_loss = spied
+    trainer.train()
+    assert len(gradients) == 8
+    assert {row for row, sizes in gradients.items() if max(sizes) > 0} == {0, 2, 5, 7}
 
 
 @pytest.mark.parametrize("peft", [False, True])

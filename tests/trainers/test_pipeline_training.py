@@ -8,12 +8,12 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.helpers.painting import painted_steps, prompts_alone
 from tests.helpers.tiny_cosmos3 import tiny_cosmos3
 from tests.helpers.tiny_painters import PROMPTS, generators, tiny_model
-from tests.helpers.tiny_pipelines import flux2_klein, qwen3, saved_halves, sd3, tokenizer
+from tests.helpers.tiny_pipelines import VOCABULARY, flux2_klein, qwen3, saved_halves, sd3, tokenizer
 from tests.helpers.tiny_unified import PROMPTS as PROMPTS_OF_TRAINING
 from tests.helpers.tiny_unified import images_of, moved, prompts_dataset, redness, tiny_config, weights
 from trl_unigrpo import ReFLConfig, ReFLTrainer
@@ -73,6 +73,37 @@ def test_the_painter_hears_what_was_thought(make_trainer, train):
     assert told == [text.rpartition("</think>")[2].strip() or "never empty" for text in texts]
     assert len(set(told)) > 1
     assert sorted(image.context for image in images_of(seen.batches)) == sorted(told)
+
+
+def test_mixture_of_experts_thinks(make_trainer, train):
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        eos_token_id=5,
+        pad_token_id=0,
+    )
+    model = tiny_model(thinker=Qwen3MoeForCausalLM(config))
+    # No image and no advantage: the loss that balances the experts is all that there is.
+    trainer = make_trainer(
+        model=model,
+        reward_funcs=lambda images, **_: [1.0] * len(images),
+        router_aux_loss_coef=0.1,
+        **arguments(flow_weight=0.0, max_steps=1),
+    )
+    (gradients,) = train(trainer).gradients
+    log = trainer.state.log_history[0]
+    assert log["aux_loss"] == pytest.approx(2, rel=0.1)  # of two experts in use, when all are used alike
+    assert log["loss"] == pytest.approx(0.1 * log["aux_loss"], rel=1e-3)
+    assert all(g.abs().max() > 0 for n, g in gradients.items() if n.endswith("mlp.gate.weight"))
 
 
 @pytest.mark.parametrize("peft", [pytest.param(False, marks=pytest.mark.slow), True], ids=["full", "lora"])

@@ -3,55 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Value
-from datasets import Image as ImageFeature
-from PIL import Image
+from datasets import Dataset
 from transformers import TrainerCallback
 
-from tests.helpers.tiny_unified import IMAGE_SIZE, moved, tiny_bagel, tiny_tokenizer, weights
-from trl_unigrpo.models.contract import ContextRow
+from tests.helpers.runs import assert_same_update
+from tests.helpers.sft import FEATURES, ROWS, make_sft, many_rows, picture
+from tests.helpers.tiny_unified import IMAGE_SIZE, broken, moved, tiny_bagel, tiny_tokenizer, weights
+from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
+from trl_unigrpo.models.contract import ContextRow, UnifiedModelMixin
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
 
 
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 
 
-def picture(seed):
-    pixels = np.random.default_rng(seed).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-ROWS = [
-    {"prompt": "a red cat", "completion": "<think> the cat sits </think>", "image": picture(0)},
-    {"prompt": "a small tree", "completion": "<think> a big tree under the mat </think>", "image": picture(1)},
-    {"prompt": "the green dog runs", "completion": "", "image": picture(2)},
-    {"prompt": "a mat", "completion": None, "image": picture(3)},
-]
-
-
-def make_sft(tmp_path, model=None, rows=ROWS, eval_dataset=None, **changes):
-    settings = {
-        "output_dir": str(tmp_path),
-        "report_to": "none",
-        "use_cpu": True,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-    }
-    return UnifiedSFTTrainer(
-        model=tiny_bagel() if model is None else model,
-        args=UnifiedSFTConfig(**{**settings, **changes}),
-        train_dataset=Dataset.from_list(rows, features=FEATURES) if isinstance(rows, list) else rows,
-        eval_dataset=eval_dataset,
-        processing_class=tiny_tokenizer(),
-    )
-
-
-FEATURES = Features({"prompt": Value("string"), "completion": Value("string"), "image": ImageFeature()})
+# The update is the gradient itself: Adam would blow the last digits of a tiny one up.
+PLAIN = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "max_steps": 2, "context_dropout": 0.3}
 
 
 class Gradients(TrainerCallback):
@@ -149,15 +116,18 @@ def test_labels_are_the_thinking_and_its_end_alone(tmp_path):
             assert decode(ids[mask.bool()]) == f"<|im_start|> {row['prompt']} <|im_end|> <|im_start|>"
 
 
-def test_context_dropout_hides_the_context_of_that_share(tmp_path):
+def test_context_dropout_leaves_what_guidance_leaves(tmp_path):
     trainer = make_sft(tmp_path, context_dropout=1.0)
     flows = captured(trainer)
     trainer.train()
-    ((steps, _),) = flows
-    assert [len(image.context) for image in steps.images] == [0] * 4
+    ((steps, inputs),) = flows
+    system = [1, *tiny_tokenizer().encode("think first"), 2]
+    left = [system if thinking else [] for thinking in inputs["completion_ids"]]
+    assert [image.context.ids.tolist() for image in steps.images] == left
+    assert sorted(map(len, left)) == [0, 0, 4, 4]
     model = tiny_bagel()
     x, t, target = (of_images(column) for column in (steps.x, steps.t, steps.states.target))
-    errors = [by_hand(model, ROWS[0], x[i], t[i], target[i], ids=[])[1] for i in range(4)]
+    errors = [by_hand(model, ROWS[0], x[i], t[i], target[i], ids=left[i])[1] for i in range(4)]
     assert trainer.state.log_history[0]["loss/flow"] == pytest.approx(torch.stack(errors).mean().item(), rel=1e-4)
     # The text's own loss still sees its prompt.
     plain = make_sft(tmp_path)
@@ -169,8 +139,16 @@ def test_context_dropout_hides_the_context_of_that_share(tmp_path):
     some = make_sft(tmp_path, context_dropout=0.5, max_steps=30)
     flows = captured(some)
     some.train()
-    hidden = torch.tensor([len(image.context) == 0 for steps, _ in flows for image in steps.images]).float().mean()
+    hidden = torch.tensor([len(image.context) <= 4 for steps, _ in flows for image in steps.images]).float().mean()
     assert 0.3 < hidden < 0.7
+
+
+def test_context_dropout_of_a_model_that_can_not_be_guided(tmp_path):
+    class Unguided(BagelForUnifiedGeneration):
+        branch_contexts = UnifiedModelMixin.branch_contexts
+
+    with pytest.raises(NotImplementedError, match=r"Unguided does not say .*context_dropout=0"):
+        make_sft(tmp_path, broken(Unguided), context_dropout=0.1)
 
 
 @pytest.mark.parametrize(("sampling", "shift"), [("logit_normal", 1.0), ("uniform", 1.0), ("uniform", 3.0)])
@@ -197,13 +175,13 @@ def test_detached_context_keeps_the_image_loss_off_the_text(tmp_path):
 
 
 def test_a_few_steps_learn_a_batch(tmp_path):
-    trainer = make_sft(tmp_path, max_steps=60, noise_draws=8, learning_rate=6e-3)
+    rows = Dataset.from_list(ROWS, features=FEATURES)
+    trainer = make_sft(tmp_path, eval_dataset=rows, max_steps=60, noise_draws=8, learning_rate=6e-3)
+    before = trainer.evaluate()
     trainer.train()
-    log = [entry for entry in trainer.state.log_history if "loss/text" in entry]
-    assert log[-1]["loss/text"] < 0.3 * log[0]["loss/text"]
-    assert np.mean([entry["loss/flow"] for entry in log[-5:]]) < 0.85 * np.mean(
-        [entry["loss/flow"] for entry in log[:5]]
-    )
+    after = trainer.evaluate()
+    assert after["eval_loss/text"] < 0.3 * before["eval_loss/text"]
+    assert after["eval_loss/flow"] < 0.9 * before["eval_loss/flow"]
 
 
 def test_evaluation_logs_both_losses_and_leaves_the_weights(tmp_path):
@@ -279,19 +257,47 @@ def test_model_without_the_contract(tmp_path):
         make_sft(tmp_path, model=torch.nn.Linear(1, 1))
 
 
-def test_gradient_accumulation_averages_over_micro_batches(tmp_path):
-    # Rows of one length, so that the mean over tokens is the mean over rows.
-    rows = [{**ROWS[0], "prompt": prompt} for prompt in ("a red cat", "a big dog", "the blue cat", "the small tree")]
-    norms = []
-    for batch, accumulation in ((4, 1), (1, 4)):
-        torch.manual_seed(0)
+CUTS = [(8, 1), (4, 2), (1, 8)]
+
+
+def test_update_does_not_depend_on_how_its_rows_are_cut(tmp_path):
+    # Twelve rows of all lengths: an optimizer step of eight, and a last one of four.
+    updates = []
+    for batch, accumulation in CUTS:
+        model = tiny_bagel()
+        before = weights(model)
         trainer = make_sft(
             tmp_path,
-            rows=rows,
-            flow_weight=0.0,
+            model,
+            rows=many_rows(12),
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
+            **PLAIN,
         )
         trainer.train()
-        norms.append(trainer.state.log_history[0]["grad_norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+        updates.append(weights(model))
+        assert trainer.state.epoch == 1
+    for other in updates[1:]:
+        assert_same_update(before, updates[0], other)
+
+
+def test_evaluation_does_not_depend_on_how_its_rows_are_cut(tmp_path):
+    # One row, eight times: what differs is its noise.
+    rows = Dataset.from_list(ROWS[:1] * 8, features=FEATURES)
+    found = []
+    for size in (8, 4, 1):
+        trainer = make_sft(tmp_path, eval_dataset=rows, per_device_eval_batch_size=size)
+        flows = captured(trainer)
+        loss = trainer.evaluate()["eval_loss/flow"]
+        found.append((loss, torch.cat([steps.x for steps, _ in flows])))
+    for loss, states in found:
+        assert loss == pytest.approx(found[0][0], rel=1e-4)
+        torch.testing.assert_close(states, found[0][1], rtol=1e-4, atol=1e-5)
+        assert len(states.unique(dim=0)) == 8
+
+
+def test_steps_draw_times_and_noise_of_their_own(tmp_path):
+    trainer = make_sft(tmp_path, rows=ROWS[:1], per_device_train_batch_size=1, max_steps=3)
+    flows = captured(trainer)
+    trainer.train()
+    assert len(torch.cat([steps.t for steps, _ in flows]).unique()) == 3

@@ -1,6 +1,7 @@
 """What is used of TRL: each change to it ends in an error that says so, before or at the first use."""
 
 import ast
+import copy
 import importlib.util
 import inspect
 import re
@@ -15,16 +16,18 @@ import trl
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 import trl_unigrpo
-from tests.helpers.tiny_unified import images_of, weights
-from trl_unigrpo.trainers import trl_bridge, trl_versions
+from tests.helpers.tiny_unified import images_of, tiny_bagel, weights
+from trl_unigrpo.trainers import setup, trl_bridge, trl_versions
 from trl_unigrpo.trainers.trl_bridge import (
     ATTRIBUTES,
     HOOKS,
     TRLChangedError,
     check_trl,
+    compute_head_in_float32,
     generation_fields,
 )
 from trl_unigrpo.trainers.trl_versions import OPTIONS, RANGE, TESTED, note_untested
@@ -273,6 +276,39 @@ def test_attribute_that_is_gone(make_trainer, monkeypatch, name):
     monkeypatch.setattr(GRPOTrainer, "__init__", other)
     with pytest.raises(TRLChangedError, match=rf"GRPOTrainer\.{name} has no key|GRPOTrainer has no attribute {name}"):
         make_trainer()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_language_head_in_float32(tied):
+    model = tiny_bagel().to(torch.bfloat16)
+    if tied:
+        model.set_output_embeddings(torch.nn.Linear(32, model.get_input_embeddings().num_embeddings, bias=False))
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    copied = copy.deepcopy(model)
+    compute_head_in_float32(model, temperature=0.7)
+    ids = torch.tensor([[1, 8, 9, 10, 2]])
+    hidden = copied.backbone(ids).last_hidden_state
+    assert hidden.dtype == model.get_input_embeddings()(ids).dtype == torch.bfloat16
+    logits = hidden.float() @ copied.get_output_embeddings().weight.float().T
+    expected = (logits[:, :-1] / 0.7).log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(input_ids=ids, labels=ids, fused_lm_head=True).log_probs, expected)
+        torch.testing.assert_close(model(ids).logits, logits)
+    again = copy.deepcopy(model)
+    again.get_output_embeddings().weight.data.zero_()
+    assert not again.get_output_embeddings()(hidden).any()
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2)], ids=["full", "lora"])
+def test_option_for_the_language_head_in_float32(make_trainer, monkeypatch, peft_config):
+    temperatures, compute = [], setup.compute_head_in_float32
+    monkeypatch.setattr(setup, "compute_head_in_float32", lambda base, t: temperatures.append(t) or compute(base, t))
+    args = {"cast_lm_head_to_fp32": True, "temperature": 0.7, "max_steps": 1}
+    trainer = make_trainer(peft_config=peft_config, bf16=True, **args)
+    assert trainer.args.cast_lm_head_to_fp32 and temperatures == [0.7]
+    trainer.train()
+    make_trainer(temperature=0.7)
+    assert temperatures == [0.7]
 
 
 def test_images_are_kept_as_long_as_the_other_logs(make_trainer):

@@ -10,7 +10,7 @@ tokens of C numbers).
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +27,20 @@ from .reference import adapters_off
 
 @dataclass
 class UnifiedOutput(ModelOutput):
-    """Output of the backbone: `last_hidden_state` (B, T, H) of the text rows, `velocity` (S, *latent) or None."""
+    """
+    Output of the backbone.
+
+    Attributes:
+        last_hidden_state: (B, T, H) of the text rows.
+        velocity: (S, *latent) of steps, or None.
+        logits: (N, vocabulary) of positions that supervised fine-tuning scores, or None.
+        router_logits: of each layer of a mixture of experts that was asked for them (`output_router_logits`), or None.
+    """
 
     last_hidden_state: Tensor | None = None
     velocity: Tensor | None = None
+    logits: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -68,13 +78,17 @@ class UnifiedModelMixin(_Base):
     def backbone(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False
     ) -> UnifiedOutput:
-        """Compute the hidden states (B, T, H) of text rows in the padded layout given, before the language head."""
+        """
+        Compute the hidden states (B, T, H) of text rows in the padded layout given, before the language head.
+
+        A mixture of experts whose configuration has `output_router_logits` takes it as an argument too, for the loss
+        that balances its experts.
+        """
         raise NotImplementedError
 
     def contexts(self, trajectories: Sequence[Trajectory]) -> list[Any]:
         """
-        Say what stands before the next image of each trajectory: its prompt, and its rounds' texts and images. One
-        without any tokens stands for nothing: supervised fine-tuning hides contexts so (`context_dropout`).
+        Say what stands before the next image of each trajectory: its prompt, and its rounds' texts and images.
 
         In a form that can be kept in a checkpoint: tensors, numbers, texts, lists, dicts, and dataclasses of these
         that `context_types` names.
@@ -174,11 +188,12 @@ class UnifiedModelMixin(_Base):
         """
         Say what a branch of guidance sees instead: "text", no prompt, or "image", no thinking.
 
-        Only the model knows what it was trained to see there; one that does not say can't be guided.
+        Only the model knows what it was trained to see there; one that does not say can't be guided. Supervised
+        fine-tuning shows the first to a share of images (`context_dropout`).
         """
         raise NotImplementedError(
-            f"{type(self).__name__} does not say what the branch {branch!r} of guidance sees. Sample without guidance "
-            "(a scale of 1), or override `branch_contexts`."
+            f"{type(self).__name__} does not say what the branch {branch!r} of guidance sees. Leave guidance out (a "
+            "scale of 1, context_dropout=0), or override `branch_contexts`."
         )
 
     def images_at_once(self, image_size: tuple[int, int]) -> int | None:
@@ -241,7 +256,7 @@ class UnifiedModelMixin(_Base):
             outputs = self.backbone(input_ids, attention_mask, **kwargs)
             if steps is not None:
                 velocity = in_order(self.velocities(steps, context_grad))
-                outputs = UnifiedOutput(outputs.last_hidden_state, velocity)
+                outputs = replace(outputs, velocity=velocity)
         if into is not None and outputs.velocity is not None:
             into.append(outputs.velocity)
         return outputs

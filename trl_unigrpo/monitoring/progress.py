@@ -58,6 +58,13 @@ class Phases:
                 self._bars.pop(ended).close()
             self.record(ended, seconds)
 
+    def stop(self) -> None:
+        """Drop the phases that run, as after an error: their seconds say nothing."""
+        for bar in self._bars.values():
+            bar.close()
+        for of_running in (self._running, self._seconds, self._bars):
+            of_running.clear()
+
     def _accrue(self) -> None:
         now = time.perf_counter()
         if self._running:

@@ -1,5 +1,7 @@
 """Checks of a `UniGRPOConfig`: each error names the value, what was expected, and the remedy."""
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -37,6 +39,38 @@ _REFUSED: dict[str, tuple[Any, str]] = {
         False,
         "TRL's patched forward is not compiled with the image path",
     ),
+    "torch_compile_backend": (
+        None,
+        "TRL's patched forward is not compiled with the image path",
+    ),
+    "torch_compile_mode": (
+        None,
+        "TRL's patched forward is not compiled with the image path",
+    ),
+    "bf16_full_eval": (
+        False,
+        "it rounds the trained weights themselves, and training would go on from those",
+    ),
+    "fp16_full_eval": (
+        False,
+        "it rounds the trained weights themselves, and training would go on from those",
+    ),
+    "train_sampling_strategy": (
+        "random",
+        "rows are drawn in groups of one prompt; shuffle_dataset=False keeps the dataset's order",
+    ),
+    "data_seed": (
+        None,
+        "TRL draws the prompts by seed",
+    ),
+    "include_num_input_tokens_seen": (
+        "no",
+        "batches are lists of rows here; TRL logs num_tokens",
+    ),
+    "parallelism_config": (
+        None,
+        "the image rollout calls the model outside of the wrappers that would spread it",
+    ),
     "neftune_noise_alpha": (
         None,
         "noise in the embeddings makes the first ratio differ from 1",
@@ -46,6 +80,37 @@ _REFUSED: dict[str, tuple[Any, str]] = {
         None,
         "the image rollout calls the model outside of DeepSpeed's wrapper",
     ),
+}
+# Options of `generate` that make the sampled distribution another than the one whose log-probs are trained, the whole
+# one at `temperature`, and the values that leave it as it is. Bans of tokens are allowed.
+_RESHAPING: dict[str, tuple[Any, ...]] = {
+    "do_sample": (True,),
+    "num_beams": (1,),
+    "top_p": (1.0,),
+    "top_k": (0,),
+    "min_p": (0.0,),
+    "top_h": (),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "exponential_decay_length_penalty": (),
+    "sequence_bias": (),
+    "guidance_scale": (1.0,),
+    "watermarking_config": (),
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+}
+# Keys of `generation_kwargs` that TRL's own reading of the sampled tokens does not know of, and what sets them.
+_OF_TRL = {
+    "temperature": "`temperature`",
+    "eos_token_id": "`model.generation_config.eos_token_id`",
+    "pad_token_id": "the tokenizer's padding token",
+    "num_return_sequences": "`num_generations`",
+    "return_dict_in_generate": "nothing",
 }
 # Optimizers that bring parameter groups of their own, which two learning rates would break up.
 _OWN_GROUPS = ("galore", "apollo", "lomo", "layerwise")
@@ -72,6 +137,12 @@ def check_choices(config: Any) -> None:
         value = getattr(config, name, allowed)
         if value != allowed and value:
             raise ValueError(f"{name}={value!r} does not work with UniGRPO: {reason}. Leave it at {allowed!r}.")
+    for name, flag in {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}.items():
+        if os.environ.get(flag, "false").lower() in ("1", "true"):
+            raise ValueError(
+                f"`accelerate launch` was told to use {name}, which is not supported: the image rollout calls the "
+                "model outside of its wrapper. Launch plain data parallelism (`accelerate launch --multi_gpu`)."
+            )
     if getattr(config, "fsdp", None):
         raise ValueError(
             f"fsdp={config.fsdp!r} is not supported: the image rollout calls the model outside of its wrapper."
@@ -84,6 +155,43 @@ def check_choices(config: Any) -> None:
             f"optim={optim!r} brings its own parameter groups, which the two learning rates would break up. "
             "Use an AdamW variant, adafactor or sgd."
         )
+
+
+def check_sampling(config: Any) -> None:
+    """
+    Raise ValueError for options of `generate` that TRL's log-probs know nothing of: thinkings would be sampled from
+    another distribution than the one that is trained.
+    """
+    _check_reshaping({name: getattr(config, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}, "")
+    extra = config.generation_kwargs or {}
+    _check_reshaping(extra, "generation_kwargs: ")
+    for name, setter in _OF_TRL.items():
+        if name in extra and extra[name] != getattr(config, name, None):
+            raise ValueError(
+                f"generation_kwargs: {name}={extra[name]!r} does not work with UniGRPO: TRL would read what is "
+                f"sampled as if it weren't there. It is set by {setter}; leave it out."
+            )
+    if config.cache_implementation == "paged" or extra.get("cache_implementation") == "paged":
+        raise ValueError(
+            "cache_implementation='paged' does not work with UniGRPO: it stands for continuous batching, which casts "
+            "the whole model to bfloat16. Leave it out, or use 'static'."
+        )
+
+
+def check_generation(generation_config: Any, overridden: Mapping[str, Any]) -> None:
+    """Raise ValueError for such options in a model's own `generation_config`, which `generate` takes over."""
+    own = {name: getattr(generation_config, name, None) for name in _RESHAPING if name not in overridden}
+    _check_reshaping(own, "model.generation_config: ")
+
+
+def _check_reshaping(values: Mapping[str, Any], where: str) -> None:
+    for name, value in values.items():
+        if name in _RESHAPING and value is not None and value not in _RESHAPING[name]:
+            neutral = (*_RESHAPING[name], None)[0]
+            raise ValueError(
+                f"{where}{name}={value!r} does not work with UniGRPO: log-probs are those of the whole distribution "
+                f"at `temperature`, so what is sampled would not be what is trained. Set it to {neutral!r}."
+            )
 
 
 def check_values(config: Any) -> None:

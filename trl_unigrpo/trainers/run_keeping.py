@@ -150,6 +150,14 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
     def _record_seconds(self, phase: str, seconds: float) -> None:
         self._note({f"time/{phase}": seconds})
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:  # an error leaves an update half done
+            self._phases.stop()
+            self._progress.forward = None
+            self._progress.metrics.clear()
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:

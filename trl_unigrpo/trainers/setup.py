@@ -26,9 +26,10 @@ from ..models.quantization import keep_trainable_layout
 from ..models.registry import unified_model
 from ..models.tokenizer import never_sampled
 from .arguments import check_arguments, check_lengths, default_config, find_tokenizer, load_for_training, of_revision
+from .config_checks import check_generation
 from .prompt_checks import CheckedRows
 from .reward_checks import distinct
-from .trl_bridge import check_attributes, check_trl, return_velocity
+from .trl_bridge import check_attributes, check_trl, compute_head_in_float32, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
 
@@ -43,6 +44,7 @@ class Setup:
         trains: expert ("text", "image") -> whether it is trained.
         objective: of the image expert.
         regularizer_weight: of this run's latents and steps; 0 without regulariser.
+        float32_head: whether log-probs are computed in float32 (`cast_lm_head_to_fp32`).
         masters: adapters that came with the model, as they were before TRL rounds those on a quantised base.
     """
 
@@ -55,6 +57,7 @@ class Setup:
     trains: dict[str, bool]
     objective: Any
     regularizer_weight: float
+    float32_head: bool
     masters: dict[str, Tensor]
 
     @property
@@ -83,6 +86,9 @@ def prepare_run(
         source, adapted = model.config.name_or_path, peft_config is not None or is_peft_model(model)
     args = args or default_config(source)
     check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
+    if float32_head := args.cast_lm_head_to_fp32:
+        args = copy.copy(args)
+        args.cast_lm_head_to_fp32 = False  # TRL looks for the head at `model.lm_head`
 
     set_seed(args.seed)  # adapters start at random
     hub = hub_arguments(args.model_init_kwargs or {})
@@ -110,6 +116,7 @@ def prepare_run(
         trains={"text": args.text_weight > 0, "image": args.flow_weight > 0},
         objective=OBJECTIVES[args.image_objective](args, epsilon),
         regularizer_weight=regularizer_weight,
+        float32_head=float32_head,
         masters={},
     )
     _keep_reference(setup, adapted)
@@ -139,13 +146,19 @@ def finish_run(trainer: Any, setup: Setup) -> None:
     check_trained(base, model, setup.trains)
     keep_adapters_in_float32(model, setup.masters)
     keep_trainable_layout(model)
+    check_generation(base.generation_config, trainer.generation_kwargs)
+    if setup.float32_head:
+        trainer.args.cast_lm_head_to_fp32 = True
+        compute_head_in_float32(base, trainer.temperature)
     return_velocity(base)
     if base.kept_reference is not None:
         base.kept_reference.to(trainer.accelerator.device)
     check_optimizer(base, model, trainer.optimizer)
     trainer.data_collator = CheckedRows(trainer.data_collator)
     trainer.reward_func_names = distinct(trainer.reward_func_names)
-    trainer.generation_config.suppress_tokens = never_sampled(base, setup.tokenizer, trainer.eos_token_ids)
+    sampling = trainer.generation_config
+    never = never_sampled(base, setup.tokenizer, trainer.eos_token_ids) or ()
+    sampling.suppress_tokens = sorted({*never, *(sampling.suppress_tokens or ())}) or None
 
 
 def _check_one_by_one(trainer: Any, setup: Setup) -> None:

@@ -4,7 +4,7 @@ Shapes: B samples, T text tokens, K noise draws per image, `latent` the model's 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,9 @@ from ..flow import line_state, shift_timesteps
 from ..flow.states import LinePoints
 from ..models.adapters import check_own_adapters, load_trainable
 from ..models.contract import UnifiedModelMixin, check_contract
-from ..models.prompts import as_messages, choose_system_prompt
+from ..models.prompts import as_messages, choose_system_prompt, system_ids
 from ..models.registry import unified_model
+from ..seeding import EVAL, TRAIN, row_generator
 from ..trajectory import Image, Round, Steps, Trajectory
 from .arguments import find_tokenizer
 from .config_numbers import read_numbers
@@ -57,7 +58,7 @@ class UnifiedSFTConfig(TrainingArguments):
         flow_context_grad (`str`, *optional*, defaults to `"full"`):
             Whether the image's loss stops at (`"detach"`) or flows through (`"full"`) the text that the image saw.
         context_dropout (`float`, *optional*, defaults to `0.0`):
-            Share of images that see no context, which guidance at sampling needs. BAGEL: 0.1.
+            Share of images that see what guidance at sampling leaves of a context, the system message. BAGEL: 0.1.
         system_prompt (`str`, *optional*, defaults to `"auto"`):
             As in [`UniGRPOConfig`]. Rows without a completion get none.
     """
@@ -75,7 +76,7 @@ class UnifiedSFTConfig(TrainingArguments):
     flow_context_grad: str = field(default="full", metadata={"help": "'detach' or 'full'."})
     context_dropout: float = field(
         default=0.0,
-        metadata={"help": "Share of images that see no context. BAGEL: 0.1."},
+        metadata={"help": "Share of images that see the context of guidance. BAGEL: 0.1."},
     )
     system_prompt: str = field(default="auto", metadata={"help": "'auto': the model's own; '': none."})
 
@@ -107,8 +108,9 @@ class UnifiedCollator:
     """
     Makes batches of rows with `prompt`, `completion` (the thinking; empty or None for none) and `image` (PIL).
 
-    Returns `input_ids`, `attention_mask` and `labels` (B, T), right-padded, labels -100 off the thinking; `prompts`,
-    `prompt_ids` and `completion_ids`, lists; and `pixels` (B, 3, H, W) in [-1, 1].
+    Returns `input_ids`, `attention_mask` and `labels` (B, T), right-padded, labels -100 off the thinking; `prompts`
+    (conversations with their system message), `prompt_ids` and `completion_ids`, lists; and `pixels` (B, 3, H, W) in
+    [-1, 1].
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -141,7 +143,7 @@ class UnifiedCollator:
             "input_ids": ids,
             "attention_mask": real.long(),
             "labels": ids.masked_fill(~real | (column < starts[:, None]), -100),
-            "prompts": [row["prompt"] for row in rows],
+            "prompts": messages,
             "prompt_ids": prompts,
             "completion_ids": completions,
             "pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1,
@@ -160,7 +162,7 @@ class UnifiedSFTTrainer(TrainingLoop):
     """
 
     args: UnifiedSFTConfig
-    # `compute_loss` returns the mean of a micro-batch.
+    # `compute_loss` returns what is still to be divided by the number of micro-batches.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -183,6 +185,8 @@ class UnifiedSFTTrainer(TrainingLoop):
         check_contract(base)
         check_own_adapters(model)
         take_steps(base)
+        if args.context_dropout:
+            base.branch_contexts([Trajectory("", [], system_ids=[])], "text")  # raises where the model has none
         tokenizer = find_tokenizer(base, processing_class, model.config.name_or_path)
         system = choose_system_prompt(base, args.system_prompt)
         super().__init__(
@@ -194,56 +198,81 @@ class UnifiedSFTTrainer(TrainingLoop):
             data_collator=CheckedRows(UnifiedCollator(tokenizer, system)),
             **kwargs,
         )
+        self.model_accepts_loss_kwargs = True  # so that the tokens of an optimizer step are counted
         self._sums: dict[str, list[float]] = {}
+        self._batches = 0  # of this process, in the optimizer step or the evaluation
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._batches = 0
+        return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        base = unified_model(self.accelerator.unwrap_model(model))
-        steps = self._noisy_copies(base, inputs)
+        steps = self._noisy_copies(unified_model(self.accelerator.unwrap_model(model)), inputs)
+        labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        scored = labels != -100
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             steps=steps,
             context_grad=self.args.flow_context_grad == "full",
+            scored=scored,
         )
-        labels = inputs["labels"][:, 1:]
-        scored = labels != -100
-        logits = base.get_output_embeddings()(outputs.last_hidden_state[:, :-1][scored])
-        text_loss = F.cross_entropy(logits.float(), labels[scored]) if scored.any() else logits.sum()
+        text_loss = F.cross_entropy(outputs.logits.float(), labels[scored], reduction="sum")
+        text_loss = text_loss / self._tokens(scored.sum(), num_items_in_batch)
         flow_loss = F.mse_loss(outputs.velocity.float(), steps.states.target)
         for name, value in (("loss/text", text_loss), ("loss/flow", flow_loss)):
             self._sums.setdefault(name, []).append(value.item())
         loss = self.args.text_weight * text_loss + self.args.flow_weight * flow_loss
         return (loss, outputs) if return_outputs else loss
 
+    def _tokens(self, scored: Tensor, of_step: Tensor | None) -> Tensor:
+        """Give what a micro-batch's sum is divided by: its tokens or, where known, the optimizer step's per batch."""
+        if of_step is None:
+            return scored.clamp(min=1)
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return of_step.clamp(min=1) / (processes * self.current_gradient_accumulation_steps)
+
     def _noisy_copies(self, base: UnifiedModelMixin, inputs: dict[str, Any]) -> Steps:
         """Make the table of K noisy copies of each image, points on lines from noise to it."""
         args, pixels = self.args, inputs["pixels"]
-        clean = base.encode_images(pixels)[:, None]
-        batch, draws = len(clean), args.noise_draws
-        u = torch.rand(batch, draws) if args.timestep_sampling == "uniform" else torch.randn(batch, draws).sigmoid()
-        t = shift_timesteps(u, args.timestep_shift).to(clean)
-        noise = torch.randn(batch, draws, *clean.shape[2:]).to(clean)
+        clean = base.encode_images(pixels).float()
+        size = (pixels.shape[-2], pixels.shape[-1])
         rows = zip(inputs["prompts"], inputs["prompt_ids"], inputs["completion_ids"], strict=True)
         trajectories = [Trajectory(prompt, ids, rounds=[Round(text)]) for prompt, ids, text in rows]
-        contexts = base.contexts(trajectories)
+        contexts = hidden = base.contexts(trajectories)
         if args.context_dropout:
-            (nothing,) = base.contexts([Trajectory("", [])])
-            kept = (torch.rand(batch) >= args.context_dropout).tolist()
-            contexts = [context if keep else nothing for context, keep in zip(contexts, kept, strict=True)]
-        size = (pixels.shape[-2], pixels.shape[-1])
-        for i, trajectory in enumerate(trajectories):
-            points = LinePoints(x=line_state(clean[i], noise[i], t[i]), t=t[i].cpu(), target=noise[i] - clean[i])
-            trajectory.rounds[-1].images.append(Image(clean[i, 0], size, contexts[i], points))
+            systems = system_ids(self.processing_class, inputs["prompts"])
+            unguided = [replace(t, system_ids=ids) for t, ids in zip(trajectories, systems, strict=True)]
+            hidden = base.branch_contexts(unguided, "text")
+        draws, uniform = args.noise_draws, args.timestep_sampling == "uniform"
+        for i, generator in enumerate(self._generators(len(clean))):
+            u = (torch.rand if uniform else torch.randn)(draws, generator=generator)
+            u = u if uniform else u.sigmoid()
+            t = shift_timesteps(u, args.timestep_shift).float()
+            noise = torch.randn(draws, *clean.shape[1:], generator=generator).to(clean)
+            dropped = torch.rand((), generator=generator) < args.context_dropout
+            points = LinePoints(x=line_state(clean[i], noise, t.to(clean.device)), t=t, target=noise - clean[i])
+            context = (hidden if dropped else contexts)[i]
+            trajectories[i].rounds[-1].images.append(Image(clean[i], size, context, points))
         return Steps.of(trajectories)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        device = self.accelerator.device
-        # Every evaluation draws the same noise and times, and training goes on as if there had been none.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.args.seed + self.accelerator.process_index)
-            return super().evaluate(*args, **kwargs)
+    def _generators(self, count: int) -> list[torch.Generator]:
+        """
+        Make a random stream for each row of a micro-batch, by its place in the optimizer step, or in the evaluation,
+        of all processes: however rows are cut into batches, each gets the same times and noise.
+        """
+        training, processes = self.model.training, self.accelerator.num_processes
+        size = self.args.train_batch_size if training else self.args.eval_batch_size
+        first = (self._batches * processes + self.accelerator.process_index) * size
+        self._batches += 1
+        key = (self.args.seed, TRAIN, self.state.global_step) if training else (self.args.seed, EVAL, 0)
+        return [row_generator(*key, first + i) for i in range(count)]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._batches = 0
+        return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -260,6 +289,8 @@ class UnifiedSFTTrainer(TrainingLoop):
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         timed = (name.removesuffix("runtime") for name in logs if name.endswith("_runtime"))
         prefix = next((name for name in timed if name != "train_"), "")  # of an evaluation, by its dataset
-        logs.update({prefix + name: sum(values) / len(values) for name, values in self._sums.items()})
+        for name, values in self._sums.items():
+            mean = torch.tensor(sum(values) / len(values), device=self.accelerator.device)
+            logs[prefix + name] = self.accelerator.reduce(mean, "mean").item()
         self._sums.clear()
         super().log(logs, start_time)

@@ -10,12 +10,13 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import trl
 from torch import Tensor
 from transformers.utils import ModelOutput
 from trl import GRPOTrainer
 
-from ..models.contract import UnifiedModelMixin
+from ..models.contract import UnifiedModelMixin, UnifiedOutput
 from ..trajectory import Steps
 from .trl_versions import TRLChangedError, check_options, note_untested
 
@@ -42,6 +43,7 @@ __all__ = [
     "add_fused_lm_head",
     "check_attributes",
     "check_trl",
+    "compute_head_in_float32",
     "disable_gradient_checkpointing",
     "generation_fields",
     "get_callable_name",
@@ -93,6 +95,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "_tokenizer": (),
     "eos_token_ids": (),
     "generation_config": (),
+    "generation_kwargs": (),
     "reward_funcs": (),
     "reward_weights": (),
     "scale_rewards": (),
@@ -187,17 +190,47 @@ def return_velocity(base: UnifiedModelMixin) -> None:
 
 def take_steps(base: UnifiedModelMixin) -> None:
     """
-    Let the model's own forward take steps too, and return hidden states and velocities then: both in the one call
-    that a wrapper around the model sees.
+    Let the model's own forward take steps too, and return velocities then, and the logits (N, vocabulary) that follow
+    the N positions `scored` (B, T): all in the one call that a wrapper around the model sees.
     """
 
     @functools.wraps(type(base).forward)  # keeps its signature, which `generate` asks for
-    def forward(self: Any, *args: Any, steps: Steps | None = None, context_grad: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        steps: Steps | None = None,
+        context_grad: bool = False,
+        scored: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if steps is None:
             return type(self).forward(self, *args, **kwargs)
-        return self.call_backbone(*args, steps=steps, context_grad=context_grad, **kwargs)
+        outputs = self.call_backbone(*args, steps=steps, context_grad=context_grad, **kwargs)
+        logits = self.get_output_embeddings()(outputs.last_hidden_state[scored])
+        return UnifiedOutput(velocity=outputs.velocity, logits=logits)
 
     base.forward = MethodType(forward, base)  # a method, so that a copy of the model gets its own
+
+
+def compute_head_in_float32(base: UnifiedModelMixin, temperature: float) -> None:
+    """
+    Bring the language head to float32, as TRL's `cast_lm_head_to_fp32` does for a model whose head is `model.lm_head`.
+
+    Args:
+        temperature: of the log-probs.
+    """
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    dtype = head.weight.dtype
+    head.float()
+
+    def forward(self: Any, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight, self.bias)
+
+    head.forward = MethodType(forward, head)
+    if embeddings.weight is head.weight:
+        embeddings.register_forward_hook(lambda module, args, output: output.to(dtype))
+    add_fused_lm_head(base, temperature, cast_lm_head_to_fp32=True, outputs=("log_probs", "entropy"))
 
 
 class TextAndVelocities:

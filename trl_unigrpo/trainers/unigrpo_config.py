@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from .config_checks import check_choices, check_epochs, check_values, check_window
+from .config_checks import check_choices, check_epochs, check_sampling, check_values, check_window
 from .config_numbers import read_numbers
 from .evaluation_checks import whole_groups
 from .trl_versions import check_options
@@ -326,6 +326,7 @@ class UniGRPOConfig(GRPOConfig):
             self.flow_epsilon = _EPSILON[self.image_objective]
         check_values(self)
         super().__post_init__()
+        check_sampling(self)
         check_window(self)
         check_epochs(self)
 

@@ -319,7 +319,8 @@ class UniGRPOTrainer(RunKeeping):
         of_text = {**inputs, "advantages": inputs.get("text_advantages", inputs["advantages"])}
         if "trajectories" not in inputs:
             return self.args.text_weight * super()._compute_loss(model, of_text)
-        steps = Steps.of(inputs["trajectories"]).to(self.accelerator.device)
+        # TRL blanks the rows that `mask_truncated_completions` leaves out of training: so are their images.
+        steps = Steps.of(inputs["trajectories"], inputs["completion_mask"].any(1)).to(self.accelerator.device)
         context_grad = self.args.flow_context_grad == "full"
         forward = TextAndVelocities(self.unified, steps, context_grad, self.accelerator.autocast)
         self._progress.forward = forward

@@ -316,6 +316,12 @@ def test_equal_prompts_are_prefilled_once(model):
     assert batches == [3] + [6] * 7
 
 
+def test_static_cache_generates_the_same(model):
+    ids, mask = padded(PROMPTS, left=True)
+    tokens = generate(model, ids, mask, cache_implementation="static", disable_compile=True)
+    assert torch.equal(tokens, generate(model, ids, mask, use_cache=False))
+
+
 def test_samples_of_equal_prompts_differ(model):
     ids, mask = padded([PROMPTS[0]] * 8, left=True)
     torch.manual_seed(0)

@@ -110,6 +110,8 @@ def attend_streams(
         q, k, v = (_ordered(torch.cat([x, y[:, :, :latents]], 2), order) for x, y in zip((q, k, v), gen, strict=True))
     if past_key_values is not None:
         k, v = past_key_values.update(k, v, layer)
+        written = int(past_key_values.get_seq_length(layer))  # a static cache gives all of its room
+        k, v = k[:, :, :written], v[:, :, :written]
     und_parts, gen_parts = [], []
     if text:
         out = _attend_contexts(q, k, v, layout)

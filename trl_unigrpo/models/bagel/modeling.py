@@ -162,7 +162,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
                 "A cache can't be written while gradient checkpointing recomputes layers: call under torch.no_grad(), "
                 "with use_cache=False, or after gradient_checkpointing_disable()."
             )
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if attention_mask is None:
             attention_mask = input_ids.new_ones(batch, past + length)
         if position_ids is None:
@@ -225,6 +225,11 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
             **{**kwargs, CACHE: cache, "return_dict_in_generate": False, "use_cache": True},
         )
         return torch.cat([ids, out[:, size + 1 :]], dim=1)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """Leave the mask (B, cached + T) as it is for static caches too: `forward` makes its own of it."""
+        return attention_mask
 
     def _recomputes(self) -> bool:
         checkpointing = any(layer.gradient_checkpointing for layer in self.language_model.model.layers)

@@ -251,10 +251,10 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         use_cache: bool = False,
         **kwargs: Any,
     ) -> UnifiedOutput:
-        hidden = self.thinker.base_model(
+        outputs = self.thinker.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache, **kwargs
-        ).last_hidden_state
-        return UnifiedOutput(hidden)
+        )
+        return UnifiedOutput(outputs.last_hidden_state, router_logits=getattr(outputs, "router_logits", None))
 
     # Images
 
