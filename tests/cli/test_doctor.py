@@ -175,7 +175,7 @@ def test_advice_comes_in_order_and_each_helps():
 def test_no_advice_where_it_fits_and_adapters_first_where_all_is_trained():
     assert advise(Workload(released_config(), 512), 139 * GIB) == []
     full = advise(Workload(released_config(), 512, lora_ranks=None), 139 * GIB)
-    assert [item.setting for item in full] == ["adapters instead of full fine-tuning: LoraConfig(r=32)"]
+    assert [item.setting for item in full] == ["adapters instead of full fine-tuning: LoraConfig(r=32, lora_alpha=64)"]
 
 
 # Rates

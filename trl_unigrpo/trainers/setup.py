@@ -13,14 +13,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..flow import scale_with_latents
 from ..flow.objectives import OBJECTIVES
-from ..models.adapters import add_reference_adapter, keep_adapters_in_float32, target_experts, trained_weights
+from ..models.adapters import check_kind, keep_adapters_in_float32, merge_found_adapters, target_experts
 from ..models.contract import UnifiedModelMixin, check_contract
-from ..models.experts import check_trained, freeze_experts
+from ..models.experts import check_trained, describe_trained, freeze_experts
 from ..models.quantization import keep_trainable_layout
+from ..models.reference import adapters_do_nothing_yet, trained_weights
 from ..models.registry import unified_model
 from ..models.tokenizer import never_sampled
-from .arguments import check_arguments, check_lengths, default_config, find_tokenizer, load_for_training
-from .trl_bridge import check_attributes, check_trl, return_velocity
+from .arguments import (
+    check_arguments,
+    check_lengths,
+    default_config,
+    find_tokenizer,
+    load_for_training,
+    question_weak_adapters,
+)
+from .trl_bridge import ReferencePolicy, check_attributes, check_trl, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
 
@@ -36,6 +44,8 @@ class Setup:
         objective: of the image expert.
         regularizer_weight: at the latent size of this run; 0 without regulariser.
         masters: adapters that came with the model, as they were before TRL rounds those on a quantised base.
+        beta: weight of the text KL. TRL's constructor gets 0, or it would make a reference of its own: an adapter
+            named "ref", or a model that it loads again.
     """
 
     model: PreTrainedModel
@@ -48,6 +58,7 @@ class Setup:
     objective: Any
     regularizer_weight: float
     masters: dict[str, Tensor]
+    beta: float
 
     @property
     def regularized(self) -> bool:
@@ -67,13 +78,20 @@ def prepare_run(
 ) -> Setup:
     """Check what a user handed over, before anything expensive, and make it what TRL's constructor takes."""
     check_trl()
+    adapters = [peft_config] if peft_config is not None else []
+    if not isinstance(model, str) and is_peft_model(model):
+        adapters += model.peft_config.values()
+    for config in adapters:
+        check_kind(config)
     if isinstance(model, str):
-        source, adapted = model, peft_config is not None
+        source = model
     else:
         check_contract(unified_model(model))
-        source, adapted = model.config.name_or_path, peft_config is not None or is_peft_model(model)
+        source = model.config.name_or_path
     args = args or default_config(source)
     check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
+    for config in adapters:
+        question_weak_adapters(config, args)
 
     set_seed(args.seed)  # adapters start at random
     if isinstance(model, str):
@@ -83,8 +101,10 @@ def prepare_run(
     base = unified_model(model)
     check_lengths(args, base)
     num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
-    if args.beta != 0 and not adapted:
-        raise ValueError(f"beta={args.beta}: the text KL needs adapters to switch off. Pass a peft_config, or beta=0.")
+    if not is_peft_model(model):
+        merge_found_adapters(base)
+    beta, args = args.beta, copy.copy(args)
+    args.beta = 0.0
 
     scale = scale_with_latents if args.scale_with_latents else (lambda value, _: value)
     setup = Setup(
@@ -100,23 +120,11 @@ def prepare_run(
         regularizer_weight=0.0
         if args.flow_regularizer == "none"
         else scale(args.flow_regularizer_weight, num_latent_dims),
-        masters={},
+        masters=trained_weights(model) if is_peft_model(model) else {},
+        beta=beta,
     )
-    _keep_reference(setup, adapted)
-    setup.masters = trained_weights(model) if is_peft_model(model) else {}
     setup.peft_config = target_experts(peft_config, base, setup.trains)
     return setup
-
-
-def _keep_reference(setup: Setup, adapted: bool) -> None:
-    """Keep what training starts from, where switching adapters off would not give it back."""
-    if not adapted:
-        freeze_experts(setup.base, setup.model, setup.trains)
-    setup.base.keep_reference(None)  # of an earlier run
-    if setup.regularized and not adapted:
-        setup.base.keep_reference(copy.deepcopy(setup.base))
-    elif setup.regularized and is_peft_model(setup.model) and setup.args.beta == 0:
-        add_reference_adapter(setup.model)  # with beta, TRL adds it itself
 
 
 def finish_run(trainer: Any, setup: Setup) -> None:
@@ -130,9 +138,25 @@ def finish_run(trainer: Any, setup: Setup) -> None:
     keep_adapters_in_float32(model, setup.masters)
     keep_trainable_layout(model)
     return_velocity(base)
-    if base.kept_reference is not None:
-        base.kept_reference.to(trainer.accelerator.device)
+    _keep_reference(trainer, setup)
+    if trainer.accelerator.is_main_process:
+        print(describe_trained(base, model), flush=True)
     trainer.generation_config.suppress_tokens = never_sampled(base, setup.tokenizer, trainer.eos_token_ids)
+
+
+def _keep_reference(trainer: Any, setup: Setup) -> None:
+    """Keep what training starts from, where switching adapters off would not give it back."""
+    base, model = setup.base, trainer.model
+    inside = {*base.parameters()}
+    outside = [name for name, p in model.named_parameters() if p.requires_grad and p not in inside]
+    if outside:
+        raise ValueError(f"Weights outside of the unified model are trained: {outside[0]!r}. It paints without them.")
+    base.release_reference()  # of an earlier run
+    if (setup.regularized or setup.beta != 0) and not adapters_do_nothing_yet(base):
+        base.keep_reference()
+    trainer.beta = trainer.args.beta = setup.beta
+    if setup.beta != 0:
+        trainer.ref_model = ReferencePolicy(base, model)
 
 
 def _check_one_by_one(trainer: Any, setup: Setup) -> None:
