@@ -17,10 +17,14 @@ def expert_of(base: UnifiedModelMixin, name: str) -> str:
 
 
 def freeze_experts(base: UnifiedModelMixin, model: nn.Module, trains: Mapping[str, bool]) -> None:
-    """Take the weights of the experts that are not trained, and of parts that never are, out of training."""
+    """
+    Take the weights of the experts that are not trained out of training, and those of neither expert where a PEFT
+    model has put them in: `bias="all"` means all that it finds.
+    """
+    outside = () if model is base else base.frozen_modules
     for name, parameter in model.named_parameters():
         part = name.removeprefix("base_model.model.").split(".")[0]
-        if part in base.frozen_modules or not trains[expert_of(base, name)]:
+        if part in outside or not trains[expert_of(base, name)]:
             parameter.requires_grad_(False)
 
 
