@@ -6,8 +6,9 @@ from peft import LoraConfig, get_peft_model
 
 from tests.helpers.tiny_painters import unified
 from tests.helpers.tiny_pipelines import sd3
-from tests.helpers.tiny_unified import moved, weights
+from tests.helpers.tiny_unified import moved, prompts_dataset, weights
 from trl_unigrpo.models.adapters import merge_found_adapters
+from trl_unigrpo.trainers.refl_trainer import ReFLConfig, ReFLTrainer
 
 
 ARGUMENTS = {"image_size": 8, "max_completion_length": 4, "beta": 0.1, "alarms": "off"}
@@ -86,6 +87,33 @@ def test_style_saves_beside_what_was_trained(make_trainer, tmp_path):
     other.pipeline.load_lora_weights(tmp_path / "adapters" / "painter", adapter_name="trained")
     other.pipeline.set_adapters(["style", "trained"])
     torch.testing.assert_close(outputs(unified(other))[1], outputs(model)[1], rtol=1e-4, atol=1e-5)
+
+
+def test_biases_of_parts_that_are_never_trained_stay(make_trainer):
+    config = LoraConfig(r=2, bias="all")
+    model = unified(sd3())
+    make_trainer(model=model, processing_class=model.tokenizer, peft_config=config, **ARGUMENTS)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"thinker", "painter"}
+    assert any(name.endswith(".bias") for name in trained)
+
+
+def test_refl_starts_from_the_style_too(tmp_path):
+    tiny = sd3()
+    tiny.pipeline.transformer.add_adapter(LoraConfig(**STYLE), adapter_name="style")
+    model = unified(tiny)
+    start = outputs(model)
+    settings = {"report_to": "none", "use_cpu": True, "image_size": 8, "max_completion_length": 4}
+    trainer = ReFLTrainer(
+        model,
+        reward=lambda pixels, prompts, **_: pixels.mean((1, 2, 3)),
+        args=ReFLConfig(str(tmp_path), **settings),
+        train_dataset=prompts_dataset(),
+        processing_class=model.tokenizer,
+        peft_config=LoraConfig(r=2),
+    )
+    assert_close(outputs(model), start)
+    assert all(".default." in name for name, p in trainer.model.named_parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize(
