@@ -53,6 +53,7 @@ def save_adapters(model: Any, folder: str | Path) -> list[Path]:
     for part in PARTS:
         weights = _weights_of(model, part, adapter)
         seen.update(weight.data_ptr() for weight in weights.values())
+        weights = {name: weight.contiguous() for name, weight in weights.items()}
         if weights:
             target = Path(folder) / ADAPTERS / part
             target.mkdir(parents=True, exist_ok=True)
@@ -76,9 +77,8 @@ def unexported(model: Any) -> str | None:
         return f"{type(config).__name__} is not LoRA"
     if config.init_lora_weights not in KEEPS_BASE:
         return f"init_lora_weights={config.init_lora_weights!r} may have changed the weights below the adapters"
-    if model.thinker.config.get_text_config().tie_word_embeddings and _adapted(
-        model, "thinker", TrainableTokensWrapper
-    ):
+    tied = model.thinker.config.get_text_config().tie_word_embeddings
+    if tied and _adapted(model, "thinker", TrainableTokensWrapper):
         return "its token rows are trained where they are read, and PEFT would tie the thinker's head to them"
     return None
 
@@ -93,7 +93,7 @@ def _weights_of(model: Any, part: str, adapter: str) -> dict[str, Tensor]:
     weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     places = [(part, "")] if part == "painter" else [(part, ""), *_shared(model)]
     return {
-        f"{name}.{key[len(path) + 1 :]}".lstrip("."): weight.contiguous()
+        f"{name}.{key[len(path) + 1 :]}".lstrip("."): weight
         for path, name in places
         for key, weight in weights.items()
         if key.startswith(f"{path}.")
