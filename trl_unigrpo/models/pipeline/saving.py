@@ -77,7 +77,7 @@ def unexported(model: Any) -> str | None:
         return f"{type(config).__name__} is not LoRA"
     if config.init_lora_weights not in KEEPS_BASE:
         return f"init_lora_weights={config.init_lora_weights!r} may have changed the weights below the adapters"
-    tied = model.thinker.config.get_text_config().tie_word_embeddings
+    tied = getattr(model.thinker.config, "tie_word_embeddings", False)
     if tied and _adapted(model, "thinker", TrainableTokensWrapper):
         return "its token rows are trained where they are read, and PEFT would tie the thinker's head to them"
     return None
