@@ -214,6 +214,7 @@ def test_said_once_on_a_gpu_and_never_in_the_way(tmp_path, capsys, monkeypatch):
     (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, ExpectedCost))
     gpu = SimpleNamespace(device=torch.device("cuda", 77))
     main, other = (SimpleNamespace(is_world_process_zero=main) for main in (True, False))
+    assert capsys.readouterr().out.startswith("Trained: ")
     callback.on_train_begin(gpu, main, None, model=trainer.model)  # a GPU that does not answer
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(ExpectedCost, "_line", lambda *_: "Expected: much")
