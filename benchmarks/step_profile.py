@@ -81,9 +81,8 @@ def main() -> None:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.create_optimizer()
-        for part in (trainer.unified, trainer.unified.kept_reference):
-            for name in ("backbone", "packed_forward", "encode_context", "predict_velocity", "predict_velocities"):
-                setattr(part, name, watch.watch(getattr(part, name), "model"))
+        for name in ("backbone", "packed_forward", "encode_context", "predict_velocity", "predict_velocities"):
+            setattr(trainer.unified, name, watch.watch(getattr(trainer.unified, name), "model"))
         decoder = trainer.unified.language_model.model
         decoder.forward = watch.watch(decoder.forward, "model")
         head = trainer.unified.forward

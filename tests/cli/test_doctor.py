@@ -175,7 +175,7 @@ def test_advice_comes_in_order_and_each_helps():
 def test_no_advice_where_it_fits_and_adapters_first_where_all_is_trained():
     assert advise(Workload(released_config(), 512), 139 * GIB) == []
     full = advise(Workload(released_config(), 512, lora_ranks=None), 139 * GIB)
-    assert [item.setting for item in full] == ["adapters instead of full fine-tuning: LoraConfig(r=32)"]
+    assert [item.setting for item in full] == ["adapters instead of full fine-tuning: LoraConfig(r=32, lora_alpha=64)"]
 
 
 # Rates
@@ -214,6 +214,7 @@ def test_said_once_on_a_gpu_and_never_in_the_way(tmp_path, capsys, monkeypatch):
     (callback,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, ExpectedCost))
     gpu = SimpleNamespace(device=torch.device("cuda", 77))
     main, other = (SimpleNamespace(is_world_process_zero=main) for main in (True, False))
+    assert capsys.readouterr().out.startswith("Trained: ")
     callback.on_train_begin(gpu, main, None, model=trainer.model)  # a GPU that does not answer
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(ExpectedCost, "_line", lambda *_: "Expected: much")

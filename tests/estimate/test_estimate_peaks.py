@@ -47,8 +47,8 @@ class LiveBytes(TorchDispatchMode):
 def measured_peaks(trainer, monkeypatch) -> dict[str, int]:
     """Bytes at the peak of each phase of two generations, optimizer state in place from the first on."""
     model, peaks = trainer.unified, {}
-    parts = [trainer.model, model.codec.vae, *([model.kept_reference] if model.kept_reference is not None else [])]
-    held = [x for part in parts for x in (*part.parameters(), *part.buffers())]
+    held = [x for part in (trainer.model, model.codec.vae) for x in (*part.parameters(), *part.buffers())]
+    held += (model.kept_reference or {}).values()
     live = LiveBytes(held)
 
     @contextmanager

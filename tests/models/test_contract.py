@@ -1,6 +1,5 @@
 """The contract's own parts, on the tiny BAGEL: adapters, reference model, third-party models."""
 
-import copy
 import re
 
 import pytest
@@ -114,12 +113,9 @@ class Boom(Exception):
 
 
 @pytest.mark.parametrize("raises", [False, True])
-@pytest.mark.parametrize("with_ref_adapter", [False, True])
-def test_reference_restores_what_is_trained(model, raises, with_ref_adapter):
+def test_reference_restores_what_is_trained(model, raises):
     """PEFT's own `disable_adapter` would make parameters trainable that were frozen on purpose."""
     adapted = get_peft_model(model, lora("both", model, modules_to_save=["llm2vae"]))
-    if with_ref_adapter:
-        adapted.add_adapter("ref", lora("both", model))
     for name, parameter in adapted.named_parameters():
         if "lora_A" in name and "layers.2" in name:
             parameter.requires_grad_(False)
@@ -136,39 +132,42 @@ def test_reference_restores_what_is_trained(model, raises, with_ref_adapter):
     assert equal(outputs(model), own)
 
 
-def test_reference_is_the_adapter_named_ref(model):
-    adapted = get_peft_model(model, lora("both", model))
-    adapted.add_adapter("ref", lora("both", model))
-    own = outputs(model)
-    adapted.set_adapter("ref")
-    expected = outputs(model)
-    adapted.set_adapter("default")
-    with model.reference() as reference:
-        assert equal(outputs(reference), expected)
-    assert not equal(expected, own)
-    assert equal(outputs(model), own)
-
-
-def test_reference_is_the_frozen_copy(model):
-    model.train()
-    before = outputs(model)
-    trained = [parameter.requires_grad for parameter in model.parameters()]
-    model.keep_reference(copy.deepcopy(model))
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_reference_is_what_was_kept_of_the_start(model, adapted, raises):
+    if adapted:
+        get_peft_model(model, lora("both", model))
+    before, trained = outputs(model), {name: p.requires_grad for name, p in model.named_parameters()}
+    model.keep_reference()
+    assert model.kept_reference.keys() == {name for name, on in trained.items() if on}
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(1.01)
-    with model.reference() as reference:
-        assert equal(outputs(reference), before)
-        assert not any(parameter.requires_grad for parameter in reference.parameters())
-        assert not reference.training
-    assert not equal(outputs(model), before)
-    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+            if parameter.requires_grad:
+                parameter.mul_(1.01)
+    own = outputs(model)
+    assert not equal(own, before)
+    try:
+        with model.reference() as reference:
+            assert equal(outputs(reference), before)
+            with model.reference() as nested:
+                assert equal(outputs(nested), before)
+            assert equal(outputs(reference), before)
+            if raises:
+                raise Boom
+    except Boom:
+        assert raises
+    assert equal(outputs(model), own)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
     assert not any("_reference" in name for name in model.state_dict())
-    assert len(list(model.parameters())) == len(list(reference.parameters()))
+    model.release_reference()
+    assert model.kept_reference is None
 
 
 def test_no_reference_is_said_clearly(model):
-    with pytest.raises(RuntimeError, match="no adapters and no frozen copy. Call `keep_reference`"), model.reference():
+    with (
+        pytest.raises(RuntimeError, match="no adapters, and its start was not kept. Call `keep_reference`"),
+        model.reference(),
+    ):
         pass
 
 

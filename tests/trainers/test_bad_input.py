@@ -311,12 +311,6 @@ def test_one_callback(make_trainer):
     assert callback in make_trainer(callbacks=callback).callback_handler.callbacks
 
 
-def test_text_kl_without_adapters(make_trainer):
-    with pytest.raises(ValueError, match=r"beta=0.1: the text KL needs adapters.*Pass a peft_config, or beta=0"):
-        make_trainer(beta=0.1)
-    make_trainer(beta=0.1, peft_config=LoraConfig(r=2))
-
-
 def test_missing_tokenizer(tmp_path):
     args = UniGRPOConfig(str(tmp_path), use_cpu=True, image_size=8)
     with pytest.raises(ValueError, match="processing_class is missing.*Pass a tokenizer"):

@@ -38,7 +38,9 @@ def _changes(load: Workload) -> list[tuple[str, dict]]:
     unit = load.config.pixels_per_token
     changes: list[tuple[str, dict]] = []
     if load.lora_ranks is None:
-        changes.append(("adapters instead of full fine-tuning: LoraConfig(r=32)", {"lora_ranks": (32, 32)}))
+        changes.append(
+            ("adapters instead of full fine-tuning: LoraConfig(r=32, lora_alpha=64)", {"lora_ranks": (32, 32)})
+        )
     changes += [
         ("gradient_checkpointing=True", {"gradient_checkpointing": True}),
         ("image_batch_size=1", {"image_batch_size": 1}),

@@ -122,7 +122,7 @@ def estimate_memory(load: Workload) -> Memory:
     parts = {
         "weights": weights,
         "VAE": 4 * vae_parameters(load.config),
-        "reference copy": weights if full and load.reference else 0,
+        "reference copy": 4 * trained if full and load.reference else 0,
         "adapters": 0 if full else 4 * trained,
         "optimizer state": 8 * trained,
         "gradients": 4 * trained,

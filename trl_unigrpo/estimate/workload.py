@@ -33,7 +33,7 @@ class Workload:
         half: products are computed in bfloat16, in which frozen weights are then stored, too; else all is
             float32.
         gradient_checkpointing: the update keeps only the inputs of layers and computes the rest again.
-        reference: the regulariser keeps reference velocities, and full fine-tuning a frozen copy.
+        reference: the regulariser keeps reference velocities, and full fine-tuning a copy of the weights at the start.
         with_tower: the understanding tower is loaded.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Adapters: where they go, in which precision they are kept, and which of them is the reference."""
+"""Adapters: of which kinds they may be, where they go, in which precision they are kept."""
 
 import copy
 import warnings
@@ -9,7 +9,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import CONFIG_NAME
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
@@ -22,6 +22,7 @@ def target_experts(peft_config: PeftConfig | None, model: Any, trains: Mapping[s
     """The adapters' configuration, checked; without `target_modules` they go to the experts that are trained."""
     if peft_config is None:
         return None
+    check_kind(peft_config)
     base = unified_model(model)
     if getattr(peft_config, "target_modules", ...) is None:
         experts = "both" if all(trains.values()) else next(name for name, on in trains.items() if on)
@@ -29,6 +30,50 @@ def target_experts(peft_config: PeftConfig | None, model: Any, trains: Mapping[s
         peft_config.target_modules = base.default_lora_targets(experts)
     check_targets(peft_config, base)
     return peft_config
+
+
+def check_kind(peft_config: PeftConfig) -> None:
+    """Raise ValueError for prompt learning, which trains vectors beside the model and none of its weights."""
+    if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
+        raise ValueError(
+            f"peft_config: {type(peft_config).__name__} is prompt learning. Its vectors stand before the text alone, "
+            "outside of the unified model, which paints without them. Use adapters of weights, such as "
+            "LoraConfig(r=32, lora_alpha=64)."
+        )
+
+
+def merge_found_adapters(model: nn.Module) -> None:
+    """
+    Make adapters that a model's parts came with a part of their weights, in place: a style of the painter, or those
+    of an earlier run.
+
+    Beside them PEFT would freeze nothing, switch them off where a new adapter goes, and overwrite one of its name.
+    """
+    names: set[str] = set()
+    places: list[str] = []
+    for path, layer in list(model.named_modules()):
+        if any(path.startswith(f"{place}.") for place in places):
+            continue  # inside of a layer that was replaced
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            merged = layer.unload_and_optionally_merge_module(not layer.disable_adapters, False, adapter_names=None)
+        elif isinstance(layer, BaseTunerLayer):
+            if not layer.disable_adapters:
+                layer.merge()
+            merged = layer.get_base_layer()
+        else:
+            continue
+        names.update(layer.active_adapters)
+        places.append(path)
+        model.set_submodule(path, merged)
+    if not places:
+        return
+    for module in model.modules():
+        for mark in ("peft_config", "_hf_peft_config_loaded"):  # PEFT's, transformers' and diffusers'
+            vars(module).pop(mark, None)
+    warnings.warn(
+        f"The model's parts came with adapters ({', '.join(map(repr, sorted(names)))}). They are merged into its "
+        "weights: training starts from them, and what is saved of it goes on top of them."
+    )
 
 
 def check_targets(peft_config: PeftConfig, base: UnifiedModelMixin) -> None:
@@ -156,11 +201,6 @@ def check_own_adapters(model: Any) -> None:
         )
 
 
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The data of the weights that are trained, by name; no copies."""
-    return {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def keep_adapters_in_float32(model: nn.Module, masters: Mapping[str, Tensor]) -> None:
     """
     Hold adapters in float32, whatever the base has: in bfloat16 small updates would round to nothing.
@@ -178,17 +218,3 @@ def keep_adapters_in_float32(model: nn.Module, masters: Mapping[str, Tensor]) ->
                 for parameter in layers.parameters():
                     if parameter.dtype in (torch.bfloat16, torch.float16):
                         parameter.data = parameter.data.float()
-
-
-def add_reference_adapter(model: PeftModel) -> None:
-    """Keep a frozen copy, named "ref", of the adapter that a model comes with: the policy where training starts."""
-    if "ref" in model.peft_config:
-        return
-    active = model.active_adapter
-    model.add_adapter("ref", model.peft_config[active])
-    for name, parameter in model.named_parameters():
-        if f".{active}." in name:
-            model.get_parameter(name.replace(f".{active}.", ".ref.")).data.copy_(parameter.data)
-    for name, parameter in model.named_parameters():
-        if ".ref." in name:
-            parameter.requires_grad_(False)

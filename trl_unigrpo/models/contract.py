@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from ..flow.guidance import Velocity, guide_where_covered
 from ..trajectory import Steps, Trajectory, in_order
-from .reference import adapters_off
+from .reference import adapters_off, trained_weights, weights_in_place
 
 
 @dataclass
@@ -314,32 +314,28 @@ class UnifiedModelMixin(_Base):
         """Give the velocity of images behind these contexts, which are encoded once."""
         return partial(self.predict_velocity, self.encode_context(contexts), image_size=image_size)
 
-    _reference: Any = None
+    _reference: dict[str, Tensor] | None = None
 
-    def keep_reference(self, reference: nn.Module | None) -> None:
-        """
-        Keep a frozen copy as the reference of a fully fine-tuned model: no submodule, so never saved or trained.
-        `None` lets an earlier one go.
-        """
-        kept = None if reference is None else reference.requires_grad_(False).eval()
-        object.__setattr__(self, "_reference", kept)
+    def keep_reference(self) -> None:
+        """Keep the weights that are trained as they are now: they are the reference from here on."""
+        self._reference = trained_weights(self, copied=True)
+
+    def release_reference(self) -> None:
+        """Let go of what `keep_reference` kept."""
+        self._reference = None
 
     @property
-    def kept_reference(self) -> Any:
-        """The frozen copy, or None."""
+    def kept_reference(self) -> dict[str, Tensor] | None:
+        """The weights that `keep_reference` kept, by name, or None."""
         return self._reference
 
     @contextmanager
     def reference(self) -> Iterator["UnifiedModelMixin"]:
         """
-        Give the reference model: the frozen copy if one is kept, else this model with its adapters switched off, or
-        switched to the adapter named "ref" if there is one. Which parameters are trained is the same before and
-        after.
+        Make this model the reference model: with the weights of `keep_reference` if there are some, else with its
+        adapters switched off. Weights, and which of them are trained, are the same before and after.
         """
-        if self._reference is not None:
-            yield self._reference
-            return
-        with adapters_off(self):
+        with adapters_off(self) if self._reference is None else weights_in_place(self, self._reference):
             yield self
 
 

@@ -18,9 +18,14 @@ def expert_of(base: UnifiedModelMixin, name: str) -> str:
 
 
 def freeze_experts(base: UnifiedModelMixin, model: nn.Module, trains: Mapping[str, bool]) -> None:
-    """Take the weights of the experts that are not trained out of training."""
+    """
+    Take the weights of the experts that are not trained out of training, and those of neither expert where a PEFT
+    model has put them in: `bias="all"` means all that it finds.
+    """
+    outside = () if model is base else base.frozen_modules
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not trains[expert_of(base, name)]:
+        part = name.removeprefix("base_model.model.").split(".")[0]
+        if part in outside or not trains[expert_of(base, name)]:
             parameter.requires_grad_(False)
 
 
@@ -91,6 +96,16 @@ def parameters_by_expert(base: UnifiedModelMixin, model: nn.Module) -> dict[str,
         if parameter.requires_grad:
             experts[expert_of(base, name)].append(parameter)
     return {name: parameters for name, parameters in experts.items() if parameters}
+
+
+def describe_trained(base: UnifiedModelMixin, model: nn.Module) -> str:
+    """Say in a line how much of each expert is trained."""
+    experts = parameters_by_expert(base, model)
+    counts = [
+        f"{sum(p.numel() for p in of):,} numbers of the {name} expert ({len(of)} tensors)"
+        for name, of in experts.items()
+    ]
+    return f"Trained: {', '.join(counts)}."
 
 
 def clip_by_expert(base: UnifiedModelMixin, model: nn.Module, max_norm: float) -> dict[str, Tensor]:

@@ -1,35 +1,75 @@
-"""The reference policy of an adapted model: the same weights with the adapters off, or with those named "ref" on."""
+"""The reference policy: the model as it was where training starts, by other weights or without its adapters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
+
+
+def trained_weights(model: nn.Module, copied: bool = False) -> dict[str, Tensor]:
+    """Collect the data of the weights that are trained, by name; copies of it, or itself."""
+    trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: weight.clone() for name, weight in trained.items()} if copied else trained
+
+
+@contextmanager
+def weights_in_place(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put other weights, by name, in the place of a model's own, which come back afterwards."""
+    parameters = dict(model.named_parameters())
+    own = {name: parameters[name].data for name in weights}
+    try:
+        for name, weight in weights.items():
+            parameters[name].data = weight.to(own[name].device)
+        yield
+    finally:
+        for name, weight in own.items():
+            parameters[name].data = weight
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Switch adapters off, or to the one named "ref"; which parameters are trained is the same before and after."""
-    # Adapters, and the trained copies of whole modules (`modules_to_save`).
-    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    """Switch adapters off; which parameters are trained is the same before and after."""
+    layers = adapted_layers(model)
     if not layers:
         raise RuntimeError(
-            "No reference model: the model has no adapters and no frozen copy. Call `keep_reference` first."
+            "No reference model: the model has no adapters, and its start was not kept. Call `keep_reference` first."
         )
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    before = {layer: (list(layer.active_adapters), not layer.disable_adapters) for layer in layers}
+    before = {layer: not layer.disable_adapters for layer in layers}
     try:
         for layer in layers:
-            has_reference = "ref" in layer._get_available_adapters()
-            layer.enable_adapters(has_reference)
-            if has_reference:
-                layer.set_adapter("ref")
+            layer.enable_adapters(False)
         yield
     finally:
-        for layer, (active, enabled) in before.items():
-            layer.set_adapter(active)
+        for layer, enabled in before.items():
             layer.enable_adapters(enabled)
         # PEFT marks every weight of an adapter as trainable when it is switched on again.
         for parameter, requires_grad in trainable.items():
             parameter.requires_grad_(requires_grad)
+
+
+def adapted_layers(model: nn.Module) -> list[BaseTunerLayer | AuxiliaryTrainingWrapper]:
+    """Find adapters, and the trained copies of whole modules (`modules_to_save`) or of token rows."""
+    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+def adapters_do_nothing_yet(model: nn.Module) -> bool:
+    """
+    Say whether switching adapters off gives the model back as it is now, to the bit.
+
+    So it is where all that is switched on or trained are plain LoRA products whose second factor is 0. Of any other
+    adapter, and of weights outside of adapters, this can't be told from the weights.
+    """
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for layer in adapted_layers(model):
+        plain = isinstance(layer, LoraLayer) and isinstance(layer.lora_B, nn.ModuleDict)  # AdaLoRA's are no modules
+        if not plain or layer.lora_embedding_A or layer.lora_magnitude_vector:
+            return False
+        active = [layer.lora_B[name] for name in layer.active_adapters if name in layer.lora_B]
+        if any(parameter.any() for factor in active for parameter in factor.parameters()):
+            return False
+        trained -= {*layer.lora_A.parameters(), *layer.lora_B.parameters()}
+    return not trained

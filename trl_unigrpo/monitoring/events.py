@@ -104,6 +104,7 @@ class ImageLoss:
         first_pass: whether these weights are those that the images were sampled with.
         objective: what it is trained on.
         regularizer: scalar with its gradient; None without one.
+        reference: (S, *latent) of the reference model; None without a regulariser.
     """
 
     velocity: Tensor
@@ -111,6 +112,7 @@ class ImageLoss:
     first_pass: bool
     objective: Any
     regularizer: Tensor | None
+    reference: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -121,10 +123,12 @@ class Update:
     Attributes:
         grad_norm: expert ("text", "image") -> norm before clipping.
         metrics: of the image's objective, such as "flow/velocity_mse" -> mean over what the step accumulated.
+        text_kl: of the micro-batches since the last log; none without a text KL.
     """
 
     grad_norm: Mapping[str, float]
     metrics: Mapping[str, float]
+    text_kl: Sequence[float] = ()
 
 
 class Watcher(TrainerCallback):

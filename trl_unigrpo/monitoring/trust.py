@@ -14,7 +14,7 @@ from ..flow.scaling import ratio_width
 from ..flow.states import SDESteps, columns
 from ..flow.transition import expand_left
 from ..trajectory import Image, Trajectory
-from .events import ImageLoss, Rollout, Watcher
+from .events import ImageLoss, Rollout, Update, Watcher
 
 
 class TrustError(RuntimeError):
@@ -70,18 +70,35 @@ class TrustChecks(Watcher):
             if self._first("windows"):
                 self._report(windows_problem(rollout.windows))
 
-    def on_image_loss(self, args: Any, state: Any, control: Any, image_loss: ImageLoss, **kwargs: Any) -> None:
+    def on_image_loss(
+        self, args: Any, state: Any, control: Any, image_loss: ImageLoss, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
         if image_loss.first_pass and image_loss.objective.stochastic and self._first("velocities"):
             self._report(velocity_problem(image_loss, 0.5 if args.bf16 or args.fp16 else 0.01))
         if image_loss.regularizer is not None and self._first("regularizer"):
             # A regulariser under no_grad would be a number in the logs and nothing else.
             if not image_loss.regularizer.requires_grad:
                 self._report("the regulariser has no gradient. Is the image expert trainable?")
+        if state.global_step == 0 and image_loss.reference is not None and self._first("reference"):
+            limit = 1e-3 if is_half(args, model) else 1e-5
+            self._report(reference_problem(image_loss.velocity, image_loss.reference, limit))
+
+    def on_update(
+        self, args: Any, state: Any, control: Any, update: Update, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0 and update.text_kl and self._first("text KL"):
+            self._report(text_kl_problem(max(update.text_kl), 0.02 if is_half(args, model) else 1e-4))
 
 
 def default_checks(mode: str) -> list["TrustChecks"]:
     """The checks of a run, by its `trust_checks`."""
     return [] if mode == "off" else [TrustChecks(mode)]
+
+
+def is_half(args: Any, model: nn.Module | None) -> bool:
+    """Say whether a run computes in half precision, all or in part."""
+    parameters = [] if model is None else model.parameters()
+    return args.bf16 or args.fp16 or any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
 
 
 def weights_problem(model: nn.Module) -> str | None:
@@ -131,6 +148,34 @@ def velocity_problem(image_loss: ImageLoss, limit: float) -> str | None:
         f"velocities of the rollout and of the training forward differ by {shares.mean():.1%} of the clip range, the "
         f"worst step by {shares.max():.1%} (limit of the mean {limit:.0%}). The model must compute both in the same "
         "way: check dropout, padding and the positions of images."
+    )
+
+
+def reference_problem(velocity: Tensor, reference: Tensor, limit: float) -> str | None:
+    """
+    A reference model that is not the policy before its first update.
+
+    Args:
+        velocity, reference: (S, *latent) of the two.
+        limit: mean squared difference, as a share of the mean squared velocity, that rounding may make.
+    """
+    share = float((velocity - reference).double().square().mean() / reference.double().square().mean())
+    if share <= limit:
+        return None
+    return (
+        f"the regulariser is not 0 before the first update: velocities of the reference model differ by {share:.2g} "
+        f"of their mean square (limit {limit:g}). The reference must be the model that training starts from: check "
+        "what changes weights between making the trainer and training, and dropout."
+    )
+
+
+def text_kl_problem(kl: float, limit: float) -> str | None:
+    """A text KL that is not 0 before the first update."""
+    if kl <= limit:
+        return None
+    return (
+        f"the text KL is {kl:.2g} before the first update (limit {limit:g}). The reference must be the model that "
+        "training starts from: check what changes weights between making the trainer and training, and dropout."
     )
 
 

@@ -1,11 +1,13 @@
 """Checks of what a user hands to the trainer, and models and tokenizers by name, before anything expensive."""
 
 import copy
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..models.adapters import check_targets, load_trainable, saved_adapters
@@ -15,7 +17,7 @@ from ..models.tokenizer import prepare_tokenizer, read_tokenizer
 from .dataset_checks import check_dataset, check_training_data
 from .evaluation_checks import check_evaluation
 from .reward_checks import check_reward_funcs
-from .unigrpo_config import UniGRPOConfig
+from .unigrpo_config import SINGLE_GPU, UniGRPOConfig
 
 
 UNSUPPORTED = {
@@ -73,6 +75,21 @@ def check_lengths(args: UniGRPOConfig, base: Any) -> None:
         )
 
 
+def question_weak_adapters(peft_config: PeftConfig, args: UniGRPOConfig) -> None:
+    """Warn of LoRA scaled far below what the rates of `UniGRPOConfig.single_gpu` were chosen for, alpha / r = 2."""
+    if not isinstance(peft_config, LoraConfig):
+        return
+    r, alpha = peft_config.r, peft_config.lora_alpha
+    scale = alpha / (math.sqrt(r) if peft_config.use_rslora else r)
+    rates = [name for name in ("learning_rate", "image_learning_rate") if getattr(args, name) == SINGLE_GPU[name]]
+    if scale < 0.5 and rates:
+        warnings.warn(
+            f"peft_config: lora_alpha={alpha} with r={r} scales what adapters learn by {scale:.2g}. The {rates[-1]} "
+            f"of UniGRPOConfig.single_gpu() was chosen for 2: pass LoraConfig(r={r}, lora_alpha={2 * r}), or a higher "
+            "rate."
+        )
+
+
 def default_config(source: str) -> UniGRPOConfig:
     """Make the configuration of a user who gives none, for a model from this folder or repository."""
     return UniGRPOConfig(f"{(source or 'model').split('/')[-1]}-UniGRPO")
@@ -102,7 +119,8 @@ def load_for_training(
         if not adapted:
             raise ValueError(
                 "quantization_config without peft_config: quantised weights can't be trained, only adapters on them. "
-                "Pass peft_config=LoraConfig(r=32) (--use_peft on the command line), or leave the quantisation out."
+                "Pass peft_config=LoraConfig(r=32, lora_alpha=64) (--use_peft on the command line), or leave the "
+                "quantisation out."
             )
         kwargs.setdefault("device_map", {"": args.device})
     if saved is None and getattr(peft_config, "target_modules", None) is not None:

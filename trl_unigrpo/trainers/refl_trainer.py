@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from ..flow import flow_timesteps, sde_window
 from ..flow.sampler import RolloutPlan
 from ..messages import user_text
-from ..models.adapters import check_own_adapters, load_trainable, target_experts
+from ..models.adapters import check_own_adapters, load_trainable, merge_found_adapters, target_experts
 from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.experts import freeze_experts, parameters_by_expert
 from ..models.prompts import as_messages, choose_system_prompt
@@ -170,7 +170,7 @@ class ReFLTrainer(TrainingLoop):
         reward=pick_score(scale=100 / 26),
         args=ReFLConfig("bagel-refl", image_size=512, learning_rate=1e-4, bf16=True, gradient_checkpointing=True),
         train_dataset=load_dataset("csv", data_files="prompts.csv", split="train"),
-        peft_config=LoraConfig(r=32),
+        peft_config=LoraConfig(r=32, lora_alpha=64),
     )
     trainer.train()
     ```
@@ -223,8 +223,9 @@ class ReFLTrainer(TrainingLoop):
         base.latent_shape((args.image_size, args.image_size))  # raises for a size that the model can't paint
         tokenizer = find_tokenizer(base, processing_class, source or model.config.name_or_path)
         if peft_config is not None:
-            if hasattr(model, "peft_config"):
+            if isinstance(model, PeftModel):
                 raise ValueError("peft_config is given, but the model has adapters already. Leave one of them out.")
+            merge_found_adapters(model)
             set_seed(args.seed)  # adapters start at random
             model = get_peft_model(model, target_experts(peft_config, base, TRAINS))
         freeze_experts(base, model, TRAINS)

@@ -13,23 +13,32 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..flow.objectives import OBJECTIVES, constants
 from ..models.adapters import (
-    add_reference_adapter,
+    check_kind,
     check_own_adapters,
     keep_adapters_in_float32,
+    merge_found_adapters,
     target_experts,
-    trained_weights,
 )
 from ..models.contract import UnifiedModelMixin, check_contract
-from ..models.experts import check_optimizer, check_trained, freeze_experts
+from ..models.experts import check_optimizer, check_trained, describe_trained, freeze_experts
 from ..models.hub import hub_arguments
 from ..models.quantization import keep_trainable_layout
+from ..models.reference import adapters_do_nothing_yet, trained_weights
 from ..models.registry import unified_model
 from ..models.tokenizer import never_sampled
-from .arguments import check_arguments, check_lengths, default_config, find_tokenizer, load_for_training, of_revision
+from .arguments import (
+    check_arguments,
+    check_lengths,
+    default_config,
+    find_tokenizer,
+    load_for_training,
+    of_revision,
+    question_weak_adapters,
+)
 from .config_checks import check_generation
 from .prompt_checks import CheckedRows
 from .reward_checks import distinct
-from .trl_bridge import check_attributes, check_trl, compute_head_in_float32, return_velocity
+from .trl_bridge import ReferencePolicy, check_attributes, check_trl, compute_head_in_float32, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
 
@@ -46,6 +55,8 @@ class Setup:
         regularizer_weight: of this run's latents and steps; 0 without regulariser.
         float32_head: whether log-probs are computed in float32 (`cast_lm_head_to_fp32`).
         masters: adapters that came with the model, as they were before TRL rounds those on a quantised base.
+        beta: weight of the text KL. TRL's constructor gets 0, or it would make a reference of its own: an adapter
+            named "ref", or a model that it loads again.
     """
 
     model: PreTrainedModel
@@ -59,6 +70,7 @@ class Setup:
     regularizer_weight: float
     float32_head: bool
     masters: dict[str, Tensor]
+    beta: float
 
     @property
     def regularized(self) -> bool:
@@ -79,16 +91,16 @@ def prepare_run(
     """Check what a user handed over, before anything expensive, and make it what TRL's constructor takes."""
     check_trl()
     if isinstance(model, str):
-        source, adapted = model, peft_config is not None
+        source = model
     else:
         check_contract(unified_model(model))
         check_own_adapters(model)
-        source, adapted = model.config.name_or_path, peft_config is not None or is_peft_model(model)
+        source = model.config.name_or_path
     args = args or default_config(source)
     check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
-    if float32_head := args.cast_lm_head_to_fp32:
-        args = copy.copy(args)
-        args.cast_lm_head_to_fp32 = False  # TRL looks for the head at `model.lm_head`
+    for config in [peft_config] if peft_config is not None else getattr(model, "peft_config", {}).values():
+        check_kind(config)
+        question_weak_adapters(config, args)
 
     set_seed(args.seed)  # adapters start at random
     hub = hub_arguments(args.model_init_kwargs or {})
@@ -97,13 +109,15 @@ def prepare_run(
         quantization_config = None
         check_contract(unified_model(model))
         if is_peft_model(model):  # the folder held adapters
-            peft_config, source, adapted = None, model.config.name_or_path, True
+            peft_config, source = None, model.config.name_or_path
             hub.pop("revision", None)  # of the adapters, not of what they were trained on
     base = unified_model(model)
     check_lengths(args, base)
     num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
-    if args.beta != 0 and not adapted:
-        raise ValueError(f"beta={args.beta}: the text KL needs adapters to switch off. Pass a peft_config, or beta=0.")
+    if not is_peft_model(model):
+        merge_found_adapters(base)
+    args, beta, float32_head = copy.copy(args), args.beta, args.cast_lm_head_to_fp32
+    args.beta, args.cast_lm_head_to_fp32 = 0.0, False
 
     epsilon, regularizer_weight = constants(args, num_latent_dims)
     setup = Setup(
@@ -117,23 +131,11 @@ def prepare_run(
         objective=OBJECTIVES[args.image_objective](args, epsilon),
         regularizer_weight=regularizer_weight,
         float32_head=float32_head,
-        masters={},
+        masters=trained_weights(model) if is_peft_model(model) else {},
+        beta=beta,
     )
-    _keep_reference(setup, adapted)
-    setup.masters = trained_weights(model) if is_peft_model(model) else {}
     setup.peft_config = of_revision(target_experts(peft_config, base, setup.trains), hub.get("revision"))
     return setup
-
-
-def _keep_reference(setup: Setup, adapted: bool) -> None:
-    """Keep what training starts from, where switching adapters off would not give it back."""
-    if not adapted:
-        freeze_experts(setup.base, setup.model, setup.trains)
-    setup.base.keep_reference(None)  # of an earlier run
-    if setup.regularized and not adapted:
-        setup.base.keep_reference(copy.deepcopy(setup.base))
-    elif setup.regularized and is_peft_model(setup.model) and setup.args.beta == 0:
-        add_reference_adapter(setup.model)  # with beta, TRL adds it itself
 
 
 def finish_run(trainer: Any, setup: Setup) -> None:
@@ -151,14 +153,30 @@ def finish_run(trainer: Any, setup: Setup) -> None:
         trainer.args.cast_lm_head_to_fp32 = True
         compute_head_in_float32(base, trainer.temperature)
     return_velocity(base)
-    if base.kept_reference is not None:
-        base.kept_reference.to(trainer.accelerator.device)
+    _keep_reference(trainer, setup)
+    if trainer.accelerator.is_main_process:
+        print(describe_trained(base, model), flush=True)
     check_optimizer(base, model, trainer.optimizer)
     trainer.data_collator = CheckedRows(trainer.data_collator)
     trainer.reward_func_names = distinct(trainer.reward_func_names)
     sampling = trainer.generation_config
     never = never_sampled(base, setup.tokenizer, trainer.eos_token_ids) or ()
     sampling.suppress_tokens = sorted({*never, *(sampling.suppress_tokens or ())}) or None
+
+
+def _keep_reference(trainer: Any, setup: Setup) -> None:
+    """Keep what training starts from, where switching adapters off would not give it back."""
+    base, model = setup.base, trainer.model
+    inside = {*base.parameters()}
+    outside = [name for name, p in model.named_parameters() if p.requires_grad and p not in inside]
+    if outside:
+        raise ValueError(f"Weights outside of the unified model are trained: {outside[0]!r}. It paints without them.")
+    base.release_reference()  # of an earlier run
+    if (setup.regularized or setup.beta != 0) and not adapters_do_nothing_yet(base):
+        base.keep_reference()
+    trainer.beta = trainer.args.beta = setup.beta
+    if setup.beta != 0:
+        trainer.ref_model = ReferencePolicy(base, model)
 
 
 def _check_one_by_one(trainer: Any, setup: Setup) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "HOOKS",
     "Autocast",
     "PackedOutput",
+    "ReferencePolicy",
     "TRLChangedError",
     "TextAndVelocities",
     "add_fused_lm_head",
@@ -104,6 +105,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "num_generations_eval": (),
     "log_multimodal": (),
     "temperature": (),
+    "beta": (),
+    "ref_model": (),
     "chat_template_kwargs": (),
     "_metrics": ("train", "eval"),
     "_pending_extra_logs": (),
@@ -157,6 +160,17 @@ def generation_fields(outputs: tuple) -> tuple[list[list[int]], list[list[int]],
 
 
 # One forward for the text and the velocities, through TRL's language head and any wrapper around the model.
+
+
+class ReferencePolicy:
+    """What TRL calls as its reference model: the policy itself, as it was where training started."""
+
+    def __init__(self, base: UnifiedModelMixin, model: Callable[..., Any]):
+        self.base, self.model = base, model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.base.reference():
+            return self.model(*args, **kwargs)
 
 
 @dataclass

@@ -29,7 +29,7 @@ from ..flow import flow_timesteps
 from ..flow.guidance import Guidance
 from ..flow.sampler import RolloutPlan
 from ..models.contract import UnifiedModelMixin
-from ..models.experts import clip_by_expert, freeze_experts, rates_by_expert, split_groups
+from ..models.experts import clip_by_expert, rates_by_expert, split_groups
 from ..models.prompts import as_messages, choose_system_prompt, system_ids
 from ..models.registry import unified_model
 from ..monitoring.alarms import default_alarms
@@ -80,7 +80,7 @@ class UniGRPOTrainer(RunKeeping):
         reward_funcs=redness,
         args=UniGRPOConfig.single_gpu(output_dir="bagel-unigrpo"),
         train_dataset=load_dataset("csv", data_files="prompts.csv", split="train"),
-        peft_config=LoraConfig(r=32),
+        peft_config=LoraConfig(r=32, lora_alpha=64),
     )
     trainer.train()
     ```
@@ -273,7 +273,6 @@ class UniGRPOTrainer(RunKeeping):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         outputs = super()._generate_and_score_completions(inputs)
-        freeze_experts(self.unified, self.model, self._setup.trains)  # TRL's reference pass thaws adapters
         trajectories, self._progress.trajectories = self._progress.trajectories, []
         if self.args.process_reward_weight > 0:
             process = self._book.process_advantages.split(len(inputs))[self.accelerator.process_index]
@@ -365,7 +364,7 @@ class UniGRPOTrainer(RunKeeping):
             regularizer = steps.mean(objective.regularizer(velocity, reference, steps.states))
             loss = loss + self._setup.regularizer_weight * regularizer
             metrics[f"flow/{self.args.flow_regularizer}"] = regularizer * whole
-        told = ImageLoss(velocity.detach(), steps.states, old is None, objective, regularizer)
+        told = ImageLoss(velocity.detach(), steps.states, old is None, objective, regularizer, reference)
         self._tell("on_image_loss", image_loss=told)
         for name, value in metrics.items():
             mean = self.accelerator.gather(value.detach()).mean().item()
@@ -389,7 +388,7 @@ class UniGRPOTrainer(RunKeeping):
         self._note({f"grad_norm/{name}": norm for name, norm in found.items()})
         metrics, self._progress.metrics = self._progress.metrics, {}
         means = {name: sum(values) / len(values) for name, values in metrics.items()}
-        self._tell("on_update", update=Update(found, means))
+        self._tell("on_update", update=Update(found, means, self._metrics["train"].get("kl", [])))
         return torch.stack(list(norms.values())).norm()
 
     def _get_learning_rate(self) -> float:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from tests.helpers.painting import prompts_alone
@@ -42,48 +42,115 @@ def difference(images, others):
     return max(int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) for a, b in pairs)
 
 
-def saved_parts(tmp_path):
+def saved_parts(tmp_path, tied=True):
     """Folders of a thinker and a painter, as a hub would have them."""
     tiny = FAMILIES["sd3"]()
-    qwen3(language_head=True).save_pretrained(tmp_path / "thinker")
+    thinker = qwen3(language_head=True)
+    if not tied:
+        thinker.config.tie_word_embeddings = False
+        thinker.lm_head.weight = torch.nn.Parameter(2 * thinker.lm_head.weight.detach())
+    thinker.save_pretrained(tmp_path / "thinker")
     tokenizer().save_pretrained(tmp_path / "thinker")
     tiny.pipeline.save_pretrained(tmp_path / "painter")
     arguments = {"painter_arguments": tiny.arguments, "dtype": torch.float32}
     return {"thinker": str(tmp_path / "thinker"), "painter": str(tmp_path / "painter"), **arguments}
 
 
-def adapted(model, **config):
+def with_adapters(model, config, adapter_name="default"):
+    """Adapters, and whatever else they train, as after a training."""
     torch.manual_seed(2)
+    model = get_peft_model(model, config, adapter_name=adapter_name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def adapted(model, adapter_name="default", **config):
     targets = model.default_lora_targets("both")
-    return get_peft_model(
-        model, LoraConfig(**{"r": 2, "target_modules": targets, "init_lora_weights": False, **config})
-    )
+    return with_adapters(model, LoraConfig(**{"r": 2, "target_modules": targets, **config}), adapter_name)
 
 
 CONFIGS = {
     "alpha": {"lora_alpha": 3},
     "patterns": {"rank_pattern": {"attn.to_q": 3, "q_proj": 1}, "alpha_pattern": {"attn.to_k": 5}},
     "rslora": {"use_rslora": True, "lora_alpha": 5},
+    "random": {"init_lora_weights": False},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "mica": {"init_lora_weights": "mica"},
+    "dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "biases": {"bias": "lora_only"},
+    "dropout": {"lora_dropout": 0.5},
+    "whole modules": {"modules_to_save": ["lm_head", "proj_out"]},
+    "token rows": {"trainable_token_indices": {"thinker.model.embed_tokens": [10, 40]}},
+    "another name": {"adapter_name": "mine"},
 }
 
 
+def loaded_by_their_libraries(parts, folder):
+    """The thinker of transformers and the pipeline of diffusers, with the adapters of a folder."""
+    pipeline = DiffusionPipeline.from_pretrained(parts["painter"])
+    if (folder / "painter" / "pytorch_lora_weights.safetensors").exists():
+        pipeline.load_lora_weights(folder / "painter")
+    else:
+        pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, folder / "painter").get_base_model()
+    thinker = AutoModelForCausalLM.from_pretrained(parts["thinker"], dtype=torch.float32)
+    return PeftModel.from_pretrained(thinker, folder / "thinker"), pipeline
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_adapters_are_read_by_their_own_libraries(tmp_path, kind):
+def test_adapters_are_read_by_their_own_libraries(tmp_path, kind, recwarn):
+    parts = saved_parts(tmp_path, tied=kind != "token rows")
+    model = PipelineForUnifiedGeneration.from_pretrained(**parts)
+    plain = painted(model), model.thinker(IDS).logits
+    adapted(model, **CONFIGS[kind]).eval()
+    images, logits = painted(model), model.thinker(IDS).logits
+    assert not equal(images, plain[0])
+    assert not torch.equal(logits, plain[1])
+    model.save_adapters(tmp_path)
+    assert not [warning for warning in recwarn if "trained weights" in str(warning.message)]
+
+    thinker, pipeline = loaded_by_their_libraries(parts, tmp_path / "adapters")
+    assert equal(stock(pipeline, max_sequence_length=32, guidance_scale=1.0), images)
+    assert torch.equal(thinker(input_ids=IDS).logits, logits)
+
+
+OTHERS = {
+    "pissa": (LoraConfig(r=2, init_lora_weights="pissa"), "init_lora_weights='pissa' may have changed"),
+    "tied token rows": (LoraConfig(r=2, **CONFIGS["token rows"]), "PEFT would tie the thinker's head to them"),
+    "loha": (LoHaConfig(r=2), "LoHaConfig is not LoRA"),
+    "adalora": (AdaLoraConfig(init_r=2, total_step=9), "AdaLoraConfig is not LoRA"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_adapters_that_others_would_read_wrongly_are_not_exported_but_named(tmp_path, kind, monkeypatch):
     parts = saved_parts(tmp_path)
     model = PipelineForUnifiedGeneration.from_pretrained(**parts)
-    plain = painted(model), model.generate(IDS, max_new_tokens=8, do_sample=False)
-    adapted(model, **CONFIGS[kind])
-    images, tokens = painted(model), model.generate(IDS, max_new_tokens=8, do_sample=False)
-    assert not equal(images, plain[0])
-    assert not torch.equal(tokens, plain[1])
-    model.save_adapters(tmp_path)
+    config, reason = OTHERS[kind]
+    config.target_modules = model.default_lora_targets("both")
+    with_adapters(model, config).eval().save_pretrained(tmp_path / "run")
+    images, logits = painted(model), model.thinker(IDS).logits
+    with pytest.warns(UserWarning, match=rf"No adapters/ .*{reason}.*PEFT's own file.*has all that is trained"):
+        model.save_adapters(tmp_path / "run")
+    assert not (tmp_path / "run" / "adapters").exists()
+    # PEFT's own file is whole, and the model card reads that one.
+    lines = model.quick_start(str(tmp_path / "run")).split("```")[1].removeprefix("python").split("messages = ")[0]
+    model.tokenizer.save_pretrained(tmp_path / "run")
+    names = {}
+    exec(lines, names)
+    torch.testing.assert_close(names["thinker"].float()(IDS).logits, logits)
+    assert equal(stock(names["pipeline"], max_sequence_length=32, guidance_scale=1.0), images)
 
-    pipeline = DiffusionPipeline.from_pretrained(parts["painter"])
-    pipeline.load_lora_weights(tmp_path / "adapters" / "painter")
-    assert equal(stock(pipeline, max_sequence_length=32, guidance_scale=1.0), images)
-    thinker = AutoModelForCausalLM.from_pretrained(parts["thinker"], dtype=torch.float32)
-    thinker = PeftModel.from_pretrained(thinker, tmp_path / "adapters" / "thinker")
-    assert torch.equal(thinker.generate(input_ids=IDS, max_new_tokens=8, do_sample=False), tokens)
+
+def test_trained_weights_that_are_in_no_part_s_file_are_named(tmp_path):
+    model = tiny_model()
+    adapted(model)
+    model.frozen["vae"].decoder.conv_out.bias.requires_grad_(True)
+    with pytest.warns(UserWarning, match="leaves out 1 trained weights, such as 'frozen.vae.decoder.conv_out.bias'"):
+        model.save_adapters(tmp_path)
 
 
 def test_adapters_of_a_pipeline_that_loads_none_are_a_folder_of_peft(tmp_path):

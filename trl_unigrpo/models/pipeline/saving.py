@@ -1,18 +1,21 @@
 """Adapters in the formats that transformers and diffusers load by themselves."""
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftType, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..reference import adapted_layers
 from .sharing import aliases
 
 
@@ -21,61 +24,105 @@ ADAPTERS = "adapters"
 
 PARTS = ("thinker", "painter")
 
+KEEPS_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` that leave the adapted weights as they are."""
 
-def save_adapters(model: Any, folder: str | Path, adapter: str = "default") -> list[Path]:
+
+def save_adapters(model: Any, folder: str | Path) -> list[Path]:
     """
     Write the LoRA of each part as its own library has it: a PEFT folder for the thinker, for the painter what its
-    pipeline's `load_lora_weights` reads, or a PEFT folder too where it reads none.
+    pipeline's `load_lora_weights` reads, or a PEFT folder where it reads none, or not all that is trained.
+
+    Warns of trained weights that are not written.
 
     Returns:
         The folders written: none without adapters.
     """
-    configs = getattr(model, "peft_config", {})
-    if not isinstance(configs.get(adapter), LoraConfig):
+    if not adapted_layers(model):
         return []
-    weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    written = []
+    reason = unexported(model)
+    if reason is not None:
+        warnings.warn(
+            f"No {ADAPTERS}/ for transformers and diffusers is written: {reason}. PEFT's own file, for the unified "
+            "model, has all that is trained; `trl-unigrpo merge` folds it into both halves."
+        )
+        return []
+    adapter = _active(model)[0]
+    written: list[Path] = []
+    seen: set[int] = set()
     for part in PARTS:
-        layers = _adapted_layers(model, part, adapter)
-        own = {
-            f"{name}.{rest}": weight.contiguous()
-            for name, (path, _) in layers.items()
-            for rest, weight in _below(weights, path)
-        }
-        if own:
+        weights = _weights_of(model, part, adapter)
+        seen.update(weight.data_ptr() for weight in weights.values())
+        weights = {name: weight.contiguous() for name, weight in weights.items()}
+        if weights:
             target = Path(folder) / ADAPTERS / part
             target.mkdir(parents=True, exist_ok=True)
-            _write(model, part, own, _config_of(model, part, layers, configs[adapter], adapter), target)
+            _write(model, part, weights, _config_of(model, part, adapter), target)
             written.append(target)
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in seen]
+    if lost:
+        warnings.warn(
+            f"{ADAPTERS}/ leaves out {len(lost)} trained weights, such as {lost[0]!r}. PEFT's own file has them."
+        )
     return written
 
 
-def _adapted_layers(model: Any, part: str, adapter: str) -> dict[str, tuple[str, LoraLayer]]:
-    """Find the adapted layers of one part, by their name in it: their name in the model, and the layer."""
-    network = getattr(model, part)
-    layers = {name: (f"{part}.{name}", layer) for name, layer in network.named_modules()}
-    if part == "thinker":
-        for name, path in aliases(network, model.painter).items():
-            layers[name] = (f"painter.{path}", model.painter.get_submodule(path))
+def unexported(model: Any) -> str | None:
+    """Say why the adapters of a model can't be split into those of its parts; None if they can."""
+    active = _active(model)
+    if len(active) != 1:
+        return f"{len(active)} adapters are active ({', '.join(active)}), expected one"
+    config = model.peft_config[active[0]]
+    if config.peft_type != PeftType.LORA:
+        return f"{type(config).__name__} is not LoRA"
+    if config.init_lora_weights not in KEEPS_BASE:
+        return f"init_lora_weights={config.init_lora_weights!r} may have changed the weights below the adapters"
+    tied = getattr(model.thinker.config, "tie_word_embeddings", False)
+    if tied and _adapted(model, "thinker", TrainableTokensWrapper):
+        return "its token rows are trained where they are read, and PEFT would tie the thinker's head to them"
+    return None
+
+
+def _active(model: Any) -> list[str]:
+    """Names of the adapters that are switched on."""
+    return sorted({name for layer in adapted_layers(model) for name in layer.active_adapters})
+
+
+def _weights_of(model: Any, part: str, adapter: str) -> dict[str, Tensor]:
+    """Collect all that PEFT saves of an adapter in one part, by its name there."""
+    weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    places = [(part, "")] if part == "painter" else [(part, ""), *_shared(model)]
     return {
-        name: (path, layer)
-        for name, (path, layer) in layers.items()
-        if isinstance(layer, LoraLayer) and adapter in layer.r
+        f"{name}.{key[len(path) + 1 :]}".lstrip("."): weight
+        for path, name in places
+        for key, weight in weights.items()
+        if key.startswith(f"{path}.")
     }
 
 
-def _below(weights: dict[str, Tensor], path: str) -> list[tuple[str, Tensor]]:
-    return [(name[len(path) + 1 :], weight) for name, weight in weights.items() if name.startswith(f"{path}.lora_")]
+def _shared(model: Any) -> list[tuple[str, str]]:
+    """Find modules of the painter that are the thinker's too: their names in the model and in the thinker."""
+    return [(f"painter.{path}", name) for name, path in aliases(model.thinker, model.painter).items()]
 
 
-def loads_adapters(pipeline: Any) -> bool:
-    """Say whether a pipeline reads the adapters of its transformer with `load_lora_weights`."""
-    save = getattr(pipeline, "save_lora_weights", None)
-    return save is not None and "transformer_lora_layers" in signature(save).parameters
+def _adapted(model: Any, part: str, kind: type[nn.Module]) -> dict[str, Any]:
+    """Find the adapted modules of one part and one kind, by their name in it."""
+    modules = dict(getattr(model, part).named_modules())
+    if part == "thinker":
+        modules |= {name: model.get_submodule(path) for path, name in _shared(model)}
+    return {name: module for name, module in modules.items() if isinstance(module, kind)}
+
+
+def loads_adapters(model: Any) -> bool:
+    """Say whether the painter's pipeline reads all that is trained of its transformer with `load_lora_weights`."""
+    save = getattr(model.pipeline, "save_lora_weights", None)
+    if save is None or "transformer_lora_layers" not in signature(save).parameters:
+        return False
+    return all(".lora_" in name for name in _weights_of(model, "painter", _active(model)[0]))
 
 
 def _write(model: Any, part: str, weights: dict[str, Tensor], config: LoraConfig, folder: Path) -> None:
-    if part == "painter" and loads_adapters(model.pipeline):
+    if part == "painter" and loads_adapters(model):
         model.pipeline.save_lora_weights(
             folder,
             transformer_lora_layers=weights,
@@ -87,12 +134,10 @@ def _write(model: Any, part: str, weights: dict[str, Tensor], config: LoraConfig
     config.save_pretrained(str(folder))
 
 
-def _config_of(
-    model: Any, part: str, adapted: dict[str, tuple[str, LoraLayer]], config: LoraConfig, adapter: str
-) -> LoraConfig:
+def _config_of(model: Any, part: str, adapter: str) -> LoraConfig:
     """Write the configuration of one part's adapters: its layers by name, and the rank and alpha of each."""
-    layers = {name: layer for name, (_, layer) in adapted.items()}
-    config = copy.deepcopy(config)
+    layers = {name: layer for name, layer in _adapted(model, part, LoraLayer).items() if adapter in layer.r}
+    config = copy.deepcopy(model.peft_config[adapter])
     config.target_modules = set(layers)
     config.rank_pattern = {name: layer.r[adapter] for name, layer in layers.items() if layer.r[adapter] != config.r}
     config.alpha_pattern = {
@@ -100,10 +145,17 @@ def _config_of(
         for name, layer in layers.items()
         if layer.lora_alpha[adapter] != config.lora_alpha
     }
-    config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.modules_to_save = None
+    config.modules_to_save = [*_adapted(model, part, ModulesToSaveWrapper)] or None
+    tokens = _adapted(model, part, TrainableTokensWrapper)
+    config.trainable_token_indices = {
+        name: list(layer.token_adapter.token_indices[adapter]) for name, layer in tokens.items()
+    } or None
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     config.task_type = "CAUSAL_LM" if part == "thinker" else None
     config.base_model_name_or_path = model.config.sources.get(part)
-    config.inference_mode = True
+    config.inference_mode = config.init_lora_weights = True
+    if part == "painter":
+        config.lora_dropout = 0.0  # diffusers leaves new layers in training mode
     return config
 
 
@@ -158,6 +210,15 @@ def _loading(model: Any, source: str) -> Iterator[str]:
     """Yield lines that load `thinker` and `pipeline`, with what was trained."""
     adapted, shared = bool(getattr(model, "peft_config", {})), model.config.shared_encoder
     language_class = type(model.thinker).__name__
+    if adapted and unexported(model) is not None:
+        parts = ("painter",) if shared else PARTS
+        names = [f'{part}="{model.config.sources[part]}"' for part in parts]
+        arguments = f'"{model.config.name_or_path}"' if model.in_one_folder else ", ".join(names)
+        yield "from trl_unigrpo import PipelineForUnifiedGeneration"
+        yield f"model = PipelineForUnifiedGeneration.from_pretrained({arguments})"
+        yield f'PeftModel.from_pretrained(model, "{source}")'
+        yield "thinker, pipeline = model.thinker, model.pipeline"
+        return
     if adapted and not model.in_one_folder:
         thinker, painter = (f'"{model.config.sources[part]}"' for part in PARTS)
     else:
@@ -178,7 +239,7 @@ def _loading(model: Any, source: str) -> Iterator[str]:
         inside = "thinker.get_base_model()" if adapted else "thinker"
         encoder = f", text_encoder={inside}" + (f".{model.thinker.base_model_prefix}" if bare else "")
     yield f"pipeline = DiffusionPipeline.from_pretrained({painter}{encoder})"
-    if adapted and loads_adapters(model.pipeline):
+    if adapted and loads_adapters(model):
         # Without the file's name diffusers takes any other of a local folder for it.
         where = f'subfolder="{ADAPTERS}/painter", weight_name="{LORA_WEIGHT_NAME_SAFE}"'
         yield f'pipeline.load_lora_weights("{source}", {where})'
