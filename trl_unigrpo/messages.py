@@ -15,3 +15,12 @@ def user_text(prompt: str | Sequence[dict[str, Any]]) -> str:
                 return content
             return " ".join(part.get("text", "") for part in content if part.get("type") == "text")
     raise ValueError(f"{prompt!r} has no message of the user: expected a string, or a conversation with one.")
+
+
+def all_texts(prompt: str | Sequence[dict[str, Any]]) -> list[str]:
+    """All texts of a plain prompt or a conversation."""
+    if isinstance(prompt, str):
+        return [prompt]
+    contents = [message.get("content") or "" for message in prompt]
+    parts = [[content] if isinstance(content, str) else [p.get("text", "") for p in content] for content in contents]
+    return [text for texts in parts for text in texts]

@@ -43,7 +43,7 @@ from ..seeding import (
 )
 from ..trajectory import Image
 from .arguments import check_lengths, find_tokenizer
-from .dataset_checks import check_columns
+from .dataset_checks import check_columns, check_special_tokens
 from .refl import (
     as_reward,
     check_rewards,
@@ -211,6 +211,7 @@ class ReFLTrainer(Trainer):
         check_lengths(args, base)
         base.latent_shape((args.image_size, args.image_size))  # raises for a size that the model can't paint
         tokenizer = find_tokenizer(base, processing_class, source or model.config.name_or_path)
+        check_special_tokens({"train_dataset": train_dataset, "eval_dataset": eval_dataset}, tokenizer)
         if peft_config is not None:
             if hasattr(model, "peft_config"):
                 raise ValueError("peft_config is given, but the model has adapters already. Leave one of them out.")
@@ -231,6 +232,7 @@ class ReFLTrainer(Trainer):
             data_collator=collate,
             **kwargs,
         )
+        base.check_trained_weights()
         self._system = choose_system_prompt(base, args.system_prompt, args.thinking)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._mode = "train"

@@ -9,25 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from ..rewards.thinking import reward_scope
+from .failed_images import without_failed
 from .trl_bridge import get_callable_name, is_async_callable, nanstd
 
 
 def with_name(reward_func: Any) -> Any:
-    """Make a reward function whose errors say which one it was, of the same scope; reward models stay as they are."""
+    """Make a reward function whose errors say which one it was, of the same scope, and that
+    sees no image that is not a number; reward models stay as they are."""
     if not callable(reward_func) or isinstance(reward_func, nn.Module):
         return reward_func
     name = get_callable_name(reward_func)
 
     async def score_async(*args: Any, **kwargs: Any) -> Any:
         try:
-            return _checked(name, await reward_func(*args, **kwargs))
+            given, places = without_failed(kwargs)
+            if places == []:
+                return [None] * len(kwargs["images"])
+            return _spread(_checked(name, await reward_func(*args, **given)), places, kwargs)
         except Exception as error:
             error.add_note(f"Raised by the reward function {name!r}.")
             raise
 
     def score(*args: Any, **kwargs: Any) -> Any:
         try:
-            return _checked(name, reward_func(*args, **kwargs))
+            given, places = without_failed(kwargs)
+            if places == []:
+                return [None] * len(kwargs["images"])
+            return _spread(_checked(name, reward_func(*args, **given)), places, kwargs)
         except Exception as error:
             error.add_note(f"Raised by the reward function {name!r}.")
             raise
@@ -44,6 +52,14 @@ def _checked(name: str, scores: Any) -> list[Any]:
             "no score, for every completion."
         )
     return list(scores)
+
+
+def _spread(scores: list[Any], places: list[int] | None, arguments: Mapping[str, Any]) -> list[Any]:
+    """Put the scores of some samples at their places among all; the others have none."""
+    if places is None:
+        return scores
+    found = dict(zip(places, scores, strict=True))
+    return [found.get(place) for place in range(len(arguments["images"]))]
 
 
 class RewardBook:

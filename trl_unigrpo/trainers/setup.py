@@ -20,6 +20,7 @@ from ..models.quantization import keep_trainable_layout
 from ..models.registry import unified_model
 from ..models.tokenizer import never_sampled
 from .arguments import check_arguments, check_lengths, default_config, find_tokenizer, load_for_training
+from .dataset_checks import check_special_tokens
 from .trl_bridge import check_attributes, check_trl, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
@@ -102,6 +103,7 @@ def prepare_run(
         else scale(args.flow_regularizer_weight, num_latent_dims),
         masters={},
     )
+    check_special_tokens(datasets, setup.tokenizer)
     _keep_reference(setup, adapted)
     setup.masters = trained_weights(model) if is_peft_model(model) else {}
     setup.peft_config = target_experts(peft_config, base, setup.trains)
@@ -127,6 +129,7 @@ def finish_run(trainer: Any, setup: Setup) -> None:
         _check_one_by_one(trainer, setup)
     freeze_experts(base, model, setup.trains)
     check_trained(base, model, setup.trains)
+    base.check_trained_weights()
     keep_adapters_in_float32(model, setup.masters)
     keep_trainable_layout(model)
     return_velocity(base)

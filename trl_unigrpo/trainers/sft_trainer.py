@@ -24,9 +24,10 @@ from ..flow.states import LinePoints
 from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.prompts import as_messages, choose_system_prompt
 from ..models.registry import load_unified_model, unified_model
+from ..models.tokenizer import check_messages
 from ..trajectory import Image, Round, Steps, Trajectory
 from .arguments import find_tokenizer
-from .dataset_checks import check_columns
+from .dataset_checks import check_columns, check_special_tokens
 from .trl_bridge import take_steps
 
 
@@ -114,6 +115,7 @@ class UnifiedCollator:
             as_messages(row["prompt"], self.system_prompt if on else None)
             for row, on in zip(rows, thinks, strict=True)
         ]
+        check_messages([*messages, *(row.get("completion") or "" for row in rows)], self.tokenizer)
         prompts = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
         thinkings = [row["completion"] if on else "" for row, on in zip(rows, thinks, strict=True)]
         completions = [
@@ -176,6 +178,7 @@ class UnifiedSFTTrainer(Trainer):
             if dataset is not None:
                 check_columns(dataset, name, COLUMNS)
         tokenizer = find_tokenizer(base, processing_class, source or model.config.name_or_path)
+        check_special_tokens({"train_dataset": train_dataset, "eval_dataset": eval_dataset}, tokenizer)
         system = choose_system_prompt(base, args.system_prompt)
         super().__init__(
             model=model,
@@ -186,6 +189,7 @@ class UnifiedSFTTrainer(Trainer):
             data_collator=UnifiedCollator(tokenizer, system),
             **kwargs,
         )
+        base.check_trained_weights()
         self._sums: dict[str, list[float]] = {}
 
     def compute_loss(
