@@ -20,12 +20,15 @@ from tests.helpers.tiny_pipelines import (
     nucleus,
     random_weights,
     sd3,
+    tokenizer,
     wan,
     z_image,
 )
+from tests.helpers.tiny_unified import tiny_tokenizer
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.images import has_failed
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
+from trl_unigrpo.models.pipeline.reading import cut_off
 from trl_unigrpo.models.pipeline.scheduler import HandingScheduler
 from trl_unigrpo.sampling import decode, paint
 
@@ -215,6 +218,16 @@ def test_a_prompt_that_one_of_the_encoders_reads_to_its_end_is_not_cut_off():
         painted(model, made.size, [LONG[-200:]])
         with pytest.raises(UserWarning, match=r"of one of 690 tokens it reads about 256, and not '.*all in red'"):
             painted(model, made.size, [LONG])
+
+
+def test_which_tokenizer_is_whose_is_found_by_trying():
+    own, other = tokenizer(), tiny_tokenizer()
+    rows = own(["a cube", LONG])["input_ids"]
+    for tokenizers in ([own, other], [other, own]):
+        assert cut_off(["a cube", LONG], rows, [], tokenizers) == []
+        assert cut_off(["a cube", LONG], [row[:300] for row in rows], [], [own]) == [(LONG, 690, 300)]
+        short = cut_off(["a cube", LONG], rows, [torch.zeros(2, 500, 8)], [own])  # cut off behind the encoder
+        assert short == [(LONG, 690, 500)]
 
 
 # Images
