@@ -19,3 +19,8 @@ def content_text(content: str | Sequence[dict[str, Any]]) -> str:
     if isinstance(content, str):
         return content
     return " ".join(part.get("text", "") for part in content if part.get("type") == "text")
+
+
+def all_texts(prompt: str | Sequence[dict[str, Any]]) -> list[str]:
+    """List all texts of a plain prompt or a conversation."""
+    return [prompt] if isinstance(prompt, str) else [content_text(message.get("content") or "") for message in prompt]

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from .flow import flow_timesteps
 from .flow.guidance import Guidance, guided_velocity
 from .flow.sampler import RolloutPlan, draw_noise, sample_latents
+from .images import mark_failed
 from .models.contract import UnifiedModelMixin
 from .models.prompts import as_messages, choose_system_prompt, system_ids
 from .models.registry import unified_model
-from .models.tokenizer import never_sampled, prepare_tokenizer, read_tokenizer
+from .models.tokenizer import check_messages, never_sampled, prepare_tokenizer, read_tokenizer
 from .seeding import EVAL, row_generator
 from .trajectory import Image, Round, Trajectory
 
@@ -149,6 +150,7 @@ def think(
         seed: of the B thinkings together. The global random state stays as it is.
     """
     base = unified_model(model)
+    check_messages(messages, tokenizer)
     encoded = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
     ).to(base.device)
@@ -234,9 +236,10 @@ def paint(
 
 
 def decode(model: UnifiedModelMixin, images: Sequence[Image], at_once: int | None = None) -> list[PILImage.Image]:
-    """Decode finished images of one size, so many at once; None for all."""
+    """Decode finished images of one size, so many at once; None for all. Those that are not numbers are marked."""
     at_once, painted = at_once or len(images), []
     for first in range(0, len(images), at_once):
         chunk = images[first : first + at_once]
-        painted += model.decode_latents(torch.stack([image.latents for image in chunk]), chunk[0].size)
+        decoded = model.decode_latents(torch.stack([image.latents for image in chunk]), chunk[0].size)
+        painted += mark_failed(decoded, [bool(image.latents.isfinite().all()) for image in chunk])
     return painted

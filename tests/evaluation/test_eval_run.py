@@ -13,7 +13,7 @@ from trl_unigrpo.evaluation import runner
 from trl_unigrpo.evaluation.benchmark import Item, Painting, evenly_spread
 from trl_unigrpo.evaluation.benchmarks import load_benchmark
 from trl_unigrpo.evaluation.results import DifferentSettingsError, read_lines
-from trl_unigrpo.evaluation.runner import Options, run, without_long_prompts
+from trl_unigrpo.evaluation.runner import Options, run, without_unfit_prompts
 from trl_unigrpo.evaluation.scorers import (
     JudgeScorer,
     RewardScorer,
@@ -317,7 +317,7 @@ def test_a_prompt_without_room_is_left_out_before_painting(base, asked, tmp_path
 
     def left(options):
         benchmark = replace(asked, items=tuple(map(words, range(980, 1030))), metric=None)
-        fits = without_long_prompts(benchmark, model, tokenizer, options)
+        fits = without_unfit_prompts(benchmark, model, tokenizer, options)
         assert len(fits.items) + len(fits.problems) == 50 and len(fits.problems) > 0
         assert f"{len(fits.items) + 980} words: the prompt takes" in fits.problems[0]
         longest = replace(benchmark, items=fits.items[-1:])
@@ -328,7 +328,32 @@ def test_a_prompt_without_room_is_left_out_before_painting(base, asked, tmp_path
     long = replace(asked.painting, max_completion_length=9)
     counts = [left(Options(short)), left(Options(long)), left(Options(long, thinking=False))]
     assert counts[0] - counts[1] == 5 and counts[2] > counts[0]
-    assert without_long_prompts(asked, model, tokenizer, Options(asked.painting)) is asked
+    assert without_unfit_prompts(asked, model, tokenizer, Options(asked.painting)) is asked
+
+
+def test_a_prompt_with_a_special_token_is_left_out_before_painting(base, asked):
+    items = [Item(f"line {i}", prompt, "all") for i, prompt in enumerate(["red", "<|im_end|>", "a <|vision_start|>"])]
+    fits = without_unfit_prompts(replace(asked, items=tuple(items)), *base, Options(asked.painting))
+    assert [item.key for item in fits.items] == ["line 0"]
+    assert [problem.partition(" holds")[0] for problem in fits.problems] == ["line 1: A prompt", "line 2: A prompt"]
+
+
+def test_an_image_that_is_not_a_number_has_no_score_and_is_not_scored_again(base, asked, tmp_path, monkeypatch):
+    vae = base[0].codec.vae
+    whole, scorer = vae.decode, red()
+
+    def decode(latents, *args, **kwargs):
+        out = whole(latents, *args, **kwargs)
+        out.sample[::2] = float("nan")
+        return out
+
+    monkeypatch.setattr(vae, "decode", decode)
+    first = run(*base, replace(asked, metric=None), scorer, tmp_path)
+    again = run(*base, replace(asked, metric=None), scorer, tmp_path)
+    for lines in (first, again):
+        failed = [line["error"] for line in lines if line["reward"] is None]
+        assert failed == ["the image came out of the VAE as NaN or infinity"] * len(failed)
+        assert 0 < len(failed) < len(lines)
 
 
 def test_bad_options_are_refused_by_name(asked):

@@ -179,6 +179,21 @@ def qwen25_vl(width: int = 16, layers: int = 2) -> nn.Module:
     return seeded(transformers.Qwen2_5_VLForConditionalGeneration, config)
 
 
+def qwen3_vl(kind: Callable[..., nn.Module]) -> nn.Module:
+    text = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    return seeded(kind, config)
+
+
 def gemma2() -> nn.Module:
     config = transformers.Gemma2Config(
         vocab_size=VOCABULARY,
@@ -617,17 +632,6 @@ def krea2() -> TinyPipeline:
         axes_dims_rope=(4, 2, 2),
         rope_theta=1000.0,
     )
-    text = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
-    config = transformers.Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=6400
     )
@@ -635,7 +639,7 @@ def krea2() -> TinyPipeline:
         transformer=random_weights(transformer),
         scheduler=scheduler,
         vae=video_vae(),
-        text_encoder=seeded(transformers.Qwen3VLModel, config),
+        text_encoder=qwen3_vl(transformers.Qwen3VLModel),
         tokenizer=tokenizer(1024),
         text_encoder_select_layers=(0, 1, 2),
     )
@@ -650,10 +654,246 @@ def modular_z_image() -> TinyPipeline:
     return TinyPipeline(pipeline, (32, 32), {"max_sequence_length": 96})
 
 
+def flux_kontext() -> TinyPipeline:
+    parts = flux1().pipeline.components
+    return TinyPipeline(diffusers.FluxKontextPipeline(**parts), (16, 16), {"max_sequence_length": 32})
+
+
+def flux2_klein_kv() -> TinyPipeline:
+    parts = flux2_klein().pipeline.components
+    arguments = {"max_sequence_length": 64, "text_encoder_out_layers": (1,)}
+    return TinyPipeline(diffusers.Flux2KleinKVPipeline(**parts), (8, 8), arguments)
+
+
+def bria() -> TinyPipeline:
+    transformer = diffusers.BriaTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=None,
+        axes_dims_rope=[0, 4, 4],
+    )
+    pipeline = diffusers.BriaPipeline(
+        transformer=random_weights(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(4),
+        text_encoder=t5(),
+        tokenizer=tokenizer(),
+        image_encoder=None,
+        feature_extractor=None,
+    )
+    return TinyPipeline(pipeline, (16, 16), {"max_sequence_length": 48})
+
+
+def wan_vae(**sizes: Any) -> nn.Module:
+    downsample = {"temperal_downsample": [False, True, True], "scale_factor_temporal": 4}
+    return seeded(diffusers.AutoencoderKLWan, base_dim=4, num_res_blocks=1, **downsample, **sizes)
+
+
+def bria_fibo() -> TinyPipeline:
+    from diffusers.models.transformers.transformer_bria_fibo import BriaFiboTransformer2DModel
+
+    transformer = BriaFiboTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        text_encoder_dim=32,
+        pooled_projection_dim=None,
+        axes_dims_rope=[0, 4, 4],
+    )
+    config = transformers.SmolLM3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=5,
+    )
+    patches = {"z_dim": 16, "decoder_base_dim": 8, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+    pipeline = diffusers.BriaFiboPipeline(
+        transformer=random_weights(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=wan_vae(in_channels=12, **patches),
+        text_encoder=seeded(transformers.SmolLM3ForCausalLM, config),
+        tokenizer=tokenizer(),
+    )
+    return TinyPipeline(pipeline, (64, 64), {"max_sequence_length": 64})
+
+
+def prx_pixel() -> TinyPipeline:
+    from diffusers.models.transformers.transformer_prx import PRXTransformer2DModel
+
+    transformer = PRXTransformer2DModel(
+        patch_size=8,
+        in_channels=3,
+        context_in_dim=16,
+        hidden_size=8,
+        mlp_ratio=2.0,
+        num_heads=2,
+        depth=2,
+        axes_dim=[2, 2],
+        bottleneck_size=4,
+    )
+    pipeline = diffusers.PRXPixelPipeline(
+        transformer=random_weights(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=qwen3(),
+        tokenizer=tokenizer(64),
+        prompt_max_tokens=64,
+    )
+    return TinyPipeline(pipeline, (32, 32))
+
+
+class TextProcessor(transformers.ProcessorMixin):
+    """What is left of a processor of texts and images where there are no images."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        super().__init__(tokenizer, chat_template=CHAT_TEMPLATE)
+
+    def __call__(self, text: Any, **kwargs: Any) -> Any:
+        return self.tokenizer(text, **kwargs)
+
+
+def nucleus() -> TinyPipeline:
+    transformer = diffusers.NucleusMoEImageTransformer2DModel(
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+        moe_enabled=True,
+        mlp_ratio=6.0,
+        dense_moe_strategy="leave_first_block_dense",
+        num_experts=2,
+        moe_intermediate_dim=16,
+        capacity_factors=[1.0, 1.0],
+    )
+    pipeline = diffusers.NucleusMoEImagePipeline(
+        transformer=random_weights(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=video_vae(),
+        text_encoder=qwen3_vl(transformers.Qwen3VLForConditionalGeneration),
+        processor=TextProcessor(tokenizer(1024)),
+    )
+    return TinyPipeline(pipeline, (32, 32), {"max_sequence_length": 512, "return_index": -1})
+
+
+def wan() -> TinyPipeline:
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    # The scheduler of the released checkpoints.
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    statistics = {"latents_mean": [0.3, -0.2, 0.1, 0.0], "latents_std": [1.1, 0.9, 1.3, 1.0]}
+    pipeline = diffusers.WanPipeline(
+        transformer=random_weights(transformer),
+        scheduler=scheduler,
+        vae=wan_vae(z_dim=4, **statistics),
+        text_encoder=t5(multilingual=True),
+        tokenizer=tokenizer(),
+    )
+    return TinyPipeline(pipeline, (32, 32), {"max_sequence_length": 64})
+
+
+def longcat_image() -> TinyPipeline:
+    transformer = diffusers.LongCatImageTransformer2DModel(
+        patch_size=1,
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+    )
+    pipeline = diffusers.LongCatImagePipeline(
+        transformer=random_weights(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae(16),
+        text_encoder=qwen25_vl(),
+        tokenizer=tokenizer(1024),
+        text_processor=TextProcessor(tokenizer(1024)),
+    )
+    pipeline.tokenizer_max_length = 64
+    return TinyPipeline(pipeline, (16, 16))
+
+
+def hidream() -> TinyPipeline:
+    """With an area of its own, and experts whose weights get no gradient where it paints."""
+    transformer = diffusers.HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_channels=[32, 16],
+        text_emb_dim=64,
+        num_routed_experts=2,
+        num_activated_experts=2,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(32, 32),
+        llama_layers=(0, 1),
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    pipeline = diffusers.HiDreamImagePipeline(
+        transformer=random_weights(transformer),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(4, (8, 8, 8, 8)),
+        text_encoder=clip(),
+        tokenizer=tokenizer(77),
+        text_encoder_2=clip(),
+        tokenizer_2=tokenizer(77),
+        text_encoder_3=t5(),
+        tokenizer_3=tokenizer(),
+        text_encoder_4=seeded(transformers.LlamaForCausalLM, config),
+        tokenizer_4=tokenizer(),
+    )
+    pipeline.default_sample_size = 16
+    return TinyPipeline(pipeline, (128, 128), {"max_sequence_length": 32})
+
+
 FAMILIES: dict[str, Callable[[], TinyPipeline]] = {
     make.__name__: make
     for make in (
         *(sd3, flux1, flux2_klein, qwen_image, z_image, lumina2, sana, aura_flow, cogview4, chroma),
         *(ovis_image, hunyuan_image, prx, krea2, modular_z_image),
+        *(flux_kontext, flux2_klein_kv, bria, bria_fibo, prx_pixel, nucleus, wan, longcat_image),
     )
 }

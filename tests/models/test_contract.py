@@ -7,11 +7,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.helpers.painting import steps_of, trajectory
+from tests.helpers.toy_painter import toy_painter
 from trl_unigrpo.flow import flow_timesteps
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.flow.states import columns
+from trl_unigrpo.images import has_failed
 from trl_unigrpo.models.contract import ContextRow, UnifiedOutput
-from trl_unigrpo.sampling import paint
+from trl_unigrpo.sampling import decode, paint
+from trl_unigrpo.trajectory import Image
 
 
 IDS = torch.tensor([[375, 10, 11, 12, 376]])
@@ -238,3 +241,11 @@ def test_images_of_a_batch_have_one_size(model):
         images += painted(model, RolloutPlan(flow_timesteps(3), size, windows=torch.tensor([0])))
     with pytest.raises(ValueError, match=r"got \[\(32, 48\), \(48, 32\)\]: make a batch per size"):
         steps_of(images)
+
+
+def test_an_image_of_latents_that_are_not_numbers_is_marked_whatever_the_model_makes_of_it():
+    model = toy_painter(300)
+    latents = torch.zeros(2, *model.latent_shape((8, 8)))
+    latents[1, 0, 0] = float("inf")
+    images = [Image(latents=x, size=(8, 8), context=None, steps=None) for x in latents]
+    assert [has_failed(image) for image in decode(model, images)] == [False, True]

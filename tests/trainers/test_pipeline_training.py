@@ -1,10 +1,13 @@
 """UniGRPOTrainer over a tiny language model and a tiny pipeline: no line of it knows that it is not BAGEL."""
 
+import re
 import weakref
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
@@ -12,16 +15,18 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 from tests.helpers.painting import painted_steps, prompts_alone
 from tests.helpers.tiny_cosmos3 import tiny_cosmos3
-from tests.helpers.tiny_painters import PROMPTS, generators, tiny_model
-from tests.helpers.tiny_pipelines import VOCABULARY, flux2_klein, qwen3, saved_halves, sd3, tokenizer
+from tests.helpers.tiny_painters import PROMPTS, generators, tiny_model, unified
+from tests.helpers.tiny_pipelines import VOCABULARY, flux2_klein, hidream, qwen3, saved_halves, sd3, tokenizer
 from tests.helpers.tiny_unified import PROMPTS as PROMPTS_OF_TRAINING
 from tests.helpers.tiny_unified import images_of, moved, prompts_dataset, redness, tiny_config, weights
 from trl_unigrpo import ReFLConfig, ReFLTrainer
 from trl_unigrpo.evaluation import load_model
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.flow.states import LinePoints
+from trl_unigrpo.images import mark_failed
 from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
 from trl_unigrpo.sampling import decode, paint
+from trl_unigrpo.trainers.failed_images import mask_failed
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 from trl_unigrpo.trajectory import Image, Round, Steps, Trajectory, in_order
@@ -333,3 +338,90 @@ def test_adapters_of_the_other_trainers_say_what_they_were_trained_on(tmp_path, 
         trainer = ReFLTrainer(adapted, lambda pixels, **_: pixels.mean((1, 2, 3)), args, prompts_dataset())
     trainer.save_model()
     assert type(load_model(str(tmp_path / "run"), device="cpu")[0].get_base_model()) is type(model)
+
+
+# What a painter can't train, or can't show
+
+
+@pytest.mark.parametrize("excluded", [None, r".*experts.*"])
+def test_weights_that_no_gradient_reaches_are_named_at_the_start(make_trainer, excluded):
+    """HiDream computes its routed experts without a gradient where it paints."""
+    config = LoraConfig(r=2, exclude_modules=excluded)
+    options = arguments(image_size=128, text_weight=0.0)
+    if excluded is not None:
+        trainer = make_trainer(model=unified(hidream()), peft_config=config, **options)
+        before = weights(trainer.unified)
+        trainer.unified.check_trained_weights()
+        assert not moved(before, weights(trainer.unified))
+        return
+    with pytest.raises(ValueError, match=r"No gradient reaches painter\.double_stream_blocks\.\*") as caught:
+        make_trainer(model=unified(hidream()), peft_config=config, **options)
+    named = re.search(r"exclude_modules=r'(.*)'\)", str(caught.value)).group(1)
+    assert all(re.fullmatch(rf".*{named}", f"painter.single_stream_blocks.0.block.ff_i.experts.1.w{n}") for n in "123")
+    remedied = LoraConfig(r=2, exclude_modules=named)
+    assert make_trainer(model=unified(hidream()), peft_config=remedied, **options)
+
+
+@pytest.fixture
+def overflowing(monkeypatch):
+    """A model whose VAE gives NaN for the images whose numbers are told."""
+
+    def make(broken):
+        model = tiny_model()
+        vae = model.pipeline.vae
+        whole = vae.decode
+
+        def decode(latents, *args, **kwargs):
+            out = whole(latents, *args, **kwargs)
+            out[0][broken] = float("nan")
+            return out
+
+        monkeypatch.setattr(vae, "decode", decode)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_images_that_are_not_numbers_have_no_reward_and_no_advantage(make_trainer, train, overflowing, asynchronous):
+    seen = []
+
+    def brightness(prompts, completions, images, name, trainer_state, **columns):
+        assert len(prompts) == len(completions) == len(images) == len(name)
+        assert all(not image.info for image in images)
+        seen.append(list(zip(prompts, name, images, strict=True)))
+        return [np.asarray(image).mean() / 255 for image in images]
+
+    async def later(**columns):
+        return brightness(**columns)
+
+    dataset = prompts_dataset(name=[prompt.upper() for prompt in PROMPTS_OF_TRAINING])
+    trainer = make_trainer(
+        model=overflowing(slice(1, 8, 3)),
+        reward_funcs=later if asynchronous else brightness,
+        train_dataset=dataset,
+        **arguments(max_steps=1),
+    )
+    with pytest.warns(UserWarning, match="came out of the VAE as NaN or infinity: they have no reward"):
+        batches = train(trainer).batches
+    (rows,) = seen
+    assert len(rows) == 5
+    assert all(name == prompt.upper() for prompt, name, _ in rows)
+    (logged, *_) = trainer.state.log_history
+    assert logged["images/not_finite"] == logged["reward/frac_none"] == 3 / 8
+    advantages = torch.cat([batch["advantages"] for batch in batches])
+    assert (advantages == 0).sum() == 3
+    assert logged["reward"] == pytest.approx(np.mean([np.asarray(image).mean() / 255 for *_, image in rows]), rel=1e-5)
+
+
+def test_reward_models_that_look_at_the_text_alone_do_not_reward_them_either():
+    images = [PIL.Image.new("RGB", (4, 4)) for _ in range(3)]
+    rows = [{"images": image} for image in mark_failed(images, [True, False, True])]
+    rewards = mask_failed(Accelerator(cpu=True), torch.ones(3, 2), rows)
+    assert rewards.isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2]
+
+
+def test_a_batch_of_images_that_are_no_numbers_is_an_error(make_trainer, overflowing):
+    trainer = make_trainer(model=overflowing(slice(None)), **arguments(max_steps=1))
+    with pytest.raises(ValueError, match=r"All 8 images of a batch .* pipeline\.vae\.to\(torch\.float32\)"):
+        trainer.train()

@@ -116,14 +116,14 @@ def evaluate(
         The summary.
     """
     from .models import base_revision, fingerprint, load_model, parts_of
-    from .runner import run, without_long_prompts
+    from .runner import run, without_unfit_prompts
 
     options = run_options(painting, benchmark.painting)
     scorer = build_scorer(benchmark, judging)  # before the model, whose loading takes longer
     if benchmark.name == "shapeworld" and model.dtype == "auto":
         model = replace(model, dtype="float32")  # the demo's, on any hardware
     loaded, tokenizer = load_model(**vars(model), **vars(base))
-    benchmark = without_long_prompts(benchmark, loaded, tokenizer, options)
+    benchmark = without_unfit_prompts(benchmark, loaded, tokenizer, options)
     for problem in benchmark.problems:
         console.print(plain(f"Left out: {problem}"), highlight=False, soft_wrap=True)
     parts = parts_of(model.source, **vars(base))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -12,9 +13,10 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ..flow.guidance import Guidance
+from ..images import has_failed
 from ..models.prompts import as_messages, choose_system_prompt
 from ..models.registry import unified_model
-from ..models.tokenizer import prepare_tokenizer
+from ..models.tokenizer import check_messages, prepare_tokenizer
 from ..rewards.questions.question import earned
 from ..sampling import generate
 from .benchmark import Benchmark, Item, Painting
@@ -32,6 +34,9 @@ from .scorers import Score, Scorer
 
 IMAGE_POSITIONS = 8
 """Positions kept for an image and the markers around it, which take fewer."""
+
+NOT_A_NUMBER = "the image came out of the VAE as NaN or infinity"
+"""Why an image was not scored, nor will be."""
 
 
 @dataclass(frozen=True)
@@ -84,24 +89,28 @@ def settings_of(
     }
 
 
-def without_long_prompts(
+def without_unfit_prompts(
     benchmark: Benchmark, model: Any, tokenizer: PreTrainedTokenizerBase, options: Options
 ) -> Benchmark:
     """
-    Move the prompts that the model has no room for, beside its longest thinking, to the benchmark's problems.
+    Move the prompts that the model has no room for, beside its longest thinking, or that hold special tokens, to the
+    benchmark's problems.
 
     This is done before anything is painted: a batch with one of them would fail as a whole.
     """
     base = unified_model(model)
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    if limit is None:
-        return benchmark
     tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
     system = choose_system_prompt(base, options.system_prompt, options.thinking)
-    room = limit - IMAGE_POSITIONS - (options.painting.max_completion_length if options.thinking else 0)
+    room = (limit or math.inf) - IMAGE_POSITIONS - (options.painting.max_completion_length if options.thinking else 0)
     kept, problems = [], []
     for item in benchmark.items:
         messages = as_messages(item.prompt, system)
+        try:
+            check_messages([messages], tokenizer)
+        except ValueError as error:
+            problems.append(f"{item.key}: {error}")
+            continue
         length = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         if length <= room:
             kept.append(item)
@@ -236,7 +245,10 @@ def scored(
     own = [items[line["index"]] for line in lines]
     if scorer is None:
         return [line | {"reward": None, "scores": {}, "questions": [], "error": "not scored"} for line in lines]
-    found = scorer(own, images, [line["thinking"] for line in lines])
+    fine = [place for place, image in enumerate(images) if not has_failed(image)]
+    seen, thinkings = [images[place] for place in fine], [lines[place]["thinking"] for place in fine]
+    known = dict(zip(fine, scorer([own[place] for place in fine], seen, thinkings), strict=True)) if fine else {}
+    found = [known.get(place, Score(None, {}, error=NOT_A_NUMBER)) for place in range(len(lines))]
     return [
         line
         | {
@@ -270,7 +282,7 @@ def _score_again(
     folder: Path, done: dict[int, Line], items: Sequence[Item], scorer: Scorer, batch: int, soft: bool
 ) -> None:
     """Score the images on the disk that have no score."""
-    waiting = [line for _, line in sorted(done.items()) if line["reward"] is None]
+    waiting = [line for _, line in sorted(done.items()) if line["reward"] is None and line["error"] != NOT_A_NUMBER]
     for start in range(0, len(waiting), batch):
         chunk = waiting[start : start + batch]
         images = [read_image(folder / line["image"]) for line in chunk]

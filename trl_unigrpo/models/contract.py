@@ -117,6 +117,8 @@ class UnifiedModelMixin(_Base):
         """
         Decode latents (B, *latent) to a list of PIL images, or ("pt") to a tensor (B, 3, H, W), differentiable and
         about in [-1, 1].
+
+        PIL images of pixels that are not finite numbers are to be marked: [`~trl_unigrpo.images.mark_failed`].
         """
         raise NotImplementedError
 
@@ -175,6 +177,10 @@ class UnifiedModelMixin(_Base):
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise ValueError, saying what to do, if a tokenizer is not this model's. By default any will do."""
+        return
+
+    def check_trained_weights(self) -> None:
+        """Raise ValueError, naming them, if weights are to be trained that can't be. By default all can."""
         return
 
     def initial_latents(self, image_size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor | None:

@@ -1,14 +1,18 @@
 """A model's tokenizer: found, made ready, and which of its tokens are never sampled."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..messages import all_texts
 from .contract import UnifiedModelMixin
 
+
+THINK_TOKENS = ("<think>", "</think>")
+"""Around the thoughts that system prompts ask for; some tokenizers have them as special tokens."""
 
 FOLD_SYSTEM = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
@@ -73,12 +77,58 @@ def never_sampled(
     model: UnifiedModelMixin, tokenizer: PreTrainedTokenizerBase, end: Collection[int]
 ) -> list[int] | None:
     """
-    List the tokens that no thinking may hold, for `suppress_tokens`: the model's own markers, padding, and the rows of
-    the vocabulary that have no token.
+    List the tokens that no thinking may hold, for `suppress_tokens`: the model's own markers, padding, the tokenizer's
+    special tokens, and the rows of the vocabulary that have no token.
 
     Args:
         end: tokens that end a thinking, which are allowed.
     """
     vocabulary = model.get_output_embeddings().weight.shape[0]
     unused = range(len(tokenizer), vocabulary)
-    return sorted({*model.suppressed_token_ids, tokenizer.pad_token_id, *unused} - set(end)) or None
+    special = special_tokens(tokenizer).keys() - _written_in_answers(tokenizer)
+    markers = [i for i in model.suppressed_token_ids if i < vocabulary]
+    return sorted({*markers, tokenizer.pad_token_id, *special, *unused} - set(end)) or None
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Give the tokens that are no text, by their ids, as texts: they open and close turns, images and the like."""
+    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return {i: token for i, token in {**added, **named}.items() if i != tokenizer.unk_token_id}
+
+
+def check_text(texts: Collection[str], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """
+    Raise ValueError for texts of a user that hold a special token: it would be read as one.
+
+    Args:
+        where: to begin the message with.
+    """
+    for token in special_tokens(tokenizer).values():
+        for text in texts:
+            if token and token in text:
+                raise ValueError(
+                    f"{where} holds {token!r}, which is no text to the model, but a special token: {text[:200]!r}. "
+                    "Take it out, or write it in another way."
+                )
+
+
+def check_messages(
+    messages: Sequence[str | list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
+) -> Sequence[Any]:
+    """Return conversations as they are; raises ValueError where one holds a special token, see [`check_text`]."""
+    check_text([text for conversation in messages for text in all_texts(conversation)], tokenizer, "A prompt")
+    return messages
+
+
+def _written_in_answers(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Find the special tokens that an answer is made of: around thoughts, and those of the chat template."""
+    thoughts = set(tokenizer.convert_tokens_to_ids(list(THINK_TOKENS)))
+    question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+    try:
+        asked = tokenizer.apply_chat_template([question], add_generation_prompt=True, tokenize=False)
+        told = tokenizer.apply_chat_template([question, answer], tokenize=False)
+    except (TemplateError, TypeError, ValueError):  # templates of one turn
+        return thoughts
+    written = told[len(asked) :] if told.startswith(asked) else ""
+    return thoughts | set(tokenizer(written, add_special_tokens=False)["input_ids"])

@@ -11,6 +11,7 @@ LOGGED_METRICS = {
     "grad_norm/image": "norm of the image expert's gradient before clipping",
     "learning_rate/text": "learning rate that the text expert was stepped with",
     "learning_rate/image": "learning rate that the image expert was stepped with",
+    "images/not_finite": "share of images that came out of the VAE as NaN or infinity; they have no reward",
     "images/pixel_std": "mean standard deviation of an image's pixels, 0 to 127.5; near 0 where images turn blank",
     "images/diversity": "mean distance between the thumbnails of a prompt's images, 0 to 1; where there is a gallery",
     "images/dark_share": "share of an image's pixels that are darker than a quarter, 0 to 1",

@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
 
+from ..messages import all_texts
+from ..models.tokenizer import check_text
 from .prompt_checks import check_prompts
 
 
@@ -121,6 +124,23 @@ def check_columns(dataset: Any, name: str, needed: Sequence[str]) -> dict[str, l
             f"dataset.rename_column(..., {missing[0]!r})."
         )
     return {name: columns}
+
+
+def check_special_tokens(datasets: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raise ValueError, naming the row, if a prompt or a completion holds the text of a special token.
+
+    Args:
+        datasets: by argument name; those that are streamed are checked as they come.
+    """
+    for name, dataset in datasets.items():
+        if isinstance(dataset, dict):
+            check_special_tokens({f"{name}[{key!r}]": part for key, part in dataset.items()}, tokenizer)
+        elif isinstance(dataset, Dataset):
+            for column in {"prompt", "completion"} & set(dataset.column_names):
+                for row, value in enumerate(dataset[column]):
+                    if isinstance(value, (str, list)):
+                        check_text(all_texts(value), tokenizer, f"Row {row} of {name}")
 
 
 def _columns(dataset: Any) -> list[str] | None:

@@ -44,7 +44,7 @@ from ..seeding import (
 from ..trajectory import Image
 from .arguments import check_lengths, find_tokenizer
 from .config_numbers import read_numbers
-from .dataset_checks import check_rows
+from .dataset_checks import check_rows, check_special_tokens
 from .evaluation_checks import check_evaluation
 from .prompt_checks import CheckedRows
 from .refl import (
@@ -222,6 +222,7 @@ class ReFLTrainer(TrainingLoop):
         check_lengths(args, base)
         base.latent_shape((args.image_size, args.image_size))  # raises for a size that the model can't paint
         tokenizer = find_tokenizer(base, processing_class, source or model.config.name_or_path)
+        check_special_tokens({"train_dataset": train_dataset, "eval_dataset": eval_dataset}, tokenizer)
         if peft_config is not None:
             if isinstance(model, PeftModel):
                 raise ValueError("peft_config is given, but the model has adapters already. Leave one of them out.")
@@ -243,6 +244,7 @@ class ReFLTrainer(TrainingLoop):
             data_collator=CheckedRows(collate),
             **kwargs,
         )
+        base.check_trained_weights()
         self._system = choose_system_prompt(base, args.system_prompt, args.thinking)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._mode = "train"

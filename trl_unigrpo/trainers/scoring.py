@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rewards.thinking import reward_scope
+from .failed_images import without_failed
 from .reward_checks import distinct
 from .trl_bridge import get_callable_name, is_async_callable, nanstd
 
@@ -23,18 +24,24 @@ def with_names(reward_funcs: Sequence[Any]) -> list[Any]:
 
 
 def _with_name(reward_func: Any, name: str) -> Any:
-    """Wrap a reward function, of the same scope, so that its errors name it."""
+    """Wrap a reward function, of the same scope, so that its errors name it and it sees no failed image."""
 
     async def score_async(*args: Any, **kwargs: Any) -> Any:
         try:
-            return _checked(name, await reward_func(*args, **kwargs))
+            given, places = without_failed(kwargs)
+            if places == []:
+                return [None] * len(kwargs["images"])
+            return _spread(_checked(name, await reward_func(*args, **given)), places, kwargs)
         except Exception as error:
             error.add_note(f"Raised by the reward function {name!r}.")
             raise
 
     def score(*args: Any, **kwargs: Any) -> Any:
         try:
-            return _checked(name, reward_func(*args, **kwargs))
+            given, places = without_failed(kwargs)
+            if places == []:
+                return [None] * len(kwargs["images"])
+            return _spread(_checked(name, reward_func(*args, **given)), places, kwargs)
         except Exception as error:
             error.add_note(f"Raised by the reward function {name!r}.")
             raise
@@ -51,6 +58,14 @@ def _checked(name: str, scores: Any) -> list[Any]:
             "no score, for every completion."
         )
     return list(scores)
+
+
+def _spread(scores: list[Any], places: list[int] | None, arguments: Mapping[str, Any]) -> list[Any]:
+    """Put the scores of some samples at their places among all; the others have none."""
+    if places is None:
+        return scores
+    found = dict(zip(places, scores, strict=True))
+    return [found.get(place) for place in range(len(arguments["images"]))]
 
 
 class RewardBook:

@@ -36,6 +36,7 @@ from .arguments import (
     question_weak_adapters,
 )
 from .config_checks import check_generation
+from .dataset_checks import check_special_tokens
 from .prompt_checks import CheckedRows
 from .reward_checks import distinct
 from .trl_bridge import ReferencePolicy, check_attributes, check_trl, compute_head_in_float32, return_velocity
@@ -134,6 +135,7 @@ def prepare_run(
         masters=trained_weights(model) if is_peft_model(model) else {},
         beta=beta,
     )
+    check_special_tokens(datasets, setup.tokenizer)
     setup.peft_config = of_revision(target_experts(peft_config, base, setup.trains), hub.get("revision"))
     return setup
 
@@ -146,6 +148,7 @@ def finish_run(trainer: Any, setup: Setup) -> None:
         _check_one_by_one(trainer, setup)
     freeze_experts(base, model, setup.trains)
     check_trained(base, model, setup.trains)
+    base.check_trained_weights()
     keep_adapters_in_float32(model, setup.masters)
     keep_trainable_layout(model)
     check_generation(base.generation_config, trainer.generation_kwargs)

@@ -24,11 +24,12 @@ from ..models.adapters import check_own_adapters, load_trainable
 from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.prompts import as_messages, choose_system_prompt, system_ids
 from ..models.registry import unified_model
+from ..models.tokenizer import check_messages
 from ..seeding import EVAL, TRAIN, row_generator
 from ..trajectory import Image, Round, Steps, Trajectory
 from .arguments import find_tokenizer
 from .config_numbers import read_numbers
-from .dataset_checks import check_rows
+from .dataset_checks import check_rows, check_special_tokens
 from .evaluation_checks import check_evaluation
 from .prompt_checks import CheckedRows
 from .reward_checks import callback_list
@@ -122,6 +123,7 @@ class UnifiedCollator:
             as_messages(row["prompt"], self.system_prompt if on else None)
             for row, on in zip(rows, thinks, strict=True)
         ]
+        check_messages([*messages, *(row.get("completion") or "" for row in rows)], self.tokenizer)
         prompts = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
         thinkings = [row["completion"] if on else "" for row, on in zip(rows, thinks, strict=True)]
         completions = [
@@ -188,6 +190,7 @@ class UnifiedSFTTrainer(TrainingLoop):
         if args.context_dropout:
             base.branch_contexts([Trajectory("", [], system_ids=[])], "text")  # raises where the model has none
         tokenizer = find_tokenizer(base, processing_class, model.config.name_or_path)
+        check_special_tokens({"train_dataset": train_dataset, "eval_dataset": eval_dataset}, tokenizer)
         system = choose_system_prompt(base, args.system_prompt)
         super().__init__(
             model=model,
@@ -198,6 +201,7 @@ class UnifiedSFTTrainer(TrainingLoop):
             data_collator=CheckedRows(UnifiedCollator(tokenizer, system)),
             **kwargs,
         )
+        base.check_trained_weights()
         self.model_accepts_loss_kwargs = True  # so that the tokens of an optimizer step are counted
         self._sums: dict[str, list[float]] = {}
         self._batches = 0  # of this process, in the optimizer step or the evaluation

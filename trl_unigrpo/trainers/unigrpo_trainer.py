@@ -32,10 +32,10 @@ from ..models.contract import UnifiedModelMixin
 from ..models.experts import clip_by_expert, rates_by_expert, split_groups
 from ..models.prompts import as_messages, choose_system_prompt, system_ids
 from ..models.registry import unified_model
+from ..models.tokenizer import check_messages
 from ..monitoring.alarms import default_alarms
 from ..monitoring.events import ImageLoss, Rollout, Update
 from ..monitoring.expected import ExpectedCost
-from ..monitoring.image_statistics import pixel_spread
 from ..monitoring.progress import Phases
 from ..monitoring.signals import SaveOnSignal
 from ..monitoring.trust import default_checks
@@ -43,6 +43,7 @@ from ..reporting.gallery import Gallery
 from ..sampling import decode, paint
 from ..seeding import EVAL, TRAIN, row_generator
 from ..trajectory import Round, Steps, Trajectory, in_order
+from .failed_images import image_metrics, mask_failed
 from .kept import KeptVelocities
 from .reward_checks import as_list, callback_list
 from .run_keeping import Progress, RunKeeping
@@ -164,7 +165,7 @@ class UniGRPOTrainer(RunKeeping):
         if self.processing_class.chat_template is None:
             return prompts
         system = choose_system_prompt(self.unified, self.args.system_prompt, self.args.thinking)
-        return [as_messages(prompt, system) for prompt in prompts]
+        return list(check_messages([as_messages(prompt, system) for prompt in prompts], self._tokenizer))
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         if self.args.thinking:
@@ -227,8 +228,7 @@ class UniGRPOTrainer(RunKeeping):
             if trains:
                 image.steps = objective.states(image.latents, image.steps, generator)
             trajectory.rounds[-1].images.append(image)
-        spread = torch.tensor(pixel_spread(painted), device=self.accelerator.device)
-        self._note({"images/pixel_std": self.accelerator.gather(spread).mean().item()})
+        self._note(image_metrics(self.accelerator, painted))
         if trains:
             one_window = objective.stochastic and args.sde_window_scope == "generation"
             window = images[0].steps.t[None].to(self.accelerator.device)
@@ -266,6 +266,7 @@ class UniGRPOTrainer(RunKeeping):
             raise TRLChangedError("extra fields that _generate returns do not reach the rewards")
         with self._phases("reward"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards = mask_failed(self.accelerator, rewards, inputs)
         rewards, metrics = self._book.enter(rewards, self.group_size, self.scale_rewards)
         self._note(metrics)
         self._book.remember(prompts, completions, self._pending_extra_logs)

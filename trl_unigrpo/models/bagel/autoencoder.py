@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ...images import mark_failed
 from ..memory import fitting, free_memory
 
 
@@ -82,7 +83,8 @@ class LatentCodec:
         if output_type == "pt":
             return pixels.float()
         arrays = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(array) for array in arrays]
+        finite = pixels.isfinite().flatten(1).all(1).tolist()
+        return mark_failed([Image.fromarray(array) for array in arrays], finite)
 
     def _slice(self, pixels: int, device: torch.device) -> int:
         """Say how many images of so many pixels fit at once, possibly 0."""

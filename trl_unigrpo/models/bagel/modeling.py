@@ -402,7 +402,9 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
 
     @property
     def suppressed_token_ids(self) -> Sequence[int]:
-        return [self.config.im_start_token_id, self.config.vision_start_token_id, self.config.vision_end_token_id]
+        config = self.config
+        markers = (config.im_start_token_id, config.vision_start_token_id, config.vision_end_token_id)
+        return [*markers, config.image_token_id]
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         check_tokenizer(tokenizer, self.config)

@@ -39,7 +39,8 @@ def check_pipeline(pipeline: Any) -> None:
         )
     scheduler = pipeline.scheduler
     config = scheduler.config
-    flows = type(scheduler).__name__.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+    flows = any(kind.__name__.startswith("FlowMatch") for kind in type(scheduler).__mro__)
+    flows = flows or config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False)
     if not flows:
         raise ValueError(
             f"{name} is not a flow-matching pipeline: its scheduler is a {type(scheduler).__name__} with "

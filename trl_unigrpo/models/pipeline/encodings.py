@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from .patching import attributes
+from .reading import noted_tokens
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Encodings:
     Attributes:
         grad: whether they are encoded with a gradient.
         outputs: what the encoders returned, call by call.
+        tokens: rows of tokens that they read for it.
         subsets: encodings of some of the prompts, by their indices.
         checked: whether the pipeline has seen the prompts.
     """
@@ -27,6 +29,7 @@ class Encodings:
     prompts: Sequence[str]
     grad: bool = False
     outputs: list[Any] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
     subsets: dict[tuple[int, ...], "Encodings"] = field(default_factory=dict)
     checked: bool = False
 
@@ -42,7 +45,7 @@ def remembered_encodings(pipeline: Any, encoders: Sequence[nn.Module], encodings
     Let text encoders return what they returned before, or keep what they return now.
 
     Args:
-        encoders: the networks that encode, where the pipeline has no `encode_prompt`.
+        encoders: the networks that encode; all of it, where the pipeline has no `encode_prompt`.
     """
     known, replies = bool(encodings.outputs), iter(list(encodings.outputs))
 
@@ -50,7 +53,9 @@ def remembered_encodings(pipeline: Any, encoders: Sequence[nn.Module], encodings
         def remembered(*args: Any, **kwargs: Any) -> Any:
             if not known:
                 torch.set_grad_enabled(encodings.grad)
-                encodings.outputs.append(encode(*args, **kwargs))
+                with noted_tokens(encoders) as tokens:
+                    encodings.outputs.append(encode(*args, **kwargs))
+                encodings.tokens += tokens
                 torch.set_grad_enabled(False)
             output = next(replies) if known else encodings.outputs[-1]
             return tree_map(lambda x: x, output)  # lists of its own: some pipelines write into them

@@ -123,7 +123,9 @@ def painters_own_thinker(pipeline: Any) -> tuple[PreTrainedModel, PreTrainedToke
         if thinker is None and family is not None and getattr(encoder.config, "tie_word_embeddings", False):
             thinker = with_language_head(encoder, family)
         if thinker is not None:
-            return thinker, pipeline.components[name.replace("text_encoder", "tokenizer")]
+            named = (name.replace("text_encoder", "tokenizer"), "processor")
+            words = next(pipeline.components[part] for part in named if part in pipeline.components)
+            return thinker, getattr(words, "tokenizer", words)
     raise ValueError(
         f"{type(pipeline).__name__} has no text encoder that is a whole language model, so that it can't think by "
         "itself. Pass a thinker, such as thinker='Qwen/Qwen3-1.7B'."

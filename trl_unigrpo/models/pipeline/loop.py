@@ -1,7 +1,7 @@
 """A pipeline's own denoising loop, run with a scheduler and a forward of our choice inside."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 from diffusers import ModularPipeline
 from diffusers.guiders import BaseGuidance
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
+from transformers import PreTrainedTokenizerBase
 
 from .encodings import Encodings, remembered_encodings
 from .patching import attributes
@@ -20,8 +22,8 @@ from .scheduler import HandingScheduler, OnStep
 PROBE = "a picture"
 """The prompt of runs that nobody looks at."""
 
-ONE_IMAGE = {"use_resolution_binning": False, "num_frames": 1}
-"""Arguments of every call that takes them: the size asked for, and an image rather than a video."""
+AS_ASKED = {"use_resolution_binning": False, "num_frames": 1, "enable_prompt_rewrite": False, "use_pe": False}
+"""Arguments of every call that takes them: the size and the prompt asked for, and an image rather than a video."""
 
 
 class Stop(BaseException):
@@ -42,7 +44,7 @@ class PipelineLoop:
         arguments: further arguments of its call, such as `max_sequence_length`.
 
     Attributes:
-        scheduler: the one that is put in; it holds the times of the last run.
+        scheduler: what is put in is inside of it; that holds the times of the last run.
         accepted: names of the arguments that the call takes.
         batches: whether the pipeline takes several prompts at once.
         sample_output: some output of the transformer, whose structure [`nothing`] has; to be set before that is used.
@@ -50,13 +52,13 @@ class PipelineLoop:
 
     def __init__(self, pipeline: Any, arguments: dict[str, Any] | None = None):
         self.pipeline = pipeline
-        self.scheduler = HandingScheduler.like(pipeline.scheduler)
+        self.scheduler = HandingScheduler(pipeline.scheduler)
         self.modular = isinstance(pipeline, ModularPipeline)
         if self.modular:
             self.accepted = {parameter.name for parameter in pipeline.blocks.inputs}
         else:
             self.accepted = set(signature(type(pipeline).__call__).parameters)
-        self.arguments = {**ONE_IMAGE, **(arguments or {})}
+        self.arguments = {**AS_ASKED, **(arguments or {})}
         self.batches = True
         self.sample_output: Any = None
         self._told: dict[tuple[int, int], tuple[np.ndarray, np.ndarray] | None] = {}
@@ -108,6 +110,7 @@ class PipelineLoop:
         self, encodings: Encodings, image_size: tuple[int, int], steps: int, generators: Any, output_type: str
     ) -> dict[str, Any]:
         arguments = {
+            "max_area": image_size[0] * image_size[1],  # of pipelines that have an area of their own
             **self.arguments,
             # A copy: some pipelines write into it.
             "prompt": list(encodings.prompts) if self.batches else encodings.prompts[0],
@@ -135,16 +138,35 @@ class PipelineLoop:
 
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(attributes(self.pipeline, scheduler=self.scheduler))
+            stack.enter_context(attributes(self.pipeline, scheduler=self.scheduler.inside))
             stack.enter_context(attributes(self.denoiser, forward=forward_with_grad))
             for guider in self._components(BaseGuidance):
                 stack.enter_context(attributes(guider, _enabled=False))
+            for part, network in self.pipeline.components.items():
+                if isinstance(network, nn.Module) and hasattr(network, "generate"):
+                    stack.enter_context(attributes(network, generate=self._refuse_to_write(part)))
             for looping in _with_progress_bars(self.pipeline):
                 stack.enter_context(attributes(looping, _progress_bar_config={"disable": True}))
             yield
 
+    def _refuse_to_write(self, part: str) -> Callable[..., Any]:
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise ValueError(
+                f"{self.name} has its {part!r} write text in each call, so that an image is not painted from the "
+                "prompt that was given, nor twice from the same. Switch it off by an argument of its call, such as "
+                "painter_arguments={'enable_prompt_rewrite': False}, or take another pipeline."
+            )
+
+        return refuse
+
     def _components(self, kind: type) -> list[Any]:
         return [component for component in self.pipeline.components.values() if isinstance(component, kind)]
+
+    @property
+    def tokenizers(self) -> list[PreTrainedTokenizerBase]:
+        """Tokenizers of the pipeline, those of its processors included."""
+        parts = [getattr(part, "tokenizer", part) for part in self.pipeline.components.values()]
+        return [part for part in parts if isinstance(part, PreTrainedTokenizerBase)]
 
     def _encoders(self) -> list[nn.Module]:
         painting = (self.denoiser, getattr(self.pipeline, "vae", None))
@@ -155,14 +177,15 @@ class PipelineLoop:
     def own_schedule(self, steps: int, image_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return the pipeline's own flow times (steps + 1,), and what the transformer is told of them (steps,)."""
         self.run(self.idle_encodings(1), image_size, None, stop, stop, steps=steps)
-        return self.scheduler.sigmas.double().cpu(), self.scheduler.timesteps.double().cpu()
+        inside = self.scheduler.inside
+        return inside.sigmas.double().cpu(), inside.timesteps.double().cpu()
 
     def _times_told(self, times: Tensor, image_size: tuple[int, int]) -> Tensor:
         """
         Turn flow times into what the transformer is told. Most often that is 1000 t, but a pipeline may shift the one
         and not the other: its own schedule of many steps says what belongs together.
         """
-        full = self.scheduler.config.num_train_timesteps
+        full = self.scheduler.inside.config.num_train_timesteps
         if image_size not in self._told:
             sigmas, told = (x.numpy() for x in self.own_schedule(1000, image_size))
             same = np.abs(told - full * sigmas[:-1]).max() < 1e-3 * full
@@ -181,15 +204,46 @@ class PipelineLoop:
         return self._idle
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the transformer's own forward. States are float32, it computes in its own precision."""
-        dtype = self.denoiser.dtype
-        args, kwargs = _cast((args, kwargs), torch.float32, dtype)
-        return _cast(type(self.denoiser).forward(self.denoiser, *args, **kwargs), dtype, torch.float32)
+        """
+        Compute the transformer's own forward. States are float32, it computes in its own precision; times stay, as
+        rounding would move them.
+        """
+        dtype, forward = self.denoiser.dtype, type(self.denoiser).forward
+        names = [*signature(forward).parameters][1:] + [""] * len(args)  # of a wrapper: none
+        args = tuple(
+            x if is_time(name) else _cast(x, torch.float32, dtype) for x, name in zip(args, names, strict=False)
+        )
+        kwargs = {name: x if is_time(name) else _cast(x, torch.float32, dtype) for name, x in kwargs.items()}
+        with nullcontext() if dtype == torch.float32 else linears_cast():
+            return _cast(forward(self.denoiser, *args, **kwargs), dtype, torch.float32)
 
     def nothing(self, *args: Any, **kwargs: Any) -> Any:
         """Return a zero in the structure of the transformer's output, of sizes that fit any: nobody looks at it."""
         zero = torch.zeros((), dtype=self.denoiser.dtype, device=self.denoiser.device)
         return tree_map(lambda x: zero.expand([1] * x.ndim) if isinstance(x, Tensor) else x, self.sample_output)
+
+
+def is_time(argument: str) -> bool:
+    """Say whether an argument of a transformer's forward is a time, as diffusers names them."""
+    return "time" in argument or argument == "t"
+
+
+@contextmanager
+def linears_cast() -> Iterator[None]:
+    """
+    Let linear layers in half precision take float32: some networks embed a time in the dtype that it is given in.
+    """
+
+    def cast(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not isinstance(module, nn.Linear) or not inputs or not module.weight.is_floating_point():
+            return None
+        return (_cast(inputs[0], torch.float32, module.weight.dtype), *inputs[1:])
+
+    handle = register_module_forward_pre_hook(cast)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _with_progress_bars(pipeline: Any) -> Iterator[Any]:

@@ -24,6 +24,7 @@ from .blocks import linear_names, recomputed_blocks
 from .checks import check_pipeline, check_thinker
 from .configuration import PipelineUnifiedConfig
 from .encodings import Encodings
+from .gradients import check_gradients
 from .latents import LatentMap
 from .loading import (
     hardware_dtype,
@@ -39,6 +40,7 @@ from .sharing import share_weights, whole_state
 
 
 END_OF_THINKING = "</think>"
+MEDIA = ("image", "video", "vision", "audio")
 
 
 class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMixin):
@@ -332,8 +334,20 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
     def default_system_prompt(self) -> str | None:
         return self.config.system_prompt
 
+    @property
+    def suppressed_token_ids(self) -> list[int]:
+        """Give the tokens that stand for images and the like: thinkers that read these name them in their settings."""
+        named = self.thinker.config.to_dict().items()
+        media = [i for name, i in named if name.startswith(MEDIA) and name.endswith(("_token_id", "_token_index"))]
+        return [i for i in media if isinstance(i, int)]
+
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         check_thinker(self.thinker, tokenizer)
+
+    def check_trained_weights(self) -> None:
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad and self.is_image_parameter(name)}
+        if trained:
+            check_gradients(trained, self._runner.probe)
 
     def is_image_parameter(self, name: str) -> bool:
         _, inside, path = name.rpartition("painter.")

@@ -8,7 +8,9 @@ Signs, packing, the scaling of times and conditioning are the pipeline's own wor
 Shapes: B samples, `latent` the dimensions of the state that the pipeline's loop keeps, packed or not.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from math import prod
 from typing import Any
@@ -16,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...images import mark_failed
 from .encodings import Encodings
-from .loop import PROBE, PipelineLoop, Stop
+from .loop import PROBE, PipelineLoop, Stop, stop
 from .patching import attributes
+from .reading import cut_off
 
 
 # Arguments that leave guidance out; the first that do are taken. Where there is a `true_cfg_scale`, or where the
@@ -59,9 +63,11 @@ class Painter:
     def __init__(self, pipeline: Any, arguments: dict[str, Any] | None = None):
         self.loop = PipelineLoop(pipeline, arguments)
         self.mixes_prompts = True
-        self._density = 0.0  # latent numbers per pixel
+        self._enlarges = 0  # pixels beside each other for one of the VAE's latents; 0 where that has nothing to decode
         self._probe_size = (0, 0)  # an image size that it can paint
+        self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
         self._mixes_times: bool | None = None
+        self._has_warned = False
         self._dry_run()
 
     @property
@@ -103,13 +109,17 @@ class Painter:
                     failed = error
                     continue
                 if rows == [2] or (len(rows) == 1 and not self.batches):
-                    self._probe_size = (side, side)
+                    self._check_times((side, side))
+                    self._check_network((side, side))
+                    self._probe_size = self._try_decoding((side, side))
                     self.mixes_prompts = self.batches and self._keeps_prompts_apart()
                     return
                 seen.append(f"{off or 'its defaults'}: {rows}")
                 break
         if not seen:
-            raise ValueError(f"{self.name} fails in a dry run: {failed}") from failed
+            missing = isinstance(failed, (ImportError, NameError))
+            hint = ". It seems to need a package that is not installed, torchvision most often" if missing else ""
+            raise ValueError(f"{self.name} fails in a dry run: {failed}{hint}") from failed
         raise ValueError(
             f"{self.name} always guides: a step of 2 images should be one forward of its transformer with 2 rows, but "
             f"was, with {'; with '.join(seen)} rows. Guided sampling can't be trained here: take another pipeline."
@@ -117,7 +127,7 @@ class Painter:
 
     @torch.no_grad()
     def _count_rows(self, image_size: tuple[int, int]) -> list[int]:
-        """Count the rows of each forward in one step of two images, and learn the size of their states."""
+        """Count the rows of each forward in one step of two images."""
         rows: list[int] = []
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -129,11 +139,62 @@ class Painter:
 
         def on_step(_: Tensor, sample: Tensor) -> Tensor:
             self.loop.batches = len(sample) == 2
-            self._density = sample[0].numel() / prod(image_size)
             raise Stop
 
         self.loop.run(Encodings([PROBE] * 2), image_size, torch.ones(1), on_step, forward)
         return rows
+
+    @torch.no_grad()
+    def _try_decoding(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """
+        Decode one image that was asked for in some size; returns its own.
+
+        Raises:
+            ValueError: if the outcome is not one image.
+        """
+        latents = self.start(1, image_size)
+        try:
+            pixels = self.decode(latents, image_size, "pt")
+        except Exception as error:  # whatever a pipeline raises
+            raise ValueError(f"{self.name} fails in a dry run, where it decodes an image: {error}") from error
+        if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[:2] != (1, 3):
+            found = f"a tensor {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else f"a {type(pixels).__name__}"
+            raise ValueError(
+                f"{self.name} should give an image (1, 3, height, width), but gives {found}. Take a pipeline that "
+                "paints images, or a video pipeline that can be asked for a single frame."
+            )
+        handed = self._handed_to_vae(latents, image_size)
+        if handed is not None:
+            ratios = {side / own for side, own in zip(pixels.shape[-2:], handed.shape[-2:], strict=True)}
+            self._enlarges = int(min(ratios)) if len(ratios) == 1 else 0
+        return pixels.shape[-2], pixels.shape[-1]
+
+    def _check_times(self, image_size: tuple[int, int]) -> None:
+        """Raise ValueError for a schedule that is not a flow's: other states belong to its times."""
+        times = self.own_times(10, image_size)
+        if not (0.5 < times[0] <= 1.001 and times[-1] < times[0]):
+            raise ValueError(
+                f"The schedule of {self.name} goes from {times[0]:.3g} to {times[-1]:.3g}, and not from 1, which is "
+                "noise, down to 0: its states are not on a line between the two. Take another pipeline."
+            )
+
+    @torch.no_grad()
+    def _check_network(self, image_size: tuple[int, int]) -> None:
+        """Raise ValueError where another network than the transformer paints early or late steps."""
+        for time in (1.0, 0.02):
+            called = False
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal called
+                called = True
+                return self.loop.nothing()
+
+            self.loop.run(self.loop.idle_encodings(1), image_size, torch.full((1,), time), stop, forward)
+            if not called:
+                raise ValueError(
+                    f"{self.name} leaves its steps at times near {time:.0f} to another network than its "
+                    "`transformer`, which would not be trained. Take a pipeline with one."
+                )
 
     @torch.no_grad()
     def _keeps_prompts_apart(self) -> bool:
@@ -170,19 +231,33 @@ class Painter:
         Find the shape of one image's state.
 
         Raises:
-            ValueError: for a size that the pipeline can't paint, or would round.
+            ValueError: for a size that the pipeline can't paint, or makes another of.
         """
-        problem = ""
-        try:
-            shape = tuple(self.start(1, image_size).shape[1:])
-        except ValueError as error:
-            shape, problem = (), f": {error}"
-        if round(self._density * prod(image_size)) != prod(shape):
-            raise ValueError(
-                f"{self.name} can't paint an image of {image_size[0]} x {image_size[1]} pixels (height x width)"
-                f"{problem}. Take sides that are multiples of 64, or of what its documentation names."
-            )
-        return shape
+        if image_size not in self._shapes:
+            problem, painted = "", image_size
+            try:
+                latents = self.start(1, image_size)
+                painted = self._painted_size(latents, image_size)
+            except (RuntimeError, ValueError) as error:
+                problem = f": {error}"
+            if painted != image_size:
+                problem = f": asked for it, it paints {painted[0]} x {painted[1]}"
+            if problem:
+                raise ValueError(
+                    f"{self.name} can't paint an image of {image_size[0]} x {image_size[1]} pixels (height x width)"
+                    f"{problem}. Take sides that are multiples of 64, or of what its documentation names."
+                )
+            self._shapes[image_size] = tuple(latents.shape[1:])
+        return self._shapes[image_size]
+
+    @torch.no_grad()
+    def _painted_size(self, latents: Tensor, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Find the size of what is painted for a size: a pipeline may round it, or have an area of its own."""
+        if not self._enlarges:
+            pixels = self.decode(latents, image_size, "pt")
+            return pixels.shape[-2], pixels.shape[-1]
+        handed = self.vae_input(latents, image_size)
+        return handed.shape[-2] * self._enlarges, handed.shape[-1] * self._enlarges
 
     # Runs
 
@@ -195,18 +270,42 @@ class Painter:
             alike = ("" if self.mixes_prompts else prompt, 0.0 if self._mixes_times else time)
             groups.setdefault(alike if self.batches else row, []).append(row)
         if len(groups) == 1:
-            return self._velocity(encodings, latents, times, image_size)
+            velocity = self._velocity(encodings, latents, times, image_size)
+            self._warn_of_long_prompts([encodings])
+            return velocity
         velocity = torch.zeros_like(latents)
         for rows in groups.values():
             index = torch.tensor(rows, device=latents.device)
             part = self._velocity(encodings.subset(rows), latents[index], times[index], image_size)
             velocity = velocity.index_copy(0, index, part)
+        self._warn_of_long_prompts([encodings.subset(rows) for rows in groups.values()])
         return velocity
+
+    def _warn_of_long_prompts(self, encoded: Sequence[Encodings]) -> None:
+        """Warn, once, of prompts whose end was cut off."""
+        if self._has_warned:
+            return
+        tokenizers = self.loop.tokenizers
+        found = []
+        for part in (part for part in encoded if part.tokens):
+            found += cut_off(part.prompts, part.tokens, part.outputs, tokenizers)
+            part.tokens.clear()  # looked at once
+        if not found:
+            return
+        self._has_warned = True
+        prompt, length, read = max(found, key=lambda cut: cut[1])
+        warnings.warn(
+            f"{self.name} cuts off the end of {len(found)} prompts of this batch: of one of {length} tokens it reads "
+            f"about {read}, and not {prompt[-40:]!r}. What a thinker writes there is trained, but never seen. Raise "
+            "painter_arguments={'max_sequence_length': ...} where the pipeline takes it, or have shorter answers by "
+            "the system_prompt or max_completion_length. Said once."
+        )
 
     def _velocity(self, encodings: Encodings, latents: Tensor, times: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Compute velocities that one forward can compute."""
         found: list[Tensor] = []
         forced = False
+        latents = latents.contiguous()  # kernels round by the layout, too, and a recorded state has lost its own
         if len(times.unique()) == 1:
             times = times[0]
 
@@ -229,6 +328,12 @@ class Painter:
         self.loop.run(encodings, image_size, torch.stack([times, times]), on_step, forward)
         return found[0].float()
 
+    def probe(self) -> Tensor:
+        """Compute some velocity at the smallest size: the same each time."""
+        size = self._probe_size
+        noise = self.start(1, size).to(self.loop.denoiser.device)
+        return self._velocity(Encodings([PROBE]), noise, torch.full((1,), 0.5), size)
+
     @torch.no_grad()
     def start(
         self, batch_size: int, image_size: tuple[int, int], generators: Sequence[torch.Generator] | None = None
@@ -249,7 +354,8 @@ class Painter:
 
     def decode(self, latents: Tensor, image_size: tuple[int, int], output_type: str, rounds: bool = True) -> Any:
         """
-        Decode images of final states (B, *latent), as the pipeline's `output_type` has them, a few at a time.
+        Decode images of final states (B, *latent), as the pipeline's `output_type` has them, a few at a time. PIL
+        images that are not numbers are marked.
 
         Args:
             rounds: to the transformer's precision, as stock schedulers do.
@@ -265,12 +371,13 @@ class Painter:
             return latents.to(velocity.dtype) if rounds else latents
 
         idle = self.loop.idle_encodings(len(latents))
-        out = self.loop.run(idle, image_size, torch.ones(1), on_step, self.loop.nothing, output_type=output_type)
-        if self.loop.modular:
-            return out
-        return out[0] if isinstance(out, tuple) else next(iter(out.values()))
+        with noted_numbers(getattr(self.pipeline, "vae", None)) as finite:
+            out = self.loop.run(idle, image_size, torch.ones(1), on_step, self.loop.nothing, output_type=output_type)
+        if not self.loop.modular:
+            out = out[0] if isinstance(out, tuple) else next(iter(out.values()))
+        images = single_frames(out)
+        return mark_failed(images, finite) if output_type == "pil" and len(finite) == len(images) else images
 
-    @torch.no_grad()
     def vae_input(self, latents: Tensor, image_size: tuple[int, int]) -> Tensor:
         """
         Catch what the VAE would get to decode.
@@ -278,9 +385,17 @@ class Painter:
         Raises:
             ValueError: if the pipeline has no VAE.
         """
+        handed = self._handed_to_vae(latents, image_size)
+        if handed is None:
+            raise ValueError(f"{self.name} has no `vae`: it has no latents to encode images to.")
+        return handed
+
+    @torch.no_grad()
+    def _handed_to_vae(self, latents: Tensor, image_size: tuple[int, int]) -> Tensor | None:
+        """Catch what the VAE would get to decode; None where there is none."""
         vae, found = getattr(self.pipeline, "vae", None), []
         if vae is None:
-            raise ValueError(f"{self.name} has no `vae`: it has no latents to encode images to.")
+            return None
 
         def decode(handed: Tensor, *_: Any, **__: Any) -> Any:
             found.append(handed)
@@ -288,4 +403,32 @@ class Painter:
 
         with attributes(vae, decode=decode):
             self.decode(latents.to(self.loop.denoiser.device), image_size, "pt", rounds=False)
-        return found[0]
+        return found[0] if found else None
+
+
+@contextmanager
+def noted_numbers(vae: Any) -> Iterator[list[bool]]:
+    """List, for each image that a VAE decodes, whether its pixels are finite numbers."""
+    finite: list[bool] = []
+    if vae is None:
+        yield finite
+        return
+    decode = vae.decode
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        decoded = decode(*args, **kwargs)
+        pixels = decoded[0] if isinstance(decoded, tuple) else decoded.sample
+        finite.extend(pixels.isfinite().flatten(1).all(1).tolist())
+        return decoded
+
+    with attributes(vae, decode=noting):
+        yield finite
+
+
+def single_frames(out: Any) -> Any:
+    """Take the images out of videos of one frame; images stay as they are."""
+    if isinstance(out, list) and all(isinstance(video, list) and len(video) == 1 for video in out):
+        return [frame for (frame,) in out]
+    if isinstance(out, Tensor) and out.ndim == 5 and out.shape[1] == 1:
+        return out[:, 0]
+    return out

@@ -1,5 +1,6 @@
 """The scheduler that is put into a pipeline: it goes through the times that it is told, and hands every step over."""
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,21 +15,27 @@ OnStep = Callable[[Tensor, Tensor], Tensor]
 """Takes a step's velocity (B, *latent) and the state (B, *latent) it belongs to; returns the next state."""
 
 
-class HandingScheduler(FlowMatchEulerDiscreteScheduler):
-    """A flow-matching scheduler that leaves the stepping to `on_step`, on a schedule of its own or on a given one."""
+class HandingScheduler:
+    """
+    Leaves the stepping of a flow to `on_step`, on the pipeline's own schedule or on a given one.
 
-    _given: tuple[Tensor, Tensor] | None = None
-    on_step: OnStep
+    Args:
+        scheduler: the pipeline's own, which stays as it is.
 
-    @classmethod
-    def like(cls, scheduler: Any) -> "HandingScheduler":
-        """Make one with the configuration of a pipeline's own scheduler of a flow, of whatever class that is."""
-        config = dict(scheduler.config)
-        # The multistep schedulers (DPM-Solver++, UniPC) call the shift of a flow by another name.
-        if "flow_shift" in config:
-            config.setdefault("shift", config["flow_shift"])
-        known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
-        return cls(**{name: value for name, value in config.items() if name in known})
+    Attributes:
+        inside: what is put into the pipeline: a copy of its scheduler, as pipelines ask for its class, its
+            configuration and methods of it. Its steps and times come from here.
+    """
+
+    def __init__(self, scheduler: Any):
+        self.inside = copy.deepcopy(scheduler)
+        self._euler = euler_like(scheduler)
+        self._given: tuple[Tensor, Tensor] | None = None
+        self.on_step: OnStep | None = None
+        own: dict[str, Any] = {"set_timesteps": self.set_timesteps, "step": self.step}
+        if not hasattr(scheduler, "scale_model_input"):
+            own["scale_model_input"] = as_it_is
+        vars(self.inside).update(own)
 
     def follow(self, given: tuple[Tensor, Tensor] | None, on_step: OnStep) -> None:
         """
@@ -49,12 +56,14 @@ class HandingScheduler(FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
+        inside = self.inside
         if self._given is None:
-            super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
-            return
-        times, told = (x.float().to(device) for x in self._given)
-        self.sigmas, self.timesteps = torch.cat([times, torch.zeros_like(times[:1])]), told
-        self.num_inference_steps, self._step_index, self._begin_index = len(times), None, None
+            self._euler.set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+            inside.sigmas, inside.timesteps = self._euler.sigmas, self._euler.timesteps
+        else:
+            times, told = (x.float().to(device) for x in self._given)
+            inside.sigmas, inside.timesteps = torch.cat([times, torch.zeros_like(times[:1])]), told
+        inside.num_inference_steps, inside._step_index, inside._begin_index = len(inside.timesteps), None, None
 
     def step(
         self,
@@ -67,5 +76,23 @@ class HandingScheduler(FlowMatchEulerDiscreteScheduler):
         **options: Any,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
         """Hand a step over, as diffusers' own `step` is called; its options are for steps of its own."""
+        assert self.on_step is not None
         following = self.on_step(model_output, sample)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=following) if return_dict else (following,)
+
+
+def euler_like(scheduler: Any) -> FlowMatchEulerDiscreteScheduler:
+    """Make the Euler scheduler of a flow that has the schedule of another one; one of that class is copied."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return copy.deepcopy(scheduler)
+    config = dict(scheduler.config)
+    # The multistep schedulers (DPM-Solver++, UniPC) call the shift of a flow by another name.
+    if "flow_shift" in config:
+        config.setdefault("shift", config["flow_shift"])
+    known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+    return FlowMatchEulerDiscreteScheduler(**{name: value for name, value in config.items() if name in known})
+
+
+def as_it_is(sample: Tensor, timestep: Any = None) -> Tensor:
+    """Scale the input of a flow's transformer: not at all."""
+    return sample
