@@ -66,6 +66,18 @@ def test_table_of_several_rounds_and_ragged_windows(states):
     assert steps.t is steps.states.t
 
 
+@pytest.mark.parametrize("states", [noisy, lines])
+def test_image_that_is_no_number_weighs_nothing(states):
+    sound, broken = three_trajectories(states), three_trajectories(states)
+    bad = broken[0].rounds[0].images[1]
+    bad.latents = torch.full_like(bad.latents, torch.nan)
+    bad.steps = type(bad.steps)(**{n: x * torch.nan if x.ndim > 1 else x for n, x in columns(bad.steps).items()})
+    before, after = Steps.of(sound), Steps.of(broken)
+    assert all(x.isfinite().all() for x in columns(after.states).values())
+    assert torch.equal(after.weight, before.weight.where(before.image != 1, 0.0))
+    assert torch.equal(after.states.x[after.image != 1], before.states.x[before.image != 1])
+
+
 def test_mean_goes_over_steps_of_an_image_then_images_then_trajectories():
     steps = Steps.of(three_trajectories())
     values = torch.tensor([0.3, -1.7, 2.2, 5.0, 0.01, -0.4, 11.0, -3.0], dtype=torch.float64)

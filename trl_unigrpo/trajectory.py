@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .flow.guidance import Guidance
-from .flow.states import LinePoints, SDESteps, join, on_device, rows_of
+from .flow.states import LinePoints, SDESteps, finite, join, on_device, rows_of
 
 
 @dataclass
@@ -123,6 +123,8 @@ class Steps:
         """
         Make the table of a micro-batch. Raises ValueError where it has no step, or images of several sizes.
 
+        Steps of an image that is not a finite number are zeros and weigh nothing: one such image costs no update.
+
         Args:
             counts_for: (B,) False for trajectories whose steps weigh nothing; they count in the mean all the same.
         """
@@ -140,11 +142,14 @@ class Steps:
         row = torch.tensor(rows)
         trained = torch.zeros(len(trajectories)).index_add(0, row, (counts > 0).float())  # images of each trajectory
         share = counts * trained[row] * len(trajectories)
-        weight = len(number) / share
+        broken = torch.tensor([not bool(image.latents.isfinite().all()) for image in images])
+        weight = (len(number) / share).masked_fill(broken, 0.0)
         if counts_for is not None:
             weight = weight * counts_for.cpu()[row]
         return cls(
-            states=join([image.steps for image in images]),
+            states=join(
+                [finite(image.steps) if bad else image.steps for image, bad in zip(images, broken, strict=True)]
+            ),
             image=number,
             row=row[number],
             round=torch.tensor(rounds)[number],

@@ -79,6 +79,11 @@ def join(tables: Sequence[AnyStates]) -> AnyStates:
     return kind(**{field.name: torch.cat([getattr(table, field.name) for table in tables]) for field in fields(kind)})
 
 
+def finite(states: AnyStates) -> AnyStates:
+    """Put zeros where the states are not finite numbers, which no weight of 0 would take from a loss."""
+    return type(states)(**{name: x.where(x.isfinite(), torch.zeros_like(x)) for name, x in columns(states).items()})
+
+
 def on_device(states: AnyStates, device: torch.device) -> AnyStates:
     """Bring the states to a device, their times to the CPU."""
     moved = {name: x.to(device) if x.ndim > 1 else x.cpu() for name, x in columns(states).items()}
