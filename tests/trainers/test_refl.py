@@ -305,6 +305,13 @@ def test_images_without_a_reward_do_not_count():
     assert not gradient[[1, 3, 4]].any()
 
 
+def test_pixels_that_are_no_numbers_stop_before_the_weights_are_gone():
+    pixels = torch.zeros(3, 3, 2, 2)
+    pixels[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="1 of 3 images came out of the VAE as NaN or infinity.*float32"):
+        reward_gradient(lambda p: p.mean((1, 2, 3)), pixels, lambda r: r)
+
+
 def test_pixels_beyond_the_range_are_clamped_and_get_no_gradient():
     pixels = torch.tensor([-1.5, -1.0, 0.0, 0.5, 1.0, 2.0]).reshape(1, 1, 1, 6).expand(2, 3, 1, 6)
     seen = []

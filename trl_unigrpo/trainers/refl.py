@@ -62,8 +62,16 @@ def reward_gradient(
         Rewards (B,), NaN where they do not count; the loss, NaN if none counts; the gradient (B, 3, H, W).
 
     Raises:
-        ValueError: if the rewards have no gradient to the pixels.
+        ValueError: if the rewards have no gradient to the pixels, or pixels are not finite numbers: the model's
+            backward pass would make NaN of them, whatever gradient it is given.
     """
+    failed = int((~pixels.isfinite().flatten(1).all(1)).sum())
+    if failed:
+        raise ValueError(
+            f"{failed} of {len(pixels)} images came out of the VAE as NaN or infinity, and so would the gradients of "
+            "all weights. Mostly it overflows in half precision: give it bfloat16 or float32. If it has, lower "
+            "learning_rate."
+        )
     pixels = pixels.detach().requires_grad_()
     rewards = reward(to_unit(pixels))
     counts, gradient = rewards.isfinite(), None
