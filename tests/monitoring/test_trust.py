@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from tests.helpers.tiny_unified import broken, spy_paint
+from trl_unigrpo import UniGRPOConfig
 from trl_unigrpo.flow import flow_timesteps
 from trl_unigrpo.flow.objectives import FlowGRPO
 from trl_unigrpo.flow.sampler import RolloutPlan, draw_noise, sample_latents
+from trl_unigrpo.flow.states import SDESteps
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
-from trl_unigrpo.monitoring.events import Rollout
-from trl_unigrpo.monitoring.trust import TrustChecks, TrustError
+from trl_unigrpo.monitoring.events import ImageLoss, Rollout
+from trl_unigrpo.monitoring.trust import TrustChecks, TrustError, velocity_problem
 from trl_unigrpo.trajectory import Image, Round, Trajectory
 
 
@@ -64,6 +66,20 @@ def test_training_forward_that_sees_something_else_stops_at_once(make_trainer):
     assert trainer.state.global_step == 0
     with pytest.warns(UserWarning, match=message):
         make_trainer(model=broken(OtherTrainingForward), trust_checks="warn", max_steps=1).train()
+
+
+@pytest.mark.parametrize(("differ", "stops"), [(1, False), (8, True)])
+def test_one_step_that_differs_does_not_stop_a_run(differ, stops):
+    """Eight steps at a limit of half of the clip range: one that takes all of it, then all of them."""
+    args = UniGRPOConfig(output_dir="", use_cpu=True, num_inference_steps=10)
+    objective, grid = FlowGRPO(args, 1e-4), flow_timesteps(10)
+    sampled = torch.randn(8, 64)
+    states = SDESteps(x=sampled, t=grid[1:2].repeat(8), x_next=sampled, t_next=grid[2:3].repeat(8), velocity=sampled)
+    width = objective.transition(states).b.abs()[0].item() / 64**0.5
+    trained = sampled + 1e-4 / width * (torch.arange(8) < differ)[:, None]  # as a log-ratio, the clip range
+    found = velocity_problem(ImageLoss(trained, states, True, objective, None), 0.5)
+    assert (found is not None) == stops
+    assert not stops or "differ by 100.0% of the clip range, the worst step by 100.0%" in found
 
 
 @pytest.mark.parametrize(("change", "message"), BROKEN)
