@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .flow.guidance import Guidance
-from .flow.states import LinePoints, SDESteps, finite, join, on_device, rows_of
+from .flow.states import LinePoints, SDESteps, join, on_device, rows_of, without_nan
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Steps:
             weight = weight * counts_for.cpu()[row]
         return cls(
             states=join(
-                [finite(image.steps) if bad else image.steps for image, bad in zip(images, broken, strict=True)]
+                [without_nan(image.steps) if bad else image.steps for image, bad in zip(images, broken, strict=True)]
             ),
             image=number,
             row=row[number],

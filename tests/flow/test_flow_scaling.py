@@ -62,6 +62,7 @@ def test_constants_of_a_run():
     assert of(num_inference_steps=10, image_objective="awm")[0] == pytest.approx(32 * 1e-4)
     assert of(num_inference_steps=10, scale_with_latents=False) == (1e-6, 1.5e-5)
     assert of(flow_regularizer="none")[1] == 0
+    assert of(num_inference_steps=1, flow_weight=0.0)[0] == pytest.approx(3.2e-5)  # no window has to fit
 
 
 def test_scaled_clip_means_the_same_velocity_change_for_steps_of_any_length():

@@ -76,7 +76,10 @@ def test_weight_zero_changes_nothing_to_the_bit(make_trainer, aggregation):
     after, other = weights(plain.model), weights(logging.model)
     assert all(torch.equal(after[name], other[name]) for name in after)
     for entry, extended in zip(logged(plain), logged(logging), strict=True):
-        assert {k: v for k, v in extended.items() if not k.startswith(("process/", "rewards/words/"))} == entry
+        own = {k: v for k, v in extended.items() if not k.startswith(("process/", "rewards/words/"))}
+        for logs in (own, entry):  # the mean over a column of another table may be added up in another order
+            logs["rewards/redness/mean"] = round(logs.get("rewards/redness/mean", 0.0), 5)
+        assert own == entry
     assert logging.state.log_history[0]["rewards/words/mean"] > 0
 
 

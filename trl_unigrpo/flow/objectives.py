@@ -163,7 +163,7 @@ def constants(args: Any, num_latent_dims: int) -> tuple[float, float]:
     if not args.scale_with_latents:
         return epsilon, weight
     scale = scale_with_latents(1.0, num_latent_dims)
-    if args.image_objective == "flow_grpo":
+    if args.image_objective == "flow_grpo" and args.flow_weight > 0:  # else there are no noisy steps
         scale = scale_with_steps(
             scale,
             args.num_inference_steps,

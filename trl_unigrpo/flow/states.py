@@ -79,7 +79,7 @@ def join(tables: Sequence[AnyStates]) -> AnyStates:
     return kind(**{field.name: torch.cat([getattr(table, field.name) for table in tables]) for field in fields(kind)})
 
 
-def finite(states: AnyStates) -> AnyStates:
+def without_nan(states: AnyStates) -> AnyStates:
     """Put zeros where the states are not finite numbers, which no weight of 0 would take from a loss."""
     return type(states)(**{name: x.where(x.isfinite(), torch.zeros_like(x)) for name, x in columns(states).items()})
 

@@ -15,7 +15,7 @@ from transformers.utils import cached_file
 
 from .contract import UnifiedModelMixin
 from .hub import hub_arguments
-from .registry import load_unified_model, unified_model
+from .registry import check_folder, load_unified_model, unified_model
 
 
 def target_experts(peft_config: PeftConfig | None, model: Any, trains: Mapping[str, bool]) -> PeftConfig | None:
@@ -151,6 +151,7 @@ def saved_adapters(source: str, **kwargs: Any) -> PeftConfig | None:
         source: a folder or hub id.
         kwargs: of `from_pretrained`.
     """
+    check_folder(source)
     hub = hub_arguments(kwargs)
     if cached_file(source, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub) is None:
         return None

@@ -23,8 +23,7 @@ def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
         FileNotFoundError: for a folder that is not there.
         ValueError: for `trust_remote_code`, and for an argument that the model can't follow.
     """
-    if str(source).startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
-        raise FileNotFoundError(f"{str(source)!r}: no such folder. Pass the folder or the hub id of a model.")
+    check_folder(source)
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(
             "trust_remote_code=True: code of a repository is never run. Register the model's class with "
@@ -38,6 +37,12 @@ def load_unified_model(source: str, **kwargs: Any) -> PreTrainedModel:
     if _is_released_bagel(source, hub_arguments(kwargs)):
         return BagelForUnifiedGeneration.from_pretrained(source, **kwargs)
     return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **kwargs)
+
+
+def check_folder(source: str) -> None:
+    """Raise FileNotFoundError for the path of a folder that is not there."""
+    if str(source).startswith(("/", "./", "../", "~")) and not Path(source).is_dir():
+        raise FileNotFoundError(f"{str(source)!r}: no such folder. Pass the folder or the hub id of a model.")
 
 
 def model_skeleton(source: str, **kwargs: Any) -> PreTrainedModel:
