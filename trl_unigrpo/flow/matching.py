@@ -37,7 +37,7 @@ def line_state(image: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def matching_log_ratio(
     velocity: Tensor, old_velocity: Tensor, target: Tensor, num_batch_dims: int, centred: bool = True
 ) -> Tensor:
-    """How much better than the old policy's a velocity matches the line's.
+    """Compare with the old policy's how well a velocity matches the line's.
 
         log r = l_old - l = mean over latent dims of (v_old - target)^2 - (v - target)^2
         log r + mean (v - v_old)^2 = 2 mean (target - v_old) (v - v_old)                        (centred)

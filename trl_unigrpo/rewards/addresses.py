@@ -6,7 +6,7 @@ from urllib.request import getproxies, proxy_bypass
 
 
 _OF_PROXIES = (403, 407, 502, 503, 504)
-"""What a proxy answers when it lets nobody through, or finds nobody."""
+"""Answers of a proxy that lets nobody through, or finds nobody."""
 
 
 def is_loopback(host: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 MEANINGS = {"image_size": ": the side of a square, in pixels"}
-"""What is said of an option beside its type."""
+"""Words that say of an option more than its type."""
 
 
 def read_numbers(config: Any) -> None:

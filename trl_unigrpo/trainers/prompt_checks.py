@@ -1,4 +1,4 @@
-"""What a prompt may be, checked for a whole dataset before anything expensive, and for each row of a stream."""
+"""The form of prompts, checked for a whole dataset before anything expensive, and for each row of a stream."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Number

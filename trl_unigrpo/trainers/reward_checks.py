@@ -13,7 +13,7 @@ from .trl_bridge import get_callable_name
 
 
 GIVEN = ("prompts", "completions", "completion_ids", "images", "trainer_state", "log_extra", "log_metric")
-"""What TRL and this trainer hand to every reward function, beside the dataset's columns."""
+"""Arguments that TRL and this trainer hand to every reward function, beside the dataset's columns."""
 KEPT_BACK = ("prompt", "completion", "completion_ids")
 """Columns that TRL does not hand over."""
 

@@ -163,7 +163,7 @@ def generation_fields(outputs: tuple) -> tuple[list[list[int]], list[list[int]],
 
 
 class ReferencePolicy:
-    """What TRL calls as its reference model: the policy itself, as it was where training started."""
+    """The reference model that TRL calls: the policy itself, as it was where training started."""
 
     def __init__(self, base: UnifiedModelMixin, model: Callable[..., Any]):
         self.base, self.model = base, model

@@ -53,7 +53,7 @@ LOGGED = {
 
 def method_settings(method: str, generations: int) -> dict[str, Any]:
     """Give what all systems of a method share. 192 images per generation: one rollout, or two batches of 96."""
-    demo = demo_settings(generations)
+    demo = {**demo_settings(generations), "lr_scheduler_type": "constant"}  # the rates were searched without decay
     if method == "unigrpo":
         return {**demo, "reward_weights": [1.0, 0.0]}
     shared = {name: demo[name] for name in ("lr_scheduler_type", "logging_steps", "save_strategy", "report_to")}

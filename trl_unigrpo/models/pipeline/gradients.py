@@ -1,4 +1,4 @@
-"""Whether the weights that are trained get a gradient where the painter paints."""
+"""Check that the weights that are trained get a gradient where the painter paints."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -25,7 +25,7 @@ UNQUANTIZED_HEADS = {"thinker": ("lm_head",), "painter": ("proj_out", "norm_out"
 """Heads: few weights, and the most sensitive ones."""
 
 _NO_USE = ("adapter_kwargs", "device_map", "trust_remote_code", "_from_auto")
-"""What transformers' auto classes and the trainer hand to every model, and a pipeline has no use for."""
+"""Arguments that transformers' auto classes and the trainer hand to every model, of no use to a pipeline."""
 
 
 def local_folder(source: Any, **hub: Any) -> Path:

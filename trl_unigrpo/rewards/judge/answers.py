@@ -52,7 +52,7 @@ ENDINGS = (None, "stop", "eos", "eos_token", "end_turn", "stop_sequence", *AT_LI
 """Each `finish_reason` of an answer that is whole, or as long as it may be. Any other says that something failed."""
 
 MAX_TOTAL = 1.05
-"""What the probabilities of one token may add up to: 1, and what rounding adds."""
+"""Most that the probabilities of one token may add up to: 1, and what rounding adds."""
 
 _MORE_TOKENS = "A higher limit: options={'max_tokens': 2000}."
 _DESCRIPTION = 'What a judge answers in mode "score"; the reason comes first, so that the score follows from it.'
