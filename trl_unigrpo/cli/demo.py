@@ -15,7 +15,7 @@ class DemoOptions:
     )
     rollouts: Annotated[
         int, typer.Option(min=1, help="Rollouts of 192 trajectories; each is trained on twice."), "--steps"
-    ] = 180
+    ] = 140
     seed: Annotated[int, typer.Option(min=0, help="Seed of the training; held-out prompts stay the same.")] = 0
     num_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts scored before and after.")] = 1050
 

@@ -9,7 +9,7 @@ from .render import IMAGE_SIZE
 PROMPTS_PER_GENERATION = 12
 
 
-def demo_settings(generations: int = 180) -> dict[str, Any]:
+def demo_settings(generations: int = 140) -> dict[str, Any]:
     """
     Give the demo's settings: the paper's, but for sizes and learning rates, which were chosen on validation prompts.
 
@@ -25,7 +25,7 @@ def demo_settings(generations: int = 180) -> dict[str, Any]:
         "num_inference_steps": NUM_INFERENCE_STEPS,
         "eval_num_inference_steps": NUM_INFERENCE_STEPS,
         "learning_rate": 4e-4,
-        "image_learning_rate": 1e-4,
+        "image_learning_rate": 1.5e-4,
         "lr_scheduler_type": "linear",
         "adam_beta2": 0.99,
         "gradient_checkpointing": False,

@@ -69,7 +69,7 @@ def quiet() -> None:
 
 
 def run_demo(
-    output_dir: str | Path = "shapeworld-demo", steps: int = 180, seed: int = 0, num_prompts: int = 1050
+    output_dir: str | Path = "shapeworld-demo", steps: int = 140, seed: int = 0, num_prompts: int = 1050
 ) -> DemoResult:
     """
     Train the base model. Writes `summary.json`, `samples_before.jsonl`, `samples_after.jsonl`, `report.html`, the
