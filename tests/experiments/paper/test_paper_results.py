@@ -51,7 +51,7 @@ def test_results_file_holds_what_is_returned(output, results):
     assert json.loads((output / "results.json").read_text(encoding="utf-8")) == results
 
 
-def test_same_folders_give_the_same_bytes(output):
+def test_same_folders_give_the_same_bytes(output, results):
     first = (output / "results.json").read_bytes()
     collect(output)
     assert (output / "results.json").read_bytes() == first
