@@ -2,7 +2,8 @@
 rewards apart from those of the image."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,28 +28,30 @@ def _with_name(reward_func: Any, name: str) -> Any:
     """Wrap a reward function, of the same scope, so that its errors name it and it sees no failed image."""
 
     async def score_async(*args: Any, **kwargs: Any) -> Any:
-        try:
+        with _naming(name):
             given, places = without_failed(kwargs)
-            if places == []:
-                return [None] * len(kwargs["images"])
-            return _spread(_checked(name, await reward_func(*args, **given)), places, kwargs)
-        except Exception as error:
-            error.add_note(f"Raised by the reward function {name!r}.")
-            raise
+            scores = [] if places == [] else await reward_func(*args, **given)
+            return _spread(_checked(name, scores), places, kwargs)
 
     def score(*args: Any, **kwargs: Any) -> Any:
-        try:
+        with _naming(name):
             given, places = without_failed(kwargs)
-            if places == []:
-                return [None] * len(kwargs["images"])
-            return _spread(_checked(name, reward_func(*args, **given)), places, kwargs)
-        except Exception as error:
-            error.add_note(f"Raised by the reward function {name!r}.")
-            raise
+            scores = [] if places == [] else reward_func(*args, **given)
+            return _spread(_checked(name, scores), places, kwargs)
 
     named: Any = score_async if is_async_callable(reward_func) else score
     named.__name__, named.scope = name, reward_scope(reward_func)
     return named
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Note in whatever is raised which reward function it was."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"Raised by the reward function {name!r}.")
+        raise
 
 
 def _checked(name: str, scores: Any) -> list[Any]:
