@@ -97,14 +97,15 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {i: token for i, token in {**added, **named}.items() if i != tokenizer.unk_token_id}
 
 
-def check_text(texts: Collection[str], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+def check_text(texts: Collection[str], special: Collection[str], where: str) -> None:
     """
     Raise ValueError for texts of a user that hold a special token: it would be read as one.
 
     Args:
+        special: the tokens, as [`special_tokens`] gives them.
         where: to begin the message with.
     """
-    for token in special_tokens(tokenizer).values():
+    for token in special:
         for text in texts:
             if token and token in text:
                 raise ValueError(
@@ -117,7 +118,8 @@ def check_messages(
     messages: Sequence[str | list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase
 ) -> Sequence[Any]:
     """Return conversations as they are; raises ValueError where one holds a special token, see [`check_text`]."""
-    check_text([text for conversation in messages for text in all_texts(conversation)], tokenizer, "A prompt")
+    texts = [text for conversation in messages for text in all_texts(conversation)]
+    check_text(texts, special_tokens(tokenizer).values(), "A prompt")
     return messages
 
 

@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from ..messages import all_texts
-from ..models.tokenizer import check_text
+from ..models.tokenizer import check_text, special_tokens
 from .prompt_checks import check_prompts
 
 
@@ -133,6 +133,7 @@ def check_special_tokens(datasets: Mapping[str, Any], tokenizer: PreTrainedToken
     Args:
         datasets: by argument name; those that are streamed are checked as they come.
     """
+    special = special_tokens(tokenizer).values()
     for name, dataset in datasets.items():
         if isinstance(dataset, dict):
             check_special_tokens({f"{name}[{key!r}]": part for key, part in dataset.items()}, tokenizer)
@@ -140,7 +141,7 @@ def check_special_tokens(datasets: Mapping[str, Any], tokenizer: PreTrainedToken
             for column in {"prompt", "completion"} & set(dataset.column_names):
                 for row, value in enumerate(dataset[column]):
                     if isinstance(value, (str, list)):
-                        check_text(all_texts(value), tokenizer, f"Row {row} of {name}")
+                        check_text(all_texts(value), special, f"Row {row} of {name}")
 
 
 def _columns(dataset: Any) -> list[str] | None:
