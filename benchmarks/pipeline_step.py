@@ -3,9 +3,11 @@
     python benchmarks/pipeline_step.py                                      a tiny one, on the CPU
     python benchmarks/pipeline_step.py --size medium --device cuda          the sizes of SD 3.5 medium, 512 pixels
 
-Two numbers. The overhead of the replay is the time of K velocities and their gradients outside of the transformer's
-forward and the backward pass. And the FLOPs counted in a rollout of N steps, its decoding, and an update at K of them,
-against the floor: each prompt encoded once, N + K forwards and K backward passes of the transformer, one decoding.
+Three numbers. The overhead of the replay is the time of K velocities and their gradients outside of the transformer's
+forward and the backward pass. The rollout's seconds for an image-step stand beside those of the pipeline's own call,
+adapters on, without guidance. And, on a CPU, the FLOPs counted in a rollout of N steps, its decoding, and an update at
+K of them, against the floor: each prompt encoded once, N + K forwards and K backward passes of the transformer, one
+decoding.
 """
 
 import argparse
@@ -212,12 +214,14 @@ def measure(model: PipelineForUnifiedGeneration, arguments: argparse.Namespace) 
     rollout_seconds = time.perf_counter() - start
     rollout_overhead = 1 - forward.seconds / rollout_seconds
     del loop.forward
+    pipeline_seconds = own_loop_seconds(model, prompts, side, arguments.steps, wait)
 
     found: dict[str, float] = {
         "replay_overhead": sorted(overheads)[len(overheads) // 2],
         "rollout_overhead": rollout_overhead,
         "seconds_per_image_step_update": sorted(seconds)[len(seconds) // 2] / (batch * window),
         "seconds_per_image_step_rollout": rollout_seconds / (batch * arguments.steps),
+        "seconds_per_image_step_pipeline": pipeline_seconds / (batch * arguments.steps),
     }
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -226,6 +230,24 @@ def measure(model: PipelineForUnifiedGeneration, arguments: argparse.Namespace) 
     else:
         found |= flops(model, network, prompts, rollout, update, arguments)
     return found
+
+
+@torch.no_grad()
+def own_loop_seconds(
+    model: PipelineForUnifiedGeneration, prompts: list[str], side: int, steps: int, wait: Callable[[], None]
+) -> float:
+    """Time the pipeline's own call for a batch, without decoding, after one call to warm up."""
+    pipeline = model.pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"height": side, "width": side, "guidance_scale": 1.0, "max_sequence_length": 77}
+    seconds = 0.0
+    for count in (1, steps):
+        wait()
+        start = time.perf_counter()
+        pipeline(prompts, num_inference_steps=count, output_type="latent", **settings)
+        wait()
+        seconds = time.perf_counter() - start
+    return seconds
 
 
 def flops(

@@ -20,6 +20,7 @@ from .autoencoder import LatentCodec
 from .configuration import BagelConfig
 from .copies import Copies, lay_out
 from .decoder import BagelLanguageModel
+from .decoding import DecodingCache, Room, samples_token_by_token
 from .layers import BagelPositionTable, BagelRMSNorm, BagelTimeEmbedder
 from .loading import load_checkpoint
 from .pixels import BagelPixels
@@ -173,6 +174,9 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
             rows = torch.cat([input_ids, attention_mask, position_ids.expand(batch, -1)], dim=1)
             rows, copies = rows.unique(dim=0, return_inverse=True)
             input_ids, attention_mask, position_ids = rows.chunk(3, dim=1)
+        if past and length == 1 and isinstance(past_key_values, DecodingCache):
+            logits = past_key_values.decode(input_ids, position_ids.expand(batch, -1), attention_mask)
+            return CausalLMOutputWithPast(logits=logits, **{CACHE: past_key_values})
         layout = Layout(num_text=length, text_mask=causal_mask(attention_mask.bool(), length))
         hidden, _, _, _ = self.language_model.model(
             self.get_input_embeddings()(input_ids), None, position_ids, None, layout, past_key_values
@@ -201,6 +205,8 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
             What transformers returns; with images, (B, T + new) tokens.
         """
         if images is None or not any(images):
+            if samples_token_by_token(self.generation_config, kwargs):
+                kwargs[CACHE] = self._cache()
             return super().generate(inputs, *args, **kwargs)
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         assert ids is not None
@@ -210,7 +216,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         with torch.no_grad():
             # All but the last token, from which transformers goes on.
             context = self.encode_context([ContextRow(row[real][:-1], shown) for row, real, shown in rows])
-        cache, known = DynamicCache(config=self.config.llm_config), left_padded(context)
+        cache, known = self._cache(), left_padded(context)
         for layer, (keys, values) in enumerate(zip(known.keys, known.values, strict=True)):
             cache.update(keys, values, layer)
         size = context.keys[0].shape[2]
@@ -225,6 +231,18 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
             **{**kwargs, CACHE: cache, "return_dict_in_generate": False, "use_cache": True},
         )
         return torch.cat([ids, out[:, size + 1 :]], dim=1)
+
+    def _cache(self) -> DynamicCache:
+        """Make an empty cache: on a GPU one that tokens are decoded with in a recorded step."""
+        config = self.config.llm_config
+        return DecodingCache(config, self._next_logits) if self.device.type == "cuda" else DynamicCache(config=config)
+
+    def _next_logits(self, ids: Tensor, positions: Tensor, mask: Tensor, room: Room) -> Tensor:
+        """Compute the logits (B, 1, vocabulary) of one token of each row, over a room of keys and values."""
+        layout = Layout(num_text=1, text_mask=mask)
+        und = self.get_input_embeddings()(ids)
+        hidden, _, _, _ = self.language_model.model(und, None, positions, None, layout, room)
+        return self.language_model.lm_head(hidden)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
