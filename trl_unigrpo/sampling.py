@@ -240,6 +240,17 @@ def decode(model: UnifiedModelMixin, images: Sequence[Image], at_once: int | Non
     at_once, painted = at_once or len(images), []
     for first in range(0, len(images), at_once):
         chunk = images[first : first + at_once]
-        decoded = model.decode_latents(torch.stack([image.latents for image in chunk]), chunk[0].size)
+        decoded = decode_outside_autocast(model, torch.stack([image.latents for image in chunk]), chunk[0].size)
         painted += mark_failed(decoded, [bool(image.latents.isfinite().all()) for image in chunk])
     return painted
+
+
+def decode_outside_autocast(
+    model: UnifiedModelMixin, latents: torch.Tensor, image_size: tuple[int, int], output_type: str = "pil"
+) -> Any:
+    """
+    Decode latents (B, *latent) in the precision of the VAE's own weights, under an autocast, too: training scores the
+    image that evaluation shows.
+    """
+    with torch.autocast(latents.device.type, enabled=False):
+        return model.decode_latents(latents, image_size, output_type)

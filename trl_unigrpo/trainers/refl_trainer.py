@@ -33,7 +33,7 @@ from ..models.experts import freeze_experts, parameters_by_expert
 from ..models.prompts import as_messages, choose_system_prompt
 from ..models.registry import unified_model
 from ..monitoring.progress import Phases
-from ..sampling import Thinking, paint, think
+from ..sampling import Thinking, decode_outside_autocast, paint, think
 from ..seeding import (
     EVAL,
     THINK,
@@ -277,7 +277,7 @@ class ReFLTrainer(TrainingLoop):
             with torch.no_grad():
                 context = base.encode_context([image.context for image in images])
             velocity = base.predict_velocity(context, latents, latents.new_full((len(images),), t), self._size)
-            pixels = base.decode_latents(latents - t * velocity.float(), self._size, output_type="pt")
+        pixels = decode_outside_autocast(base, latents - t * velocity.float(), self._size, output_type="pt")
         with self._phases("reward"):
             rewards, loss, gradient = reward_gradient(lambda x: self._score(x, inputs), pixels, self._losses)
         self._record("train", rewards)
@@ -358,8 +358,7 @@ class ReFLTrainer(TrainingLoop):
         self._eval_rows += number * self.accelerator.num_processes
         images = self._paint("eval", inputs["prompts"], self._nodes, 0, first_row)
         latents = torch.stack([image.latents for image in images])
-        with self.accelerator.autocast():
-            pixels = self.unified.decode_latents(latents, self._size, output_type="pt")
+        pixels = decode_outside_autocast(self.unified, latents, self._size, output_type="pt")
         with self._phases("reward"):
             rewards = self._score(to_unit(pixels), inputs)
         self._record("eval", rewards)
