@@ -27,7 +27,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from ..flow import flow_timesteps, sde_window
 from ..flow.sampler import RolloutPlan
 from ..messages import user_text
-from ..models.adapters import check_own_adapters, load_trainable, merge_found_adapters, target_experts
+from ..models.adapters import (
+    check_own_adapters,
+    load_trainable,
+    merge_found_adapters,
+    sampling_autocast,
+    target_experts,
+)
 from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.experts import freeze_experts, parameters_by_expert
 from ..models.prompts import as_messages, choose_system_prompt
@@ -319,7 +325,7 @@ class ReFLTrainer(TrainingLoop):
         purpose = TRAIN if mode == "train" else EVAL
         messages = [as_messages(prompt, self._system) for prompt in prompts]
         how = Thinking(args.thinking, temperature=args.temperature, max_completion_length=args.max_completion_length)
-        with sampling(model), self.accelerator.autocast():
+        with sampling(model), sampling_autocast(self.unified, self.accelerator.autocast):
             with self._phases("think"):
                 seed = row_generator(args.seed, THINK, purpose, step, first_row).initial_seed()
                 trajectories = think(model, self.processing_class, messages, how, seed=seed)
