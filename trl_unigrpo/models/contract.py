@@ -320,6 +320,9 @@ class UnifiedModelMixin(_Base):
         """Give the velocity of images behind these contexts, which are encoded once."""
         return partial(self.predict_velocity, self.encode_context(contexts), image_size=image_size)
 
+    largest_image_batch: int | None = None
+    """How many images at once the memory held when it had run out with more; None before."""
+
     _reference: dict[str, Tensor] | None = None
 
     def keep_reference(self) -> None:
