@@ -223,6 +223,16 @@ def test_kept_velocities_find_their_images_in_any_order():
     assert kept.at("old", steps) is None
 
 
+@pytest.mark.parametrize("states", [noisy, lines])
+def test_image_goes_to_a_device_with_its_states_and_without_its_times(states):
+    here = image(2, states=states)
+    there = here.to("meta")
+    assert there.latents.device.type == "meta"
+    assert all(x.device.type == ("meta" if x.ndim > 1 else "cpu") for x in columns(there.steps).values())
+    assert (there.context, there.seed, there.size) == (here.context, here.seed, here.size)
+    assert here.latents.device.type == here.steps.x.device.type == "cpu"
+
+
 def test_two_images_of_one_name_are_refused():
     kept = KeptVelocities()
     twice = Steps.of([Trajectory("p", [1], 0, [Round([2], [image(2, 1), image(2, 1)])])])
@@ -333,7 +343,7 @@ def test_dataclass_that_is_not_named_is_refused_when_it_is_saved_and_when_it_is_
         save_rollouts(tmp_path, 0, {"buffer": [Stanza()]}, (ContextRow,))
     save_rollouts(tmp_path, 0, {"buffer": [Stanza()]}, (Stanza,))
     with pytest.raises(ValueError, match=r"holds a Stanza, which this model does not know. Name the dataclass"):
-        load_rollouts(tmp_path, 0, torch.device("cpu"), (ContextRow,))
+        load_rollouts(tmp_path, 0, (ContextRow,))
 
 
 def test_dataclass_with_the_name_of_another_is_refused():
@@ -370,4 +380,4 @@ def test_what_two_hold_is_kept_once(tmp_path):
 
 
 def test_rollouts_of_a_file_that_is_not_there(tmp_path):
-    assert load_rollouts(tmp_path, 0, torch.device("cpu")) is None
+    assert load_rollouts(tmp_path, 0) is None

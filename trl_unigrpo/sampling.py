@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image as PILImage
 from transformers import PreTrainedTokenizerBase
 
@@ -13,10 +14,11 @@ from .flow.guidance import Guidance, guided_velocity
 from .flow.sampler import RolloutPlan, draw_noise, sample_latents
 from .images import mark_failed
 from .models.contract import UnifiedModelMixin
+from .models.memory import in_fitting_batches
 from .models.prompts import as_messages, choose_system_prompt, system_ids
 from .models.registry import unified_model
 from .models.tokenizer import check_messages, never_sampled, prepare_tokenizer, read_tokenizer
-from .seeding import EVAL, row_generator
+from .seeding import EVAL, rewound_on_error, row_generator
 from .trajectory import Image, Round, Trajectory
 
 
@@ -93,6 +95,7 @@ def generate(
     tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
     how = Thinking(thinking, do_sample, temperature, max_completion_length)
     size = (image_size, image_size)
+    base.latent_shape(size)  # raises for a model or a size that can't be painted, before anything is sampled
     plan = RolloutPlan(flow_timesteps(num_inference_steps, timestep_shift), size, guidance=guidance)
     system = choose_system_prompt(base, system_prompt, thinking)
     messages = [as_messages(prompt, system) for prompt in prompts]
@@ -208,38 +211,52 @@ def paint(
     contexts = model.contexts(trajectories)
     names = plan.guidance.branches if plan.guidance is not None else ()
     branches = {name: model.branch_contexts(trajectories, name) for name in names}
-    images: list[Image] = []
-    at_once = plan.batch_size or max(1, model.images_at_once(size) or len(contexts))
-    for first in range(0, len(contexts), at_once):
-        chunk = slice(first, first + at_once)
+
+    def paint_some(chunk: slice) -> list[Image]:
         own, rows = generators[chunk], range(len(contexts[chunk]))
-        velocity = guided_velocity(
-            model.velocity_after(contexts[chunk], size),
-            {name: model.velocity_after(branch[chunk], size) for name, branch in branches.items()},
-            plan.guidance,
-        )
-        start = model.initial_latents(size, own)
-        start = draw_noise(shape, own, rows, model.device) if start is None else start.to(model.device)
-        latents, steps = sample_latents(velocity, start, plan.rows(chunk), own)
-        images += [
+        with rewound_on_error(own):
+            velocity = guided_velocity(
+                model.velocity_after(contexts[chunk], size),
+                {name: model.velocity_after(branch[chunk], size) for name, branch in branches.items()},
+                plan.guidance,
+            )
+            start = model.initial_latents(size, own)
+            start = draw_noise(shape, own, rows, model.device) if start is None else start.to(model.device)
+            latents, steps = sample_latents(velocity, start, plan.rows(chunk), own)
+        return [
             Image(
                 latents=latents[i].clone(),  # a view would keep the whole batch
                 size=size,
-                context=contexts[first + i],
+                context=contexts[chunk][i],
                 steps=steps[i],
                 guidance=plan.guidance,
-                branches={name: branch[first + i] for name, branch in branches.items()},
+                branches={name: branch[chunk][i] for name, branch in branches.items()},
             )
             for i in rows
         ]
-    return images
+
+    clear_device_cache()  # thinking leaves the allocator's reserve in pieces, too small for what is counted as free
+    at_once = plan.batch_size or max(1, model.images_at_once(size) or len(contexts))
+    return in_fitting_batches(model, len(contexts), at_once, paint_some)
 
 
 def decode(model: UnifiedModelMixin, images: Sequence[Image], at_once: int | None = None) -> list[PILImage.Image]:
     """Decode finished images of one size, so many at once; None for all. Those that are not numbers are marked."""
-    at_once, painted = at_once or len(images), []
-    for first in range(0, len(images), at_once):
-        chunk = images[first : first + at_once]
-        decoded = model.decode_latents(torch.stack([image.latents for image in chunk]), chunk[0].size)
-        painted += mark_failed(decoded, [bool(image.latents.isfinite().all()) for image in chunk])
-    return painted
+
+    def decode_some(chunk: slice) -> list[PILImage.Image]:
+        some = images[chunk]
+        decoded = decode_outside_autocast(model, torch.stack([image.latents for image in some]), some[0].size)
+        return mark_failed(decoded, [bool(image.latents.isfinite().all()) for image in some])
+
+    return in_fitting_batches(model, len(images), at_once or len(images), decode_some)
+
+
+def decode_outside_autocast(
+    model: UnifiedModelMixin, latents: torch.Tensor, image_size: tuple[int, int], output_type: str = "pil"
+) -> Any:
+    """
+    Decode latents (B, *latent) in the precision of the VAE's own weights, under an autocast, too: training scores the
+    image that evaluation shows.
+    """
+    with torch.autocast(latents.device.type, enabled=False):
+        return model.decode_latents(latents, image_size, output_type)

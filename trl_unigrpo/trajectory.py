@@ -44,6 +44,10 @@ class Image:
     guidance: Guidance | None = None
     branches: dict[str, Any] = field(default_factory=dict)
 
+    def to(self, device: torch.device | str) -> "Image":
+        """Bring latents and trained states to a device, times to the CPU; what stood before it stays."""
+        return replace(self, latents=self.latents.to(device), steps=on_device(self.steps, device))
+
 
 @dataclass
 class Round:

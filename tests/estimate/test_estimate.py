@@ -268,11 +268,14 @@ def test_trained_weights_gradients_and_optimizer_to_the_byte(tmp_path, ranks):
     trajectories = [t for batch in trainer._buffered_inputs for t in batch["trajectories"]]
     images = [image for trajectory in trajectories for _, image in trajectory.painted()]
     assert len(images) == load.trajectories
-    states = [x for image in images for x in (image.latents, image.steps.x, image.steps.x_next, image.steps.velocity)]
+    states = [x for image in images for x in (image.steps.x, image.steps.x_next, image.steps.velocity)]
+    latents = [image.latents for image in images]
     kept = trainer._kept.state()
     assert set(kept) == {"old", "reference"}
     others = [velocity for rows in kept.values() for _, velocity in rows]
-    assert parts["rollout records"] == sum(x.nbytes for x in states + others)
+    assert parts["rollout records"] == sum(x.nbytes for x in latents + states)
+    share = load.scored_at_once / load.trajectories
+    assert parts["records of a micro-batch"] == share * sum(x.nbytes for x in states + others)
 
 
 def saved_bytes(load: Workload) -> int:

@@ -113,7 +113,7 @@ def estimate_memory(load: Workload) -> Memory:
     cached = 2 * layers * key_value_heads(llm) * head_size(llm) * a  # per token
     packed = load.context + load.sde_window_size * (load.latents + 2)
     numbers = 4 * load.latents * load.config.latent_channels  # one latent state in float32
-    states = 1 + 3 * load.sde_window_size + load.sde_window_size * (1 + load.reference)
+    rollout_states, update_states = 1 + 3 * load.sde_window_size, (4 + load.reference) * load.sde_window_size
     tile = min(load.scored_at_once * load.completion_length, TILE_TOKENS) * min(llm.vocab_size, TILE_WORDS) * a
     layer = saved_by_layer(load)
     inputs = load.scored_at_once * packed * width * a * layers
@@ -135,18 +135,19 @@ def estimate_memory(load: Workload) -> Memory:
         "contexts' cache": load.denoised_at_once * load.context * cached,
         "reference's workspace": workspace(load, load.scored_at_once * packed),
         "denoising's workspace": workspace(load, load.denoised_at_once * (load.latents + 2)),
-        "rollout records": count * states * numbers,
+        "rollout records": count * rollout_states * numbers,
+        "records of a micro-batch": load.scored_at_once * update_states * numbers,
         "VAE decode": 3 * 4 * load.denoised_at_once * vae_decode(load.config, load.image_size)[1],
     }
     resident = sum(parts[name] for name in RESIDENT)
     phases = {
-        "thinking": ("thinking's cache", "sampling's logits"),
+        "thinking": (cast, "thinking's cache", "sampling's logits"),
         "denoising": (cast, "contexts' cache", "denoising's workspace", "rollout records"),
         "VAE decode": ("VAE decode", "rollout records"),
-        "reference pass": (cast, "reference's workspace", "rollout records"),
+        "reference pass": (cast, "reference's workspace", "records of a micro-batch"),
         "update": (
             *(cast, "gradients", "saved activations", "update's workspace", "logits' tile"),
-            "rollout records",
+            "records of a micro-batch",
         ),
     }
     return Memory(parts, {name: resident + sum(parts[part] for part in held) for name, held in phases.items()})

@@ -84,7 +84,7 @@ def without_nan(states: AnyStates) -> AnyStates:
     return type(states)(**{name: x.where(x.isfinite(), torch.zeros_like(x)) for name, x in columns(states).items()})
 
 
-def on_device(states: AnyStates, device: torch.device) -> AnyStates:
+def on_device(states: AnyStates, device: torch.device | str) -> AnyStates:
     """Bring the states to a device, their times to the CPU."""
     moved = {name: x.to(device) if x.ndim > 1 else x.cpu() for name, x in columns(states).items()}
     return type(states)(**moved)

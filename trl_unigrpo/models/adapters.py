@@ -1,12 +1,15 @@
-"""Adapters: of which kinds they may be, where they go, in which precision they are kept."""
+"""Adapters: of which kinds they may be, where they go, in which precision they are kept and sampled with."""
 
 import copy
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
@@ -219,3 +222,18 @@ def keep_adapters_in_float32(model: nn.Module, masters: Mapping[str, Tensor]) ->
                 for parameter in layers.parameters():
                     if parameter.dtype in (torch.bfloat16, torch.float16):
                         parameter.data = parameter.data.float()
+
+
+@contextmanager
+def sampling_autocast(base: UnifiedModelMixin, autocast: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """
+    Sample in one autocast, the update's: it casts a trained weight once and keeps it, which one for each forward
+    would do for each token.
+
+    Plain LoRA gets its inputs as they are: PEFT would bring them to the adapters' float32, and the autocast back.
+    """
+    with autocast():
+        layers = (module for module in base.modules() if isinstance(module, BaseTunerLayer))
+        plain = all(isinstance(layer, LoraLayer) and not layer.lora_variant for layer in layers)
+        with disable_input_dtype_casting(base, active=plain and torch.is_autocast_enabled(base.device.type)):
+            yield

@@ -1,6 +1,19 @@
-"""Free memory, and the number of things that fit into it."""
+"""Free memory, the number of things that fit into it, and what to do when they did not."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+
+WHEN_NONE_FITS = (
+    "Not even one image at once fits beside what the run holds. Start it with the environment variable "
+    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which keeps free memory in one piece; or make images smaller "
+    "(image_size), turn gradient_checkpointing on, hold frozen weights in nf4 (--load_in_4bit)."
+)
+"""What to do when halving has come to its end."""
 
 
 def free_memory(device: torch.device | str) -> int | None:
@@ -17,3 +30,41 @@ def fitting(free: int | None, bytes_each: float, share: float = 0.8) -> int | No
     Count the things of a size that fit into a share of the free memory, possibly 0; None if memory is not counted.
     """
     return None if free is None else int(share * free / bytes_each)
+
+
+def in_fitting_batches(model: Any, count: int, at_once: int, work: Callable[[slice], list[Any]]) -> list[Any]:
+    """
+    Work on images, so many at once, and join what comes out; where the memory runs out, half as many from then on.
+
+    Args:
+        model: whose `largest_image_batch` remembers how many it held.
+        count: images.
+        at_once: to begin with, where nothing is remembered.
+        work: on some of them; after an error it is asked again, for fewer, and must not have changed anything.
+
+    Raises:
+        RuntimeError: torch's own, with a remedy, if the memory does not hold a single one.
+    """
+    done: list[Any] = []
+    at_once, ran_out = min(at_once, model.largest_image_batch or at_once), False
+    while len(done) < count:
+        size = min(at_once, count - len(done))
+        try:
+            done += work(slice(len(done), len(done) + size))
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            if size == 1:
+                error.add_note(WHEN_NONE_FITS)
+                raise
+            at_once, ran_out = size // 2, True
+        else:
+            if ran_out:
+                model.largest_image_batch, ran_out = at_once, False
+                warnings.warn(
+                    f"The memory ran out while images were sampled: from here on {at_once} at once. Set "
+                    f"image_batch_size={at_once} to begin with that, or see docs/performance.md."
+                )
+            continue
+        clear_device_cache(garbage_collection=True)  # not before the error, which holds the tensors, is gone
+    return done

@@ -24,11 +24,9 @@ def save_rollouts(folder: str | Path, process: int, state: dict[str, Any], conte
     torch.save(to_state(state, context_types), _file(folder, process))
 
 
-def load_rollouts(
-    folder: str | Path, process: int, device: torch.device, context_types: Sequence[type] = ()
-) -> dict[str, Any] | None:
+def load_rollouts(folder: str | Path, process: int, context_types: Sequence[type] = ()) -> dict[str, Any] | None:
     """
-    Read what [`save_rollouts`] wrote, as data only; None if the checkpoint has no such file.
+    Read what [`save_rollouts`] wrote, as data only, to the CPU; None if the checkpoint has no such file.
 
     Args:
         context_types: dataclasses that the model's contexts are made of.
@@ -36,7 +34,7 @@ def load_rollouts(
     file = _file(folder, process)
     if not file.is_file():
         return None
-    return from_state(torch.load(file, map_location=device, weights_only=True), context_types)
+    return from_state(torch.load(file, map_location="cpu", weights_only=True), context_types)
 
 
 def _file(folder: str | Path, process: int) -> Path:

@@ -10,7 +10,7 @@ from ..trajectory import Steps
 
 class KeptVelocities:
     """
-    Velocities at the steps of the generation batch in use, by policy ("old", "reference") and by image.
+    Velocities at the steps of the generation batch in use, on the CPU, by policy ("old", "reference") and by image.
 
     An image goes by its seed, which no other of the batch has, however rows are shuffled and cut.
     """
@@ -30,10 +30,10 @@ class KeptVelocities:
                 raise ValueError(
                     f"Two images of a generation batch have the seed {image.seed}: give each image one of its own."
                 )
-            kept[image.seed] = velocity[(steps.image == number).to(velocity.device)].detach()
+            kept[image.seed] = velocity[(steps.image == number).to(velocity.device)].detach().cpu()
 
     def at(self, policy: str, steps: Steps) -> Tensor | None:
-        """Find the velocities (S, *latent) of a policy at all steps of some images; None where they were not kept."""
+        """Find a policy's velocities (S, *latent) at all steps of some images, on their device; None if not kept."""
         kept = self._of.get(policy, {})
         if any(image.seed not in kept for image in steps.images):
             return None

@@ -27,13 +27,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from ..flow import flow_timesteps, sde_window
 from ..flow.sampler import RolloutPlan
 from ..messages import user_text
-from ..models.adapters import check_own_adapters, load_trainable, merge_found_adapters, target_experts
+from ..models.adapters import (
+    check_own_adapters,
+    load_trainable,
+    merge_found_adapters,
+    sampling_autocast,
+    target_experts,
+)
 from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.experts import freeze_experts, parameters_by_expert
 from ..models.prompts import as_messages, choose_system_prompt
 from ..models.registry import unified_model
 from ..monitoring.progress import Phases
-from ..sampling import Thinking, paint, think
+from ..sampling import Thinking, decode_outside_autocast, paint, think
 from ..seeding import (
     EVAL,
     THINK,
@@ -220,6 +226,7 @@ class ReFLTrainer(TrainingLoop):
         check_contract(base)
         check_own_adapters(model)
         check_lengths(args, base)
+        base.try_out(args.device)
         base.latent_shape((args.image_size, args.image_size))  # raises for a size that the model can't paint
         tokenizer = find_tokenizer(base, processing_class, source or model.config.name_or_path)
         check_special_tokens({"train_dataset": train_dataset, "eval_dataset": eval_dataset}, tokenizer)
@@ -277,7 +284,7 @@ class ReFLTrainer(TrainingLoop):
             with torch.no_grad():
                 context = base.encode_context([image.context for image in images])
             velocity = base.predict_velocity(context, latents, latents.new_full((len(images),), t), self._size)
-            pixels = base.decode_latents(latents - t * velocity.float(), self._size, output_type="pt")
+        pixels = decode_outside_autocast(base, latents - t * velocity.float(), self._size, output_type="pt")
         with self._phases("reward"):
             rewards, loss, gradient = reward_gradient(lambda x: self._score(x, inputs), pixels, self._losses)
         self._record("train", rewards)
@@ -319,7 +326,7 @@ class ReFLTrainer(TrainingLoop):
         purpose = TRAIN if mode == "train" else EVAL
         messages = [as_messages(prompt, self._system) for prompt in prompts]
         how = Thinking(args.thinking, temperature=args.temperature, max_completion_length=args.max_completion_length)
-        with sampling(model), self.accelerator.autocast():
+        with sampling(model), sampling_autocast(self.unified, self.accelerator.autocast):
             with self._phases("think"):
                 seed = row_generator(args.seed, THINK, purpose, step, first_row).initial_seed()
                 trajectories = think(model, self.processing_class, messages, how, seed=seed)
@@ -358,8 +365,7 @@ class ReFLTrainer(TrainingLoop):
         self._eval_rows += number * self.accelerator.num_processes
         images = self._paint("eval", inputs["prompts"], self._nodes, 0, first_row)
         latents = torch.stack([image.latents for image in images])
-        with self.accelerator.autocast():
-            pixels = self.unified.decode_latents(latents, self._size, output_type="pt")
+        pixels = decode_outside_autocast(self.unified, latents, self._size, output_type="pt")
         with self._phases("reward"):
             rewards = self._score(to_unit(pixels), inputs)
         self._record("eval", rewards)

@@ -4,16 +4,18 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
+from ..models.adapters import sampling_autocast
 from ..models.contract import UnifiedModelMixin
 from ..models.registry import unified_model
 from ..monitoring.events import Generation, Watcher
@@ -95,6 +97,15 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
             first += self._progress.eval_rows
             self._progress.eval_rows += count * self.accelerator.num_processes
         return range(first, first + count)
+
+    # The precision of the rollout
+
+    def _sampling_autocast(self) -> AbstractContextManager[None]:
+        return sampling_autocast(self.unified, self.accelerator.autocast)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with self._sampling_autocast():
+            return super()._generate_single_turn(*args, **kwargs)
 
     # What watchers are told
 
@@ -221,10 +232,10 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        place, types = (self.accelerator.process_index, self.accelerator.device), self.unified.context_types
-        state = load_rollouts(checkpoint, *place, types)
+        state = load_rollouts(checkpoint, self.accelerator.process_index, self.unified.context_types)
         if state is not None and state["geometry"] == self._geometry:
-            self._step, self._buffered_inputs = state["step"], state["buffer"]
+            # TRL's tensors go to the device; trajectories are no containers to it, and stay.
+            self._step, self._buffered_inputs = state["step"], send_to_device(state["buffer"], self.accelerator.device)
             self._kept.restore(state["velocities"])
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps

@@ -218,7 +218,7 @@ class UniGRPOTrainer(RunKeeping):
                 self.accelerator,
                 gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
             ) as model,
-            self.accelerator.autocast(),
+            self._sampling_autocast(),
         ):
             base = unified_model(model)
             images = paint(base, trajectories, self._plan(len(trajectories)), generators)
@@ -227,7 +227,7 @@ class UniGRPOTrainer(RunKeeping):
             image.seed = seed
             if trains:
                 image.steps = objective.states(image.latents, image.steps, generator)
-            trajectory.rounds[-1].images.append(image)
+            trajectory.rounds[-1].images.append(image.to("cpu"))  # `Steps` brings back what a micro-batch needs
         self._note(image_metrics(self.accelerator, painted))
         if trains:
             one_window = objective.stochastic and args.sde_window_scope == "generation"
@@ -291,7 +291,7 @@ class UniGRPOTrainer(RunKeeping):
         """Keep what the loss compares with. An old policy that is the first pass' own is kept there, by the loss."""
         args, size = self.args, self.args.per_device_train_batch_size
         chunks = [trajectories[start : start + size] for start in range(0, len(trajectories), size)]
-        tables = [Steps.of(chunk).to(self.accelerator.device) for chunk in chunks]
+        tables = [Steps.of(chunk) for chunk in chunks]
         self._kept.clear()
         if self._setup.regularized:
             with self.unified.reference() as reference:
