@@ -341,7 +341,9 @@ def test_dry_run_waits_for_the_accelerator_and_comes_before_training(make_traine
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     model, done, run = make_model(), [], PipelineLoop.run
     monkeypatch.setattr(model, "to", lambda device: done.append(f"to {device}"))
-    monkeypatch.setattr(PipelineLoop, "run", lambda self, *args, **more: done.append("run") or run(self, *args, **more))
+    monkeypatch.setattr(
+        PipelineLoop, "run", lambda self, *args, **more: done.append("run") or run(self, *args, **more)
+    )
     with pytest.raises(ValueError, match=r"fails in a dry run: .*max_sequence_length"):
         make(model)
     assert done[:2] == ["to cpu", "run"]

@@ -1,7 +1,5 @@
 """The precision that images are painted, decoded and scored in: the same in training and in evaluation."""
 
-from contextlib import nullcontext
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,6 @@ from tests.helpers.tiny_unified import (
     redness,
     tiny_bagel,
     tiny_tokenizer,
-    weights,
 )
 from trl_unigrpo import ReFLConfig, ReFLTrainer
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
@@ -84,70 +81,71 @@ ADAPTERS = LoraConfig(r=3, init_lora_weights=False)  # a rank that no activation
 PROMPT_IDS = [[1, 8, 9, 10]] * 4
 
 
-def sampled(trainer, autocast=None):
-    """Tokens of a thinking, and what was cast meanwhile; in an autocast of one's own if there is one."""
+def sampled(trainer, ours=True):
+    """Tokens of a thinking, and what was cast meanwhile; without our autocast around all tokens if not ours."""
     torch.manual_seed(0)
+    generate = (trainer if ours else super(RunKeeping, trainer))._generate_single_turn
     with Casts() as casts:
-        if autocast is None:
-            return trainer._generate_single_turn(PROMPT_IDS, None, {}, 4)[0], casts.shapes
-        with autocast:
-            return super(RunKeeping, trainer)._generate_single_turn(PROMPT_IDS, None, {}, 4)[0], casts.shapes
+        return generate(PROMPT_IDS, None, {}, 4)[0], casts.shapes
+
+
+def lora_layers(trainer):
+    return [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]
 
 
 def test_adapters_are_cast_once_for_all_tokens_of_a_thinking(make_trainer):
     trainer = make_trainer(model=tiny_bagel().bfloat16(), bf16=True, peft_config=ADAPTERS)
-    before, forwards = weights(trainer.model), []
+    forwards = []
     trainer.unified.language_model.model.register_forward_hook(lambda *_: forwards.append(1))
-    expected, many = sampled(trainer, torch.autocast("cpu", torch.bfloat16))
-    number = len(forwards)
     tokens, few = sampled(trainer)
-    assert tokens == expected
-    factors = [p for name, p in trainer.model.named_parameters() if p.requires_grad and "moe_gen" not in name]
-    assert sum(3 in shape for shape in few) == len(factors) == 28
-    # Nor are a layer's inputs cast there and back.
-    assert len(many) - len(few) == 2 * number * len(factors) / 2
+    number, factors = len(forwards), 28  # two of each of the text expert's 14 layers
     assert number > 1
-    assert all(torch.equal(before[name], weight) for name, weight in weights(trainer.model).items())
+    assert sum(3 in shape for shape in few) == factors
+    for layer in lora_layers(trainer):
+        layer.cast_input_dtype_enabled = True  # as PEFT has it: a layer's input is cast there and back
+    expected, many = sampled(trainer)
+    assert tokens == expected
+    assert len(many) - len(few) == 2 * number * factors / 2
+
+
+def test_an_update_with_inputs_as_they_are_is_peft_s_own(make_trainer, train):
+    found = []
+    for own in (False, True):
+        trainer = make_trainer(model=tiny_bagel().bfloat16(), bf16=True, peft_config=ADAPTERS, max_steps=1)
+        for layer in lora_layers(trainer):
+            layer.cast_input_dtype_enabled = own or layer.cast_input_dtype_enabled
+        with Casts() as casts:
+            gradients = train(trainer).gradients[0]
+        found.append((gradients, len(casts.shapes)))
+    (ours, few), (theirs, many) = found
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], gradient) for name, gradient in theirs.items())
+    assert few < many
 
 
 def test_weights_of_full_fine_tuning_are_cast_once_for_all_tokens_of_a_thinking(make_trainer):
     trainer = make_trainer(bf16=True, max_steps=1)
     trainer.train()  # accelerate wraps the model's forward
-    expected, many = sampled(trainer, nullcontext())
+    expected, many = sampled(trainer, ours=False)
     tokens, few = sampled(trainer)
     assert tokens == expected
     matrices = {p.shape for p in trainer.unified.language_model.model.layers[0].mlp.parameters()}
     assert sum(shape in matrices for shape in few) == 3 * 2 < sum(shape in matrices for shape in many)
 
 
-def test_layers_cast_their_inputs_again_after_a_thinking_that_failed(make_trainer, monkeypatch):
+def test_layers_cast_their_inputs_where_nobody_else_does(make_trainer):
     trainer = make_trainer(model=tiny_bagel().bfloat16(), bf16=True, peft_config=ADAPTERS)
-    layers = [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]
-    seen = []
-
-    def broken(*args, **kwargs):
-        seen.extend(layer.cast_input_dtype_enabled for layer in layers)
-        raise RuntimeError("no tokens")
-
-    monkeypatch.setattr(BagelForUnifiedGeneration, "generate", broken)
-    with pytest.raises(RuntimeError, match="no tokens"):
-        sampled(trainer)
-    assert seen == [False] * len(layers)
-    assert all(layer.cast_input_dtype_enabled for layer in layers)
-    assert not torch.is_autocast_enabled("cpu")
+    assert all(layer.cast_input_dtype_enabled for layer in lora_layers(trainer))
+    with trainer.accelerator.autocast():
+        assert not any(layer.cast_input_dtype_enabled for layer in lora_layers(trainer))
+    trainer.unified.generate(torch.tensor(PROMPT_IDS), max_new_tokens=2)  # bfloat16 meets float32
 
 
-@pytest.mark.parametrize(
-    ("settings", "options"),
-    [({"bf16": False}, {}), ({"bf16": True}, {"use_dora": True})],
-    ids=["no autocast", "not plain LoRA"],
-)
-def test_layers_cast_their_inputs_where_that_matters(make_trainer, settings, options):
-    config = LoraConfig(r=3, init_lora_weights=False, **options)
-    trainer = make_trainer(model=tiny_bagel(), peft_config=config, **settings)
-    layers = [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]
-    with trainer._sampling_autocast():
-        assert all(layer.cast_input_dtype_enabled for layer in layers)
+def test_kinds_of_lora_that_compute_with_their_input_get_it_cast(make_trainer):
+    config = LoraConfig(r=3, init_lora_weights=False, use_dora=True)
+    trainer = make_trainer(model=tiny_bagel(), peft_config=config, bf16=True)
+    with trainer.accelerator.autocast():
+        assert all(layer.cast_input_dtype_enabled for layer in lora_layers(trainer))
 
 
 def test_update_computes_the_velocities_that_adapters_gave_in_the_rollout(make_trainer, train):

@@ -70,8 +70,8 @@ def saved_per_token(load: Workload, rank: int) -> int:
     full = load.lora_ranks is None
     if not full and rank == 0:
         return norms + gates + attention
-    # Under autocast each linear layer casts its input for itself; else q, k and v share one, as gate and up do.
-    copies = (5 if load.half else 2) * width + query + inner
+    # Autocast casts float32 for each linear layer by itself; else q, k and v share one input, as gate and up do.
+    copies = (5 if load.half and full else 2) * width + query + inner
     learned = 2 * width + query + key if full else 7 * rank
     return norms + gates + attention + (copies + learned) * a
 

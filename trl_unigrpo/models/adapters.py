@@ -2,13 +2,11 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import CONFIG_NAME
@@ -222,18 +220,18 @@ def keep_adapters_in_float32(model: nn.Module, masters: Mapping[str, Tensor]) ->
                 for parameter in layers.parameters():
                     if parameter.dtype in (torch.bfloat16, torch.float16):
                         parameter.data = parameter.data.float()
+        if isinstance(module, LoraLayer) and not module.lora_variant:
+            module.cast_input_dtype_enabled = OutsideAutocast()
 
 
-@contextmanager
-def sampling_autocast(base: UnifiedModelMixin, autocast: Callable[[], AbstractContextManager]) -> Iterator[None]:
+class OutsideAutocast:
     """
-    Sample in one autocast, the update's: it casts a trained weight once and keeps it, which one for each forward
-    would do for each token.
+    A switch that is on outside of autocast.
 
-    Plain LoRA gets its inputs as they are: PEFT would bring them to the adapters' float32, and the autocast back.
+    PEFT brings an adapter's input to the adapter's float32, and autocast brings it back to half precision for the
+    product: the same numbers, for a fifth of the GPU's time in a training step of BAGEL. Inside of autocast, then,
+    PEFT is not to cast.
     """
-    with autocast():
-        layers = (module for module in base.modules() if isinstance(module, BaseTunerLayer))
-        plain = all(isinstance(layer, LoraLayer) and not layer.lora_variant for layer in layers)
-        with disable_input_dtype_casting(base, active=plain and torch.is_autocast_enabled(base.device.type)):
-            yield
+
+    def __bool__(self) -> bool:
+        return not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"))

@@ -31,7 +31,6 @@ from ..models.adapters import (
     check_own_adapters,
     load_trainable,
     merge_found_adapters,
-    sampling_autocast,
     target_experts,
 )
 from ..models.contract import UnifiedModelMixin, check_contract
@@ -326,7 +325,7 @@ class ReFLTrainer(TrainingLoop):
         purpose = TRAIN if mode == "train" else EVAL
         messages = [as_messages(prompt, self._system) for prompt in prompts]
         how = Thinking(args.thinking, temperature=args.temperature, max_completion_length=args.max_completion_length)
-        with sampling(model), sampling_autocast(self.unified, self.accelerator.autocast):
+        with sampling(model), self.accelerator.autocast():
             with self._phases("think"):
                 seed = row_generator(args.seed, THINK, purpose, step, first_row).initial_seed()
                 trajectories = think(model, self.processing_class, messages, how, seed=seed)

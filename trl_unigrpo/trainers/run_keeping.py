@@ -4,7 +4,6 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from ..models.adapters import sampling_autocast
 from ..models.contract import UnifiedModelMixin
 from ..models.registry import unified_model
 from ..monitoring.events import Generation, Watcher
@@ -100,11 +98,9 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
 
     # The precision of the rollout
 
-    def _sampling_autocast(self) -> AbstractContextManager[None]:
-        return sampling_autocast(self.unified, self.accelerator.autocast)
-
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with self._sampling_autocast():
+        # One autocast for all tokens: it casts each trained weight once and keeps it.
+        with self.accelerator.autocast():
             return super()._generate_single_turn(*args, **kwargs)
 
     # What watchers are told

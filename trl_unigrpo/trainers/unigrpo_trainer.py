@@ -218,7 +218,7 @@ class UniGRPOTrainer(RunKeeping):
                 self.accelerator,
                 gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
             ) as model,
-            self._sampling_autocast(),
+            self.accelerator.autocast(),
         ):
             base = unified_model(model)
             images = paint(base, trajectories, self._plan(len(trajectories)), generators)
