@@ -146,7 +146,7 @@ class Steps:
         row = torch.tensor(rows)
         trained = torch.zeros(len(trajectories)).index_add(0, row, (counts > 0).float())  # images of each trajectory
         share = counts * trained[row] * len(trajectories)
-        broken = torch.tensor([not bool(image.latents.isfinite().all()) for image in images])
+        broken = ~torch.stack([image.latents.isfinite().all() for image in images]).cpu()
         weight = (len(number) / share).masked_fill(broken, 0.0)
         if counts_for is not None:
             weight = weight * counts_for.cpu()[row]
@@ -167,6 +167,8 @@ class Steps:
 
     def __getitem__(self, index: Any) -> "Steps":
         at = index.cpu() if isinstance(index, Tensor) else index
+        if isinstance(at, Tensor) and torch.equal(at, torch.arange(len(self))):
+            return self  # all of it, which no device need copy
         parts = {name: getattr(self, name)[at] for name in ("image", "row", "round", "weight")}
         return replace(self, states=rows_of(self.states, index), **parts)
 

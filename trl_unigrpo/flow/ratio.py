@@ -60,8 +60,9 @@ def log_ratio(
     if not bool((tr.std > 0).all()):
         raise ValueError("A step without noise has no ratio: tr.std must be above 0. Leave ODE steps out of the loss.")
     x, x_next, velocity, old_velocity = same_float(x, x_next, velocity, old_velocity)
-    b, std = expand_left(tr.b, x), tr.std.to(x.dtype).to(x.device)
-    scaled_noise = x_next - (expand_left(tr.a, x) * x + b * old_velocity)
+    a, b, std = torch.stack(tr).to(x.dtype).to(x.device)  # in one copy: the host waits for each
+    a, b = expand_left(a, x), expand_left(b, x)
+    scaled_noise = x_next - (a * x + b * old_velocity)
     drift = b * (velocity - old_velocity)
     normed = latent_mean(scaled_noise * drift, num_batch_dims) / std
     if ratio_norm:

@@ -72,22 +72,33 @@ def sample_latents(
     """
     batch_size, nodes = len(start), plan.timesteps.double().cpu()
     stochastic = stochastic_steps(plan.windows, batch_size, len(nodes) - 1)
+    # Moved before the loop: a copy in it would wait for the device at every step.
+    times, coefficients = nodes.float().to(start.device), _coefficients(plan, nodes, stochastic).to(start.device)
     latents = start
     walked: list[list[tuple[Tensor, ...]]] = [[] for _ in range(batch_size)]
     for i in range(len(nodes) - 1):
-        t, t_next = nodes[i], nodes[i + 1]
-        predicted = velocity(latents, t.float().to(start.device).expand(batch_size)).float()
-        coefficients, rows = ode_transition(t, t_next), stochastic[:, i].nonzero().flatten().tolist()
-        noise = None
-        if rows:
-            noisy = transition(plan.sde_type, t, t_next, plan.noise_level, nodes[1])
-            mixed = (torch.where(stochastic[:, i], a, b) for a, b in zip(noisy, coefficients, strict=True))
-            coefficients, noise = Transition(*mixed), draw_noise(start.shape[1:], generators, rows, start.device)
-        following, _ = step(latents, predicted, coefficients, noise)
+        predicted = velocity(latents, times[i].expand(batch_size)).float()
+        rows = stochastic[:, i].nonzero().flatten().tolist()
+        noise = draw_noise(start.shape[1:], generators, rows, start.device) if rows else None
+        following, _ = step(latents, predicted, Transition(*coefficients[i]), noise)
+        t, t_next = nodes[i : i + 2].float()
         for row in rows:
-            walked[row].append((latents[row], t.float(), following[row], t_next.float(), predicted[row]))
+            walked[row].append((latents[row], t, following[row], t_next, predicted[row]))
         latents = following
     return latents, [_table(row, start) for row in walked]
+
+
+def _coefficients(plan: RolloutPlan, nodes: Tensor, stochastic: Tensor) -> Tensor:
+    """Compute a, b and std of every step of every image, (N, 3, B) in float32 as they meet the states."""
+    table = []
+    for i, noisy in enumerate(stochastic.unbind(1)):
+        t, t_next = nodes[i], nodes[i + 1]
+        plain = torch.stack(ode_transition(t, t_next))[:, None].expand(-1, len(noisy))
+        if noisy.any():
+            mixed = torch.stack(transition(plan.sde_type, t, t_next, plan.noise_level, nodes[1]))
+            plain = torch.where(noisy, mixed[:, None], plain)
+        table.append(plain)
+    return torch.stack(table).float()
 
 
 def _table(walked: list[tuple[Tensor, ...]], start: Tensor) -> SDESteps:

@@ -64,9 +64,9 @@ def columns(states: States) -> dict[str, Tensor]:
 
 
 def rows_of(states: AnyStates, index: Any) -> AnyStates:
-    """Take some of the states: by a slice, or a tensor (S',) of their numbers."""
-    numbers = index.cpu() if isinstance(index, Tensor) else index  # for the times
-    taken = {name: column[index if column.ndim > 1 else numbers] for name, column in columns(states).items()}
+    """Take some of the states: by a slice, or a tensor (S',) of their numbers. Times are on the CPU."""
+    there, numbers = (index.to(states.x.device), index.cpu()) if isinstance(index, Tensor) else (index, index)
+    taken = {name: column[there if column.ndim > 1 else numbers] for name, column in columns(states).items()}
     return type(states)(**taken)
 
 

@@ -24,13 +24,13 @@ class KeptVelocities:
 
     def keep(self, policy: str, steps: Steps, velocity: Tensor) -> None:
         """Keep the velocities (S, *latent) of a policy at all steps of some images."""
-        kept = self._of.setdefault(policy, {})
-        for number, image in enumerate(steps.images):
+        kept, counts = self._of.setdefault(policy, {}), steps.image.bincount(minlength=len(steps.images)).tolist()
+        for image, own in zip(steps.images, velocity.detach().cpu().split(counts), strict=True):
             if image.seed in kept:
                 raise ValueError(
                     f"Two images of a generation batch have the seed {image.seed}: give each image one of its own."
                 )
-            kept[image.seed] = velocity[(steps.image == number).to(velocity.device)].detach().cpu()
+            kept[image.seed] = own
 
     def at(self, policy: str, steps: Steps) -> Tensor | None:
         """Find a policy's velocities (S, *latent) at all steps of some images, on their device; None if not kept."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -54,6 +55,12 @@ class Progress:
     eval_rows: int = 0
     eval_prefix: str = "eval"
     images: deque[Any] = field(default_factory=deque)
+
+
+def gathered_means(accelerator: Accelerator, metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Average scalars over processes: all in one gather, and one wait for the device."""
+    own = torch.stack([value.detach().float() for value in metrics.values()])
+    return dict(zip(metrics, accelerator.gather(own[None]).mean(0).tolist(), strict=True))
 
 
 class RunKeeping(TrainingLoop, GRPOTrainer):

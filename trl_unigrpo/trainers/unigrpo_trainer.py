@@ -46,7 +46,7 @@ from ..trajectory import Round, Steps, Trajectory, in_order
 from .failed_images import image_metrics, mask_failed
 from .kept import KeptVelocities
 from .reward_checks import as_list, callback_list
-from .run_keeping import Progress, RunKeeping
+from .run_keeping import Progress, RunKeeping, gathered_means
 from .scoring import RewardBook, with_names
 from .setup import finish_run, prepare_run
 from .trl_bridge import (
@@ -367,8 +367,7 @@ class UniGRPOTrainer(RunKeeping):
             metrics[f"flow/{self.args.flow_regularizer}"] = regularizer * whole
         told = ImageLoss(velocity.detach(), steps.states, old is None, objective, regularizer, reference)
         self._tell("on_image_loss", image_loss=told)
-        for name, value in metrics.items():
-            mean = self.accelerator.gather(value.detach()).mean().item()
+        for name, mean in gathered_means(self.accelerator, metrics).items():
             self._note({name: mean})
             self._progress.metrics.setdefault(name, []).append(mean)
         return loss
@@ -385,12 +384,13 @@ class UniGRPOTrainer(RunKeeping):
     def _clip_grad_norm(self, model: Any) -> Tensor:
         self.accelerator.unscale_gradients()
         norms = clip_by_expert(self.unified, self.model, self.args.max_grad_norm)
-        found = {name: norm.item() for name, norm in norms.items()}
+        joint = torch.stack(list(norms.values()))
+        found = dict(zip(norms, joint.tolist(), strict=True))
         self._note({f"grad_norm/{name}": norm for name, norm in found.items()})
         metrics, self._progress.metrics = self._progress.metrics, {}
         means = {name: sum(values) / len(values) for name, values in metrics.items()}
         self._tell("on_update", update=Update(found, means, self._metrics["train"].get("kl", [])))
-        return torch.stack(list(norms.values())).norm()
+        return joint.norm()
 
     def _get_learning_rate(self) -> float:
         # Called between the optimizer's step and the scheduler's: these are the rates that were used.

@@ -172,6 +172,7 @@ def test_contexts_that_begin_another_share_its_row(steps):
     others = [[*TEXTS[2][:7], 99, END], TEXTS[3]]
     assert [row.ids.tolist() for row in copies.contexts] == own + others
     assert [list(row.images) for row in copies.contexts] == [*SHOWN_IN[:4], [], [SHOWN], [OTHER]]
+    latents = copies.latents(copies.place)
     # The longest first; copies that fill a row up see nothing.
     assert copies.visible == [
         [4, 4, 4, 0],
@@ -182,9 +183,9 @@ def test_contexts_that_begin_another_share_its_row(steps):
         [9, 9, 9, 8],
         [5, 5, 0, 0],
     ]
-    for step, place in enumerate(zip(copies.row.tolist(), copies.column.tolist(), strict=True)):
-        assert torch.equal(copies.latents[place], steps.x[step])
-        assert copies.timesteps[place] == steps.t[step]
+    for step, place in enumerate(copies.place.T.tolist()):
+        assert torch.equal(latents[tuple(place)], steps.x[step])
+        assert copies.timesteps[tuple(place)] == steps.t[step]
         seen = copies.contexts[place[0]].ids[: copies.visible[place[0]][place[1]]]
         assert torch.equal(seen, steps.contexts[step].ids)
 

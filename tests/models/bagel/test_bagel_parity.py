@@ -228,7 +228,7 @@ def test_training_visibility(recorded):
     q, k, v = (torch.randn(1, heads, len(mask), 16, generator=generator) for heads in (4, 2, 2))
     split = num_text + 2 * images
     und, gen = (tuple(x[:, :, part] for x in (q, k, v)) for part in (slice(split), slice(split, None)))
-    table = text_segments(torch.zeros(1, num_text, dtype=torch.long), [num_text])
+    table = text_segments([torch.zeros(num_text, dtype=torch.long)])
     layout = Layout(num_text, segments=table, num_images=images, visible=[[num_text] * images])
     out_und, out_gen, _, _ = attend_streams(und, gen, layout, 0, None)
     q, k, v = (x[:, :, order] for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))

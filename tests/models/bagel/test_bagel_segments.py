@@ -49,7 +49,7 @@ ALIKE = [
 
 
 def table(rows: list[ContextRow]):
-    return segments(rows, IMAGE, MARKERS, torch.device("cpu"))
+    return segments(rows, IMAGE, MARKERS)
 
 
 # The table

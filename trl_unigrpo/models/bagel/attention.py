@@ -58,6 +58,7 @@ class Layout:
             causally itself.
         num_images: K, noisy copies in the two streams.
         visible: (B, K) tokens of its context that each copy sees.
+        visible_there: the same on the device, for the mask of ragged copies.
         context: encoded contexts of the copies; None if they are those of this very pass.
         context_grad: whether the copies' gradient flows into the contexts' keys and values.
     """
@@ -67,6 +68,7 @@ class Layout:
     text_mask: Tensor | None = None
     num_images: int = 0
     visible: Sequence[Sequence[int]] = ()
+    visible_there: Tensor | None = None
     context: Context | None = None
     context_grad: bool = False
 
@@ -83,11 +85,34 @@ def attention_kernels(config: PreTrainedConfig) -> AbstractContextManager:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """Compute softmax attention of (B, A, S, D) queries over (B, V, S', D) keys; A is a multiple of V."""
-    if k.shape[1] != q.shape[1] and (mask is not None or q.device.type == "cpu"):
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.shape[2] == 1 and not is_causal:
+        # One token decodes: the heads of a group are so many queries of their key head, and nothing is repeated.
+        return F.scaled_dot_product_attention(q[:, :, 0].unflatten(1, (-1, group)), k, v, mask).flatten(1, 2)[
+            :, :, None
+        ]
+    if group > 1 and repeats_heads(q.device.type, computed_dtype(q), mask is not None):
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=k.shape[1] != q.shape[1]
     )
+
+
+def repeats_heads(device_type: str, dtype: torch.dtype, masked: bool) -> bool:
+    """
+    Say whether keys and values of grouped heads have to be repeated, for torch to find a fused kernel.
+
+    On CUDA flash attention alone takes grouped heads, and it takes half precision without a mask. All else is left to
+    the memory-efficient kernel, which knows no groups: without the repeat, plain products would write all scores.
+    """
+    return device_type == "cpu" or masked or dtype not in (torch.bfloat16, torch.float16)
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that attention computes in: autocast's where it is on, which casts behind this call."""
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
 Streams = tuple[Tensor, Tensor, Tensor]
@@ -127,7 +152,7 @@ def attend_streams(
             seen = layout.context.keys[layer], layout.context.values[layer]
         else:
             seen = (k, v) if layout.context_grad else (k.detach(), v.detach())
-        out = _attend_copies(copies, seen, layout.visible).unflatten(0, (-1, layout.num_images)).transpose(1, 2)
+        out = _attend_copies(copies, seen, layout).unflatten(0, (-1, layout.num_images)).transpose(1, 2)
         und_parts.append(out[:, :, :, :2].flatten(2, 3))  # (B, A, K, 2 + N, D)
         gen_parts.append(out[:, :, :, 2:].flatten(2, 3))
     return _joined(und_parts), _joined(gen_parts) if gen_parts else None, k, v
@@ -153,17 +178,17 @@ def _attend_contexts(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return torch.cat(parts, 2)
 
 
-def _attend_copies(copies: Sequence[Tensor], seen: tuple[Tensor, Tensor], visible: Sequence[Sequence[int]]) -> Tensor:
+def _attend_copies(copies: Sequence[Tensor], seen: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
     """
     Attend from each noisy copy to a prefix of its context and itself: outputs (B K, A, 2 + N, D).
 
     Args:
         copies: queries, keys and values of (B K, ., 2 + N, D).
         seen: keys and values (B, V, S, D) of the contexts.
-        visible: (B, K) lengths of the prefixes.
+        layout: with the lengths of the prefixes.
     """
     q, k, v = copies
-    lengths, images = [length for row in visible for length in row], len(visible[0])
+    lengths, images = [length for row in layout.visible for length in row], layout.num_images
 
     def before(own: Tensor, context: Tensor, length: int) -> Tensor:
         return torch.cat([_repeat(context[:, :, :length], len(own) // len(context)), own], 2)
@@ -176,7 +201,8 @@ def _attend_copies(copies: Sequence[Tensor], seen: tuple[Tensor, Tensor], visibl
         return torch.cat(
             [attend(q[i], before(k[i], seen[0][b], length), before(v[i], seen[1][b], length)) for i, b, length in rows]
         )
-    mask = torch.arange(longest, device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
+    assert layout.visible_there is not None
+    mask = torch.arange(longest, device=q.device) < layout.visible_there.flatten()[:, None]
     mask = torch.cat([mask, mask.new_ones(len(q), q.shape[2])], 1)[:, None, None]
     return attend(q, before(k, seen[0], longest), before(v, seen[1], longest), mask)
 
@@ -201,20 +227,23 @@ def _repeat(x: Tensor, times: int) -> Tensor:
     return x if times == 1 else x.unsqueeze(1).expand(-1, times, *x.shape[1:]).flatten(0, 1)
 
 
-def causal_mask(attention_mask: Tensor, length: int) -> Tensor | None:
+def causal_mask(attention_mask: Tensor, length: int, padded: bool | None = None) -> Tensor | None:
     """
     Say where the last `length` of S tokens may look: (B, 1, length, S), or None if plain causal attention says it all.
 
     Args:
         attention_mask: (B, S) True at real tokens.
+        padded: whether there are others, where that is known; None looks, and waits for the device.
     """
     total = attention_mask.shape[1]
-    if (length == total or length == 1) and bool(attention_mask.all()):
-        return None
-    causal = torch.ones(length, total, dtype=torch.bool, device=attention_mask.device).tril(total - length)
-    mask = causal & attention_mask[:, None, :]
+    if length == total or length == 1:
+        padded = not bool(attention_mask.all()) if padded is None else padded
+        if not padded:
+            return None
+    place = torch.arange(total, device=attention_mask.device)
+    own = place[total - length :, None]
     # A padding token looks at itself, or its softmax would be empty.
-    return (mask | torch.eye(total, dtype=torch.bool, device=mask.device)[-length:])[:, None]
+    return ((place <= own) & attention_mask[:, None, :] | (place == own))[:, None]
 
 
 def left_padded(context: Context) -> Context:

@@ -21,19 +21,23 @@ class Copies:
     Attributes:
         contexts: R contexts.
         visible: (R, K) ids, from its context's start, that each copy sees.
-        latents: (R, K, N, C) the copies.
-        timesteps: (R, K) their times.
+        states: (S, N, C) the steps' states, which are the copies.
+        timesteps: (R, K) their times, on the CPU.
         image_size: (height, width) in pixels.
-        row, column: (S,) where each step's copy is.
+        place: (2, S) row and column of each step's copy, on the CPU.
     """
 
     contexts: list[ContextRow]
     visible: list[list[int]]
-    latents: Tensor
+    states: Tensor
     timesteps: Tensor
     image_size: tuple[int, int]
-    row: Tensor
-    column: Tensor
+    place: Tensor
+
+    def latents(self, place: Tensor) -> Tensor:
+        """Give the copies (R, K, N, C), by their places on the states' device."""
+        empty = self.states.new_zeros(*self.timesteps.shape, *self.states.shape[1:])
+        return empty.index_put(tuple(place), self.states)
 
 
 @dataclass
@@ -98,13 +102,11 @@ def _filled(rows: list[_Row], steps: Steps) -> Copies:
     for number, row in enumerate(rows):
         for column, step in enumerate(row.steps):
             at[:, step] = torch.tensor([number, column])
-    place, times = tuple(at.to(steps.x.device)), steps.t.to(steps.x.device)
     return Copies(
         contexts=[row.context for row in rows],
         visible=[row.visible + [0] * (width - len(row.visible)) for row in rows],
-        latents=steps.x.new_zeros(len(rows), width, *steps.x.shape[1:]).index_put(place, steps.x),
-        timesteps=times.new_zeros(len(rows), width).index_put(place, times),
+        states=steps.x,
+        timesteps=steps.t.new_zeros(len(rows), width).index_put(tuple(at), steps.t),
         image_size=steps.image_size,
-        row=place[0],
-        column=place[1],
+        place=at,
     )

@@ -145,6 +145,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         cache: Cache | None = None,
+        padded: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """
@@ -153,6 +154,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         Args:
             attention_mask: (B, cached + T), 1 at real tokens. Positions count the real tokens.
             cache: newer transformers' name of `past_key_values`.
+            padded: whether `attention_mask` has a 0, where that is known.
         """
         batch, length = input_ids.shape
         past_key_values = past_key_values if cache is None else cache
@@ -177,7 +179,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         if past and length == 1 and isinstance(past_key_values, DecodingCache):
             logits = past_key_values.decode(input_ids, position_ids.expand(batch, -1), attention_mask)
             return CausalLMOutputWithPast(logits=logits, **{CACHE: past_key_values})
-        layout = Layout(num_text=length, text_mask=causal_mask(attention_mask.bool(), length))
+        layout = Layout(num_text=length, text_mask=causal_mask(attention_mask.bool(), length, padded))
         hidden, _, _, _ = self.language_model.model(
             self.get_input_embeddings()(input_ids), None, position_ids, None, layout, past_key_values
         )
@@ -205,9 +207,11 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
             What transformers returns; with images, (B, T + new) tokens.
         """
         if images is None or not any(images):
+            mask = kwargs.get("attention_mask")
+            padded = None if mask is None else not bool(mask.all())  # looked at once, not at every token
             if samples_token_by_token(self.generation_config, kwargs):
                 kwargs[CACHE] = self._cache()
-            return super().generate(inputs, *args, **kwargs)
+            return super().generate(inputs, *args, **{"padded": padded, **kwargs})
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         assert ids is not None
         mask = kwargs.pop("attention_mask", None)
@@ -228,6 +232,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
             *args,
             attention_mask=(column >= missing).long(),
             position_ids=last.expand(-1, size + 1).contiguous(),
+            padded=min(context.lengths) < size,
             **{**kwargs, CACHE: cache, "return_dict_in_generate": False, "use_cache": True},
         )
         return torch.cat([ids, out[:, size + 1 :]], dim=1)
@@ -272,39 +277,37 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
                 "The backbone has no cache: call it with use_cache=False, or the model itself to generate."
             )
         texts = TextRows.of(input_ids, attention_mask)
-        table = self._table(texts, images or ())
-        hidden, _ = self._packed(table)
+        table, _ = self._table(texts, images or ()).moved(self.device)
+        hidden, _, _, _ = self._read(table)
         return UnifiedOutput(texts.back(hidden, table.text_index))
 
     def packed_forward(
         self, input_ids: Tensor, attention_mask: Tensor | None, steps: Steps, context_grad: bool = False
     ) -> UnifiedOutput:
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = zip(input_ids.cpu(), mask.bool().cpu(), strict=True)
-        copies = lay_out(steps.to(self.device), [ids[real] for ids, real in rows])
-        texts = TextRows.of(input_ids, attention_mask, copies.contexts)
+        texts = TextRows.of(input_ids, attention_mask)
+        copies = lay_out(steps.to(self.device), texts.rows)
+        texts = texts.followed(copies.contexts)
         table = self._table(texts, [row.images for row in copies.contexts])
-        hidden, velocity = self._packed(table, copies, context_grad)
-        return UnifiedOutput(texts.back(hidden, table.text_index), velocity)
+        hidden, velocity, text_index = self._packed(table, copies, context_grad)
+        return UnifiedOutput(texts.back(hidden, text_index), velocity)
 
     # Images
 
     def encode_context(self, contexts: Sequence[ContextRow]) -> Context:
-        table = self._segments(contexts)
+        table, _ = self._segments(contexts).moved(self.device)
         keys, values = self._empty_context(len(contexts))
         if table.ids.shape[1]:
-            und, gen = self._context_streams(table)
-            layout = Layout(table.ids.shape[1], segments=table)
-            _, _, keys, values = self.language_model.model(und, gen, table.positions, table.image_positions, layout)
+            _, _, keys, values = self._read(table)
         return Context(keys, values, table.lengths, [positions[-1] for positions in table.prefix_positions])
 
     def predict_velocity(
         self, context: Context, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]
     ) -> Tensor:
         markers, gen = self._copy_streams(latents[:, None], timesteps[:, None], image_size)
+        known = torch.tensor([context.positions, context.lengths], device=gen.device)
+        positions, lengths = known[..., None]
         visible = [[length] for length in context.lengths]
-        layout = Layout(num_text=0, num_images=1, visible=visible, context=context)
-        positions = torch.tensor(context.positions, device=gen.device)[:, None]
+        layout = Layout(num_text=0, num_images=1, visible=visible, visible_there=lengths, context=context)
         _, gen, _, _ = self.language_model.model(
             markers, gen, positions.expand(-1, 2), positions.expand(-1, gen.shape[1]), layout
         )
@@ -314,27 +317,30 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         rows = steps.row.unique(return_inverse=True)[1]
         no_texts = [torch.empty(0, dtype=torch.long)] * (int(rows.max()) + 1)
         copies = lay_out(replace(steps.to(self.device), row=rows), no_texts)
-        _, velocity = self._packed(self._segments(copies.contexts), copies, context_grad)
-        assert velocity is not None
+        _, velocity, _ = self._packed(self._segments(copies.contexts), copies, context_grad)
         return velocity
 
-    def _packed(
-        self, table: Segments, copies: Copies | None = None, context_grad: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Hidden states (R, U, H) of the contexts' text stream, and the velocities (S, N, C) of copies."""
+    def _read(self, table: Segments) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
+        """Run contexts alone: what the decoder returns."""
         und, gen = self._context_streams(table)
-        num_text = table.ids.shape[1]
-        layout = Layout(num_text, segments=table)
-        if copies is None:
-            hidden, _, _, _ = self.language_model.model(und, gen, table.positions, table.image_positions, layout)
-            return hidden, None
-        number, tokens = copies.latents.shape[1:3]
-        layout.num_images, layout.context_grad = number, context_grad
+        layout = Layout(table.ids.shape[1], segments=table)
+        return self.language_model.model(und, gen, table.positions, table.image_positions, layout)
+
+    def _packed(self, table: Segments, copies: Copies, context_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """
+        Hidden states (R, U, H) of the contexts' text stream, the velocities (S, N, C) of the copies, and the table's
+        `text_index` on the device.
+        """
         prefixes = list(zip(copies.visible, table.prefix_lengths, table.prefix_positions, strict=True))
-        layout.visible = [[lengths[n] for n in seen] for seen, lengths, _ in prefixes]
         # All tokens of a copy share the position behind what it sees.
-        at = torch.tensor([[positions[n] for n in seen] for seen, _, positions in prefixes], device=und.device)
-        markers, latents = self._copy_streams(copies.latents, copies.timesteps, copies.image_size)
+        at = torch.tensor([[positions[n] for n in seen] for seen, _, positions in prefixes])
+        visible = [[lengths[n] for n in seen] for seen, lengths, _ in prefixes]
+        table, (at, place, visible_there) = table.moved(self.device, at, copies.place, torch.tensor(visible))
+        und, gen = self._context_streams(table)
+        num_text, number, tokens = table.ids.shape[1], at.shape[1], copies.states.shape[1]
+        layout = Layout(num_text, table, None, number, visible, visible_there, context_grad=context_grad)
+        timesteps = copies.timesteps.to(self.device)
+        markers, latents = self._copy_streams(copies.latents(place), timesteps, copies.image_size)
         und, gen, _, _ = self.language_model.model(
             torch.cat([und, markers], dim=1),
             latents if gen is None else torch.cat([gen, latents], dim=1),
@@ -343,17 +349,17 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
             layout,
         )
         velocity = self.llm2vae(gen[:, layout.num_latents :]).float().unflatten(1, (number, tokens))
-        return und[:, :num_text], velocity[copies.row, copies.column]
+        return und[:, :num_text], velocity[tuple(place)], table.text_index
 
     def _table(self, texts: TextRows, images: Sequence[Sequence[ContextImage]]) -> Segments:
         if any(images):
             return self._segments(texts.with_images(images))
-        return text_segments(texts.ids, texts.lengths)
+        return text_segments(texts.rows)
 
     def _segments(self, contexts: Sequence[ContextRow]) -> Segments:
         config = self.config
         markers = config.vision_start_token_id, config.vision_end_token_id
-        table = segments(contexts, config.image_token_id, markers, self.device)
+        table = segments(contexts, config.image_token_id, markers)
         longest, limit = max(row[-1] for row in table.prefix_positions), config.llm_config.max_position_embeddings
         if longest >= limit:
             raise ValueError(
@@ -383,7 +389,9 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         """Embedded markers (B, 2 K, H) and latents (B, K N, H) of noisy copies (B, K, N, C) at times (B, K)."""
         batch, copies = timesteps.shape
         config, dtype = self.config, self.vae2llm.weight.dtype
-        ids = torch.tensor([config.vision_start_token_id, config.vision_end_token_id], device=latents.device)
+        ends = config.vision_start_token_id, config.vision_end_token_id
+        # Filled on the device: a list would be copied there, at every denoising step.
+        ids = torch.cat([torch.full((1,), end, device=latents.device) for end in ends])
         markers = self.get_input_embeddings()(ids).repeat(batch, copies, 1)
         gen = self.vae2llm(latents.to(dtype)) + self.time_embedder(timesteps)[:, :, None]
         return markers, (gen + self.latent_pos_embed(self.grid(image_size)).to(gen.dtype)).flatten(1, 2)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ...trajectory import Trajectory
 from ..contract import ContextRow
@@ -51,6 +52,8 @@ class ContextImage:
 class Segments:
     """
     The streams of a batch of contexts. Rows are padded on the right; nothing real sees padding.
+
+    It is made on the CPU.
 
     Attributes:
         ids: (B, U) tokens of the text stream, markers included; 0 where `features` go.
@@ -84,16 +87,25 @@ class Segments:
         """Tokens of each row."""
         return [lengths[-1] for lengths in self.prefix_lengths]
 
+    def moved(self, device: torch.device, *others: Tensor) -> tuple["Segments", list[Tensor]]:
+        """Move the table, and other whole numbers beside it, in one copy: the host waits for each that it makes."""
+        names = ("ids", "positions", "image_positions", "text_index", "order", "sees")
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        parts = [*own.values(), *others]
+        copied = torch.cat([part.flatten() for part in parts]).to(device).split([part.numel() for part in parts])
+        moved = [x.view(part.shape) for x, part in zip(copied, parts, strict=True)]
+        return replace(self, **dict(zip(own, moved, strict=False))), moved[len(own) :]
 
-def text_segments(ids: Tensor, lengths: Sequence[int]) -> Segments:
-    """The table of rows of text, (B, L) right-padded ids of true lengths (B,)."""
-    batch, width = ids.shape
-    positions = torch.arange(width, device=ids.device).expand(batch, -1)
-    counts = [list(range(length + 1)) for length in lengths]
+
+def text_segments(rows: Sequence[Tensor]) -> Segments:
+    """The table of rows of text alone, the ids of each on the CPU."""
+    ids = pad_sequence(list(rows), batch_first=True)
+    positions = torch.arange(ids.shape[1]).expand(len(rows), -1)
+    counts = [list(range(len(row) + 1)) for row in rows]
     return Segments(ids, positions, positions[:, :0], counts, counts)
 
 
-def segments(rows: Sequence[ContextRow], placeholder: int, markers: tuple[int, int], device: torch.device) -> Segments:
+def segments(rows: Sequence[ContextRow], placeholder: int, markers: tuple[int, int]) -> Segments:
     """
     The table of any rows.
 
@@ -105,16 +117,14 @@ def segments(rows: Sequence[ContextRow], placeholder: int, markers: tuple[int, i
         ValueError: if a row has more or fewer images than placeholders.
     """
     if not any(row.images for row in rows):
-        lengths = [len(row.ids) for row in rows]
-        ids = torch.nn.utils.rnn.pad_sequence([row.ids for row in rows], batch_first=True)
         for row in rows:
             _check(row, placeholder)
-        return text_segments(ids.to(device), lengths)
+        return text_segments([row.ids for row in rows])
     layouts = [_RowLayout(row, placeholder, markers) for row in rows]
     text, image, index = (max(map(len, x)) for x in zip(*((r.ids, r.gen, r.text_index) for r in layouts), strict=True))
 
     def padded(values: list[list[int]], width: int) -> Tensor:
-        return torch.tensor([row + [0] * (width - len(row)) for row in values], dtype=torch.long, device=device)
+        return torch.tensor([row + [0] * (width - len(row)) for row in values], dtype=torch.long)
 
     orders, sees = [], []
     for r in layouts:
@@ -132,8 +142,8 @@ def segments(rows: Sequence[ContextRow], placeholder: int, markers: tuple[int, i
         text_index=padded([r.text_index for r in layouts], index),
         features=[(i, start, x) for i, r in enumerate(layouts) for start, x in r.features],
         latents=[(i, start, x, grid) for i, r in enumerate(layouts) for start, x, grid in r.latents],
-        order=torch.tensor(orders, device=device) if image else None,
-        sees=torch.tensor(sees, device=device),
+        order=torch.tensor(orders) if image else None,
+        sees=torch.tensor(sees),
         blocks=blocks,
     )
 
@@ -199,15 +209,6 @@ def _check(row: ContextRow, placeholder: int) -> None:
             f"A context has {wanted} image placeholders (token {placeholder}) and {len(row.images)} images: give one "
             "image per placeholder, in order."
         )
-
-
-def padded(rows: Sequence[Tensor], width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of ids as (B, width), zeros behind them, and where they are real."""
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = row
-    lengths = torch.tensor([len(row) for row in rows])[:, None]
-    return ids.to(device), (torch.arange(width) < lengths).to(device)
 
 
 def guided_trajectory(trajectory: Trajectory, branch: str, placeholder: int) -> Trajectory:
