@@ -62,7 +62,7 @@ def test_every_phase_is_timed_and_its_flops_are_the_closed_form(bagel_step):
     script, written = bagel_step
     assert written["512-bf16"] == "measured before"
     result = written["tiny"]
-    work = script.workload(script.tiny_config(), script.TINY, half=False)
+    work = script.at_mean_length(script.workload(script.tiny_config(), script.TINY, half=False))
     assert list(result["phases"]) == list(script.PHASES)
     assert all(phase["seconds"] > 0 for phase in result["phases"].values())
     assert result["floor_flops"] == sum(floor_flops(work).values())
@@ -121,7 +121,7 @@ def test_log_ratios_grow_with_the_difference(bagel_step, tmp_path):
                 states, objective = image_loss.states, image_loss.objective
                 noise = torch.randn(states.x.shape, generator=torch.Generator().manual_seed(0))
                 differing = (states.velocity + s * noise for s in (1e-3, 2e-3))
-                found.append([script.log_ratio_shares(velocity, states, objective) for velocity in differing])
+                found.append([load("phases").log_ratio_shares(velocity, states, objective) for velocity in differing])
 
     trainer.add_callback(Compared())
     trainer.train()
@@ -132,7 +132,7 @@ def test_log_ratios_grow_with_the_difference(bagel_step, tmp_path):
 
 
 def test_phases_interrupt_each_other():
-    script = load("bagel_step")
+    script = load("phases")
     flops = iter([0, 10, 11, 15, 15])
     phases = script.Phases(torch.device("cpu"), lambda: next(flops))
     with phases("outer"), phases("inner"):
