@@ -25,6 +25,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
@@ -35,7 +36,7 @@ import torch
 from phases import PHASES, Phases, watch_trainer
 from plain_baseline import plain_flops, plain_passes, plain_rollout
 from rich.console import Console
-from rich.table import Table
+from step_table import summary, table
 
 from trl_unigrpo import UniGRPOTrainer
 from trl_unigrpo.estimate import Workload, estimate_memory, floor_flops, overhead_flops, released_config
@@ -49,8 +50,6 @@ RESULTS = Path(__file__).parent / "results" / "bagel_step.json"
 PLAIN_TRAJECTORIES = 4
 # Parts of the closed form that make up each phase.
 PARTS = {"thinking": ("prefill", "decode"), "denoising": ("contexts", "denoising")}
-# Name in the results -> whether contexts are kept, and words for it.
-BASELINES = {"plain": (False, "the plain structure"), "plain_cached": (True, "the plain structure with its cache")}
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ class Measurement:
 
     def _baselines(self, trainer: UniGRPOTrainer, lengths: list[int]) -> None:
         rollout, rows = Phases(self.device), None
-        for name, (keeps_contexts, _) in BASELINES.items():
+        for name, keeps_contexts in {"plain": False, "plain_cached": True}.items():
             free_memory(self.device)
             phases = Phases(self.device)
             try:
@@ -289,72 +288,6 @@ def plain_result(
     }
 
 
-def gibibytes(value: int | None) -> str:
-    return f"{value / 2**30:.1f}" if value else "-"
-
-
-def table(result: dict, title: str) -> Table:
-    rows = Table(
-        *(
-            "phase",
-            "seconds",
-            "model PFLOP",
-            "utilisation",
-            "peak GiB",
-            "estimated GiB",
-            "plain, s",
-            "its cache kept, s",
-        ),
-        title=title,
-    )
-    plain = [result.get(name, {}).get("seconds_scaled", {}) for name in BASELINES]
-    for phase, found in result["phases"].items():
-        rows.add_row(
-            phase,
-            f"{found['seconds']:.2f}",
-            f"{found['model_flops'] / 1e15:.3g}",
-            f"{found['utilisation']:.1%}" if found["model_flops"] else "-",
-            gibibytes(found["peak_bytes"]),
-            gibibytes(found["estimated_peak_bytes"]),
-            *(f"{seconds[phase]:.2f}" if phase in seconds else "-" for seconds in plain),
-        )
-    rows.add_section()
-    rows.add_row(
-        "all",
-        f"{result['seconds']:.2f}",
-        f"{result['floor_flops'] / 1e15:.3g}",
-        f"{1 / result['floor_ratio']:.1%}",
-        gibibytes(result["peak_bytes"]),
-        gibibytes(result["estimated_peak_bytes"]),
-        *(f"{sum(seconds.values()):.2f}" if seconds else "-" for seconds in plain),
-    )
-    return rows
-
-
-def summary(name: str, result: dict) -> list[str]:
-    """Say the piece's ratios, rates and failures in lines."""
-    if "error" in result:
-        return [f"{name} failed in phase {result['phase']!r}: {result['error']}"]
-    found = [(words, result[key]) for key, (_, words) in BASELINES.items() if key in result]
-    faster = [f"{plain['ratio_seconds']:.2f}x than {words}" for words, plain in found if "error" not in plain]
-    lines = [f"{name}: {result['floor_ratio']:.2f}x the counted floor"]
-    if faster:
-        lines.append(f"{name}: {', '.join(faster).replace('x than', 'x faster than', 1)}")
-    lines += [
-        f"{name}: {words} failed in phase {plain['phase']!r}: {plain['error']}"
-        for words, plain in found
-        if "error" in plain
-    ]
-    lengths, share = result["thinking_lengths"], result["log_ratio_share"]
-    return [
-        *lines,
-        f"{name}: {result['thinking_tokens_per_second']:.0f} tokens/s (thinkings of {lengths['min']} to "
-        f"{lengths['max']}, mean {lengths['mean']:.0f}), {result['image_steps_per_second']:.2f} image steps/s",
-        f"{name}: rollout against training, log-ratio over the clip range at {share['numbers']} numbers: "
-        f"rms {share['rms']:.2g}, max {share['max']:.2g}",
-    ]
-
-
 def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -415,9 +348,32 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(message)
         Console().print(f"Nothing measured: {message}")  # among all benchmarks, on a machine without one
         return 0
-    device = torch.device(kind)
     pieces = {"tiny": TINY} if arguments.tiny else {name: PIECES[name] for name in arguments.only or PIECES}
-    file = arguments.results or (None if arguments.tiny else RESULTS)
+    written = run_pieces(
+        {name: resized(piece, arguments) for name, piece in pieces.items()},
+        tiny_config() if arguments.tiny else released_config(),
+        torch.device(kind),
+        file=arguments.results or (None if arguments.tiny else RESULTS),
+        count=arguments.tiny,
+        plain_trajectories=0 if arguments.no_plain else arguments.plain_trajectories,
+    )
+    console = Console(width=max(110, Console().width))
+    for name in pieces:
+        if "error" not in written[name]:
+            console.print(table(written[name], f"{name} on {written[name]['hardware']}"))
+        print("\n".join(summary(name, written[name])), flush=True)
+    return int(any("error" in written[name] for name in pieces))
+
+
+def run_pieces(
+    pieces: dict[str, Piece],
+    config: BagelConfig,
+    device: torch.device,
+    file: Path | None,
+    count: bool,
+    plain_trajectories: int,
+) -> dict[str, Any]:
+    """Measure the pieces one after the other and return the results, those that the file had before included."""
     written = json.loads(file.read_text()) if file is not None and file.exists() else {}
 
     def save(name: str, entry: dict) -> None:
@@ -427,16 +383,9 @@ def main(argv: list[str] | None = None) -> int:
             file.write_text(json.dumps(written, indent=2) + "\n")
 
     for name, piece in pieces.items():
-        config, piece = tiny_config() if arguments.tiny else released_config(), resized(piece, arguments)
-        measurement = Measurement(piece, config, device, count=arguments.tiny, save=partial(save, name))
-        measurement.run(0 if arguments.no_plain else arguments.plain_trajectories)
+        Measurement(piece, deepcopy(config), device, count, partial(save, name)).run(plain_trajectories)
         free_memory(device)
-    console = Console(width=max(110, Console().width))
-    for name in pieces:
-        if "error" not in written[name]:
-            console.print(table(written[name], f"{name} on {written[name]['hardware']}"))
-        print("\n".join(summary(name, written[name])), flush=True)
-    return int(any("error" in written[name] for name in pieces))
+    return written
 
 
 if __name__ == "__main__":
