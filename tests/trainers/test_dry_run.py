@@ -39,9 +39,9 @@ def test_a_generation_has_these_lengths_and_costs_what_the_closed_form_says(tmp_
     with count_flops() as counter:
         trainer.train()
     rows = [t for batch in trainer._buffered_inputs for t in batch["trajectories"]]
-    assert {t.row: len(t.rounds[0].text) for t in rows} == dict(enumerate(lengths))
+    assert {t.row: len(t.rounds[0].text_ids) for t in rows} == dict(enumerate(lengths))
     end = trainer.processing_class.eos_token_id
-    assert all(t.rounds[0].text.index(end) == len(t.rounds[0].text) - 1 for t in rows)
+    assert all(t.rounds[0].text_ids.index(end) == len(t.rounds[0].text_ids) - 1 for t in rows)
     mean, most = (replace(load, completion_length=n) for n in (9, 12))
     least, limit = (sum(floor_flops(x).values()) + sum(overhead_flops(x).values()) for x in (mean, most))
     assert least < counter.get_total_flops() < limit
