@@ -211,6 +211,16 @@ def test_what_fails_is_written_and_the_rest_still_runs(tmp_path, monkeypatch, ca
     assert "fits: the plain structure failed in phase 'update'" in lines
 
 
+def test_flops_at_the_mean_length_are_those_of_all_lengths():
+    script = load("bagel_step")
+    for piece in script.PIECES.values():
+        work = script.workload(script.released_config(), piece, half=True)
+        single = [replace(work, num_generations=1, completion_length=n) for n in script.ragged_lengths(work)]
+        exact = sum(sum(floor_flops(one).values()) for one in single)
+        exact -= (len(single) - 1) * floor_flops(work)["prefill"]  # of one prompt
+        assert sum(floor_flops(script.at_mean_length(work)).values()) == pytest.approx(exact, rel=0.001)
+
+
 @pytest.mark.parametrize(("entry", "code"), [({"error": "out of memory", "phase": "update"}, 1), ({}, 0)])
 def test_a_piece_of_ours_that_failed_is_the_exit_code(monkeypatch, entry, code):
     script = load("bagel_step")
