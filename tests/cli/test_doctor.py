@@ -97,6 +97,7 @@ def test_dry_run_trains_the_sizes_of_a_folder():
     result = doctor("--model", str(TINY), *SMALL, "--dry-run")
     assert result.exit_code == 0, result.output
     assert re.search(r"Dry run with random weights: [\d.]+ s for one generation", result.output)
+    assert "thinkings of 2 to 4 tokens" in result.output
 
 
 def test_dry_run_makes_every_optimizer_step(tmp_path):

@@ -151,6 +151,7 @@ def _dry_run(console: Console, result: Estimate, device: torch.device) -> None:
 
     measured = dry_run(replace(result.workload, half=result.workload.half and device.type == "cuda"), device)
     line = f"Dry run with random weights: {measured.seconds:.1f} s for one generation and its passes"
+    line += f", thinkings of {min(measured.lengths)} to {max(measured.lengths)} tokens"
     if measured.peak_bytes is not None:
         line += f", peak {measured.peak_bytes / GIB:.1f} GiB measured, {result.memory.peak / GIB:.1f} GiB estimated"
     console.print(f"{line}.")

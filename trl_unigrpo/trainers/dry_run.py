@@ -2,7 +2,9 @@
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, PrinterCallback
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedTokenizerFast, PrinterCallback
 
 from ..estimate.hardware import synchronize
 from ..estimate.random_model import random_bagel
@@ -29,10 +32,41 @@ CPU_PARAMETERS = 50_000_000
 
 @dataclass(frozen=True)
 class DryRun:
-    """Seconds of one generation with its passes, and the most memory allocated (None on a CPU)."""
+    """Seconds of one generation with its passes, its thinkings' lengths, and the most memory (None on a CPU)."""
 
     seconds: float
+    lengths: list[int]
     peak_bytes: int | None
+
+
+def ragged_lengths(load: Workload) -> list[int]:
+    """
+    Give each trajectory's thinking a length: evenly spaced from half of `completion_length` to all of it, so that
+    their mean is known, in a random order that is always the same.
+    """
+    longest = load.completion_length
+    lengths = torch.linspace((longest + 1) // 2, longest, load.trajectories).round().int()
+    return lengths[torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))].tolist()
+
+
+class FixedLengths(LogitsProcessor):
+    """
+    Gives the rows of one `generate` lengths: the end is forced at a row's length, and can't be sampled before.
+
+    Args:
+        lengths: (B,) new tokens of each row, the end included.
+        prompt_length: tokens that stand before them.
+        end: id of the token that ends a row.
+    """
+
+    def __init__(self, lengths: Sequence[int], prompt_length: int, end: int):
+        self.lengths, self.prompt_length, self.end = torch.tensor(lengths), prompt_length, end
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.lengths = self.lengths.to(scores.device)
+        is_end = torch.arange(scores.shape[1], device=scores.device) == self.end
+        ends_now = self.lengths == input_ids.shape[1] - self.prompt_length + 1
+        return scores.masked_fill(is_end != ends_now[:, None], float("-inf"))
 
 
 def word_tokenizer(config: BagelConfig) -> PreTrainedTokenizerFast:
@@ -55,8 +89,8 @@ def alternating_reward(prompts: list[Any], completions: list[Any], images: list[
     return [float(i % 2) for i in range(len(prompts))]
 
 
-def dry_config(load: Workload, device: torch.device, folder: str, end: int) -> UniGRPOConfig:
-    """The settings of a workload's one generation; `end` is the token that closes each thinking."""
+def dry_config(load: Workload, device: torch.device, folder: str) -> UniGRPOConfig:
+    """The settings of a workload's one generation."""
     return UniGRPOConfig(
         output_dir=folder,
         max_steps=load.num_iterations,
@@ -71,10 +105,6 @@ def dry_config(load: Workload, device: torch.device, folder: str, end: int) -> U
         num_iterations=load.num_iterations,
         per_device_train_batch_size=load.scored_at_once,
         max_completion_length=load.completion_length,
-        generation_kwargs={
-            "min_new_tokens": load.completion_length - 1,
-            "forced_eos_token_id": end,
-        },
         system_prompt="",
         flow_regularizer="velocity_mse" if load.reference else "none",
         gradient_checkpointing=load.gradient_checkpointing,
@@ -87,10 +117,15 @@ def dry_config(load: Workload, device: torch.device, folder: str, end: int) -> U
     )
 
 
-def random_trainer(load: Workload, device: torch.device, folder: str) -> UniGRPOTrainer:
+def random_trainer(
+    load: Workload, device: torch.device, folder: str, lengths: Sequence[int] | None = None
+) -> UniGRPOTrainer:
     """
     The trainer of a workload of one prompt, over random weights made on the device; `train()` runs one generation
-    and its passes. Every thinking has its full length.
+    and its passes.
+
+    Args:
+        lengths: of the trajectories' thinkings, at most `completion_length` each; None for all of it.
 
     Raises:
         ValueError: for more than one prompt, or one too short for its markers.
@@ -106,7 +141,7 @@ def random_trainer(load: Workload, device: torch.device, folder: str) -> UniGRPO
     model = random_bagel(load.config, device, frozen, load.quantization)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    args = dry_config(load, device, folder, tokenizer.eos_token_id)
+    args = dry_config(load, device, folder)
     prompt = " ".join([f"word{len(SPECIAL)}"] * (load.prompt_length - MARKERS))
     text, image = load.lora_ranks or (0, 0)
     adapters = None
@@ -121,12 +156,15 @@ def random_trainer(load: Workload, device: torch.device, folder: str) -> UniGRPO
         peft_config=adapters,
     )
     trainer.remove_callback(PrinterCallback)
+    lengths = [load.completion_length] * load.trajectories if lengths is None else lengths
+    fixed = FixedLengths(lengths, load.prompt_length, tokenizer.eos_token_id)
+    trainer.unified.generate = partial(trainer.unified.generate, logits_processor=[fixed])
     return trainer
 
 
 def dry_run(load: Workload, device: torch.device) -> DryRun:
     """
-    Run one generation and its passes.
+    Run one generation and its passes, with thinkings of different lengths.
 
     Raises:
         ValueError: on a CPU, for a model that is not tiny.
@@ -138,7 +176,8 @@ def dry_run(load: Workload, device: torch.device) -> DryRun:
             f"{CPU_PARAMETERS / 1e6:.0f} M parameters run. Leave out --dry-run, or pass a smaller --model."
         )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = random_trainer(load, device, folder)
+        lengths = ragged_lengths(load)
+        trainer = random_trainer(load, device, folder, lengths)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         synchronize(device)
@@ -146,4 +185,4 @@ def dry_run(load: Workload, device: torch.device) -> DryRun:
         trainer.train()
         synchronize(device)
         seconds = time.perf_counter() - started
-    return DryRun(seconds, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
+    return DryRun(seconds, lengths, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None)
