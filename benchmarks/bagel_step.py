@@ -357,11 +357,6 @@ def main(argv: list[str] | None = None) -> int:
         count=arguments.tiny,
         plain_trajectories=0 if arguments.no_plain else arguments.plain_trajectories,
     )
-    console = Console(width=max(110, Console().width))
-    for name in pieces:
-        if "error" not in written[name]:
-            console.print(table(written[name], f"{name} on {written[name]['hardware']}"))
-        print("\n".join(summary(name, written[name])), flush=True)
     return int(any("error" in written[name] for name in pieces))
 
 
@@ -373,7 +368,7 @@ def run_pieces(
     count: bool,
     plain_trajectories: int,
 ) -> dict[str, Any]:
-    """Measure the pieces one after the other and return the results, those that the file had before included."""
+    """Measure and show the pieces one after the other; returns them, and what the file had before."""
     written = json.loads(file.read_text()) if file is not None and file.exists() else {}
 
     def save(name: str, entry: dict) -> None:
@@ -384,8 +379,15 @@ def run_pieces(
 
     for name, piece in pieces.items():
         Measurement(piece, deepcopy(config), device, count, partial(save, name)).run(plain_trajectories)
+        show(name, written[name])
         free_memory(device)
     return written
+
+
+def show(name: str, result: dict) -> None:
+    if "error" not in result:
+        Console(width=max(110, Console().width)).print(table(result, f"{name} on {result['hardware']}"))
+    print("\n".join(summary(name, result)), flush=True)
 
 
 if __name__ == "__main__":
