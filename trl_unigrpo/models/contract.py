@@ -186,6 +186,15 @@ class UnifiedModelMixin(_Base):
         """
         return
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """
+        Have torch.compile make kernels for parts of each layer, for `compile_layers=True`. By default there are none.
+
+        Raises:
+            ValueError: for a model that doesn't know which parts.
+        """
+        raise ValueError(f"compile_layers=True: {type(self).__name__} has no parts that compile. Leave it False.")
+
     def check_trained_weights(self) -> None:
         """Raise ValueError, naming them, if weights are to be trained that can't be. By default all can."""
         return

@@ -37,15 +37,15 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "torch_compile": (
         False,
-        "TRL's patched forward is not compiled with the image path",
+        "it compiles the text's path alone: use compile_layers=True",
     ),
     "torch_compile_backend": (
         None,
-        "TRL's patched forward is not compiled with the image path",
+        "it compiles the text's path alone: use compile_layers=True",
     ),
     "torch_compile_mode": (
         None,
-        "TRL's patched forward is not compiled with the image path",
+        "it compiles the text's path alone: use compile_layers=True",
     ),
     "bf16_full_eval": (
         False,

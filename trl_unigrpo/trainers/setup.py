@@ -115,6 +115,8 @@ def prepare_run(
     base = unified_model(model)
     check_lengths(args, base)
     base.try_out(args.device)
+    if args.compile_layers:
+        base.compile_layers()
     num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
     if not is_peft_model(model):
         merge_found_adapters(base)

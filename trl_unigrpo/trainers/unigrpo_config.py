@@ -55,6 +55,9 @@ class UniGRPOConfig(GRPOConfig):
         image_batch_size (`int`, *optional*):
             Images denoised at once in a rollout; by default as many as fit into the GPU's free memory, on a CPU all.
             Never changes their noise; a fixed number makes a run in bfloat16 repeatable to the bit.
+        compile_layers (`bool`, *optional*, defaults to `False`):
+            Whether torch.compile makes kernels for the parts of each layer around attention, in rollouts and updates.
+            They take a minute to make. For BAGEL.
         thinking (`bool`, *optional*, defaults to `True`):
             Whether the model thinks before it paints. Without, images follow from the prompt alone and `text_weight`
             has to be 0.
@@ -207,6 +210,9 @@ class UniGRPOConfig(GRPOConfig):
     timestep_shift: float = field(default=3.0, metadata={"help": "Shift of the timestep schedule. Paper: 3."})
     image_batch_size: int | None = field(
         default=None, metadata={"help": "Images denoised at once; None: as many as fit."}
+    )
+    compile_layers: bool = field(
+        default=False, metadata={"help": "Compile the parts of each layer around attention with torch.compile."}
     )
     thinking: bool = field(default=True, metadata={"help": "Think before painting; without, text_weight has to be 0."})
     system_prompt: str = field(

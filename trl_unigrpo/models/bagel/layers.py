@@ -4,6 +4,9 @@ Module names are those of the released checkpoint, so that its keys load unchang
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,23 +80,9 @@ class BagelAttention(nn.Module):
         q, k = getattr(self, f"q_norm{suffix}")(q), getattr(self, f"k_norm{suffix}")(k)
         return rotate(q, rotary), rotate(k, rotary), v
 
-    def forward(
-        self,
-        und: Tensor,
-        gen: Tensor | None,
-        rotary_und: Rotary,
-        rotary_gen: Rotary | None,
-        layout: Layout,
-        past_key_values: Cache | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        und_qkv, gen_qkv = self.project(und, rotary_und, ""), None
-        if gen is not None and rotary_gen is not None:
-            gen_qkv = self.project(gen, rotary_gen, "_moe_gen")
-        with attention_kernels(self.config):
-            und, gen, keys, values = attend_streams(und_qkv, gen_qkv, layout, self.layer, past_key_values)
-        und = self.o_proj(und.transpose(1, 2).flatten(2))
-        gen = None if gen is None else self.o_proj_moe_gen(gen.transpose(1, 2).flatten(2))
-        return und, gen, keys, values
+    def merge(self, heads: Tensor, suffix: str) -> Tensor:
+        """Project the heads (B, A, S, D) of one stream back to (B, S, H)."""
+        return getattr(self, f"o_proj{suffix}")(heads.transpose(1, 2).flatten(2))
 
 
 class BagelLayer(GradientCheckpointingLayer):
@@ -102,8 +91,12 @@ class BagelLayer(GradientCheckpointingLayer):
 
     Under gradient checkpointing a cache passed by name would be dropped, and `generate` silently wrong: pass it by
     position.
+
+    Attributes:
+        compiled: what torch.compile makes of the parts around attention ("inductor"); None for nothing.
     """
 
+    compiled: str | None = None
     mlp: BagelMLP
     mlp_moe_gen: BagelMLP
     input_layernorm: BagelRMSNorm
@@ -119,6 +112,15 @@ class BagelLayer(GradientCheckpointingLayer):
             self.add_module(f"input_layernorm{suffix}", BagelRMSNorm(config.hidden_size, config.rms_norm_eps))
             self.add_module(f"post_attention_layernorm{suffix}", BagelRMSNorm(config.hidden_size, config.rms_norm_eps))
 
+    def before(self, x: Tensor, rotary: Rotary, suffix: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute what one stream brings to attention: queries, keys and values."""
+        return self.self_attn.project(getattr(self, f"input_layernorm{suffix}")(x), rotary, suffix)
+
+    def after(self, x: Tensor, heads: Tensor, suffix: str) -> Tensor:
+        """Add what one stream takes from attention, and then its MLP's output."""
+        x = x + self.self_attn.merge(heads, suffix)
+        return x + getattr(self, f"mlp{suffix}")(getattr(self, f"post_attention_layernorm{suffix}")(x))
+
     def forward(
         self,
         und: Tensor,
@@ -128,17 +130,35 @@ class BagelLayer(GradientCheckpointingLayer):
         layout: Layout,
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        und_in = self.input_layernorm(und)
-        gen_in = None if gen is None else self.input_layernorm_moe_gen(gen)
-        und_out, gen_out, keys, values = self.self_attn(
-            und_in, gen_in, rotary_und, rotary_gen, layout, past_key_values
-        )
-        und = und + und_out
-        und = und + self.mlp(self.post_attention_layernorm(und))
-        if gen is not None:
-            gen = gen + gen_out
-            gen = gen + self.mlp_moe_gen(self.post_attention_layernorm_moe_gen(gen))
+        before, after = compiled_parts(self.compiled) if self.compiled else (BagelLayer.before, BagelLayer.after)
+        und_qkv, gen_qkv = before(self, und, rotary_und, ""), None
+        if gen is not None and rotary_gen is not None:
+            gen_qkv = before(self, gen, rotary_gen, "_moe_gen")
+        with attention_kernels(self.self_attn.config):
+            und_heads, gen_heads, keys, values = attend_streams(
+                und_qkv, gen_qkv, layout, self.self_attn.layer, past_key_values
+            )
+        und = after(self, und, und_heads, "")
+        if gen is not None and gen_heads is not None:
+            gen = after(self, gen, gen_heads, "_moe_gen")
         return und, gen, keys, values
+
+
+@cache
+def compiled_parts(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """
+    Compile what a layer computes before and after attention, once for all layers of all sizes.
+
+    Attention itself stays: it has kernels of its own, and a table of who sees whom that changes with every batch.
+    """
+    import torch._dynamo  # which takes its time
+
+    # Two experts, with and without gradients, adapters and batches of one are each compiled.
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+    before, after = (
+        torch.compile(part, backend=backend, dynamic=True) for part in (BagelLayer.before, BagelLayer.after)
+    )
+    return before, after
 
 
 class BagelTimeEmbedder(nn.Module):

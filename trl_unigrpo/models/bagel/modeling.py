@@ -435,6 +435,10 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         check_tokenizer(tokenizer, self.config)
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        for layer in self.language_model.model.layers:
+            layer.compiled = backend
+
     def is_image_parameter(self, name: str) -> bool:
         return "moe_gen" in name or any(part in name for part in ("vae2llm", "llm2vae", "time_embedder"))
 
