@@ -58,7 +58,7 @@ class Layout:
             causally itself.
         num_images: K, noisy copies in the two streams.
         visible: (B, K) tokens of its context that each copy sees.
-        visible_there: the same on the device, for the mask of ragged copies.
+        visible_there: the same on the device, which the mask of ragged copies needs.
         context: encoded contexts of the copies; None if they are those of this very pass.
         context_grad: whether the copies' gradient flows into the contexts' keys and values.
     """
@@ -88,9 +88,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causa
     group = q.shape[1] // k.shape[1]
     if group > 1 and q.shape[2] == 1 and not is_causal:
         # One token decodes: the heads of a group are so many queries of their key head, and nothing is repeated.
-        return F.scaled_dot_product_attention(q[:, :, 0].unflatten(1, (-1, group)), k, v, mask).flatten(1, 2)[
-            :, :, None
-        ]
+        queries = q[:, :, 0].unflatten(1, (-1, group))
+        return F.scaled_dot_product_attention(queries, k, v, mask).flatten(1, 2)[:, :, None]
     if group > 1 and repeats_heads(q.device.type, computed_dtype(q), mask is not None):
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
     return F.scaled_dot_product_attention(

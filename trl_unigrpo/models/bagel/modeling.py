@@ -321,7 +321,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         return velocity
 
     def _read(self, table: Segments) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
-        """Run contexts alone: what the decoder returns."""
+        """Run contexts alone, and return what the decoder does."""
         und, gen = self._context_streams(table)
         layout = Layout(table.ids.shape[1], segments=table)
         return self.language_model.model(und, gen, table.positions, table.image_positions, layout)

@@ -53,7 +53,7 @@ class Segments:
     """
     The streams of a batch of contexts. Rows are padded on the right; nothing real sees padding.
 
-    It is made on the CPU.
+    The table is made on the CPU, and [`moved`] as a whole.
 
     Attributes:
         ids: (B, U) tokens of the text stream, markers included; 0 where `features` go.
