@@ -93,8 +93,8 @@ def generate(
     base = unified_model(model)
     tokenizer = tokenizer or base.tokenizer or read_tokenizer(model.config.name_or_path)
     tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
-    how = Thinking(thinking, do_sample, temperature, max_completion_length)
-    size = (image_size, image_size)
+    how, size = Thinking(thinking, do_sample, temperature, max_completion_length), (image_size, image_size)
+    base.latent_shape(size)  # raises for a model or a size that can't be painted, before anything is sampled
     plan = RolloutPlan(flow_timesteps(num_inference_steps, timestep_shift), size, guidance=guidance)
     system = choose_system_prompt(base, system_prompt, thinking)
     messages = [as_messages(prompt, system) for prompt in prompts]

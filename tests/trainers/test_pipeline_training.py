@@ -24,7 +24,8 @@ from trl_unigrpo.evaluation import load_model
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.flow.states import LinePoints
 from trl_unigrpo.images import mark_failed
-from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration
+from trl_unigrpo.models.pipeline import PipelineForUnifiedGeneration, PipelineUnifiedConfig
+from trl_unigrpo.models.pipeline.loop import PipelineLoop
 from trl_unigrpo.sampling import decode, paint
 from trl_unigrpo.trainers.failed_images import mask_failed
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
@@ -322,6 +323,28 @@ def test_the_trainers_other_settings(make_trainer, train, settings):
         assert trainer.state.log_history[0]["flow/log_ratio_std"] == 0
     if "thinking" in settings:
         assert image.context in PROMPTS_OF_TRAINING
+
+
+@pytest.mark.parametrize("kind", ["unigrpo", "refl"])
+def test_dry_run_waits_for_the_accelerator_and_comes_before_training(make_trainer, tmp_path, monkeypatch, kind):
+    def make_model():
+        config = PipelineUnifiedConfig(painter_arguments={"max_sequence_length": 1000})
+        return PipelineForUnifiedGeneration(qwen3(language_head=True), tokenizer(), sd3().pipeline, config)
+
+    def make_refl(model):
+        args = ReFLConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False, image_size=8)
+        return ReFLTrainer(model, lambda pixels, **_: pixels.mean((1, 2, 3)), args, prompts_dataset())
+
+    make = {"unigrpo": lambda model: make_trainer(model=model, **arguments()), "refl": make_refl}[kind]
+    with pytest.raises(ValueError, match=r"fails in a dry run: .*max_sequence_length"):
+        make_model()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    model, done, run = make_model(), [], PipelineLoop.run
+    monkeypatch.setattr(model, "to", lambda device: done.append(f"to {device}"))
+    monkeypatch.setattr(PipelineLoop, "run", lambda self, *args, **own: done.append("run") or run(self, *args, **own))
+    with pytest.raises(ValueError, match=r"fails in a dry run: .*max_sequence_length"):
+        make(model)
+    assert done[:2] == ["to cpu", "run"]
 
 
 @pytest.mark.parametrize("kind", ["sft", "refl"])

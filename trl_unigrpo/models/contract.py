@@ -179,6 +179,13 @@ class UnifiedModelMixin(_Base):
         """Raise ValueError, saying what to do, if a tokenizer is not this model's. By default any will do."""
         return
 
+    def try_out(self, device: torch.device) -> None:
+        """
+        Find out what only a run of the model tells, and raise ValueError if it can't be trained. Trainers ask before
+        anything expensive, with the device that they train on. By default there is nothing to find out.
+        """
+        return
+
     def check_trained_weights(self) -> None:
         """Raise ValueError, naming them, if weights are to be trained that can't be. By default all can."""
         return

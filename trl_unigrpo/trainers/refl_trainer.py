@@ -226,6 +226,7 @@ class ReFLTrainer(TrainingLoop):
         check_contract(base)
         check_own_adapters(model)
         check_lengths(args, base)
+        base.try_out(args.device)
         base.latent_shape((args.image_size, args.image_size))  # raises for a size that the model can't paint
         tokenizer = find_tokenizer(base, processing_class, source or model.config.name_or_path)
         check_special_tokens({"train_dataset": train_dataset, "eval_dataset": eval_dataset}, tokenizer)

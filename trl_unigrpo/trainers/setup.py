@@ -114,6 +114,7 @@ def prepare_run(
             hub.pop("revision", None)  # of the adapters, not of what they were trained on
     base = unified_model(model)
     check_lengths(args, base)
+    base.try_out(args.device)
     num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
     if not is_peft_model(model):
         merge_found_adapters(base)

@@ -7,6 +7,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         config (`PipelineUnifiedConfig`, *optional*): what goes between the two.
 
     Raises:
-        ValueError: if one of them can't be used, with the reason.
+        ValueError: if one of them can't be used, with the reason. What only a dry run tells comes by [`try_out`], or
+            when it paints first, if there is an accelerator and the painter is not on it yet.
     """
 
     config_class = PipelineUnifiedConfig
@@ -95,10 +97,12 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         self.tokenizer = tokenizer
         self.generation_config = thinker.generation_config
         keep_trainable_layout(self)  # before the dry run
-        self._runner = Painter(pipeline, config.painter_arguments)
+        self._pipeline = pipeline
         self._latent_maps: dict[tuple[int, int], LatentMap] = {}
         self._recomputes = False
         self.train(False)
+        if self.painter.device.type != "cpu" or not torch.accelerator.is_available():
+            self.try_out(self.painter.device)
 
     @classmethod
     def from_pretrained(
@@ -199,10 +203,19 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
     def quick_start(self, source: str, painting: Mapping[str, Any]) -> str:
         return quick_start(self, source, painting)
 
+    def try_out(self, device: torch.device) -> None:
+        self.to(device)
+        _ = self._runner
+
+    @cached_property
+    def _runner(self) -> Painter:
+        # Its dry run waits for the accelerator, if there is one: on a CPU it takes minutes with billions of weights.
+        return Painter(self._pipeline, self.config.painter_arguments)
+
     @property
     def pipeline(self) -> Any:
         """The painter's pipeline, with its own scheduler: what it paints is what the painter has learnt."""
-        return self._runner.pipeline
+        return self._pipeline
 
     @property
     def painter_arguments(self) -> dict[str, Any]:
