@@ -42,8 +42,11 @@ from trl_unigrpo import UniGRPOTrainer
 from trl_unigrpo.estimate import Workload, estimate_memory, floor_flops, overhead_flops, released_config
 from trl_unigrpo.estimate.counting import count_flops
 from trl_unigrpo.estimate.hardware import device_name, machine_versions, matmul_rate
+from trl_unigrpo.flow.states import States
 from trl_unigrpo.models.bagel import BagelConfig
+from trl_unigrpo.models.contract import ContextRow
 from trl_unigrpo.trainers.dry_run import ragged_lengths, random_trainer
+from trl_unigrpo.trajectory import Image, Round, Steps, Trajectory
 
 
 RESULTS = Path(__file__).parent / "results" / "bagel_step.json"
@@ -66,6 +69,7 @@ class Piece:
     micro_batch_size: int = 4
     image_batch_size: int = 8
     gradient_checkpointing: bool = True
+    compile_layers: bool = False
 
 
 PIECES = {
@@ -147,7 +151,7 @@ class Measurement:
     def __init__(
         self, piece: Piece, config: BagelConfig, device: torch.device, count: bool, save: Callable[[dict], None]
     ):
-        self.device, self.count, self.save = device, count, save
+        self.piece, self.device, self.count, self.save = piece, device, count, save
         self.load = workload(config, piece, half=device.type == "cuda")
         self.lengths = ragged_lengths(self.load)
         mean = sum(self.lengths) / len(self.lengths)
@@ -177,6 +181,9 @@ class Measurement:
         rate = matmul_rate(self.device, 8192 if self.device.type == "cuda" else 256)
         with phases("loading"):
             trainer = random_trainer(self.load, self.device, folder, self.lengths)
+        if self.piece.compile_layers:
+            with phases("compiling"):
+                compile_layers(trainer, self.load)
         shares = watch_trainer(trainer, phases)
         with self._counted(phases), phases("between phases"):
             trainer.train()
@@ -201,6 +208,28 @@ class Measurement:
             except RuntimeError as error:
                 self.entry[name] = failure(error, phases if rows else rollout)
             self.save(self.entry)
+
+
+def compile_layers(trainer: UniGRPOTrainer, load: Workload) -> None:
+    """Compile what the run will call: both experts, with and without gradients and adapters, for any size."""
+    base, side = trainer.unified, load.config.pixels_per_token * 4
+    base.compile_layers()
+    rows = [ContextRow(torch.full((length,), 7)) for length in (9, 12)]
+    ids = torch.full((2, 12), 7, device=base.device)
+    latents = torch.zeros(2, 2, *base.latent_shape((side, side)), device=base.device)
+    images = [
+        Image(x[0], (side, side), row, States(x, torch.tensor([0.3, 0.6])))
+        for x, row in zip(latents, rows, strict=True)
+    ]
+    steps = Steps.of([Trajectory("", [], number, [Round([], [image])]) for number, image in enumerate(images)])
+    with trainer.accelerator.autocast():
+        with torch.no_grad():
+            base.predict_velocity(base.encode_context(rows), latents[:, 0], steps.t[:2], (side, side))
+            with base.reference() as reference:
+                reference.packed_forward(ids, None, steps)
+        output = base.packed_forward(ids, None, steps)
+    (output.velocity.sum() + output.last_hidden_state.float().sum()).backward()
+    trainer.model.zero_grad()
 
 
 def about_run(device: torch.device) -> dict[str, Any]:
@@ -248,6 +277,8 @@ def our_result(load: Workload, lengths: list[int], phases: Phases, rate: float, 
             for phase in PHASES
         },
         "seconds": seconds,
+        "seconds_compiling": phases.seconds["compiling"],
+        "seconds_of_first_calls": phases.excess_of_first_calls(),
         "peak_bytes": max(phases.peak.values(), default=None),
         "estimated_peak_bytes": memory.peak,
         "floor_flops": sum(floor.values()),
@@ -316,6 +347,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
         default=PLAIN_TRAJECTORIES,
         help="trajectories of the plain baselines, scaled to all of them (default: %(default)s)",
     )
+    parser.add_argument("--compile-layers", action="store_true", help="with compile_layers=True, compiled beforehand")
     parser.add_argument("--no-plain", action="store_true", help="leave out the plain baselines")
     parser.add_argument("--results", type=Path, help=f"json file; pieces measured before stay (default: {RESULTS})")
     arguments = parser.parse_args(argv)
@@ -334,6 +366,7 @@ def resized(piece: Piece, arguments: argparse.Namespace) -> Piece:
         num_generations=group,
         micro_batch_size=math.gcd(piece.micro_batch_size, group),
         completion_length=arguments.completion_length or piece.completion_length,
+        compile_layers=arguments.compile_layers,
     )
 
 

@@ -63,12 +63,10 @@ def told_machine(result: dict[str, Any]) -> str:
 def told_piece(result: dict[str, Any]) -> str:
     """Say seconds, peak and ratios of a piece of bagel_step.py."""
     [piece] = result.values()
-    if "seconds" not in piece:
-        return str(piece.get("error", ""))
-    floor = piece["seconds"] * piece["matmul_flops_per_second"] / piece["floor_flops"]
-    peak = max((phase["peak_bytes"] or 0) for phase in piece["phases"].values()) / 2**30
-    words = [f"{piece['seconds']:.1f} s, {floor:.2f}x the floor"]
-    words += [f"peak {peak:.1f} GiB"] if peak else []
+    if "error" in piece:
+        return f"{piece['error']} in phase {piece['phase']!r}"
+    words = [f"{piece['seconds']:.1f} s, {piece['floor_ratio']:.2f}x the floor"]
+    words += [f"peak {piece['peak_bytes'] / 2**30:.1f} GiB"] if piece["peak_bytes"] else []
     for name, against in (("plain", "the plain structure"), ("plain_cached", "the plain structure with its cache")):
         ratio = piece.get(name, {}).get("ratio_seconds")
         words += [f"{ratio:.2f}x faster than {against}"] if ratio else []
@@ -81,7 +79,7 @@ def told_painter(result: dict[str, Any]) -> str:
 
 
 STEP = "benchmarks/bagel_step.py --results {results}"
-TINY = f"{STEP} --tiny"
+TINY = f"{STEP} --tiny --device cpu"
 SHAPEWORLD = "examples/unigrpo_shapeworld.py --output_dir {folder} --trust_checks raise --disable_tqdm true"
 STAGES = {
     "machine": Stage(
@@ -112,6 +110,10 @@ STAGES = {
     "shapeworld": Stage(
         "five rollouts of the built-in world in bf16, every start-up check on", 60,
         f"{SHAPEWORLD} --max_steps 10 --bf16 true", f"{SHAPEWORLD} --max_steps 2 --use_cpu true",
+    ),
+    "512-compiled": Stage(
+        "512 pixels again, layers compiled", 120, f"{STEP} --only 512-bf16 --no-plain --compile-layers",
+        f"{TINY} --no-plain --compile-layers", told_piece, "512-bf16",
     ),
     "1024-bf16-all": Stage(
         "1024 pixels, 24 trajectories", 230, f"{STEP} --only 1024-bf16 --no-plain",

@@ -3,8 +3,9 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
+from statistics import median
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Phases:
         self.seconds: dict[str, float] = defaultdict(float)
         self.peak: dict[str, int] = defaultdict(int)
         self.counted: dict[str, int] = defaultdict(int)
+        self.calls: dict[str, list[float]] = defaultdict(list)  # seconds of each call of a watched method
         self.failed: str | None = None  # the innermost phase that an exception left
         self._stack: list[str] = []
         self._watched: list[tuple[Any, str]] = []
@@ -85,11 +87,20 @@ class Phases:
 
         @wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            with self(name) if when() else nullcontext():
+            if not when():
                 return original(*args, **kwargs)
+            before = self.seconds[name]
+            with self(name):
+                result = original(*args, **kwargs)
+            self.calls[name].append(self.seconds[name] - before)
+            return result
 
         setattr(owner, method, watched)
         self._watched.append((owner, method))
+
+    def excess_of_first_calls(self) -> dict[str, float]:
+        """Give the seconds of each phase's first call beyond the median of the others: kernels in the making."""
+        return {name: max(0.0, calls[0] - median(calls[1:])) for name, calls in self.calls.items() if len(calls) > 2}
 
     def unwatch(self) -> None:
         """Give back the methods that are watched."""

@@ -47,6 +47,11 @@ class BagelDecoder(nn.Module):
             values.append(v)
         return self.norm(und), None if gen is None else self.norm_moe_gen(gen), keys, values
 
+    def compile_layers(self, backend: str) -> None:
+        for layer in self.layers:
+            assert isinstance(layer, BagelLayer)
+            layer.compiled = backend
+
 
 class BagelLanguageModel(nn.Module):
     def __init__(self, config: BagelConfig):

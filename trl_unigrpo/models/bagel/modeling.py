@@ -436,8 +436,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         check_tokenizer(tokenizer, self.config)
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        for layer in self.language_model.model.layers:
-            layer.compiled = backend
+        self.language_model.model.compile_layers(backend)
 
     def is_image_parameter(self, name: str) -> bool:
         return "moe_gen" in name or any(part in name for part in ("vae2llm", "llm2vae", "time_embedder"))
