@@ -53,7 +53,7 @@ def test_recorded_outputs(model, recorded, device):
     model.to(device)
     ids = torch.cat([recorded["prefill/input_ids"], recorded["think/context_ids"]]).to(device)
     size = tuple(recorded["flow/image_hw"].tolist())
-    context = model.encode_context([ContextRow(ids)])
+    context = model.encode_context([ContextRow(ids.cpu())])
     start = len(recorded["prefill/input_ids"])
     assert_close(model(ids[None]).logits[0, start:], recorded["think/logits"])
     for x, t, velocity in zip(*(recorded[f"flow/{name}"] for name in ("x_t", "t", "velocity")), strict=True):
@@ -68,7 +68,7 @@ def test_recorded_gradients(model, recorded, recorded_gradients, gradients, devi
     model.to(device)
     ids = torch.cat([recorded["prefill/input_ids"], recorded["think/context_ids"]]).to(device)
     states = (recorded[f"train/{name}"][None].to(device) for name in ("x_t", "t"))
-    steps = steps_at([ContextRow(ids)], *states, tuple(recorded["flow/image_hw"].tolist()))
+    steps = steps_at([ContextRow(ids.cpu())], *states, tuple(recorded["flow/image_hw"].tolist()))
     output = model.base_model(ids[None], steps=steps, context_grad=True)
     if which == "text":
         start, answers = len(recorded["prefill/input_ids"]), recorded["think/context_ids"][1:].to(device)

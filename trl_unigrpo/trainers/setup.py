@@ -113,10 +113,7 @@ def prepare_run(
             peft_config, source = None, model.config.name_or_path
             hub.pop("revision", None)  # of the adapters, not of what they were trained on
     base = unified_model(model)
-    check_lengths(args, base)
-    base.try_out(args.device)
-    if args.compile_layers:
-        base.compile_layers()
+    _try_out(base, args)
     num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
     if not is_peft_model(model):
         merge_found_adapters(base)
@@ -141,6 +138,14 @@ def prepare_run(
     check_special_tokens(datasets, setup.tokenizer)
     setup.peft_config = of_revision(target_experts(peft_config, base, setup.trains), hub.get("revision"))
     return setup
+
+
+def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig) -> None:
+    """Find out whether the model can be trained with these arguments."""
+    check_lengths(args, base)
+    if args.compile_layers:
+        base.compile_layers()
+    base.try_out(args.device)
 
 
 def finish_run(trainer: Any, setup: Setup) -> None:
