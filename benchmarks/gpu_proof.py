@@ -176,7 +176,7 @@ def run(stage: Stage, rehearse: bool, seconds: float | None) -> dict[str, Any]:
             "seconds": round(time.perf_counter() - started, 1),
             "command": shlex.join(["python", *shlex.split(words)]).replace(folder, "..."),
             "result": json.loads(file.read_text()) if file.exists() else None,
-            "log": log.read_text(errors="replace")[-3000:],
+            "log": log.read_text(errors="replace")[-20_000:],
         }
 
 

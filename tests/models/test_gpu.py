@@ -107,6 +107,42 @@ def test_images_of_a_seed_are_the_cpus(device):
     assert all(not torch.equal(a, b) for i, a in enumerate(starts) for b in starts[:i])
 
 
+@torch.no_grad()
+def test_recorded_velocities_of_ragged_contexts(device):
+    """In half precision ragged copies are packed on a GPU, and from the second velocity on launches are recorded."""
+    model, size = tiny_bagel().to(device).eval(), (IMAGE_SIZE, IMAGE_SIZE)
+    rows = [ContextRow(torch.arange(7, 7 + length)) for length in (6, 9, 7)]
+    states = torch.randn(4, 3, *model.latent_shape(size), generator=torch.Generator().manual_seed(0)).to(device)
+    times = torch.tensor([0.9, 0.7, 0.4, 0.2], device=device)
+
+    def velocities(velocity):
+        return [velocity(x, t.expand(3)) for x, t in zip(states, times, strict=True)]
+
+    def direct(x, t):
+        return model.predict_velocity(model.encode_context(rows), x, t, size)
+
+    exact = velocities(direct)
+    with torch.autocast(device.type, torch.bfloat16):
+        recorded = model.velocity_after(rows, size)
+        found, again, unrecorded = velocities(recorded), velocities(recorded), velocities(direct)
+    for values in zip(found, again, unrecorded, exact, strict=True):
+        for value in values[:3]:
+            assert_close(value, values[3], 0.03)
+        assert torch.equal(values[0], values[1])
+        assert_close(values[0], values[2], 1e-6)
+
+
+@torch.no_grad()
+def test_recorded_tokens_are_the_most_likely(device):
+    model = tiny_bagel().to(device).eval()
+    ids = torch.randint(7, 25, (3, 7), generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    new = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": 2, "pad_token_id": 0}
+    tokens = model.generate(ids, attention_mask=mask, **new)
+    assert torch.equal(tokens.cpu(), model.cpu().generate(ids.cpu(), attention_mask=mask.cpu(), **new))
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 def test_resume(make_trainer, tmp_path, device, bf16):
     """A run that stops between two passes ends where it would have ended, but for the order of the GPU's sums."""

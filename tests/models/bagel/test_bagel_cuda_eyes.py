@@ -67,9 +67,9 @@ def painted(model, steps, windows=None, guidance=None):
 
 def test_waits_of_a_denoising_step(model):
     few, more, noisy = painted(model, 4)[0], painted(model, 8)[0], painted(model, 8, [1, 2, 4])[0]
-    assert (more - few) / 4 <= 1  # places and lengths of the contexts
+    assert more == few  # or it could not be recorded
     assert (noisy - more) / 3 <= 1  # the noise, which generators of the CPU draw
-    assert few - (more - few) <= 4  # all that is moved before the first step
+    assert few <= 5  # all that is moved before the first step
 
 
 def test_waits_of_a_guided_step(model):

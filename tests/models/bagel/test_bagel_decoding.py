@@ -29,14 +29,13 @@ ARGUMENTS = {"do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
 def test_tokens_are_those_of_a_growing_cache_through_several_rooms(model, prompts, monkeypatch):
     monkeypatch.setattr(decoding, "ROOM", 3)  # rounded up to 64 tokens
     expected = model.generate(**prompts, max_new_tokens=150, **ARGUMENTS)
-    sizes = []
-    record = decoding.RecordedStep.__init__
+    sizes, make_room = [], DecodingCache._make_room
 
-    def recorded(self, step, room, *inputs):
-        sizes.append(room.size)
-        record(self, step, room, *inputs)
+    def spied(self, states):
+        make_room(self, states)
+        sizes.append(self._room.size)
 
-    monkeypatch.setattr(decoding.RecordedStep, "__init__", recorded)
+    monkeypatch.setattr(DecodingCache, "_make_room", spied)
     cache = DecodingCache(model.config.llm_config, model._next_logits)
     tokens = model.generate(**prompts, max_new_tokens=150, **ARGUMENTS, **{CACHE: cache})
     assert torch.equal(tokens, expected)
@@ -53,7 +52,7 @@ def test_logits_do_not_see_what_is_not_written(model, prompts):
         cache = DecodingCache(model.config.llm_config, model._next_logits)
         model(ids[:, :-2], attention_mask=mask[:, :-2], use_cache=True, **{CACHE: cache})
         model(ids[:, -2:-1], attention_mask=mask[:, :-1], **{CACHE: cache})
-        for keys in cache._recorded.room.keys:
+        for keys in cache._room.keys:
             keys[:, :, cache.get_seq_length() :] = filled
         found.append(model(ids[:, -1:], attention_mask=mask, **{CACHE: cache}).logits)
     torch.testing.assert_close(found[0], model(ids, attention_mask=mask).logits[:, -1:])

@@ -1,24 +1,22 @@
-"""Decoding in a recorded step: on a GPU a token is thousands of small kernels, and launching them takes the time.
+"""Decoding in recorded steps.
 
-A CUDA graph launches them at once, but sees the same memory each time: keys and values stand in tensors with room for
-more, and a token looks at those of its row that are written.
+A CUDA graph sees the same memory each time, so keys and values stand in tensors with room for more, and a token looks
+at those of its row that are written.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig
-from transformers.utils import logging
 
+from ..recording import Recorded
 
-logger = logging.get_logger(__name__)
 
 ROOM = 256
 """Tokens that a recorded step has room for, at least, before it is recorded again with as much more."""
-WARM_UP = 2
-"""Runs before recording, in which libraries choose their kernels."""
 
 Step = Callable[[Tensor, Tensor, Tensor, "Room"], Tensor]
 """Computes logits (B, 1, vocabulary) of tokens (B, 1) at positions (B, 1), under a mask (B, 1, 1, S), with a cache."""
@@ -43,56 +41,14 @@ class Room:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write a token's keys and values (B, V, 1, D), and return those of all S."""
-        return self.keys[layer].index_copy_(2, self.at, keys), self.values[layer].index_copy_(2, self.at, values)
+        all_keys, all_values = self.keys[layer], self.values[layer]
+        all_keys.index_copy_(2, self.at, keys.to(all_keys.dtype))
+        all_values.index_copy_(2, self.at, values.to(all_values.dtype))
+        return all_keys, all_values
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Return S: the mask, not a length, says what is written."""
         return self.size
-
-
-class RecordedStep:
-    """A step over a room as a CUDA graph; where there is no GPU, or it can't be recorded, the step itself."""
-
-    def __init__(self, step: Step, room: Room, ids: Tensor, positions: Tensor, mask: Tensor):
-        self.room, self._step = room, step
-        self._ids, self._positions = ids.clone(), positions.clone()
-        self._mask = torch.zeros(len(ids), 1, 1, room.size, dtype=torch.bool, device=ids.device)
-        self._graph, self._logits = None, None
-        if ids.device.type == "cuda":
-            self._mask[..., : mask.shape[1]] = mask[:, None, None].bool()
-            try:
-                self._graph, self._logits = self._record()
-            except RuntimeError as error:
-                logger.warning_once(f"Tokens are decoded kernel by kernel, as this can't be recorded: {error}")
-
-    def _run(self) -> Tensor:
-        return self._step(self._ids, self._positions, self._mask, self.room)
-
-    def _record(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """Record the step. What it writes meanwhile, at the next token's place, is written again."""
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
-                self._run()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._run()
-        return graph, logits
-
-    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Compute the logits of tokens (B, 1) under a mask (B, S' + 1) of all tokens so far, these included."""
-        self._ids.copy_(ids)
-        self._positions.copy_(positions)
-        self._mask[..., : mask.shape[1]] = mask[:, None, None].bool()
-        if self._graph is None or self._logits is None:
-            logits = self._run()
-        else:
-            self._graph.replay()
-            logits = self._logits.clone()
-        self.room.at += 1
-        return logits
 
 
 class DecodingCache(DynamicCache):
@@ -107,10 +63,10 @@ class DecodingCache(DynamicCache):
     def __init__(self, config: PreTrainedConfig, step: Step):
         super().__init__(config=config)
         self._step, self._length = step, 0
-        self._recorded: RecordedStep | None = None
+        self._room: Room | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return super().get_seq_length(layer_idx) if self._recorded is None else self._length
+        return super().get_seq_length(layer_idx) if self._room is None else self._length
 
     def decode(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """
@@ -120,17 +76,28 @@ class DecodingCache(DynamicCache):
             ids, positions: (B, 1) of the tokens.
             mask: (B, S' + 1), 1 at real tokens, these included.
         """
-        length = self.get_seq_length()
-        if self._recorded is None:
-            room = Room([(layer.keys, layer.values) for layer in self.layers], length)
+        self._length = self.get_seq_length()
+        if self._room is None:
+            self._make_room([(layer.keys, layer.values) for layer in self.layers])
             self.reset()
-            self._recorded = RecordedStep(self._step, room, ids, positions, mask)
-        elif length == self._recorded.room.size:
-            full = self._recorded.room
-            room = Room(list(zip(full.keys, full.values, strict=True)), length)
-            self._recorded = RecordedStep(self._step, room, ids, positions, mask)
-        self._length = length + 1
-        return self._recorded(ids, positions, mask)
+        elif self._length == self._room.size:
+            self._make_room(list(zip(self._room.keys, self._room.values, strict=True)))
+        assert self._room is not None
+        self._mask[..., : mask.shape[1]] = mask[:, None, None].bool()
+        logits = self._recorded(ids, positions, self._mask)
+        self._room.at += 1
+        self._length += 1
+        return logits
+
+    def _make_room(self, states: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self._room = Room(states, self._length)
+        self._recorded = Recorded(partial(_in_room, self._step, self._room))
+        rows, device = len(states[0][0]), states[0][0].device
+        self._mask = torch.zeros(rows, 1, 1, self._room.size, dtype=torch.bool, device=device)
+
+
+def _in_room(step: Step, room: Room, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    return step(ids, positions, mask, room)
 
 
 def _with_room(x: Tensor, size: int) -> Tensor:

@@ -4,8 +4,9 @@ Shapes: B samples, T text tokens, L context tokens, K images, N = h w tokens per
 size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...trajectory import Steps, Trajectory
 from ..contract import ContextRow, UnifiedModelMixin, UnifiedOutput
+from ..recording import Recorded
 from .attention import Context, Layout, causal_mask, left_padded
 from .autoencoder import LatentCodec
 from .configuration import BagelConfig
@@ -25,6 +27,7 @@ from .layers import BagelPositionTable, BagelRMSNorm, BagelTimeEmbedder
 from .loading import load_checkpoint
 from .pixels import BagelPixels
 from .processing import check_tokenizer
+from .ragged import Packing, packs
 from .segments import ContextImage, Segments, guided_trajectory, segments, text_segments
 from .text_rows import TextRows
 from .vision import BagelPerceptron, BagelVisionTower
@@ -304,14 +307,17 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         self, context: Context, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]
     ) -> Tensor:
         markers, gen = self._copy_streams(latents[:, None], timesteps[:, None], image_size)
-        known = torch.tensor([context.positions, context.lengths], device=gen.device)
+        known, packing = context.placed(2 + gen.shape[1], self.vae2llm.weight)
         positions, lengths = known[..., None]
         visible = [[length] for length in context.lengths]
-        layout = Layout(num_text=0, num_images=1, visible=visible, visible_there=lengths, context=context)
+        layout = Layout(0, None, None, 1, visible, lengths, packing, context)
         _, gen, _, _ = self.language_model.model(
             markers, gen, positions.expand(-1, 2), positions.expand(-1, gen.shape[1]), layout
         )
         return self.llm2vae(gen).float()
+
+    def velocity_after(self, contexts: Sequence[ContextRow], image_size: tuple[int, int]) -> Callable[..., Tensor]:
+        return Recorded(partial(self.predict_velocity, self.encode_context(contexts), image_size=image_size))
 
     def predict_velocities(self, steps: Steps, context_grad: bool = False) -> Tensor:
         rows = steps.row.unique(return_inverse=True)[1]
@@ -335,10 +341,16 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         # All tokens of a copy share the position behind what it sees.
         at = torch.tensor([[positions[n] for n in seen] for seen, _, positions in prefixes])
         visible = [[lengths[n] for n in seen] for seen, lengths, _ in prefixes]
-        table, (at, place, visible_there) = table.moved(self.device, at, copies.place, torch.tensor(visible))
-        und, gen = self._context_streams(table)
         num_text, number, tokens = table.ids.shape[1], at.shape[1], copies.states.shape[1]
-        layout = Layout(num_text, table, None, number, visible, visible_there, context_grad=context_grad)
+        packing = None
+        if packs(self.vae2llm.weight, visible):
+            packing = Packing.of(visible, num_text + table.image_positions.shape[1], 2 + tokens)
+        places = [] if packing is None else [packing.index, packing.starts]
+        table, moved = table.moved(self.device, at, copies.place, torch.tensor(visible), *places)
+        at, place, visible_there, *places = moved
+        und, gen = self._context_streams(table)
+        packing = packing and packing.on(*places)
+        layout = Layout(num_text, table, None, number, visible, visible_there, packing, context_grad=context_grad)
         timesteps = copies.timesteps.to(self.device)
         markers, latents = self._copy_streams(copies.latents(place), timesteps, copies.image_size)
         und, gen, _, _ = self.language_model.model(
