@@ -224,7 +224,8 @@ def compile_layers(trainer: UniGRPOTrainer, load: Workload) -> None:
     steps = Steps.of([Trajectory("", [], number, [Round([], [image])]) for number, image in enumerate(images)])
     with trainer.accelerator.autocast():
         with torch.no_grad():
-            base.predict_velocity(base.encode_context(rows), latents[:, 0], steps.t[:2], (side, side))
+            times = torch.full((2,), 0.5, device=base.device)
+            base.predict_velocity(base.encode_context(rows), latents[:, 0], times, (side, side))
             with base.reference() as reference:
                 reference.packed_forward(ids, None, steps)
         output = base.packed_forward(ids, None, steps)

@@ -36,7 +36,7 @@ def test_tokens_are_those_of_a_growing_cache_through_several_rooms(model, prompt
         sizes.append(self._room.size)
 
     monkeypatch.setattr(DecodingCache, "_make_room", spied)
-    cache = DecodingCache(model.config.llm_config, model._next_logits)
+    cache = DecodingCache(model.config.llm_config, model.next_logits)
     tokens = model.generate(**prompts, max_new_tokens=150, **ARGUMENTS, **{CACHE: cache})
     assert torch.equal(tokens, expected)
     assert cache.get_seq_length() == expected.shape[1] - 1
@@ -49,7 +49,7 @@ def test_logits_do_not_see_what_is_not_written(model, prompts):
     ids, mask = prompts["input_ids"], prompts["attention_mask"]
     found = []
     for filled in (0.0, 1e9):
-        cache = DecodingCache(model.config.llm_config, model._next_logits)
+        cache = DecodingCache(model.config.llm_config, model.next_logits)
         model(ids[:, :-2], attention_mask=mask[:, :-2], use_cache=True, **{CACHE: cache})
         model(ids[:, -2:-1], attention_mask=mask[:, :-1], **{CACHE: cache})
         for keys in cache._room.keys:

@@ -14,7 +14,8 @@ Shapes: B samples, A query heads, V key heads, D head size, S = U + G context to
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, PreTrainedConfig
 
-from .ragged import Packing, attend_packed, computed_dtype, packs
-from .segments import Segments, moved_together
+from .segments import Segments
 
 
 ROWWISE_QUERIES = 512
-"""Copies of at least so many tokens attend row by row where contexts are ragged and can't be packed: no mask."""
+"""Copies of at least so many tokens attend row by row where contexts are ragged: no mask, no padding."""
 
 
 @dataclass
@@ -45,21 +45,11 @@ class Context:
     values: list[Tensor]
     lengths: list[int]
     positions: list[int]
-    _placed: dict[int, tuple[Tensor, Packing | None]] = field(default_factory=dict, repr=False)
 
-    def placed(self, queries: int, weight: Tensor) -> tuple[Tensor, Packing | None]:
-        """
-        Positions and lengths (2, B) beside a weight of the model, and how images of so many tokens are packed behind
-        them; moved there once, and not for every velocity.
-        """
-        if queries not in self._placed:
-            known = torch.tensor([self.positions, self.lengths])
-            visible = [[length] for length in self.lengths]
-            packing = Packing.of(visible, self.keys[0].shape[2], queries) if packs(weight, visible) else None
-            parts = [] if packing is None else [packing.index, packing.starts]
-            known, *moved = moved_together(weight.device, known, *parts)
-            self._placed[queries] = known, packing and packing.on(*moved)
-        return self._placed[queries]
+    @cached_property
+    def placed(self) -> Tensor:
+        """Positions and lengths, (2, B) on the device: moved there once, and not for every velocity."""
+        return torch.tensor([self.positions, self.lengths], device=self.keys[0].device)
 
 
 @dataclass
@@ -75,7 +65,6 @@ class Layout:
         num_images: K, noisy copies in the two streams.
         visible: (B, K) tokens of its context that each copy sees.
         visible_there: the same on the device, which the mask of ragged copies needs.
-        packing: of ragged copies that are packed instead.
         context: encoded contexts of the copies; None if they are those of this very pass.
         context_grad: whether the copies' gradient flows into the contexts' keys and values.
     """
@@ -86,7 +75,6 @@ class Layout:
     num_images: int = 0
     visible: Sequence[Sequence[int]] = ()
     visible_there: Tensor | None = None
-    packing: Packing | None = None
     context: Context | None = None
     context_grad: bool = False
 
@@ -123,6 +111,13 @@ def repeats_heads(device_type: str, dtype: torch.dtype, masked: bool) -> bool:
     the memory-efficient kernel, which knows no groups: without the repeat, plain products would write all scores.
     """
     return device_type == "cpu" or masked or dtype not in (torch.bfloat16, torch.float16)
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that attention computes in: autocast's where it is on, which casts behind this call."""
+    device = x.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
 Streams = tuple[Tensor, Tensor, Tensor]
@@ -206,8 +201,6 @@ def _attend_copies(copies: Sequence[Tensor], seen: tuple[Tensor, Tensor], layout
     longest = max(lengths)
     if min(lengths) == longest:
         return attend(q, before(k, seen[0], longest), before(v, seen[1], longest))
-    if layout.packing is not None:
-        return attend_packed(copies, seen, layout.packing)
     if q.shape[2] >= ROWWISE_QUERIES:
         rows = [(slice(i, i + 1), slice(i // images, i // images + 1), length) for i, length in enumerate(lengths)]
         return torch.cat(

@@ -107,6 +107,12 @@ def _with_room(x: Tensor, size: int) -> Tensor:
     return roomy
 
 
+def empty_cache(model: Any) -> DynamicCache:
+    """Make the cache that a BAGEL decodes with: on a GPU in recorded steps."""
+    config = model.config.llm_config
+    return DecodingCache(config, model.next_logits) if model.device.type == "cuda" else DynamicCache(config=config)
+
+
 def samples_token_by_token(defaults: GenerationConfig, arguments: Mapping[str, Any]) -> bool:
     """Say whether a call of `generate` decodes one token of each row at a time, with a cache that it makes itself."""
     asked = {**vars(defaults), **vars(arguments.get("generation_config") or defaults), **arguments}

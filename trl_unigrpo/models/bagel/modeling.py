@@ -22,12 +22,11 @@ from .autoencoder import LatentCodec
 from .configuration import BagelConfig
 from .copies import Copies, lay_out
 from .decoder import BagelLanguageModel
-from .decoding import DecodingCache, Room, samples_token_by_token
+from .decoding import DecodingCache, empty_cache, samples_token_by_token
 from .layers import BagelPositionTable, BagelRMSNorm, BagelTimeEmbedder
 from .loading import load_checkpoint
 from .pixels import BagelPixels
 from .processing import check_tokenizer
-from .ragged import Packing, packs
 from .segments import ContextImage, Segments, guided_trajectory, segments, text_segments
 from .text_rows import TextRows
 from .vision import BagelPerceptron, BagelVisionTower
@@ -213,7 +212,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
             mask = kwargs.get("attention_mask")
             padded = None if mask is None else not bool(mask.all())  # looked at once, not at every token
             if samples_token_by_token(self.generation_config, kwargs):
-                kwargs[CACHE] = self._cache()
+                kwargs[CACHE] = empty_cache(self)
             return super().generate(inputs, *args, **{"padded": padded, **kwargs})
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         assert ids is not None
@@ -223,7 +222,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         with torch.no_grad():
             # All but the last token, from which transformers goes on.
             context = self.encode_context([ContextRow(row[real][:-1], shown) for row, real, shown in rows])
-        cache, known = self._cache(), left_padded(context)
+        cache, known = empty_cache(self), left_padded(context)
         for layer, (keys, values) in enumerate(zip(known.keys, known.values, strict=True)):
             cache.update(keys, values, layer)
         size = context.keys[0].shape[2]
@@ -240,16 +239,10 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         )
         return torch.cat([ids, out[:, size + 1 :]], dim=1)
 
-    def _cache(self) -> DynamicCache:
-        """Make an empty cache: on a GPU one that tokens are decoded with in a recorded step."""
-        config = self.config.llm_config
-        return DecodingCache(config, self._next_logits) if self.device.type == "cuda" else DynamicCache(config=config)
-
-    def _next_logits(self, ids: Tensor, positions: Tensor, mask: Tensor, room: Room) -> Tensor:
-        """Compute the logits (B, 1, vocabulary) of one token of each row, over a room of keys and values."""
-        layout = Layout(num_text=1, text_mask=mask)
-        und = self.get_input_embeddings()(ids)
-        hidden, _, _, _ = self.language_model.model(und, None, positions, None, layout, room)
+    def next_logits(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        """Compute the logits (B, 1, vocabulary) of one token of each row, under a mask (B, 1, 1, S) of the cache."""
+        und, layout = self.get_input_embeddings()(ids), Layout(num_text=1, text_mask=mask)
+        hidden, _, _, _ = self.language_model.model(und, None, positions, None, layout, cache)
         return self.language_model.lm_head(hidden)
 
     @staticmethod
@@ -307,10 +300,9 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         self, context: Context, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]
     ) -> Tensor:
         markers, gen = self._copy_streams(latents[:, None], timesteps[:, None], image_size)
-        known, packing = context.placed(2 + gen.shape[1], self.vae2llm.weight)
-        positions, lengths = known[..., None]
+        positions, lengths = context.placed[..., None]
         visible = [[length] for length in context.lengths]
-        layout = Layout(0, None, None, 1, visible, lengths, packing, context)
+        layout = Layout(num_text=0, num_images=1, visible=visible, visible_there=lengths, context=context)
         _, gen, _, _ = self.language_model.model(
             markers, gen, positions.expand(-1, 2), positions.expand(-1, gen.shape[1]), layout
         )
@@ -341,16 +333,10 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         # All tokens of a copy share the position behind what it sees.
         at = torch.tensor([[positions[n] for n in seen] for seen, _, positions in prefixes])
         visible = [[lengths[n] for n in seen] for seen, lengths, _ in prefixes]
-        num_text, number, tokens = table.ids.shape[1], at.shape[1], copies.states.shape[1]
-        packing = None
-        if packs(self.vae2llm.weight, visible):
-            packing = Packing.of(visible, num_text + table.image_positions.shape[1], 2 + tokens)
-        places = [] if packing is None else [packing.index, packing.starts]
-        table, moved = table.moved(self.device, at, copies.place, torch.tensor(visible), *places)
-        at, place, visible_there, *places = moved
+        table, (at, place, visible_there) = table.moved(self.device, at, copies.place, torch.tensor(visible))
         und, gen = self._context_streams(table)
-        packing = packing and packing.on(*places)
-        layout = Layout(num_text, table, None, number, visible, visible_there, packing, context_grad=context_grad)
+        num_text, number, tokens = table.ids.shape[1], at.shape[1], copies.states.shape[1]
+        layout = Layout(num_text, table, None, number, visible, visible_there, context_grad=context_grad)
         timesteps = copies.timesteps.to(self.device)
         markers, latents = self._copy_streams(copies.latents(place), timesteps, copies.image_size)
         und, gen, _, _ = self.language_model.model(

@@ -17,7 +17,6 @@ Shapes: B rows, L ids, U tokens of the text stream, G of the image stream, S = U
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,16 +90,11 @@ class Segments:
     def moved(self, device: torch.device, *others: Tensor) -> tuple["Segments", list[Tensor]]:
         """Move the table, and other whole numbers beside it, in one copy: the host waits for each that it makes."""
         names = ("ids", "positions", "image_positions", "text_index", "order", "sees")
-        own: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        moved = moved_together(device, *own.values(), *others)
-        own = dict(zip(own, moved, strict=False))
-        return replace(self, **own), moved[len(own) :]
-
-
-def moved_together(device: torch.device, *parts: Tensor) -> list[Tensor]:
-    """Move tensors of whole numbers to a device in one copy."""
-    copied = torch.cat([part.flatten() for part in parts]).to(device).split([part.numel() for part in parts])
-    return [x.view(part.shape) for x, part in zip(copied, parts, strict=True)]
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        parts = [*own.values(), *others]
+        copied = torch.cat([part.flatten() for part in parts]).to(device).split([part.numel() for part in parts])
+        moved = [x.view(part.shape) for x, part in zip(copied, parts, strict=True)]
+        return replace(self, **dict(zip(own, moved, strict=False))), moved[len(own) :]
 
 
 def text_segments(rows: Sequence[Tensor]) -> Segments:
