@@ -32,7 +32,6 @@ RESULTS = BENCHMARKS / "results" / "gpu_proof.jsonl"
 REFERENCE_RATE = 790e12
 """FLOP/s of the H100's matrix products, whose seconds the stages name."""
 HEADROOM = 1.5  # GiB of the CUDA context and of what the allocator can't use again
-RESULTS_FILE = "{results}"  # where a stage writes what it measured
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class Stage:
     Attributes:
         about: what it shows.
         seconds: that it takes on an H100.
-        command, rehearsal: arguments of Python for the real and for tiny sizes; `{results}` stands for a file.
+        command, rehearsal: arguments of Python for the real and for tiny sizes. `{results}` stands for the file of what
+            it measured, `{folder}` for a folder that is removed afterwards.
         told: what its result says in a few words.
         piece: the piece of bagel_step.py whose memory the estimator knows.
     """
@@ -83,16 +83,16 @@ TINY = f"{STEP} --tiny --device cpu"
 SHAPEWORLD = "examples/unigrpo_shapeworld.py --output_dir {folder} --trust_checks raise --disable_tqdm true"
 STAGES = {
     "machine": Stage(
-        "versions, memory, rates", 30, "benchmarks/gpu_proof.py --describe {results}",
+        "versions, memory, rates", 25, "benchmarks/gpu_proof.py --describe {results}",
         "benchmarks/gpu_proof.py --describe {results} --rehearse", told_machine,
     ),
     "checks": Stage(
-        "tiny models on the GPU give the official outputs, gradients and images, and resume", 60,
+        "tiny models on the GPU give the official outputs, gradients and images, and resume", 35,
         "-m pytest -q -p no:cacheprovider tests/models/test_gpu.py",
         "-m pytest -q -p no:cacheprovider tests/models/test_gpu.py",
     ),
     "512-bf16": Stage(
-        "BAGEL 7B at 512 pixels, LoRA, 24 trajectories: one generation, two updates; two plain baselines", 170,
+        "BAGEL 7B at 512 pixels, LoRA, 24 trajectories: one generation, two updates; two plain baselines", 130,
         f"{STEP} --only 512-bf16 --plain-trajectories 2", TINY, told_piece, "512-bf16",
     ),
     "512-nf4": Stage(
@@ -160,7 +160,8 @@ def run(stage: Stage, rehearse: bool, seconds: float | None) -> dict[str, Any]:
     """Run a stage, for so many seconds at most: how it ended, what it measured, its last words."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        words = (stage.rehearsal if rehearse else stage.command).format(results=file, folder=Path(folder) / "run")
+        words = stage.rehearsal if rehearse else stage.command
+        words = words.replace("{results}", str(file)).replace("{folder}", str(Path(folder) / "run"))
         command, log = [sys.executable, *shlex.split(words)], Path(folder) / "log.txt"
         started = time.perf_counter()
         with log.open("w") as out:
