@@ -41,7 +41,8 @@ class Recorded:
         self._inputs = tuple(x.clone() for x in inputs)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # A recording that fails would leave its own stream the current one.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 self._output = self._function(*self._inputs)
         except RuntimeError as error:
             logger.warning_once(f"Kernels are launched one by one, as they can't be recorded: {error}")
