@@ -42,8 +42,8 @@ class Stage:
     Attributes:
         about: what it shows.
         seconds: that it takes on an H100.
-        command, rehearsal: arguments of Python for the real and for tiny sizes. `{results}` stands for the file that it
-            writes, `{folder}` for a folder that is removed afterwards.
+        command, rehearsal: arguments of Python for the real and for tiny sizes. `{results}` stands for the file that
+            it writes, `{folder}` for a folder that is removed afterwards.
         told: what its result says in a few words.
         piece: the piece of bagel_step.py whose memory the estimator knows.
     """
