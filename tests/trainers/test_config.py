@@ -22,6 +22,7 @@ DEFAULTS = {
     "num_inference_steps": 25,
     "eval_num_inference_steps": 50,
     "eval_guidance_scale": 1.0,
+    "compile_layers": False,
     "timestep_shift": 3.0,
     "image_size": 1024,
     "sde_type": "sde",
