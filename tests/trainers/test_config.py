@@ -1,5 +1,7 @@
 """Defaults, presets, round trips, and every option that is refused."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +11,7 @@ from accelerate import ParallelismConfig
 from transformers import TrainingArguments
 from trl import GRPOConfig, TrlParser
 
+from tests.helpers.paths import ROOT
 from tests.helpers.tiny_unified import tiny_config
 from trl_unigrpo.trainers import config_checks, unigrpo_config
 from trl_unigrpo.trainers.evaluation_checks import whole_groups
@@ -254,8 +257,6 @@ REFUSED = [
     ({"generation_kwargs": {"num_return_sequences": 2}}, "num_return_sequences=2.*It is set by `num_generations`"),
     ({"cache_implementation": "paged"}, "cache_implementation='paged' does not work.*continuous batching"),
     ({"include_for_metrics": ["inputs"]}, "include_for_metrics.*does not work"),
-    ({"deepspeed": "zero3.json"}, "deepspeed='zero3.json' does not work"),
-    ({"fsdp": "full_shard"}, "fsdp.*not supported"),
     ({"auto_find_batch_size": True}, "auto_find_batch_size"),
     ({"optim": "galore_adamw"}, "optim='galore_adamw' brings its own parameter groups"),
     ({"optim": "lomo"}, "optim='lomo' brings"),
@@ -353,11 +354,30 @@ def test_generation_that_is_trained_as_it_is_sampled_is_allowed(tmp_path, extra)
     assert tiny_config(tmp_path, generation_kwargs=extra, guidance_scale=2.0).generation_kwargs == extra
 
 
-@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
-def test_launcher_that_spreads_the_model_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    with pytest.raises(ValueError, match=f"was told to use {name}, which is not supported"):
-        tiny_config(tmp_path)
+@pytest.mark.parametrize("config", [UniGRPOConfig, ReFLConfig, UnifiedSFTConfig])
+@pytest.mark.parametrize(("field", "name"), [("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")])
+def test_engines_that_spread_the_model_are_refused_whoever_asks_for_them(tmp_path, monkeypatch, config, field, name):
+    with pytest.raises(ValueError, match=rf"{field}='zero.json' is not supported: .*clipped expert by expert"):
+        config(str(tmp_path), **{field: "zero.json"})
+    monkeypatch.setenv(f"ACCELERATE_USE_{field.upper()}", "true")
+    with pytest.raises(ValueError, match=f"{name}, which `accelerate launch` was told to use, is not supported"):
+        config(str(tmp_path))
+
+
+def test_an_engine_of_the_launcher_is_refused(tmp_path):
+    """A yaml switches it on, and leaves the arguments as they are."""
+    script, yaml = tmp_path / "script.py", tmp_path / "fsdp.yaml"
+    script.write_text("from trl_unigrpo import UnifiedSFTConfig\nUnifiedSFTConfig('out')\n")
+    yaml.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nfsdp_config: {fsdp_version: 2}\n"
+        "num_processes: 1\nnum_machines: 1\nmachine_rank: 0\nuse_cpu: false\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(yaml), str(script)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode != 0
+    assert "FSDP, which `accelerate launch` was told to use, is not supported" in done.stderr
 
 
 @pytest.mark.parametrize(("objective", "epsilon"), [("flow_grpo", 1e-6), ("fpo", 3e-5), ("awm", 1e-4)])

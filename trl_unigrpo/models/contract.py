@@ -122,6 +122,19 @@ class UnifiedModelMixin(_Base):
         """
         raise NotImplementedError
 
+    def read_back(self, images: Sequence[Any], texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """
+        Compute the log-probs (T,) of each text's tokens behind an image each: how well it can be read off the image.
+
+        Args:
+            images: finished images in the model's own form.
+            texts: tokens, none of them a special one, as the model would write them after its own start marker.
+
+        Raises:
+            ValueError: for a model that reads no images, as it is by default.
+        """
+        raise ValueError(f"{type(self).__name__} reads no images, so that nothing can be read back from them.")
+
     def is_image_parameter(self, name: str) -> bool:
         """Say whether a parameter of this name belongs to the image expert (else to the text expert, or to both)."""
         raise NotImplementedError

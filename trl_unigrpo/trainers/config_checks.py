@@ -1,8 +1,9 @@
 """Checks of a `UniGRPOConfig`: each error names the value, what was expected, and the remedy."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
+
+from .engines import check_engine
 
 
 # TRL options that cannot work here, the value that is allowed, and why. One that a release lacks needs no refusal.
@@ -76,10 +77,6 @@ _REFUSED: dict[str, tuple[Any, str]] = {
         "noise in the embeddings makes the first ratio differ from 1",
     ),
     "label_smoothing_factor": (0.0, "there are no labels"),
-    "deepspeed": (
-        None,
-        "the image rollout calls the model outside of DeepSpeed's wrapper",
-    ),
 }
 # Options of `generate` that make the sampled distribution another than the one whose log-probs are trained, the whole
 # one at `temperature`, and the values that leave it as it is. Bans of tokens are allowed.
@@ -137,16 +134,7 @@ def check_choices(config: Any) -> None:
         value = getattr(config, name, allowed)
         if value != allowed and value:
             raise ValueError(f"{name}={value!r} does not work with UniGRPO: {reason}. Leave it at {allowed!r}.")
-    for name, flag in {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}.items():
-        if os.environ.get(flag, "false").lower() in ("1", "true"):
-            raise ValueError(
-                f"`accelerate launch` was told to use {name}, which is not supported: the image rollout calls the "
-                "model outside of its wrapper. Launch plain data parallelism (`accelerate launch --multi_gpu`)."
-            )
-    if getattr(config, "fsdp", None):
-        raise ValueError(
-            f"fsdp={config.fsdp!r} is not supported: the image rollout calls the model outside of its wrapper."
-        )
+    check_engine(config)
     if "inputs" in (getattr(config, "include_for_metrics", None) or []):
         raise ValueError("include_for_metrics=['inputs'] does not work: batches are lists of rows here.")
     optim = getattr(config.optim, "value", str(config.optim))

@@ -50,6 +50,7 @@ from ..trajectory import Image
 from .arguments import check_lengths, find_tokenizer
 from .config_numbers import read_numbers
 from .dataset_checks import check_rows, check_special_tokens
+from .engines import check_engine
 from .evaluation_checks import check_evaluation
 from .prompt_checks import CheckedRows
 from .refl import (
@@ -135,12 +136,7 @@ class ReFLConfig(TrainingArguments):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
         late_step_range(self.num_inference_steps, self.late_steps)
-        for name in ("deepspeed", "fsdp"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not supported: images are painted outside of its wrapper. "
-                    "Use one process, or several with DistributedDataParallel (`accelerate launch`)."
-                )
+        check_engine(self)
         super().__post_init__()
 
 

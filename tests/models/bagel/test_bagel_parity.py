@@ -274,6 +274,21 @@ def test_understanding(model, recorded, placeholder):
     assert_recorded(tokens[0, prompt.shape[1] - 1 :], recorded["und/greedy_tokens"])
 
 
+@pytest.mark.parametrize("which", ["und/question", "edit/text"])
+@torch.no_grad()
+def test_texts_read_back_from_images(model, recorded, which):
+    """Log-probs of a text behind an image's vision tokens alone, and behind its latents and vision tokens."""
+    latents = recorded["vae/pixel_values"][0] if which == "edit/text" else None
+    shown, other = (model.context_image(latents, recorded["und/pixel_values"]) for _ in range(2))
+    ids = recorded[f"{which}_ids"].tolist()
+    text = ids[1:-1]  # between the start and the end marker
+    expected = recorded[f"{which}_logits"].log_softmax(-1)[: len(text)].gather(-1, torch.tensor(text)[:, None])[:, 0]
+    found, short, none = model.read_back([shown, other, shown], [text, text[:2], []])
+    assert_recorded(found, expected)
+    assert_recorded(short, expected[:2])  # padding and the others of the batch change nothing
+    assert none.shape == (0,)
+
+
 @torch.no_grad()
 def test_editing(model, recorded, image_size, placeholder):
     source = model.context_image(recorded["vae/pixel_values"][0], recorded["und/pixel_values"])

@@ -3,11 +3,13 @@
 Shapes: B images, h x w tokens of C numbers each, H hidden size.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from ..memory import fitting, free_memory
@@ -92,6 +94,17 @@ class BagelPixels(_Base):
             latents, grid = self.encode_images(pixels[None])[0], self.grid((pixels.shape[-2], pixels.shape[-1]))
         features = None if vit_pixels is None else self.embed_vit_image(vit_pixels)
         return ContextImage(latents, grid, features)
+
+    def read_back(self, images: Sequence[ContextImage], texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        config = self.config
+        before = [config.image_token_id, config.im_start_token_id]
+        ids = pad_sequence([torch.tensor([*before, *text]) for text in texts], batch_first=True).to(self.device)
+        lengths = torch.tensor([len(before) + len(text) for text in texts], device=self.device)
+        mask = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
+        hidden = self.backbone(ids, mask, images=[[image] for image in images]).last_hidden_state
+        logits = self.get_output_embeddings()(hidden[:, len(before) - 1 : -1])
+        log_probs = logits.float().log_softmax(-1).gather(-1, ids[:, len(before) :, None])[..., 0]
+        return [row[: len(text)] for row, text in zip(log_probs, texts, strict=True)]
 
     def freeze_understanding(self, frozen: bool = True) -> None:
         """Keep the understanding tower and its connector out of training, or (False) let them in."""
