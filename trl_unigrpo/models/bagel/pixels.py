@@ -3,6 +3,7 @@
 Shapes: B images, h x w tokens of C numbers each, H hidden size.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...trajectory import Image as PaintedImage
 from ..memory import fitting, free_memory
 from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
 from .layers import BagelPositionTable
+from .processing import resized, to_pixels, vit_rule
 from .segments import ContextImage
 from .vision import UNDERSTANDING_MODULES, BagelPerceptron, BagelVisionTower
 
@@ -92,6 +95,21 @@ class BagelPixels(_Base):
             latents, grid = self.encode_images(pixels[None])[0], self.grid((pixels.shape[-2], pixels.shape[-1]))
         features = None if vit_pixels is None else self.embed_vit_image(vit_pixels)
         return ContextImage(latents, grid, features)
+
+    @torch.no_grad()
+    def observe(
+        self, images: Sequence[PaintedImage], seen: Sequence[Image.Image], reencode: bool
+    ) -> list[ContextImage]:
+        rule, device = vit_rule(self.config), self.device
+        with torch.autocast(device.type, enabled=False):
+            latents = torch.stack([image.latents for image in images]).float()
+            if reencode:
+                latents = self.encode_images(torch.stack([to_pixels(image) for image in seen]).to(device))
+        features: list[Tensor | None] = [None] * len(images)
+        if rule is not None:
+            features = [self.embed_vit_image(to_pixels(resized(image, rule)).to(device)).cpu() for image in seen]
+        grid = self.grid(images[0].size)
+        return [ContextImage(x, grid, y) for x, y in zip(latents.cpu().unbind(), features, strict=True)]
 
     def freeze_understanding(self, frozen: bool = True) -> None:
         """Keep the understanding tower and its connector out of training, or (False) let them in."""
