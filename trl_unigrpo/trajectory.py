@@ -125,6 +125,11 @@ class Trajectory:
         """All its tokens behind the prompt, in their order: texts, and what was observed between them."""
         return [token for part in self.rounds for token in (*part.observation_ids, *part.text_ids)]
 
+    @property
+    def looks(self) -> int:
+        """How many of its rounds began with a look at what came before."""
+        return sum(bool(part.observation_ids) for part in self.rounds)
+
     def painted(self) -> Iterator[tuple[int, Image]]:
         """Walk through all images: the number of its round, and the image."""
         for number, part in enumerate(self.rounds):
@@ -145,7 +150,7 @@ class Trajectory:
 
     def now(self) -> "Trajectory":
         """Give what its last round sees, as a trajectory of this round alone: all before its text is the prompt."""
-        if not any(part.observation_ids for part in self.rounds):
+        if not self.looks:
             return self
         last, text = self.passages()[-1], self.rounds[-1].text_ids
         prompt_ids = last.ids[: len(last.ids) - len(text)]
@@ -275,6 +280,11 @@ class Steps:
         if any(image.guidance != first for image in self.images):
             raise ValueError("Images of one batch were sampled with different guidance: make a batch for each.")
         return first or Guidance()
+
+
+def has_steps(trajectories: Sequence[Trajectory]) -> bool:
+    """Say whether any image has a trained step."""
+    return any(len(image.steps) for trajectory in trajectories for _, image in trajectory.painted())
 
 
 def in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trl_unigrpo.trainers.credit import before, choose, improvements, returns, round_advantages, running, slope
+from trl_unigrpo.trainers.credit import before, choose_image, improvements, returns, round_advantages, running, slope
 
 
 NAN = float("nan")
@@ -40,12 +40,14 @@ def test_one_round_is_eq_1_whatever_is_paid():
     expected = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(8, 1)
     for paid in ("final", "own", "sum"):
         led_to = returns(rewards, torch.ones(8, 1, dtype=torch.bool), paid)
-        torch.testing.assert_close(round_advantages(led_to, before(rewards, 4), 1.0, "none", 4, "group"), expected)
+        torch.testing.assert_close(
+            round_advantages(led_to, before(rewards[:, :-1], 4), 1.0, "none", 4, "group"), expected
+        )
 
 
 def test_what_stood_before_is_subtracted_from_later_rounds_alone():
     rewards = torch.tensor([[0.0, 0.5], [0.5, 0.5], [1.0, 0.5], [0.5, 0.9]])
-    earlier = before(rewards, 4)
+    earlier = before(rewards[:, :-1], 4)
     torch.testing.assert_close(earlier, torch.tensor([[0.0, 0.0], [0.0, 0.5], [0.0, 1.0], [0.0, 0.5]]))
     led_to = returns(rewards, torch.ones(4, 2, dtype=torch.bool), "final")
     plain, less = (round_advantages(led_to, earlier, b, "none", 4, "none") for b in (0.0, 1.0))
@@ -55,8 +57,7 @@ def test_what_stood_before_is_subtracted_from_later_rounds_alone():
 
 def test_unknown_reward_of_the_image_before_subtracts_nothing():
     torch.testing.assert_close(
-        before(torch.tensor([[0.2, 0.1], [NAN, 0.1], [NAN, 0.1], [NAN, 0.1]]), 2)[:, 1],
-        torch.tensor([0.2, 0.2, 0.0, 0.0]),
+        before(torch.tensor([[0.2], [NAN], [NAN], [NAN]]), 2), torch.tensor([[0, 0.2], [0, 0.2], [0, 0], [0, 0]])
     )
 
 
@@ -64,7 +65,7 @@ def test_round_that_failed_is_masked_alone():
     """Own rewards: a judge that fails on one image leaves the other round, and the others' groups, as they were."""
     rewards = torch.tensor([[NAN, 0.5], [0.2, 0.6], [0.4, 0.1], [0.6, 0.2]])
     led_to = returns(rewards, torch.ones(4, 2, dtype=torch.bool), "own")
-    found = round_advantages(led_to, before(rewards, 4), 0.0, "none", 4, "none")
+    found = round_advantages(led_to, before(rewards[:, :-1], 4), 0.0, "none", 4, "none")
     torch.testing.assert_close(found[:, 0], torch.tensor([0.0, -0.2, 0.0, 0.2]))
     torch.testing.assert_close(found[:, 1], torch.tensor([0.15, 0.25, -0.25, -0.15]))
 
@@ -132,12 +133,12 @@ def test_improvement_paid_to_the_round_before_it_teaches_to_paint_badly():
     painted = torch.ones_like(rewards, dtype=torch.bool)
 
     def gradients(led_to, baseline):
-        found = round_advantages(led_to, before(rewards, 24), baseline, "none", 24, "none")
+        found = round_advantages(led_to, before(rewards[:, :-1], 24), baseline, "none", 24, "none")
         return (found * noise).mean(0)  # score function of either round's mean
 
     for paid in ("final", "sum", "own"):
         led_to = returns(rewards, painted, paid)
-        for baseline in (0.0, slope(led_to, before(rewards, 24), 24), 1.0):
+        for baseline in (0.0, slope(led_to, before(rewards[:, :-1], 24), 24), 1.0):
             first_round, second_round = gradients(led_to, baseline)
             assert first_round > 0.2
             assert second_round > 0.8
@@ -149,7 +150,7 @@ def test_baseline_leaves_the_gradient_and_takes_variance():
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(4800, 2, generator=generator)
     rewards = torch.stack([noise[:, 0], noise[:, 0] + 0.3 * noise[:, 1]], 1)  # the second edits what the first made
-    led_to, earlier = returns(rewards, torch.ones(4800, 2, dtype=torch.bool), "final"), before(rewards, 24)
+    led_to, earlier = returns(rewards, torch.ones(4800, 2, dtype=torch.bool), "final"), before(rewards[:, :-1], 24)
     best = slope(led_to, earlier, 24)
     assert best == pytest.approx(1.0, abs=0.02)
     plain, less = (round_advantages(led_to, earlier, b, "none", 24, "none")[:, 1] * noise[:, 1] for b in (0, best))
@@ -163,7 +164,7 @@ def test_baseline_leaves_the_gradient_and_takes_variance():
 
 def drawn(rewards, how, keep_perfect=0.0, times=400):
     generator = torch.Generator().manual_seed(0)
-    found = [choose(torch.tensor(rewards), how, generator, 1.0, keep_perfect) for _ in range(times)]
+    found = [choose_image(torch.tensor(rewards), how, generator, 1.0, keep_perfect) for _ in range(times)]
     return [found.count(i) / times for i in range(len(rewards))]
 
 

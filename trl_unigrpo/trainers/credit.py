@@ -37,14 +37,17 @@ def returns(rewards: Tensor, painted: Tensor, paid: str, cost: float = 0.0) -> T
     return rewards[:, -1:] - cost * later
 
 
-def before(rewards: Tensor, group_size: int) -> Tensor:
+def before(stood: Tensor, group_size: int) -> Tensor:
     """
     Give the reward of the image before each round, (N, R): 0 before the first, and the group's mean where it is not
     known, which subtracts nothing.
+
+    Args:
+        stood: (N, R - 1) of the images that rounds 2 to R begin with.
     """
-    known = rewards[:, :-1].unflatten(0, (-1, group_size))
-    known = torch.where(known.isnan(), known.nanmean(1, keepdim=True).nan_to_num(), known).flatten(0, 1)
-    return torch.cat([torch.zeros_like(rewards[:, :1]), known], 1)
+    groups = stood.unflatten(0, (-1, group_size))
+    known = torch.where(groups.isnan(), groups.nanmean(1, keepdim=True).nan_to_num(), groups).flatten(0, 1)
+    return torch.cat([stood.new_zeros(len(stood), 1), known], 1)
 
 
 def slope(led_to: Tensor, earlier: Tensor, group_size: int) -> float | None:
@@ -108,7 +111,7 @@ def round_advantages(
     return torch.stack([group_advantages(part, group_size, scale_rewards) for part in worth.unbind(1)], 1)
 
 
-def choose(rewards: Tensor, how: str, generator: torch.Generator, perfect: float, keep_perfect: float) -> int:
+def choose_image(rewards: Tensor, how: str, generator: torch.Generator, perfect: float, keep_perfect: float) -> int:
     """
     Choose the image that all of a group go on from.
 

@@ -228,13 +228,16 @@ class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, P
         missing = size - torch.tensor(context.lengths, device=ids.device)[:, None]
         column = torch.arange(size + 1, device=ids.device)
         last = torch.tensor(context.positions, device=ids.device)[:, None]
+        plain = {"return_dict_in_generate": False, "use_cache": True}
+        if (how := kwargs.pop("generation_config", None)) is not None:
+            plain = {"generation_config": type(how).from_dict({**how.to_dict(), **plain})}
         out = super().generate(
             torch.cat([ids[:, :1].expand(-1, size), ids[:, -1:]], dim=1),
             *args,
             attention_mask=(column >= missing).long(),
             position_ids=last.expand(-1, size + 1).contiguous(),
             padded=min(context.lengths) < size,
-            **{**kwargs, CACHE: cache, "return_dict_in_generate": False, "use_cache": True},
+            **{**kwargs, CACHE: cache, **plain},
         )
         return torch.cat([ids, out[:, size + 1 :]], dim=1)
 
