@@ -98,11 +98,6 @@ def parameters_by_expert(base: UnifiedModelMixin, model: nn.Module) -> dict[str,
     return {name: parameters for name, parameters in experts.items() if parameters}
 
 
-def nothing_of(base: UnifiedModelMixin, model: nn.Module, expert: str) -> Tensor:
-    """Give a 0 whose gradient is 0 for an expert's trained weights: processes in step wait for a gradient of each."""
-    return torch.stack([0 * parameter.sum() for parameter in parameters_by_expert(base, model)[expert]]).sum()
-
-
 def describe_trained(base: UnifiedModelMixin, model: nn.Module) -> str:
     """Say in a line how much of each expert is trained."""
     experts = parameters_by_expert(base, model)

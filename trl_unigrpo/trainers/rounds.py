@@ -143,8 +143,13 @@ class RoundsTrainer(RunKeeping):
 
     def _reflect(self, trajectories: Sequence[Trajectory]) -> None:
         """Sample the texts of the rounds begun, and see which of them keep the image."""
-        if not trajectories:
-            return
+        texts = self._sampled_texts(trajectories) if trajectories else []
+        for t, ids, text in zip(trajectories, texts, self._decoded(texts), strict=True):
+            whole = ids[-1] in self.eos_token_ids
+            t.rounds[-1].text_ids = ids
+            t.rounds[-1].stopped = self.args.allow_stop and whole and stops(text, self.args.stop_text)
+
+    def _sampled_texts(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         config = copy.copy(self.generation_config)
         config.max_new_tokens = self.args.max_reflection_length
         with (
@@ -156,12 +161,8 @@ class RoundsTrainer(RunKeeping):
             ) as model,
             self.accelerator.autocast(),
         ):
-            pad = self._tokenizer.pad_token_id
-            texts = continue_texts(model, [t.now() for t in trajectories], config, pad, self.eos_token_ids)
-        for t, ids, text in zip(trajectories, texts, self._decoded(texts), strict=True):
-            whole = ids[-1] in self.eos_token_ids
-            t.rounds[-1].text_ids = ids
-            t.rounds[-1].stopped = self.args.allow_stop and whole and stops(text, self.args.stop_text)
+            seen = [t.now() for t in trajectories]
+            return continue_texts(model, seen, config, self._tokenizer.pad_token_id, self.eos_token_ids)
 
     # 2. What TRL sees
 

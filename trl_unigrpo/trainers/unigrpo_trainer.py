@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ..flow.sampler import RolloutPlan
 from ..flow.states import rows_of
 from ..models.contract import UnifiedModelMixin
-from ..models.experts import clip_by_expert, nothing_of, rates_by_expert, split_groups
+from ..models.experts import clip_by_expert, rates_by_expert, split_groups
 from ..models.prompts import as_messages, choose_system_prompt, system_ids
 from ..models.registry import unified_model
 from ..models.tokenizer import check_messages
@@ -311,11 +311,8 @@ class UniGRPOTrainer(RoundsTrainer):
         if self.model.training:
             self._phases.begin("update")  # ended by `_get_learning_rate`
         of_text = {**inputs, "advantages": inputs.get("text_advantages", inputs["advantages"])}
-        if "trajectories" not in inputs:
+        if not has_steps(inputs.get("trajectories", [])):
             return self.args.text_weight * super()._compute_loss(model, of_text)
-        if not has_steps(inputs["trajectories"]):  # all kept images that are not trained
-            nothing = nothing_of(self.unified, self.model, "image")
-            return self.args.text_weight * super()._compute_loss(model, of_text) + nothing
         # TRL blanks the rows that `mask_truncated_completions` leaves out of training: so are their images.
         steps = Steps.of(inputs["trajectories"], inputs["completion_mask"].any(1)).to(self.accelerator.device)
         context_grad = self.args.flow_context_grad == "full"
