@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-
 from trl import GRPOConfig
 
 from tests.helpers.paths import ROOT

@@ -143,7 +143,9 @@ class RoundsTrainer(RunKeeping):
 
     def _reflect(self, trajectories: Sequence[Trajectory]) -> None:
         """Sample the texts of the rounds begun, and see which of them keep the image."""
-        texts = self._sampled_texts(trajectories) if trajectories else []
+        if not trajectories:
+            return
+        texts = self._sampled_texts(trajectories)
         for t, ids, text in zip(trajectories, texts, self._decoded(texts), strict=True):
             whole = ids[-1] in self.eos_token_ids
             t.rounds[-1].text_ids = ids
