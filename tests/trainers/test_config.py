@@ -73,6 +73,7 @@ DEFAULTS = {
     "image_objective": "flow_grpo",
     "matching_samples": 8,
     "nft_beta": 1.0,
+    "compile_layers": False,
     "num_rounds": 1,
     "eval_num_rounds": None,
     "round_context": "markov",

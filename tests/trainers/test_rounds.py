@@ -1,6 +1,7 @@
 """Several rounds through the real trainer: what TRL sees, what is paid, and that it is the objective's gradient."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,8 +135,8 @@ def test_first_pass_has_the_ratio_of_the_policy_itself(trained):
 
 @pytest.mark.parametrize("context", ["markov", "full"])
 def test_texts_are_sampled_from_what_is_trained(trained, context):
-    """Nearly greedy texts are the likeliest of a forward over what the round sees: images, positions and words."""
-    settings = {"temperature": 0.02, "round_context": context, "num_rounds": 3, "allow_stop": False}
+    """Greedy texts are the likeliest of a forward over what the round sees: images, positions and words."""
+    settings = {"temperature": 0.001, "round_context": context, "num_rounds": 3, "allow_stop": False}
     trainer, seen = trained(trainer_class=UniGRPOTrainer, max_steps=1, **settings)
     model, found = rounds_bagel(), []
     for t, _ in in_order_of_rows(seen.batches):
@@ -146,7 +147,7 @@ def test_texts_are_sampled_from_what_is_trained(trained, context):
             logits[:, trainer.generation_config.suppress_tokens] = -torch.inf
             found += (logits.argmax(-1) == torch.tensor(part.text_ids)).tolist()
     assert len(found) > 80
-    assert sum(found) > 0.95 * len(found)
+    assert all(found)
 
 
 def test_model_that_does_not_pack_trains_as_its_twin_that_does(trained):
