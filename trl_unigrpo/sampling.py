@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from PIL import Image as PILImage
-from transformers import PreTrainedTokenizerBase
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .flow import flow_timesteps
 from .flow.guidance import Guidance, guided_velocity
@@ -180,9 +181,35 @@ def think(
     return [Trajectory(prompt, ids, row, [Round(text)]) for row, (prompt, ids, text) in rows]
 
 
-def trim(ids: list[int], end: int) -> list[int]:
-    """Keep the tokens up to the first `end`, which stays."""
-    return ids[: ids.index(end) + 1] if end in ids else ids
+@torch.no_grad()
+def continue_texts(
+    model: Any, trajectories: Sequence[Trajectory], how: GenerationConfig, pad: int, ends: Sequence[int]
+) -> list[list[int]]:
+    """
+    Sample the text that follows each trajectory's prompt, with the images that the prompt shows.
+
+    Args:
+        model: a unified model with an `image_placeholder`, adapted or not, in the mode that it is to be sampled in.
+        how: how texts are sampled.
+        pad: token that fills up shorter prompts.
+        ends: tokens that end a text.
+    """
+    prompts = [torch.tensor(t.prompt_ids) for t in trajectories]
+    ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
+    mask = pad_sequence([torch.ones_like(row) for row in prompts], batch_first=True, padding_side="left")
+    device = unified_model(model).device
+    out = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        images=[t.images for t in trajectories],
+        generation_config=how,
+    )
+    return [trim(row, *ends) for row in out[:, ids.shape[1] :].tolist()]
+
+
+def trim(ids: list[int], *ends: int) -> list[int]:
+    """Keep the tokens up to the first of `ends`, which stays."""
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids)) + 1]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 
-TRAIN, EVAL, WINDOW, THINK = range(4)
+TRAIN, EVAL, WINDOW, THINK, CHOICE = range(5)
 """Purposes of a stream: the first part of its key after the run's seed."""
 
 

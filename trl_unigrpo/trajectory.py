@@ -2,6 +2,7 @@
 
     Trajectory   a prompt, and what the model made of it:     rounds
     Round        one text, and the images painted after it:   images
+    Passage      a stretch of rounds that is read as one row:  ids
     Image        a finished image, and its trained states:    steps
     Steps        a table of the trained steps of a micro-batch, one row a step, of any number of images a trajectory
 
@@ -57,10 +58,40 @@ class Round:
     Attributes:
         text_ids: tokens of the text, as sampled; none where the images follow what came before.
         images: in the order in which they were painted.
+        observation_ids: tokens between the round before and the text, which the policy did not sample, with a
+            placeholder for each image that they show.
+        shown: these images, in the model's own form.
+        fresh: whether the observation stands behind the system message alone, and not behind all that came before.
+        stopped: whether the text keeps the image of the round before: none is painted.
+        reward: of the image, where rounds are scored; None where it has no score.
     """
 
     text_ids: list[int] = field(default_factory=list)
     images: list[Image] = field(default_factory=list)
+    observation_ids: list[int] = field(default_factory=list)
+    shown: list[Any] = field(default_factory=list)
+    fresh: bool = False
+    stopped: bool = False
+    reward: float | None = None
+
+
+@dataclass
+class Passage:
+    """
+    A stretch of a trajectory that is read as one row.
+
+    Attributes:
+        ids: its tokens.
+        images: finished images that they show.
+        repeated: how many of the tokens, at the beginning, are the system message once more, and no part of the
+            trajectory's own.
+        rounds: how many rounds it has.
+    """
+
+    ids: list[int]
+    images: list[Any]
+    repeated: int = 0
+    rounds: int = 0
 
 
 @dataclass
@@ -73,7 +104,7 @@ class Trajectory:
         prompt_ids: its tokens.
         row: place in the generation batch.
         rounds: in their order.
-        system_ids: tokens of its system message, none where it has none; needed for guidance alone.
+        system_ids: tokens of its system message, none where it has none; needed for guidance and for fresh rounds.
         images: finished images that the prompt shows by a placeholder each, in the model's own form.
     """
 
@@ -89,11 +120,41 @@ class Trajectory:
         """Tokens of all rounds' texts."""
         return [token for part in self.rounds for token in part.text_ids]
 
+    @property
+    def row_ids(self) -> list[int]:
+        """All its tokens behind the prompt, in their order: texts, and what was observed between them."""
+        return [token for part in self.rounds for token in (*part.observation_ids, *part.text_ids)]
+
+    @property
+    def looks(self) -> int:
+        """How many of its rounds began with a look at what came before."""
+        return sum(bool(part.observation_ids) for part in self.rounds)
+
     def painted(self) -> Iterator[tuple[int, Image]]:
         """Walk through all images: the number of its round, and the image."""
         for number, part in enumerate(self.rounds):
             for image in part.images:
                 yield number, image
+
+    def passages(self) -> list[Passage]:
+        """Cut it where a round is fresh; without such it is one passage."""
+        found = [Passage(list(self.prompt_ids), list(self.images))]
+        for part in self.rounds:
+            if part.fresh:
+                system = self.system_ids or []
+                found.append(Passage(list(system), [], len(system)))
+            found[-1].ids += [*part.observation_ids, *part.text_ids]
+            found[-1].images += part.shown
+            found[-1].rounds += 1
+        return found
+
+    def now(self) -> "Trajectory":
+        """Give what its last round sees, as a trajectory of this round alone: all before its text is the prompt."""
+        if not self.looks:
+            return self
+        last, text = self.passages()[-1], self.rounds[-1].text_ids
+        prompt_ids = last.ids[: len(last.ids) - len(text)]
+        return replace(self, prompt_ids=prompt_ids, images=last.images, rounds=[Round(text)])
 
 
 @dataclass
@@ -219,6 +280,11 @@ class Steps:
         if any(image.guidance != first for image in self.images):
             raise ValueError("Images of one batch were sampled with different guidance: make a batch for each.")
         return first or Guidance()
+
+
+def has_steps(trajectories: Sequence[Trajectory]) -> bool:
+    """Say whether any image has a trained step."""
+    return any(len(image.steps) for trajectory in trajectories for _, image in trajectory.painted())
 
 
 def in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

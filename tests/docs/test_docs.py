@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+from trl import GRPOConfig
 
 from tests.helpers.paths import ROOT
 from trl_unigrpo import UniGRPOConfig
+from trl_unigrpo.trainers.rounds_config import RoundsConfig
 
 
 def test_config_table_names_every_documented_field(hooks):
@@ -17,9 +19,10 @@ def test_config_table_names_every_documented_field(hooks):
     assert all(row.endswith(" |") and len(row.split(" | ")) >= 4 for row in rows)
 
 
-def test_config_docstring_names_every_new_field():
-    own = set(UniGRPOConfig.__annotations__) - {field.name for field in dataclasses.fields(UniGRPOConfig.__mro__[1])}
-    documented = UniGRPOConfig.__doc__
+@pytest.mark.parametrize("config", [UniGRPOConfig, RoundsConfig])
+def test_config_docstring_names_every_new_field(config):
+    own = set(config.__annotations__) - {field.name for field in dataclasses.fields(GRPOConfig)}
+    documented = config.__doc__
     assert [name for name in sorted(own) if not name.startswith("_") and f"{name} (`" not in documented] == []
 
 

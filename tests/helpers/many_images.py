@@ -6,6 +6,7 @@ The oracle knows nothing of tables, packing or guidance; of the package it calls
 """
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -141,11 +142,12 @@ def flow_loss(models, batch, settings):
     """-(J_flow) + w L_MSE of one micro-batch: means over steps, images and trajectories, in this order."""
     rows, grad, kind = [], settings.get("flow_context_grad") == "full", settings.get("image_objective", "flow_grpo")
     weight = settings.get("flow_regularizer_weight", 1.5e-5) * SCALE * (step_scale({}) if kind == "flow_grpo" else 1)
-    for trajectory, advantage in zip(batch["trajectories"], batch["advantages"].double(), strict=True):
+    for row, trajectory in enumerate(batch["trajectories"]):
         of_images = []
-        for image in images(trajectory):
+        for number, image in trajectory.painted():
             if not len(image.steps):
                 continue
+            advantage = paid(batch, row, number)
             v = velocities(models.now, image, grad)
             with torch.no_grad():
                 old, reference = (velocities(model, image, False) for model in (models.old, models.reference))
@@ -159,22 +161,41 @@ def flow_loss(models, batch, settings):
     return mean(rows)
 
 
-def text_loss(models, batch):
-    """-(J_text) of one micro-batch: means over tokens and trajectories."""
+def paid(batch, row, number):
+    """The advantage of a round."""
+    several = "round_advantages" in batch
+    return (batch["round_advantages"][row, number] if several else batch["advantages"][row]).double()
 
-    def log_probs(model, prompt, completion):
-        hidden = model.backbone(torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
+
+def texts_of(batch, row):
+    """Of one trajectory's rounds: number, what stands before its text, the text, the images that are shown."""
+    if "rounds" in batch:
+        t = batch["rounds"][row]
+        for number in range(len(t.rounds)):
+            seen = replace(t, rounds=t.rounds[: number + 1]).now()
+            yield number, seen.prompt_ids, t.rounds[number].text_ids, seen.images
+    else:
+        parts = ("prompt", "completion")
+        yield 0, *(batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()].tolist() for part in parts), []
+
+
+def text_loss(models, batch, trained=lambda number: True):
+    """-(J_text) of one micro-batch: means over tokens of all rounds and trajectories."""
+
+    def log_probs(model, prompt, completion, shown):
+        hidden = model.backbone(torch.tensor([[*prompt, *completion]]), images=[shown]).last_hidden_state[0]
         rows = model.get_output_embeddings()(hidden)[len(prompt) - 1 : -1].log_softmax(-1)
         return rows[torch.arange(len(completion)), torch.tensor(completion)]
 
     losses = []
-    for row, advantage in enumerate(batch["advantages"].double()):
-        prompt, completion = (
-            batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()].tolist() for part in ("prompt", "completion")
-        )
-        with torch.no_grad():
-            old = log_probs(models.old, prompt, completion)
-        losses.append(surrogate(log_probs(models.now, prompt, completion) - old, advantage, 0.2).mean())
+    for row in range(len(batch["advantages"])):
+        of_row = [torch.zeros(0)]
+        for number, *text in texts_of(batch, row):
+            if trained(number):
+                with torch.no_grad():
+                    old = log_probs(models.old, *text)
+                of_row.append(surrogate(log_probs(models.now, *text) - old, paid(batch, row, number), 0.2))
+        losses.append(torch.cat(of_row).mean())
     return mean(losses)
 
 
@@ -186,6 +207,8 @@ def expected(make_model, batches, now, old, settings):
     for model in vars(models).values():
         model.double()
     flow = mean([flow_loss(models, batch, settings) for batch in batches])
-    loss = flow + mean([text_loss(models, batch) for batch in batches])
+    trained = settings.get("train_rounds")
+    trains = (lambda number: True) if trained is None else lambda number: number + 1 in trained
+    loss = flow + mean([text_loss(models, batch, trains) for batch in batches])
     loss.backward()
     return {name: p.grad for name, p in models.now.named_parameters()}, loss.item()

@@ -15,7 +15,7 @@ from trl_unigrpo.sampling import paint
 from trl_unigrpo.trainers import unigrpo_trainer
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
-from trl_unigrpo.trajectory import Steps
+from trl_unigrpo.trajectory import Steps, has_steps
 
 
 logging.disable_progress_bar()
@@ -194,7 +194,7 @@ class Recorder(TrainerCallback):
         def recorded(model, inputs):
             if "advantages" in inputs and model.training:
                 self.batches.append(dict(inputs))
-                if "trajectories" in inputs:
+                if has_steps(inputs.get("trajectories", [])):
                     self.batches[-1].update(beside(trainer, inputs["trajectories"]))
             return compute_loss(model, inputs)
 

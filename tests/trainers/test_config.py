@@ -16,6 +16,8 @@ from tests.helpers.tiny_unified import tiny_config
 from trl_unigrpo.trainers import config_checks, unigrpo_config
 from trl_unigrpo.trainers.evaluation_checks import whole_groups
 from trl_unigrpo.trainers.refl_trainer import ReFLConfig
+from trl_unigrpo.trainers.reflection import TEMPLATE
+from trl_unigrpo.trainers.rounds_config import RoundsConfig
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
@@ -75,6 +77,22 @@ DEFAULTS = {
     "image_objective": "flow_grpo",
     "matching_samples": 8,
     "nft_beta": 1.0,
+    "num_rounds": 1,
+    "eval_num_rounds": None,
+    "round_context": "markov",
+    "context_latents": "reencode",
+    "reflection_template": TEMPLATE,
+    "max_reflection_length": 256,
+    "allow_stop": True,
+    "stop_text": "keep",
+    "train_rounds": None,
+    "round_group": "independent",
+    "round_select": "worst",
+    "keep_perfect": 0.15,
+    "round_reward": "final",
+    "round_baseline": None,
+    "round_cost": 0.0,
+    "no_improve": "none",
 }
 
 
@@ -83,7 +101,8 @@ def test_every_field_of_this_project_has_its_default_here():
         {"bf16", "dataloader_pin_memory"},
         {"gradient_accumulation_steps", "per_device_eval_batch_size"},
     )
-    assert set(UniGRPOConfig.__annotations__) - of_the_machine - below <= set(DEFAULTS)
+    own = {*UniGRPOConfig.__annotations__, *RoundsConfig.__annotations__}
+    assert own - of_the_machine - below <= set(DEFAULTS)
 
 
 def test_defaults(tmp_path):

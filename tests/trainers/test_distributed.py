@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
+from tests.helpers.rounds import STOP, FixedRounds, rounds_bagel, rounds_trainer
 from tests.helpers.runs import DIVERGING, alarms_of, assert_same_update
 from tests.helpers.sft import make_sft, many_rows
 from tests.helpers.tiny_unified import FixedTexts, build_trainer, redness, tiny_bagel, weights
@@ -44,16 +45,31 @@ MORE_CASES = {
     "process reward": {"reward_funcs": [redness, words], "process_reward_weight": 0.5},
     "windows per group": {"sde_window_scope": "group"},
     "guidance, checkpointing": {"guidance_scale": 3.0, "gradient_checkpointing": True},
+    # The second process keeps its images in the second round, all but one of the first's go on to the third.
+    "rounds": {"rounds": True, "num_rounds": 3},
+    "tree": {"rounds": True, "round_group": "tree", "round_context": "markov"},
     "lines, no thinking": {"image_objective": "fpo", "thinking": False, "text_weight": 0.0},
 }
 
 
+class UnequalRounds(FixedRounds):
+    """All of the second process keep their image in round 2, however the batch is spread: its half of the rows."""
+
+    def _sampled_texts(self, trajectories):
+        texts = super()._sampled_texts(trajectories)
+        ends = [len(t.rounds) == 2 and t.row >= 4 for t in trajectories]
+        return [STOP if end else text for end, text in zip(ends, texts, strict=True)]
+
+
 def run(folder, case, per_device_train_batch_size):
     arguments = {**SETTINGS, **(CASES | MORE_CASES)[case]}
-    lora = arguments.pop("lora", False)
-    trainer = build_trainer(
+    lora, build, model = arguments.pop("lora", False), build_trainer, tiny_bagel
+    if arguments.pop("rounds", False):
+        build, model = rounds_trainer, rounds_bagel
+        arguments |= {"trainer_class": UnequalRounds, "temperature": 1.0}
+    trainer = build(
         folder,
-        model=tiny_bagel(),
+        model=model(),
         per_device_train_batch_size=per_device_train_batch_size,
         peft_config=LoraConfig(r=2, init_lora_weights=False) if lora else None,
         **arguments,

@@ -8,8 +8,10 @@ from trl_unigrpo.flow import flow_timesteps
 from trl_unigrpo.trainers.windows import draw_windows
 
 
-def window_of(trainer, batch_size=8):
-    return draw_windows(trainer.args, trainer.generation, trainer.accelerator.process_index, batch_size).tolist()
+def window_of(trainer, batch_size=8, round_index=0):
+    process = trainer.accelerator.process_index
+    rows = range(process * batch_size, (process + 1) * batch_size)
+    return draw_windows(trainer.args, trainer.generation, process, rows, round_index).tolist()
 
 
 def windows_of(trainer, batch_size=8, generations=range(12)):
@@ -34,6 +36,14 @@ def test_micro_steps_of_a_generation_have_one_window_and_one_noise(make_trainer)
         trainer._step = step
         first.append(window_of(trainer))
     assert all(window == first[0] for window in first)
+
+
+@pytest.mark.parametrize("scope", ["generation", "sample"])
+def test_each_round_has_a_window_of_its_own(make_trainer, scope):
+    trainer = make_trainer(sde_window_scope=scope)
+    drawn = [[window_of(trainer, round_index=number) for number in range(12)] for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert any(window != drawn[0][0] for window in drawn[0])
 
 
 @pytest.mark.parametrize("scope", ["generation", "rank", "group", "sample"])

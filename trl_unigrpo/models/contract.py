@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image as PILImage
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from ..flow.guidance import Velocity, guide_where_covered
-from ..trajectory import Steps, Trajectory, in_order
+from ..trajectory import Image, Passage, Steps, Trajectory, in_order
 from .reference import adapters_off, trained_weights, weights_in_place
 
 
@@ -154,6 +155,8 @@ class UnifiedModelMixin(_Base):
         """
         Compute hidden states of text rows and the velocities (S, *latent) of steps in one call.
 
+        A model with an `image_placeholder` takes `passages` too, as in `call_backbone`, and so does its `backbone`.
+
         Args:
             steps: their `row` is the text row that they belong to.
             context_grad: whether the steps' loss reaches the text's weights through the context.
@@ -177,6 +180,23 @@ class UnifiedModelMixin(_Base):
 
     context_types: Sequence[type] = (ContextRow,)
     """Dataclasses that `contexts` may return."""
+
+    @property
+    def image_placeholder(self) -> int | None:
+        """Token that stands for a finished image in what is read; None where texts alone are read."""
+        return None
+
+    def observe(self, images: Sequence[Image], seen: Sequence[PILImage.Image], reencode: bool) -> list[Any]:
+        """
+        Give finished images in the form in which contexts show them, to be kept and shown again as they are. Asked of
+        a model with an `image_placeholder`.
+
+        Args:
+            images: as they were painted, of one size.
+            seen: the same, decoded.
+            reencode: whether to encode what is seen, or (False) take the latents that were painted.
+        """
+        raise NotImplementedError
 
     @property
     def suppressed_token_ids(self) -> Sequence[int]:
@@ -275,19 +295,22 @@ class UnifiedModelMixin(_Base):
         steps: Steps | None = None,
         context_grad: bool = False,
         into: list[Tensor] | None = None,
+        passages: Sequence[Sequence[Passage]] | None = None,
         **kwargs: Any,
     ) -> UnifiedOutput:
         """
         Compute hidden states of text rows and, of `steps`, velocities: in one call, or one after the other.
 
         Args:
+            passages: for each text row what it is read as, where that is more than the row itself.
             into: where the velocities go too, for a caller that sees only the language head's output.
         """
+        read_as = {} if passages is None else {"passages": passages}
         if steps is not None and self.packs_velocities:
-            outputs = self.packed_forward(input_ids, attention_mask, steps, context_grad)
+            outputs = self.packed_forward(input_ids, attention_mask, steps, context_grad, **read_as)
         else:
             # PEFT's wrapper for language models passes on all that one could take, as None.
-            kwargs = {name: value for name, value in kwargs.items() if value is not None}
+            kwargs = {name: value for name, value in kwargs.items() if value is not None} | read_as
             outputs = self.backbone(input_ids, attention_mask, **kwargs)
             if steps is not None:
                 velocity = in_order(self.velocities(steps, context_grad))

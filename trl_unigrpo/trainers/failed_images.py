@@ -1,7 +1,7 @@
 """Images that are not numbers: samples without a reward, counted, and an error if there are no others."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,15 +37,20 @@ def image_metrics(accelerator: Accelerator, images: Sequence[Image.Image]) -> di
     return {"images/pixel_std": accelerator.gather(spread).mean().item(), "images/not_finite": share}
 
 
-def without_failed(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[int] | None]:
+def without_failed(
+    arguments: Mapping[str, Any], known: Collection[int] = ()
+) -> tuple[dict[str, Any], list[int] | None]:
     """
     Leave the failed images, and what belongs to them, out of the arguments of a reward function.
+
+    Args:
+        known: places of samples that are left out too, as their scores are known.
 
     Returns:
         The arguments, and the places of the samples that are left; None if all are.
     """
     images = arguments.get("images") or []
-    places = [place for place, image in enumerate(images) if not has_failed(image)]
+    places = [place for place, image in enumerate(images) if not has_failed(image) and place not in known]
     if len(places) == len(images):
         return dict(arguments), None
     left = {

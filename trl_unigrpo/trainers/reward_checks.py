@@ -14,6 +14,8 @@ from .trl_bridge import get_callable_name
 
 GIVEN = ("prompts", "completions", "completion_ids", "images", "trainer_state", "log_extra", "log_metric")
 """Arguments that TRL and this trainer hand to every reward function, beside the dataset's columns."""
+OF_ROUNDS = ("previous_images", "source_images", "round_index")
+"""Those that they get beside these where trajectories have several rounds."""
 KEPT_BACK = ("prompt", "completion", "completion_ids")
 """Columns that TRL does not hand over."""
 
@@ -50,6 +52,7 @@ def check_reward_funcs(reward_funcs: Sequence[Any], args: Any, columns: Iterable
     """
     if not reward_funcs:
         raise ValueError("No reward source provided: reward_funcs is empty. Pass a function that scores images.")
+    given = GIVEN if args.most_rounds == 1 else (*GIVEN, *OF_ROUNDS)
     for function in reward_funcs:
         if isinstance(function, (str, nn.Module)):
             continue
@@ -58,7 +61,7 @@ def check_reward_funcs(reward_funcs: Sequence[Any], args: Any, columns: Iterable
         if not callable(function):
             raise TypeError(f"reward_funcs has a {type(function).__name__}, expected a function or a list of them.")
         own = () if args.remove_unused_columns else (name for name in columns if name not in KEPT_BACK)
-        _check_call(function, [*GIVEN, *own])
+        _check_call(function, [*given, *own], given)
     weights = args.reward_weights
     if weights is not None and len(weights) != len(reward_funcs):
         raise ValueError(
@@ -70,7 +73,7 @@ def check_reward_funcs(reward_funcs: Sequence[Any], args: Any, columns: Iterable
     _check_scopes(reward_funcs, args.process_reward_weight)
 
 
-def _check_call(function: Any, arguments: Iterable[str]) -> None:
+def _check_call(function: Any, arguments: Iterable[str], given: Sequence[str]) -> None:
     try:
         signature = inspect.signature(function, follow_wrapped=False)  # a decorator may take more than it passes on
     except (TypeError, ValueError):  # of a function that isn't Python's
@@ -80,7 +83,7 @@ def _check_call(function: Any, arguments: Iterable[str]) -> None:
     except TypeError as error:
         raise TypeError(
             f"The reward function {get_callable_name(function)!r} can't be called: {error}. It gets "
-            f"{', '.join(GIVEN)} and the dataset's columns by name. Take what it needs, and the rest as **columns."
+            f"{', '.join(given)} and the dataset's columns by name. Take what it needs, and the rest as **columns."
         ) from error
 
 

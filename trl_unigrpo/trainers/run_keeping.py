@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 
 from ..models.contract import UnifiedModelMixin
 from ..models.registry import unified_model
-from ..monitoring.events import Generation, Watcher
+from ..monitoring.events import Generation, Rollout, Watcher
 from ..monitoring.image_statistics import image_statistics
 from ..monitoring.progress import Phases
 from ..reporting.completion_images import write_completion_images
@@ -28,6 +28,7 @@ from .checkpoint import load_rollouts, save_rollouts
 from .dataset_checks import check_dataset
 from .kept import KeptVelocities
 from .scoring import RewardBook
+from .setup import Setup
 from .training_loop import TrainingLoop
 from .trl_bridge import TextAndVelocities
 from .unigrpo_config import UniGRPOConfig
@@ -40,6 +41,9 @@ class Progress:
 
     Attributes:
         trajectories: of the rollout that is being rewarded.
+        inputs: the dataset's rows that it is made of.
+        walk: its rounds, where there are several.
+        reading: trajectories whose texts are being read, where they have several rounds.
         forward: of the micro-batch whose loss is being computed.
         metrics: of the image's objective, of the optimizer step's micro-batches.
         learning_rates: that the last optimizer step used, for the log.
@@ -49,6 +53,9 @@ class Progress:
     """
 
     trajectories: list[Trajectory] = field(default_factory=list)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    walk: Any = None
+    reading: Sequence[Trajectory] | None = None
     forward: TextAndVelocities | None = None
     metrics: dict[str, list[float]] = field(default_factory=dict)
     learning_rates: dict[str, float] = field(default_factory=dict)
@@ -74,6 +81,8 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
     _kept: KeptVelocities
     _phases: Phases
     _progress: Progress
+    _setup: Setup
+    _baseline: float | None = None  # of later rounds' rewards: see credit.py
 
     @property
     def unified(self) -> UnifiedModelMixin:
@@ -94,6 +103,10 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
     def generation(self) -> int:
         """Number of the generation batch that is trained on: the same however it is cut into micro-batches."""
         return self._step // (self.args.steps_per_generation * self.num_iterations)
+
+    @property
+    def _trains_image(self) -> bool:
+        return self.model.training and self._setup.trains["image"]
 
     def rows(self, count: int) -> range:
         """Give the places of this process' trajectories in the generation batch, or in the whole evaluation."""
@@ -121,6 +134,12 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
         for watcher in self._watchers:
             callbacks = self.callback_handler.callbacks
             getattr(watcher, event)(self.args, self.state, self.control, model=self.model, callbacks=callbacks, **what)
+
+    def _tell_rollout(self, trajectories: list[Trajectory], windows: Tensor | None = None) -> None:
+        """Tell watchers of images that were painted; `windows` are those of all processes, where they are to agree."""
+        objective = self._setup.objective
+        transition = objective.transition if objective.stochastic else None
+        self._tell("on_rollout", rollout=Rollout(trajectories, self.num_generations, transition, windows))
 
     def _show(self, images: Sequence[Any], advantages: Tensor) -> None:
         """Show the generation batch to watchers and to the log's tables."""
@@ -169,7 +188,7 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
             return super().train(*args, **kwargs)
         finally:  # an error leaves an update half done
             self._phases.stop()
-            self._progress.forward = None
+            self._progress.forward = self._progress.reading = self._progress.walk = None
             self._progress.metrics.clear()
 
     def evaluate(
@@ -224,6 +243,7 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
             "geometry": self._geometry,
             "buffer": self._buffered_inputs if passes_left else None,
             "velocities": self._kept.state() if passes_left else {},
+            "baseline": self._baseline,
         }
         save_rollouts(folder, self.accelerator.process_index, state, self.unified.context_types)
 
@@ -240,6 +260,7 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
             # TRL's tensors go to the device; trajectories are no containers to it, and stay.
             self._step, self._buffered_inputs = state["step"], send_to_device(state["buffer"], self.accelerator.device)
             self._kept.restore(state["velocities"])
+            self._baseline = state.get("baseline")
             return
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
         warnings.warn(

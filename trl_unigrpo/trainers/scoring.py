@@ -1,9 +1,12 @@
 """Rewards of a generation batch: failures named where they raise and masked where they leave out scores, and process
 rewards apart from those of the image."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,32 +18,67 @@ from .reward_checks import distinct
 from .trl_bridge import get_callable_name, is_async_callable, nanstd
 
 
+STANDING = "standing"
+"""Name under which a sample's [`Standing`] reaches the wrapper of a reward function."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """
+    What is known of a sample before its round is scored; reward functions don't see it.
+
+    Attributes:
+        scores: (F,) of its image, where that was scored in a round before; None where it is a new one.
+        optional: whether only functions that ask for every round are called.
+    """
+
+    scores: Sequence[float] | None = None
+    optional: bool = False
+
+
 def with_names(reward_funcs: Sequence[Any]) -> list[Any]:
     """Give each reward function a name of its own, which its errors say; reward models stay as they are."""
     names = distinct(map(get_callable_name, reward_funcs))
     return [
-        _with_name(function, name) if callable(function) and not isinstance(function, nn.Module) else function
-        for function, name in zip(reward_funcs, names, strict=True)
+        _with_name(function, name, number) if callable(function) and not isinstance(function, nn.Module) else function
+        for number, (function, name) in enumerate(zip(reward_funcs, names, strict=True))
     ]
 
 
-def _with_name(reward_func: Any, name: str) -> Any:
-    """Wrap a reward function, of the same scope, so that its errors name it and it sees no failed image."""
+def asks_every_round(function: Any) -> bool:
+    """Say whether a reward function is to see the image of every round: whether its `every_round` is True."""
+    while isinstance(function, partial) and not hasattr(function, "every_round"):
+        function = function.func
+    return bool(getattr(function, "every_round", False))
 
-    async def score_async(*args: Any, **kwargs: Any) -> Any:
-        with _naming(name):
-            given, places = without_failed(kwargs)
-            scores = [] if places == [] else await reward_func(*args, **given)
-            return _spread(_checked(name, scores), places, kwargs)
 
-    def score(*args: Any, **kwargs: Any) -> Any:
+def _with_name(reward_func: Any, name: str, number: int) -> Any:
+    """Wrap a reward function, of the same scope, so that its errors name it and it sees only what is to be scored."""
+    every_round = asks_every_round(reward_func)
+
+    def prepared(arguments: dict[str, Any]) -> tuple[dict[str, Any], list[int] | None, list[Any]]:
+        standing = arguments.pop(STANDING, [])
+        scores: list[Any] = [None if one.scores is None else one.scores[number] for one in standing]
+        known = [place for place, score in enumerate(scores) if score is not None and not math.isnan(score)]
+        given, places = without_failed(arguments, known)
+        if standing and standing[0].optional and not every_round:
+            places = []
+        return given, places, scores or [None] * len(arguments["prompts"])
+
+    async def score_async(**kwargs: Any) -> Any:
         with _naming(name):
-            given, places = without_failed(kwargs)
-            scores = [] if places == [] else reward_func(*args, **given)
-            return _spread(_checked(name, scores), places, kwargs)
+            given, places, known = prepared(kwargs)
+            scores = [] if places == [] else await reward_func(**given)
+            return _spread(_checked(name, scores), places, known)
+
+    def score(**kwargs: Any) -> Any:
+        with _naming(name):
+            given, places, known = prepared(kwargs)
+            scores = [] if places == [] else reward_func(**given)
+            return _spread(_checked(name, scores), places, known)
 
     named: Any = score_async if is_async_callable(reward_func) else score
-    named.__name__, named.scope = name, reward_scope(reward_func)
+    named.__name__, named.scope, named.every_round = name, reward_scope(reward_func), every_round
     return named
 
 
@@ -63,12 +101,13 @@ def _checked(name: str, scores: Any) -> list[Any]:
     return list(scores)
 
 
-def _spread(scores: list[Any], places: list[int] | None, arguments: Mapping[str, Any]) -> list[Any]:
-    """Put the scores of some samples at their places among all; the others have none."""
+def _spread(scores: list[Any], places: list[int] | None, known: list[Any]) -> list[Any]:
+    """Put the scores of some samples at their places among those that are known; without places they are all."""
     if places is None:
         return scores
-    found = dict(zip(places, scores, strict=True))
-    return [found.get(place) for place in range(len(arguments["images"]))]
+    for place, score in zip(places, scores, strict=True):
+        known[place] = score
+    return known
 
 
 class RewardBook:
@@ -89,6 +128,7 @@ class RewardBook:
         self.weights = weights
         self.process_advantages = torch.empty(0)
         self.rewards = torch.empty(0)
+        self.metrics: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []
 
     @property
@@ -96,9 +136,9 @@ class RewardBook:
         """(F,) what each function counts in the advantage that TRL computes."""
         return self.weights.masked_fill(self.is_process, 0.0)
 
-    def enter(self, rewards: Tensor, group_size: int, scale_rewards: str) -> tuple[Tensor, dict[str, float]]:
+    def enter(self, rewards: Tensor, group_size: int, scale_rewards: str) -> Tensor:
         """
-        Mask failures and take the process rewards out of a generation batch of all processes.
+        Mask failures and take the process rewards out of a generation batch of all processes, and note its metrics.
 
         Args:
             rewards: (N, F) as TRL gathered them, groups side by side.
@@ -106,7 +146,7 @@ class RewardBook:
             scale_rewards: see [`group_advantages`].
 
         Returns:
-            The rewards as TRL goes on with them, and metrics.
+            The rewards as TRL goes on with them.
         """
         of_images, failed = mask_failed_rewards(rewards[:, ~self.is_process], group_size)
         metrics = {"reward/frac_none": failed}
@@ -124,8 +164,8 @@ class RewardBook:
                 "Some samples have no score (None, NaN or infinity, from at least one reward function): they don't "
                 "count. The metric `reward/frac_none` has their share."
             )
-        self.rewards = rewards
-        return rewards, metrics
+        self.rewards, self.metrics = rewards, metrics
+        return rewards
 
     def remember(
         self, prompts: Sequence[Any], completions: Sequence[Any], logged: Mapping[str, Sequence[Any]]

@@ -29,6 +29,7 @@ from ..models.tokenizer import never_sampled
 from .arguments import (
     check_arguments,
     check_lengths,
+    check_sight,
     default_config,
     find_tokenizer,
     load_for_training,
@@ -143,6 +144,7 @@ def prepare_run(
 def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig) -> None:
     """Find out whether the model can be trained with these arguments."""
     check_lengths(args, base)
+    check_sight(args, base)
     if args.compile_layers:
         base.compile_layers()
     base.try_out(args.device)
@@ -154,6 +156,7 @@ def finish_run(trainer: Any, setup: Setup) -> None:
     base, model = setup.base, trainer.model
     if not base.packs_velocities:
         _check_one_by_one(trainer, setup)
+    _check_processes(trainer)
     freeze_experts(base, model, setup.trains)
     check_trained(base, model, setup.trains)
     base.check_trained_weights()
@@ -173,6 +176,17 @@ def finish_run(trainer: Any, setup: Setup) -> None:
     sampling = trainer.generation_config
     never = never_sampled(base, setup.tokenizer, trainer.eos_token_ids) or ()
     sampling.suppress_tokens = sorted({*never, *(sampling.suppress_tokens or ())}) or None
+
+
+def _check_processes(trainer: Any) -> None:
+    """Raise ValueError where one process may have an image to train and another one none: it would wait forever."""
+    args = trainer.args
+    if trainer.accelerator.num_processes > 1 and args.allow_stop and not args.trains_round(0):
+        raise ValueError(
+            f"train_rounds={args.train_rounds} with allow_stop=True on {trainer.accelerator.num_processes} processes: "
+            "where all of one process keep their images, it has none to train. Train round 1 too, or set "
+            "allow_stop=False."
+        )
 
 
 def _keep_reference(trainer: Any, setup: Setup) -> None:

@@ -53,6 +53,7 @@ __all__ = [
     "profiling_context",
     "return_velocity",
     "unwrap_model_for_generation",
+    "with_rows",
 ]
 
 
@@ -157,6 +158,15 @@ def generation_fields(outputs: tuple) -> tuple[list[list[int]], list[list[int]],
             "GRPOTrainer._generate no longer returns prompt ids, completion ids and one dict of extra fields"
         )
     return ids[0], ids[1], dicts[0]
+
+
+def with_rows(
+    outputs: tuple, completion_ids: list[list[int]], tool_mask: list[list[int]], completions: list[Any]
+) -> tuple:
+    """Put other rows, and which of their tokens were sampled, into what `GRPOTrainer._generate` returned."""
+    if len(outputs) < 4 or outputs[2] is not None or len(outputs[3]) != len(completion_ids):
+        raise TRLChangedError("GRPOTrainer._generate no longer returns ids, a mask of tools and completions")
+    return (outputs[0], completion_ids, tool_mask, completions, *outputs[4:])
 
 
 # One forward for the text and the velocities, through TRL's language head and any wrapper around the model.

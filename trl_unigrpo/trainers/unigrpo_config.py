@@ -11,6 +11,7 @@ from trl import GRPOConfig
 from .config_checks import check_choices, check_epochs, check_sampling, check_values, check_window
 from .config_numbers import read_numbers
 from .evaluation_checks import whole_groups
+from .rounds_config import RoundsConfig, check_rounds
 from .trl_versions import check_options
 
 
@@ -27,13 +28,13 @@ SINGLE_GPU: dict[str, Any] = {
 
 
 @dataclass
-class UniGRPOConfig(GRPOConfig):
+class UniGRPOConfig(RoundsConfig, GRPOConfig):
     r"""
     Configuration of [`UniGRPOTrainer`]. Where a field's help says "Paper", its default is that of Table 3 (arXiv
     2603.23500); the others are ours. The batch of 32 prompts is [`UniGRPOConfig.paper`]'s.
 
     Only the parameters that UniGRPO adds, or gives another default, are listed. Those of [`~trl.GRPOConfig`] are there
-    too.
+    too, and those of several rounds, [`~trl_unigrpo.trainers.rounds_config.RoundsConfig`].
     `epsilon`, `loss_type`, `beta`, `temperature` and the other options of TRL speak of the thinking tokens.
 
     Parameters:
@@ -335,6 +336,7 @@ class UniGRPOConfig(GRPOConfig):
         check_sampling(self)
         check_window(self)
         check_epochs(self)
+        check_rounds(self)
 
     @classmethod
     def paper(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":

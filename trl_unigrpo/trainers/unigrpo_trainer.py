@@ -5,6 +5,7 @@ One step, as the paper's algorithm has it; each line is a section below:
     1. sample a group of thinkings per prompt                        TRL's `_generate`
     2. paint the images, K of the denoising steps stochastic         `_paint`: sampling.py, flow/sampler.py; windows.py
        (other image objectives: all steps ODE, K states on lines)    flow/objectives.py
+       with several rounds: look at the image, think, paint again    rounds.py
     3. reward the images; failures are masked                        `_calculate_rewards`: scoring.py
        advantages within the group (eq. 1)                           TRL's `_generate_and_score_completions`
     4. velocities of the old and the reference model                 `_keep_velocities`: kept.py
@@ -25,16 +26,15 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ..flow import flow_timesteps
-from ..flow.guidance import Guidance
 from ..flow.sampler import RolloutPlan
+from ..flow.states import rows_of
 from ..models.contract import UnifiedModelMixin
 from ..models.experts import clip_by_expert, rates_by_expert, split_groups
 from ..models.prompts import as_messages, choose_system_prompt, system_ids
 from ..models.registry import unified_model
 from ..models.tokenizer import check_messages
 from ..monitoring.alarms import default_alarms
-from ..monitoring.events import ImageLoss, Rollout, Update
+from ..monitoring.events import ImageLoss, Update
 from ..monitoring.expected import ExpectedCost
 from ..monitoring.progress import Phases
 from ..monitoring.signals import SaveOnSignal
@@ -42,11 +42,12 @@ from ..monitoring.trust import default_checks
 from ..reporting.gallery import Gallery
 from ..sampling import decode, paint
 from ..seeding import EVAL, TRAIN, row_generator
-from ..trajectory import Round, Steps, Trajectory, in_order
-from .failed_images import image_metrics, mask_failed
+from ..trajectory import Round, Steps, Trajectory, has_steps, in_order
+from .failed_images import image_metrics
 from .kept import KeptVelocities
 from .reward_checks import as_list, callback_list
-from .run_keeping import Progress, RunKeeping, gathered_means
+from .rounds import RoundsTrainer
+from .run_keeping import Progress, gathered_means
 from .scoring import RewardBook, with_names
 from .setup import finish_run, prepare_run
 from .trl_bridge import (
@@ -58,10 +59,10 @@ from .trl_bridge import (
     unwrap_model_for_generation,
 )
 from .unigrpo_config import UniGRPOConfig
-from .windows import draw_windows
+from .windows import draw_windows, guidance_of, rollout_plan
 
 
-class UniGRPOTrainer(RunKeeping):
+class UniGRPOTrainer(RoundsTrainer):
     """
     Trainer for UniGRPO (arXiv 2603.23500): GRPO on the thinking tokens and FlowGRPO-Fast on the denoising steps of a
     unified model, from one reward on the finished image.
@@ -184,6 +185,9 @@ class UniGRPOTrainer(RunKeeping):
         number, seconds = len(images) * self.accelerator.num_processes, self._metrics[self.mode]["time/paint"][-1]
         self._note({"time/images_per_second": number / seconds})
         self._progress.trajectories = trajectories
+        if self.num_rounds > 1:
+            with self._phases("rounds"):
+                outputs, images = self._go_on(outputs, images)
         extra_fields["images"] = images  # becomes an argument of every reward function
         return outputs
 
@@ -195,7 +199,7 @@ class UniGRPOTrainer(RunKeeping):
         texts = completion_ids if self.args.thinking else [[] for _ in prompts]
         made = zip(prompts, prompt_ids, rows, texts, strict=True)
         trajectories = [Trajectory(prompt, ids, row, [Round(text)]) for prompt, ids, row, text in made]
-        if self._guidance() is not None:
+        if guidance_of(self.args, self.model.training) is not None or self.num_rounds > 1:
             prompts = self._with_system_prompt(prompts)
             systems = system_ids(self._tokenizer, prompts, **self.chat_template_kwargs)
             for trajectory, prompt, ids in zip(trajectories, prompts, systems, strict=True):
@@ -204,10 +208,21 @@ class UniGRPOTrainer(RunKeeping):
 
     # 2. Images
 
-    @torch.no_grad()
     def _paint(self, trajectories: list[Trajectory]) -> list[Any]:
-        """Paint the next image of each trajectory; returns them as PIL images."""
-        args, trains, objective = self.args, self._trains_image, self._setup.objective
+        """Paint the next image of each trajectory, and tell of it; returns them as PIL images."""
+        painted = self._painted(trajectories)
+        self._note(image_metrics(self.accelerator, painted))
+        if self._trains_image:
+            one_window = self._setup.objective.stochastic and self.args.sde_window_scope == "generation"
+            window = trajectories[0].rounds[-1].images[-1].steps.t[None].to(self.accelerator.device)
+            self._tell_rollout(trajectories, self.accelerator.gather(window) if one_window else None)
+        return painted
+
+    @torch.no_grad()
+    def _painted(self, trajectories: list[Trajectory]) -> list[Any]:
+        if not trajectories:
+            return []
+        args = self.args
         key = (args.seed, TRAIN, self.generation) if self.mode == "train" else (args.seed, EVAL, 0)
         # Later images of a trajectory have streams of their own.
         seeds = [(*key, t.row, *range(1, 1 + len(list(t.painted())))) for t in trajectories]
@@ -221,43 +236,21 @@ class UniGRPOTrainer(RunKeeping):
             self.accelerator.autocast(),
         ):
             base = unified_model(model)
-            images = paint(base, trajectories, self._plan(len(trajectories)), generators)
+            images = paint(base, [t.now() for t in trajectories], self._plan(trajectories), generators)
             painted = decode(base, images, args.image_batch_size)
         for trajectory, image, seed, generator in zip(trajectories, images, seeds, generators, strict=True):
             image.seed = seed
-            if trains:
-                image.steps = objective.states(image.latents, image.steps, generator)
+            if self._trains_image:
+                image.steps = self._setup.objective.states(image.latents, image.steps, generator)
+                image.steps = rows_of(image.steps, slice(None if args.trains_round(trajectory.looks) else 0))
             trajectory.rounds[-1].images.append(image.to("cpu"))  # `Steps` brings back what a micro-batch needs
-        self._note(image_metrics(self.accelerator, painted))
-        if trains:
-            one_window = objective.stochastic and args.sde_window_scope == "generation"
-            window = images[0].steps.t[None].to(self.accelerator.device)
-            windows = self.accelerator.gather(window) if one_window else None
-            transition = objective.transition if objective.stochastic else None
-            self._tell("on_rollout", rollout=Rollout(trajectories, self.num_generations, transition, windows))
         return painted
 
-    @property
-    def _trains_image(self) -> bool:
-        return self.model.training and self._setup.trains["image"]
-
-    def _plan(self, count: int) -> RolloutPlan:
-        args = self.args
-        steps = args.num_inference_steps if self.model.training else args.eval_num_inference_steps
-        stochastic = self._trains_image and self._setup.objective.stochastic
-        return RolloutPlan(
-            timesteps=flow_timesteps(steps, args.timestep_shift),
-            image_size=(args.image_size, args.image_size),
-            windows=draw_windows(args, self.generation, self.accelerator.process_index, count) if stochastic else None,
-            sde_type=args.sde_type,
-            noise_level=args.noise_level,
-            batch_size=args.image_batch_size,
-            guidance=self._guidance(),
-        )
-
-    def _guidance(self) -> Guidance | None:
-        scale = self.args.guidance_scale if self.model.training else self.args.eval_guidance_scale
-        return Guidance(scale) if scale > 1 else None
+    def _plan(self, trajectories: list[Trajectory]) -> RolloutPlan:
+        args, number, rows = self.args, trajectories[0].looks, [t.row for t in trajectories]
+        noisy = self._trains_image and self._setup.objective.stochastic and args.trains_round(number)
+        place = self.generation, self.accelerator.process_index
+        return rollout_plan(args, self.model.training, draw_windows(args, *place, rows, number) if noisy else None)
 
     # 3. Rewards
 
@@ -266,16 +259,17 @@ class UniGRPOTrainer(RunKeeping):
             raise TRLChangedError("extra fields that _generate returns do not reach the rewards")
         with self._phases("reward"):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        rewards = mask_failed(self.accelerator, rewards, inputs)
-        rewards, metrics = self._book.enter(rewards, self.group_size, self.scale_rewards)
-        self._note(metrics)
+        self._note(self._book.metrics)
         self._book.remember(prompts, completions, self._pending_extra_logs)
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._progress.inputs = inputs
         outputs = super()._generate_and_score_completions(inputs)
         trajectories, self._progress.trajectories = self._progress.trajectories, []
-        if self.args.process_reward_weight > 0:
+        if self.num_rounds > 1:
+            self._pay(outputs)
+        elif self.args.process_reward_weight > 0:
             process = self._book.process_advantages.split(len(inputs))[self.accelerator.process_index]
             outputs["text_advantages"] = outputs["advantages"] + self.args.process_reward_weight * process
         self._show([row["images"] for row in inputs], outputs["advantages"])
@@ -291,7 +285,7 @@ class UniGRPOTrainer(RunKeeping):
         """Keep what the loss compares with. An old policy that is the first pass' own is kept there, by the loss."""
         args, size = self.args, self.args.per_device_train_batch_size
         chunks = [trajectories[start : start + size] for start in range(0, len(trajectories), size)]
-        tables = [Steps.of(chunk) for chunk in chunks]
+        tables = [Steps.of(chunk) for chunk in chunks if has_steps(chunk)]
         self._kept.clear()
         if self._setup.regularized:
             with self.unified.reference() as reference:
@@ -317,7 +311,7 @@ class UniGRPOTrainer(RunKeeping):
         if self.model.training:
             self._phases.begin("update")  # ended by `_get_learning_rate`
         of_text = {**inputs, "advantages": inputs.get("text_advantages", inputs["advantages"])}
-        if "trajectories" not in inputs:
+        if not has_steps(inputs.get("trajectories", [])):
             return self.args.text_weight * super()._compute_loss(model, of_text)
         # TRL blanks the rows that `mask_truncated_completions` leaves out of training: so are their images.
         steps = Steps.of(inputs["trajectories"], inputs["completion_mask"].any(1)).to(self.accelerator.device)
@@ -327,12 +321,13 @@ class UniGRPOTrainer(RunKeeping):
         loss = self.args.text_weight * super()._compute_loss(model, of_text)
         self._progress.forward = None
         old, reference = self._kept.at("old", steps), self._kept.at("reference", steps)
+        advantages = inputs.get("round_advantages", inputs["advantages"])
         seen, done = [], 0
         for index, velocity in forward.velocities():
             if old is None:
                 seen.append((index, velocity.detach().float()))
             of_old, of_ref = (None if known is None else known[index] for known in (old, reference))
-            flow_loss = self._flow_loss(velocity.float(), of_old, of_ref, steps[index], inputs["advantages"])
+            flow_loss = self._flow_loss(velocity.float(), of_old, of_ref, steps[index], advantages)
             flow_loss = flow_loss / self.current_gradient_accumulation_steps
             done += len(index)
             if done < len(steps):  # back-propagated at once, so that only one step's activations are alive
@@ -355,7 +350,8 @@ class UniGRPOTrainer(RunKeeping):
         Compute lambda * flow objective + w * regulariser, of velocities (S', *latent) at some of the steps. `old` is
         None in the first pass, whose own velocities are the old policy's.
         """
-        objective, of_step = self._setup.objective, advantages.to(velocity.device)[steps.row.to(velocity.device)]
+        objective, place = self._setup.objective, (steps.row, steps.round)[: advantages.ndim]
+        of_step = advantages[tuple(x.to(advantages.device) for x in place)].to(velocity.device)
         old_velocity, whole = velocity.detach() if old is None else old, steps.total / len(steps)
         losses, metrics = objective.loss(velocity, old_velocity, steps.states, of_step, steps.image)
         flow, regularizer = steps.mean(losses), None

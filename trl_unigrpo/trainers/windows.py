@@ -1,30 +1,58 @@
-"""Which denoising steps of a generation batch are stochastic."""
+"""How images are sampled: the plan of a rollout, and which of its denoising steps are stochastic."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..flow import sde_window
+from ..flow import flow_timesteps, sde_window
+from ..flow.guidance import Guidance
+from ..flow.sampler import RolloutPlan
 from ..seeding import WINDOW
 from .unigrpo_config import UniGRPOConfig
 
 
-def draw_windows(args: UniGRPOConfig, generation: int, process: int, count: int) -> Tensor:
+def draw_windows(
+    args: UniGRPOConfig, generation: int, process: int, rows: Sequence[int], round_index: int = 0
+) -> Tensor:
     """
-    Draw step indices (K,) of the batch's window or (count, K) of each image's, by `args.sde_window_scope`.
+    Draw step indices (K,) of the batch's window or (len(rows), K) of each image's, by `args.sde_window_scope`.
 
     Args:
         generation: number of the generation batch, which the draw depends on beside the seed.
-        process: index of the process, which has `count` images.
+        process: index of the process that has the images.
+        rows: places of their trajectories in the generation batch.
+        round_index: number of their round, from 0; each has a draw of its own.
     """
     low, high = args.sde_window_range
-    key = (args.seed, WINDOW, generation)
+    key, later = (args.seed, WINDOW, generation), (round_index,) if round_index else ()
 
     def draw(*part: int) -> list[int]:
-        return list(sde_window((low, high), args.sde_window_size, args.sde_window_mode, (*key, *part)))
+        return list(sde_window((low, high), args.sde_window_size, args.sde_window_mode, (*key, *part, *later)))
 
     if args.sde_window_scope == "generation":
         return torch.tensor(draw())
     if args.sde_window_scope == "rank":
         return torch.tensor(draw(process))
     span = (args.num_generations or 1) if args.sde_window_scope == "group" else 1
-    return torch.tensor([draw(row // span) for row in range(process * count, (process + 1) * count)])
+    return torch.tensor([draw(row // span) for row in rows])
+
+
+def guidance_of(args: UniGRPOConfig, training: bool) -> Guidance | None:
+    """Give the guidance of training or of evaluation; None for none."""
+    scale = args.guidance_scale if training else args.eval_guidance_scale
+    return Guidance(scale) if scale > 1 else None
+
+
+def rollout_plan(args: UniGRPOConfig, training: bool, windows: Tensor | None) -> RolloutPlan:
+    """Plan how images are sampled, in training or in evaluation; without windows by the ODE."""
+    steps = args.num_inference_steps if training else args.eval_num_inference_steps
+    return RolloutPlan(
+        timesteps=flow_timesteps(steps, args.timestep_shift),
+        image_size=(args.image_size, args.image_size),
+        windows=windows,
+        sde_type=args.sde_type,
+        noise_level=args.noise_level,
+        batch_size=args.image_batch_size,
+        guidance=guidance_of(args, training),
+    )

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ...trajectory import Steps, Trajectory
+from ...trajectory import Passage, Steps, Trajectory
 from ..contract import ContextRow, UnifiedModelMixin, UnifiedOutput
 from ..recording import Recorded
 from .attention import Context, Layout, causal_mask, left_padded
@@ -26,9 +26,9 @@ from .decoding import DecodingCache, empty_cache, samples_token_by_token
 from .layers import BagelPositionTable, BagelRMSNorm, BagelTimeEmbedder
 from .loading import load_checkpoint
 from .pixels import BagelPixels
-from .processing import check_tokenizer
 from .segments import ContextImage, Segments, guided_trajectory, segments, text_segments
 from .text_rows import TextRows
+from .training import BagelTraining
 from .vision import BagelPerceptron, BagelVisionTower
 
 
@@ -41,10 +41,8 @@ CHAT_TEMPLATE = (
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """Name of the cache in `generate` and in outputs: the former from transformers 5.24 on."""
 
-LINEARS = r"self_attn\.[qkvo]_proj{suffix}|mlp{suffix}\.(gate|up|down)_proj"
 
-
-class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel, GenerationMixin):
+class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, PreTrainedModel, GenerationMixin):
     """
     BAGEL: its text, image-generation and image-understanding paths.
 
@@ -229,13 +227,16 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         missing = size - torch.tensor(context.lengths, device=ids.device)[:, None]
         column = torch.arange(size + 1, device=ids.device)
         last = torch.tensor(context.positions, device=ids.device)[:, None]
+        plain = {"return_dict_in_generate": False, "use_cache": True}
+        if (how := kwargs.pop("generation_config", None)) is not None:
+            plain = {"generation_config": type(how).from_dict({**how.to_dict(), **plain})}
         out = super().generate(
             torch.cat([ids[:, :1].expand(-1, size), ids[:, -1:]], dim=1),
             *args,
             attention_mask=(column >= missing).long(),
             position_ids=last.expand(-1, size + 1).contiguous(),
             padded=min(context.lengths) < size,
-            **{**kwargs, CACHE: cache, "return_dict_in_generate": False, "use_cache": True},
+            **{**kwargs, CACHE: cache, **plain},
         )
         return torch.cat([ids, out[:, size + 1 :]], dim=1)
 
@@ -260,6 +261,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         attention_mask: Tensor | None = None,
         use_cache: bool = False,
         images: Sequence[Sequence[ContextImage]] | None = None,
+        passages: Sequence[Sequence[Passage]] | None = None,
     ) -> UnifiedOutput:
         """
         Compute hidden states (B, T, H) of text rows in the padded layout given.
@@ -267,21 +269,27 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         Args:
             attention_mask: (B, T), 1 at the real tokens of each row, which stand side by side.
             images: for each row the images that its placeholders stand for.
+            passages: for each row what it is read as, images included; None for the row itself.
         """
         if use_cache:
             raise ValueError(
                 "The backbone has no cache: call it with use_cache=False, or the model itself to generate."
             )
-        texts = TextRows.of(input_ids, attention_mask)
+        texts = TextRows.of(input_ids, attention_mask, passages)
         table, _ = self._table(texts, images or ()).moved(self.device)
         hidden, _, _, _ = self._read(table)
         return UnifiedOutput(texts.back(hidden, table.text_index))
 
     def packed_forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, steps: Steps, context_grad: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        steps: Steps,
+        context_grad: bool = False,
+        passages: Sequence[Sequence[Passage]] | None = None,
     ) -> UnifiedOutput:
-        texts = TextRows.of(input_ids, attention_mask)
-        copies = lay_out(steps.to(self.device), texts.rows)
+        texts = TextRows.of(input_ids, attention_mask, passages)
+        copies = lay_out(texts.hosts(steps.to(self.device)), texts.rows)
         texts = texts.followed(copies.contexts)
         table = self._table(texts, [row.images for row in copies.contexts])
         hidden, velocity, text_index = self._packed(table, copies, context_grad)
@@ -350,7 +358,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         return und[:, :num_text], velocity[tuple(place)], table.text_index
 
     def _table(self, texts: TextRows, images: Sequence[Sequence[ContextImage]]) -> Segments:
-        if any(images):
+        if any(images) or any(texts.images):
             return self._segments(texts.with_images(images))
         return text_segments(texts.rows)
 
@@ -417,31 +425,3 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         without finished images.
         """
         return self.contexts([guided_trajectory(t, branch, self.config.image_token_id) for t in trajectories])
-
-    # For the trainer
-
-    @property
-    def default_system_prompt(self) -> str | None:
-        return self.config.think_system_prompt
-
-    @property
-    def suppressed_token_ids(self) -> Sequence[int]:
-        config = self.config
-        markers = (config.im_start_token_id, config.vision_start_token_id, config.vision_end_token_id)
-        return [*markers, config.image_token_id]
-
-    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        check_tokenizer(tokenizer, self.config)
-
-    def compile_layers(self, backend: str = "inductor") -> None:
-        self.language_model.model.compile_layers(backend)
-
-    def is_image_parameter(self, name: str) -> bool:
-        return "moe_gen" in name or any(part in name for part in ("vae2llm", "llm2vae", "time_embedder"))
-
-    def default_lora_targets(self, experts: str = "both") -> str:
-        suffixes: dict[str, Sequence[str]] = {"text": [""], "image": ["_moe_gen"], "both": ["", "_moe_gen"]}
-        if experts not in suffixes:
-            raise ValueError(f"experts={experts!r}: expected one of {sorted(suffixes)}.")
-        linears = "|".join(LINEARS.format(suffix=suffix) for suffix in suffixes[experts])
-        return rf"(.*\.)?language_model\.model\.layers\.\d+\.({linears})"

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ...trajectory import Image as PaintedImage
 from ..memory import fitting, free_memory
 from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
 from .layers import BagelPositionTable
+from .processing import resized, to_pixels, vit_rule
 from .segments import ContextImage
 from .vision import UNDERSTANDING_MODULES, BagelPerceptron, BagelVisionTower
 
@@ -105,6 +107,21 @@ class BagelPixels(_Base):
         logits = self.get_output_embeddings()(hidden[:, len(before) - 1 : -1])
         log_probs = logits.float().log_softmax(-1).gather(-1, ids[:, len(before) :, None])[..., 0]
         return [row[: len(text)] for row, text in zip(log_probs, texts, strict=True)]
+
+    @torch.no_grad()
+    def observe(
+        self, images: Sequence[PaintedImage], seen: Sequence[Image.Image], reencode: bool
+    ) -> list[ContextImage]:
+        rule, device = vit_rule(self.config), self.device
+        with torch.autocast(device.type, enabled=False):
+            latents = torch.stack([image.latents for image in images]).float()
+            if reencode:
+                latents = self.encode_images(torch.stack([to_pixels(image) for image in seen]).to(device))
+        features: list[Tensor | None] = [None] * len(images)
+        if rule is not None:
+            features = [self.embed_vit_image(to_pixels(resized(image, rule)).to(device)).cpu() for image in seen]
+        grid = self.grid(images[0].size)
+        return [ContextImage(x, grid, y) for x, y in zip(latents.cpu().unbind(), features, strict=True)]
 
     def freeze_understanding(self, frozen: bool = True) -> None:
         """Keep the understanding tower and its connector out of training, or (False) let them in."""

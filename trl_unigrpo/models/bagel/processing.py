@@ -69,6 +69,15 @@ class ResizeRule:
         return height, width
 
 
+def vit_rule(config: BagelConfig) -> ResizeRule | None:
+    """Give the sizes of images for the understanding tower; None for a model without one."""
+    if config.vit_config is None:
+        return None
+    patch = config.vit_config.patch_size
+    longest = patch * config.vit_max_num_patch_per_side
+    return ResizeRule(longest, min(224, longest), patch)
+
+
 class BagelProcessor:
     """
     The way from prompts to token ids and from PIL images to pixels, as the released model was trained to see them.
@@ -100,11 +109,7 @@ class BagelProcessor:
         self.config = config
         longest = config.pixels_per_token * config.max_latent_size
         self.vae_rule = ResizeRule(longest, longest // 2, config.pixels_per_token)
-        self.vit_rule = None
-        if config.vit_config is not None:
-            patch = config.vit_config.patch_size
-            longest = patch * config.vit_max_num_patch_per_side
-            self.vit_rule = ResizeRule(longest, min(224, longest), patch)
+        self.vit_rule = vit_rule(config)
 
     @classmethod
     def from_pretrained(cls, source: str | Any, **kwargs: Any) -> "BagelProcessor":

@@ -1,0 +1,137 @@
+"""Which reward pays for which round of a trajectory, and what is subtracted from it.
+
+The actions of round m are its text and its image. They may be paid for the images from m on, and the reward of the
+image before, r_(m-1), may be subtracted: it was there before they were, so that this changes the variance and not what
+is learnt. An improvement r_m - r_(m-1) paid to rounds before m would teach to paint bad first images.
+
+Shapes: N trajectories of all processes, groups of G side by side; R rounds. Rewards are those of the image that stands
+after each round, the last one's again where a trajectory has ended; NaN where the image has none.
+"""
+
+import torch
+from torch import Tensor
+
+from .scoring import group_advantages
+
+
+KEPT = 0.9
+"""Share of the former slope that a new one leaves in the running mean."""
+
+
+def returns(rewards: Tensor, painted: Tensor, paid: str, cost: float = 0.0) -> Tensor:
+    """
+    Give what each round's actions led to, (N, R).
+
+    Args:
+        rewards: (N, R).
+        painted: (N, R) whether the round painted an image.
+        paid: "final", the last image; "own", the round's; "sum", all from the round's on.
+        cost: of each image after the first that a round's actions led to.
+    """
+    net = rewards - cost * painted
+    if paid == "own":
+        return net
+    if paid == "sum":
+        return net.flip(1).cumsum(1).flip(1)
+    later = painted.sum(1, keepdim=True) - torch.arange(1, rewards.shape[1] + 1, device=rewards.device)
+    return rewards[:, -1:] - cost * later
+
+
+def before(stood: Tensor, group_size: int) -> Tensor:
+    """
+    Give the reward of the image before each round, (N, R): 0 before the first, and the group's mean where it is not
+    known, which subtracts nothing.
+
+    Args:
+        stood: (N, R - 1) of the images that rounds 2 to R begin with.
+    """
+    groups = stood.unflatten(0, (-1, group_size))
+    known = torch.where(groups.isnan(), groups.nanmean(1, keepdim=True).nan_to_num(), groups).flatten(0, 1)
+    return torch.cat([stood.new_zeros(len(stood), 1), known], 1)
+
+
+def slope(led_to: Tensor, earlier: Tensor, group_size: int) -> float | None:
+    """
+    Regress what rounds led to on the reward of the image before, within groups, from the second round on: the factor
+    between 0 and 1 that leaves the least variance. None where there is nothing to regress.
+
+    Args:
+        led_to: (N, R) as [`returns`] gives it, NaN where the round has no action.
+        earlier: (N, R) as [`before`] gives it.
+    """
+    y, x = (part[:, 1:].unflatten(0, (-1, group_size)) for part in (led_to, earlier))
+    known = ~y.isnan()
+    y, x = (part - part.where(known, torch.nan).nanmean(1, keepdim=True) for part in (y, x))
+    variance = (x[known] ** 2).sum().item()
+    return min(max((x[known] * y[known]).sum().item() / variance, 0.0), 1.0) if variance > 0 else None
+
+
+def running(former: float | None, new: float | None) -> float | None:
+    """Go on with a running mean of slopes, which begins with the first."""
+    if former is None or new is None:
+        return former if new is None else new
+    return KEPT * former + (1 - KEPT) * new
+
+
+def improvements(led_to: Tensor, earlier: Tensor, rule: str, group_size: int) -> Tensor:
+    """
+    Take from later rounds what is no improvement on the image before.
+
+    Args:
+        led_to: (N, R) as [`returns`] gives it.
+        earlier: (N, R) as [`before`] gives it.
+        rule: "clamp", nothing was gained (AlphaGRPO's code); "min", the least of the group was (its paper).
+    """
+    gain = (led_to - earlier).unflatten(0, (-1, group_size))
+    if rule == "clamp":
+        none = torch.zeros_like(gain)
+    else:
+        none = gain.where(~gain.isnan(), torch.inf).amin(1, keepdim=True).expand_as(gain)
+    gain = torch.where(gain <= 0, none, gain).flatten(0, 1)
+    return torch.cat([led_to[:, :1], gain[:, 1:]], 1)
+
+
+def round_advantages(
+    led_to: Tensor, earlier: Tensor, baseline: float, rule: str, group_size: int, scale_rewards: str
+) -> Tensor:
+    """
+    Compute the advantages (N, R) of each round's actions, within the trajectories of its group that have some.
+
+    Args:
+        led_to: (N, R) as [`returns`] gives it, NaN where a round has no action or no reward: its advantage is 0.
+        earlier: (N, R) as [`before`] gives it.
+        baseline: factor of what is subtracted; without meaning where `rule` is one of [`improvements`].
+        rule: "none", or one of those.
+        group_size, scale_rewards: see [`~trl_unigrpo.trainers.scoring.group_advantages`].
+    """
+    if rule == "none":
+        worth = led_to - baseline * earlier
+    else:
+        worth = improvements(led_to, earlier, rule, group_size)
+    return torch.stack([group_advantages(part, group_size, scale_rewards) for part in worth.unbind(1)], 1)
+
+
+def choose_image(rewards: Tensor, how: str, generator: torch.Generator, perfect: float, keep_perfect: float) -> int:
+    """
+    Choose the image that all of a group go on from.
+
+    Args:
+        rewards: (G,) of its images, NaN where there is none; if all are, the first is chosen.
+        how: "worst"; "softmax", at random by softmax(-reward); "spread", the farthest from the mean.
+        perfect: the reward from which on an image is perfect.
+        keep_perfect: probability of a perfect image, if there is one. Else one is chosen among the others.
+    """
+    rewards = rewards.double().cpu()
+    known = (~rewards.isnan()).nonzero().flatten()
+    best = known[rewards[known] >= perfect]
+    if not len(known):
+        return 0
+    lucky = torch.rand(1, generator=generator, dtype=torch.float64).item() < keep_perfect
+    if len(best) and (lucky or len(best) == len(known)):
+        return int(best[torch.randint(len(best), (1,), generator=generator)])
+    rest = known[rewards[known] < perfect]
+    if how == "softmax":
+        return int(rest[torch.multinomial((-rewards[rest]).softmax(0), 1, generator=generator)])
+    if how == "spread":
+        return int(rest[(rewards[rest] - rewards[known].mean()).abs().argmax()])
+    return int(rest[rewards[rest].argmin()])

@@ -1,0 +1,356 @@
+"""Several rounds in one trajectory: an image, a look at it in words, another image.
+
+A later round, for all trajectories at once:
+
+    1. show the image that a trajectory goes on from         `_begin_round`: its own, or, in a tree, its group's
+    2. sample a text about it, which may keep the image      `_reflect`: reflection.py
+    3. paint, unless it was kept                             `_painted`, as in the first round
+
+What TRL sees of a trajectory is one row: text ++ observation ++ text .., with a mask on what was sampled. Then each
+round is scored and paid (credit.py), by an advantage for each token and each image.
+
+Shapes: B trajectories of this process, N of all; R rounds, F reward functions.
+"""
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..images import has_failed
+from ..messages import user_text
+from ..sampling import continue_texts
+from ..seeding import CHOICE, row_generator
+from ..trajectory import Round, Trajectory
+from . import credit
+from .failed_images import image_metrics, mask_failed
+from .reflection import reflection, stops
+from .run_keeping import RunKeeping
+from .scoring import STANDING, Standing
+from .trl_bridge import unwrap_model_for_generation, with_rows
+
+
+@dataclass
+class Walk:
+    """
+    The rounds of a generation batch, while they are made and scored.
+
+    Attributes:
+        inputs: the dataset's rows, B of them.
+        trajectories: as far as they have come.
+        seen: for each the decoded images that stood after its rounds so far.
+        shown: for each the last of them in the model's own form, as far as it was shown.
+        scores: (N, F) of each round that is scored.
+        stood: (N, F) scores of the images that each later round began with.
+        process: (N,) advantages by process rewards of each scored round.
+    """
+
+    inputs: list[dict[str, Any]]
+    trajectories: list[Trajectory] = field(default_factory=list)
+    seen: list[list[Any]] = field(default_factory=list)
+    shown: list[Any] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    stood: list[Tensor] = field(default_factory=list)
+    process: list[Tensor] = field(default_factory=list)
+
+
+class RoundsTrainer(RunKeeping):
+    """The rounds of [`UniGRPOTrainer`] after the first."""
+
+    @property
+    def num_rounds(self) -> int:
+        """Images of a trajectory, at most."""
+        args = self.args
+        return args.num_rounds if self.mode == "train" or args.eval_num_rounds is None else args.eval_num_rounds
+
+    def _painted(self, trajectories: list[Trajectory]) -> list[Any]:
+        raise NotImplementedError
+
+    # 1. Rollout
+
+    def _go_on(self, outputs: tuple, images: list[Any]) -> tuple[tuple, list[Any]]:
+        """Make the later rounds of the trajectories begun: TRL's outputs, with all rounds, and the last images."""
+        walk = self._progress.walk = Walk(self._progress.inputs, self._progress.trajectories)
+        walk.seen, walk.shown = [[image] for image in images], [None] * len(images)
+        for number in range(1, self.num_rounds):
+            going = self._begin_round(walk, number)
+            self._reflect(going)
+            on = [t for t in going if not t.rounds[-1].stopped]
+            painted = dict(zip(map(id, on), self._painted(on), strict=True))
+            for t, seen in zip(walk.trajectories, walk.seen, strict=True):
+                seen.append(painted.get(id(t), seen[-1]))
+            self._note(image_metrics(self.accelerator, [seen[-1] for seen in walk.seen]))
+            if self._trains_image:
+                self._tell_rollout([replace(t, rounds=t.rounds[number:][:1]) for t in walk.trajectories])
+        self._progress.reading = walk.trajectories
+        masks = [self._sampled(t) for t in walk.trajectories]
+        rows, texts = [t.row_ids for t in walk.trajectories], self._completions(walk.trajectories)
+        return with_rows(outputs, rows, masks, texts), [seen[-1] for seen in walk.seen]
+
+    def _begin_round(self, walk: Walk, number: int) -> list[Trajectory]:
+        """Show each trajectory that goes on the image that it goes on from; returns these."""
+        args = self.args
+        if args.round_group == "tree":
+            self._share_images(walk, number)
+            going = list(range(len(walk.trajectories)))
+        else:
+            going = [i for i, t in enumerate(walk.trajectories) if not t.rounds[-1].stopped]
+            self._show_images(walk, going)
+        going, placeholder = [i for i in going if walk.shown[i] is not None], self.unified.image_placeholder
+        assert placeholder is not None
+        for i in going:
+            t = walk.trajectories[i]
+            stop_text = args.stop_text if args.allow_stop else None
+            asked = reflection(args.reflection_template, user_text(t.prompt), number + 1, stop_text)
+            observation = [placeholder, *self._user_turn(asked)]
+            fresh = args.round_context == "markov"
+            if not fresh and t.rounds[-1].text_ids[-1] not in self.eos_token_ids:
+                observation.insert(0, self._tokenizer.eos_token_id)  # closes a text that ran out of length
+            t.rounds.append(Round(observation_ids=observation, shown=[walk.shown[i]], fresh=fresh))
+        return [walk.trajectories[i] for i in going]
+
+    def _show_images(self, walk: Walk, places: Sequence[int]) -> None:
+        """Bring the last images of these trajectories into the model's own form; failed ones are None."""
+        new = [i for i in places if walk.trajectories[i].rounds[-1].images]
+        for i in new:
+            walk.shown[i] = None
+        sound = [i for i in new if not has_failed(walk.seen[i][-1])]
+        if sound:
+            images = [walk.trajectories[i].rounds[-1].images[-1] for i in sound]
+            with torch.no_grad(), self.accelerator.autocast():
+                found = self.unified.observe(
+                    images, [walk.seen[i][-1] for i in sound], self.args.context_latents == "reencode"
+                )
+            for i, shown in zip(sound, found, strict=True):
+                walk.shown[i] = shown
+
+    def _user_turn(self, text: str) -> list[int]:
+        """Tokenize what the user says, and what opens the answer."""
+        if self.processing_class.chat_template is None:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **self.chat_template_kwargs,
+        )
+
+    def _reflect(self, trajectories: Sequence[Trajectory]) -> None:
+        """Sample the texts of the rounds begun, and see which of them keep the image."""
+        if not trajectories:
+            return
+        texts = self._sampled_texts(trajectories)
+        for t, ids, text in zip(trajectories, texts, self._decoded(texts), strict=True):
+            whole = ids[-1] in self.eos_token_ids
+            t.rounds[-1].text_ids = ids
+            t.rounds[-1].stopped = self.args.allow_stop and whole and stops(text, self.args.stop_text)
+
+    def _sampled_texts(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
+        config = copy.copy(self.generation_config)
+        config.max_new_tokens = self.args.max_reflection_length
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self.accelerator.autocast(),
+        ):
+            seen = [t.now() for t in trajectories]
+            return continue_texts(model, seen, config, self._tokenizer.pad_token_id, self.eos_token_ids)
+
+    # 2. What TRL sees
+
+    def _decoded(self, texts: Sequence[list[int]]) -> list[str]:
+        return self.processing_class.batch_decode(texts, skip_special_tokens=True)
+
+    def _sampled(self, trajectory: Trajectory) -> list[int]:
+        """Mark the tokens that the text's objective trains, 1, among those of the trajectory's row."""
+        mask: list[int] = []
+        for number, part in enumerate(trajectory.rounds):
+            trained = int(self.mode == "eval" or self.args.trains_round(number))
+            mask += [0] * len(part.observation_ids) + [trained] * len(part.text_ids)
+        return mask
+
+    def _completions(self, trajectories: Sequence[Trajectory], number: int | None = None) -> list[Any]:
+        """Give the texts of a round, or, joined, of all, in the form of TRL's completions."""
+        texts = []
+        for t in trajectories:
+            parts = self._decoded([part.text_ids for part in t.rounds])
+            shown = "".join(f"{text} [image {i + 1}] " for i, text in enumerate(parts[:-1])) + parts[-1]
+            texts.append(shown if number is None else parts[min(number, len(parts) - 1)])
+        chat = isinstance(self._progress.inputs[0]["prompt"], list)
+        return [[{"role": "assistant", "content": text}] for text in texts] if chat else texts
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        known = (logits_to_keep,)
+        if (read := self._progress.reading) is None:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, *known, batch_size=batch_size, **kwargs
+            )
+        # TRL cuts the rows itself, and knows nothing of what stands in them: here they are cut before.
+        parts = []
+        for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
+            reads = functools.partial(model, passages=[read[row].passages() for row in rows.tolist()])
+            ids, mask = input_ids[rows.to(input_ids.device)], attention_mask[rows.to(input_ids.device)]
+            parts.append(super()._get_per_token_logps_and_entropies(reads, ids, mask, *known, **kwargs))
+        log_probs, entropies, *rest = zip(*parts, strict=True)
+        means = [None if part[0] is None else torch.stack(part).mean() for part in rest]
+        return torch.cat(log_probs), None if entropies[0] is None else torch.cat(entropies), *means
+
+    # 3. Rewards
+
+    def _score(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """Score one image of each trajectory: (N, F), without failures."""
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards = mask_failed(self.accelerator, rewards, inputs)
+        return self._book.enter(rewards, self.group_size, self.scale_rewards)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        """Score what credit needs of the rounds that are not scored yet; returns the last images' (N, F)."""
+        if (walk := self._progress.walk) is None:
+            return self._score(inputs, prompts, completions, completion_ids_list)
+        last = self.num_rounds - 1
+        whole = self.args.scores_each_round or self.args.process_reward_weight > 0
+        each = whole or any(getattr(function, "every_round", False) for function in self.reward_funcs)
+        for number in range(len(walk.scores) if each else last, last + 1):
+            if len(walk.stood) < number <= len(walk.scores):
+                walk.stood.append(walk.scores[number - 1])  # each went on from its own image
+            self._score_round(walk, number, optional=not whole and number < last)
+        return walk.scores[-1]
+
+    def _score_round(self, walk: Walk, number: int, optional: bool = False) -> None:
+        """Score the images that stand after a round. Those that stood before keep their scores."""
+        before = walk.stood[number - 1] if 0 < number <= len(walk.stood) else None
+        if before is not None:
+            before = before.split(len(walk.inputs))[self.accelerator.process_index].tolist()
+        for i, (row, t, seen) in enumerate(zip(walk.inputs, walk.trajectories, walk.seen, strict=True)):
+            new = number < len(t.rounds) and not t.rounds[number].stopped
+            kept = None if new or before is None else before[i]
+            row |= {"images": seen[number], "previous_images": seen[:number], "source_images": None}
+            row |= {"round_index": min(number, len(t.rounds) - 1), STANDING: Standing(kept, optional)}
+        self._pending_extra_logs.clear()  # the log has a row for each trajectory: its last round's
+        ids = [t.rounds[min(number, len(t.rounds) - 1)].text_ids for t in walk.trajectories]
+        prompts = [row["prompt"] for row in walk.inputs]
+        walk.scores.append(self._score(walk.inputs, prompts, self._completions(walk.trajectories, number), ids))
+        walk.process.append(self._book.process_advantages)
+        for row in walk.inputs:
+            del row[STANDING]
+
+    def _total(self, scores: Tensor) -> Tensor:
+        """(N,) weighted sums of scores (N, F); NaN where there is none."""
+        total = (scores * self.reward_weights.to(scores.device)).nansum(1)
+        return total.masked_fill(scores.isnan().all(1), torch.nan)
+
+    # 4. Credit
+
+    def _pay(self, outputs: dict[str, Any]) -> None:
+        """Put advantages of each round and of each token into TRL's outputs, beside those of the last image."""
+        walk, args = self._progress.walk, self.args
+        assert walk is not None
+        count, process = len(walk.inputs), self.accelerator.process_index
+        own = slice(count * process, count * (process + 1))
+        acted, painted = self._acts(walk)
+        rewards = torch.stack([self._total(scores) for scores in walk.scores], 1)
+        if rewards.shape != acted.shape:  # the last alone was scored
+            rewards = torch.cat([rewards.new_full(acted[:, 1:].shape, torch.nan), rewards], 1)
+        tree = args.round_group == "tree"
+        stood = torch.stack([self._total(scores) for scores in walk.stood], 1) if walk.stood else rewards[:, :-1]
+        earlier = credit.before(stood, self.group_size)
+        led_to = credit.returns(rewards, painted, "own" if tree else args.round_reward, args.round_cost)
+        led_to = led_to.masked_fill(~acted, torch.nan)
+        if args.round_baseline is None and self.mode == "train":
+            self._baseline = credit.running(self._baseline, credit.slope(led_to, earlier, self.group_size))
+        share = args.round_baseline if args.round_baseline is not None else self._baseline or 0.0
+        how = args.no_improve, self.group_size, self.scale_rewards
+        advantages = credit.round_advantages(led_to, earlier, share, *how)
+        outputs["round_advantages"], of_texts = advantages[own], advantages
+        if args.process_reward_weight > 0:
+            of_texts = of_texts + args.process_reward_weight * torch.stack(walk.process, 1)
+        outputs["text_advantages"] = self._of_tokens(walk.trajectories, of_texts[own], outputs["completion_ids"])
+        outputs["rounds"] = walk.trajectories
+        self._progress.walk = self._progress.reading = None
+        for t, row in zip(walk.trajectories, rewards[own].tolist(), strict=True):
+            for part, reward in zip(t.rounds, row, strict=False):
+                part.reward = None if reward != reward else reward
+        self._note({"rounds/baseline": share, **_metrics(rewards, stood, acted, painted)})
+
+    def _acts(self, walk: Walk) -> tuple[Tensor, Tensor]:
+        """Mark the rounds (N, R) that have a text, and those that have painted an image."""
+        rows = [
+            [t.rounds[i] if i < len(t.rounds) else None for i in range(self.num_rounds)] for t in walk.trajectories
+        ]
+        flags = [[[part is not None, part is not None and not part.stopped] for part in row] for row in rows]
+        return self.accelerator.gather(torch.tensor(flags, device=self.accelerator.device)).unbind(-1)
+
+    @staticmethod
+    def _of_tokens(trajectories: Sequence[Trajectory], advantages: Tensor, ids: Tensor) -> Tensor:
+        """Spread advantages of rounds (B, R) over the tokens (B, T) of their texts."""
+        spread = torch.zeros(ids.shape)
+        for row, (t, values) in enumerate(zip(trajectories, advantages.tolist(), strict=True)):
+            at = 0
+            for part, value in zip(t.rounds, values, strict=False):
+                at += len(part.observation_ids)
+                spread[row, at : at + len(part.text_ids)] = value
+                at += len(part.text_ids)
+        return spread.to(ids.device)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Compute TRL's loss of the texts of a micro-batch, of all rounds."""
+        self._progress.reading = inputs.get("rounds")
+        loss = super()._compute_loss(model, inputs)
+        self._progress.reading = None
+        return loss
+
+    # 5. Trees
+
+    def _share_images(self, walk: Walk, number: int) -> None:
+        """Let all of a group go on from one of its images, which all processes choose alike."""
+        self._score_round(walk, number - 1)
+        scores, args, group = walk.scores[-1], self.args, self.group_size
+        perfect = self._book.image_weights.sum().item()
+        chosen = []
+        for index, rewards in enumerate(self._total(scores).split(group)):
+            generator = row_generator(args.seed, CHOICE, self.generation, index, number)
+            winner = credit.choose_image(rewards, args.round_select, generator, perfect, args.keep_perfect)
+            chosen.append(index * group + winner)
+        winners = torch.tensor(chosen, device=scores.device).repeat_interleave(group)
+        walk.stood.append(scores[winners])
+        first, count = self.accelerator.process_index * len(walk.inputs), len(walk.inputs)
+        mine = [winner - first for winner in chosen if first <= winner < first + count]
+        self._show_images(walk, mine)
+        found = {first + i: (walk.shown[i], walk.seen[i][-1]) for i in mine}
+        found = {winner: image for part in gather_object([found]) for winner, image in part.items()}
+        for i, winner in enumerate(winners[first : first + count].tolist()):
+            walk.shown[i], image = found[winner]
+            walk.seen[i][-1] = image
+
+
+def _metrics(rewards: Tensor, stood: Tensor, acted: Tensor, painted: Tensor) -> dict[str, float]:
+    """Measure the rounds (N, R) of a generation batch; a share of nothing is NaN, which no log averages."""
+    found = {"rounds/images": painted.sum(1).float().mean().item()}
+    for number in range(rewards.shape[1]):
+        found[f"rounds/reward_{number + 1}"] = rewards[:, number].nanmean().item()
+        if number:
+            later, gain = painted[:, number], rewards[:, number] - stood[:, number - 1]
+            known = later & ~gain.isnan()
+            stopped = acted[:, number] & ~later
+            found[f"rounds/kept_{number + 1}"] = (stopped.sum() / acted[:, number].sum()).item()
+            found[f"rounds/better_{number + 1}"] = (gain[known] > 0).float().mean().item()
+            found[f"rounds/worse_{number + 1}"] = (gain[known] < 0).float().mean().item()
+    return {name: value for name, value in found.items() if value == value}
