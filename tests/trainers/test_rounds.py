@@ -363,6 +363,11 @@ def test_clamp_with_stop_warns(tmp_path):
         tiny_config(tmp_path, num_rounds=2, no_improve="clamp", allow_stop=False)
 
 
+def test_column_that_the_rounds_fill_in_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Rename the column"):
+        rounds_trainer(tmp_path, train_dataset=prompts_dataset(round_index=[0, 1, 2, 3]))
+
+
 def test_model_that_is_shown_no_image_is_refused(tmp_path):
     with pytest.raises(ValueError, match="paints from text only"):
         rounds_trainer(tmp_path, model=toy_painter(29))

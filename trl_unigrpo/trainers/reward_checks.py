@@ -52,7 +52,15 @@ def check_reward_funcs(reward_funcs: Sequence[Any], args: Any, columns: Iterable
     """
     if not reward_funcs:
         raise ValueError("No reward source provided: reward_funcs is empty. Pass a function that scores images.")
-    given = GIVEN if args.most_rounds == 1 else (*GIVEN, *OF_ROUNDS)
+    given, columns = list(GIVEN), list(columns)
+    if args.most_rounds > 1:
+        given += OF_ROUNDS
+        for name in ("previous_images", "round_index"):
+            if name in columns:
+                raise ValueError(
+                    f"The dataset has a column {name!r}, but with several rounds reward functions get {name} from the "
+                    "trainer. Rename the column."
+                )
     for function in reward_funcs:
         if isinstance(function, (str, nn.Module)):
             continue

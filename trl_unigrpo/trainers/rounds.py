@@ -242,8 +242,8 @@ class RoundsTrainer(RunKeeping):
         for i, (row, t, seen) in enumerate(zip(walk.inputs, walk.trajectories, walk.seen, strict=True)):
             new = number < len(t.rounds) and not t.rounds[number].stopped
             kept = None if new or before is None else before[i]
-            row |= {"images": seen[number], "previous_images": seen[:number], "source_images": None}
-            row |= {"round_index": min(number, len(t.rounds) - 1), STANDING: Standing(kept, optional)}
+            row |= {"images": seen[number], "previous_images": seen[:number], STANDING: Standing(kept, optional)}
+            row |= {"round_index": min(number, len(t.rounds) - 1), "source_images": row.get("source_images")}
         self._pending_extra_logs.clear()  # the log has a row for each trajectory: its last round's
         ids = [t.rounds[min(number, len(t.rounds) - 1)].text_ids for t in walk.trajectories]
         prompts = [row["prompt"] for row in walk.inputs]

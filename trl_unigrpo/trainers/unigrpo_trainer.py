@@ -266,7 +266,7 @@ class UniGRPOTrainer(RoundsTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._progress.inputs = inputs
         outputs = super()._generate_and_score_completions(inputs)
-        trajectories, self._progress.trajectories = self._progress.trajectories, []
+        trajectories, self._progress.trajectories, self._progress.inputs = self._progress.trajectories, [], []
         if self.num_rounds > 1:
             self._pay(outputs)
         elif self.args.process_reward_weight > 0:
