@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from tests.helpers.oracle import step_scale
-from tests.helpers.tiny_unified import IMAGE_SIZE, FixedTexts, tiny_bagel
+from tests.helpers.tiny_unified import FixedTexts, tiny_bagel
 from trl_unigrpo.flow.states import rows_of
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.models.bagel.segments import ContextImage
@@ -85,12 +85,12 @@ def images(trajectory):
 # The oracle
 
 
-def velocities(model, image, context_grad, size=(IMAGE_SIZE, IMAGE_SIZE)):
+def velocities(model, image, context_grad):
     """A list of K, each (*latent), of the image's steps one by one; in float64 where the model is."""
     with torch.set_grad_enabled(context_grad and torch.is_grad_enabled()):
         context = model.encode_context([image.context])
     x, t = (z.to(next(model.parameters()).dtype) for z in (image.steps.x, image.steps.t))
-    return [model.predict_velocity(context, x[k : k + 1], t[k : k + 1], size)[0].double() for k in range(len(t))]
+    return [model.predict_velocity(context, x[k : k + 1], t[k : k + 1], image.size)[0].double() for k in range(len(t))]
 
 
 def surrogate(log_ratio, advantage, epsilon):
@@ -162,8 +162,8 @@ def flow_loss(models, batch, settings):
 def text_loss(models, batch):
     """-(J_text) of one micro-batch: means over tokens and trajectories."""
 
-    def log_probs(model, prompt, completion):
-        hidden = model.backbone(torch.tensor([[*prompt, *completion]])).last_hidden_state[0]
+    def log_probs(model, prompt, completion, shown):
+        hidden = model.backbone(torch.tensor([[*prompt, *completion]]), **shown).last_hidden_state[0]
         rows = model.get_output_embeddings()(hidden)[len(prompt) - 1 : -1].log_softmax(-1)
         return rows[torch.arange(len(completion)), torch.tensor(completion)]
 
@@ -172,9 +172,10 @@ def text_loss(models, batch):
         prompt, completion = (
             batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()].tolist() for part in ("prompt", "completion")
         )
+        shown = {"images": [batch["shown"][row]]} if "shown" in batch else {}
         with torch.no_grad():
-            old = log_probs(models.old, prompt, completion)
-        losses.append(surrogate(log_probs(models.now, prompt, completion) - old, advantage, 0.2).mean())
+            old = log_probs(models.old, prompt, completion, shown)
+        losses.append(surrogate(log_probs(models.now, prompt, completion, shown) - old, advantage, 0.2).mean())
     return mean(losses)
 
 

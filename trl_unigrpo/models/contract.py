@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image as PILImage
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
@@ -136,7 +137,12 @@ class UnifiedModelMixin(_Base):
     """True where text and all velocities come from one call."""
 
     def packed_forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, steps: Steps, context_grad: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        steps: Steps,
+        context_grad: bool = False,
+        images: Sequence[Sequence[Any]] = (),
     ) -> UnifiedOutput:
         """
         Compute hidden states of text rows and the velocities (S, *latent) of steps in one call.
@@ -144,6 +150,7 @@ class UnifiedModelMixin(_Base):
         Args:
             steps: their `row` is the text row that they belong to.
             context_grad: whether the steps' loss reaches the text's weights through the context.
+            images: for each row those that its prompt shows, for a model that has an `image_placeholder`.
         """
         raise NotImplementedError
 
@@ -164,6 +171,35 @@ class UnifiedModelMixin(_Base):
 
     context_types: Sequence[type] = (ContextRow,)
     """Dataclasses that `contexts` may return."""
+
+    edits: bool = False
+    """True where prompts may show source images to be edited: the model brings `source_image`."""
+
+    @property
+    def side_step(self) -> int:
+        """Number of pixels that both sides of an image are multiples of."""
+        return 16
+
+    @property
+    def longest_side(self) -> int | None:
+        """Most pixels to a side; None where there is no limit."""
+        return None
+
+    @property
+    def image_placeholder(self) -> int | None:
+        """
+        Token that stands for a source image in a prompt; None where texts are written without seeing them. A model
+        that has one takes `images`, for each row those that its placeholders stand for, in `generate`, `backbone` and
+        `packed_forward`.
+        """
+        return None
+
+    def source_image(self, image: PILImage.Image, image_size: tuple[int, int]) -> Any:
+        """
+        Show an image to the model, resized to `image_size`, in the form that `Trajectory.images` holds; on the CPU, of
+        what a checkpoint can keep.
+        """
+        raise NotImplementedError(f"{type(self).__name__} paints from text only: it takes no source images.")
 
     @property
     def suppressed_token_ids(self) -> Sequence[int]:
@@ -262,6 +298,7 @@ class UnifiedModelMixin(_Base):
         steps: Steps | None = None,
         context_grad: bool = False,
         into: list[Tensor] | None = None,
+        images: Sequence[Sequence[Any]] | None = None,
         **kwargs: Any,
     ) -> UnifiedOutput:
         """
@@ -269,13 +306,15 @@ class UnifiedModelMixin(_Base):
 
         Args:
             into: where the velocities go too, for a caller that sees only the language head's output.
+            images: for each row those that its prompt shows, if any does.
         """
+        shown: dict[str, Any] = {} if images is None else {"images": images}
         if steps is not None and self.packs_velocities:
-            outputs = self.packed_forward(input_ids, attention_mask, steps, context_grad)
+            outputs = self.packed_forward(input_ids, attention_mask, steps, context_grad, **shown)
         else:
             # PEFT's wrapper for language models passes on all that one could take, as None.
             kwargs = {name: value for name, value in kwargs.items() if value is not None}
-            outputs = self.backbone(input_ids, attention_mask, **kwargs)
+            outputs = self.backbone(input_ids, attention_mask, **kwargs, **shown)
             if steps is not None:
                 velocity = in_order(self.velocities(steps, context_grad))
                 outputs = replace(outputs, velocity=velocity)

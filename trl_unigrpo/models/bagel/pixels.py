@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..memory import fitting, free_memory
 from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
 from .layers import BagelPositionTable
+from .processing import resized, to_pixels, vit_rule
 from .segments import ContextImage
 from .vision import UNDERSTANDING_MODULES, BagelPerceptron, BagelVisionTower
 
@@ -92,6 +93,30 @@ class BagelPixels(_Base):
             latents, grid = self.encode_images(pixels[None])[0], self.grid((pixels.shape[-2], pixels.shape[-1]))
         features = None if vit_pixels is None else self.embed_vit_image(vit_pixels)
         return ContextImage(latents, grid, features)
+
+    edits = True
+
+    @property
+    def side_step(self) -> int:
+        return int(self.config.pixels_per_token)
+
+    @property
+    def longest_side(self) -> int:
+        return int(self.config.pixels_per_token * self.config.max_latent_size)
+
+    @property
+    def image_placeholder(self) -> int:
+        return int(self.config.image_token_id)
+
+    @torch.no_grad()
+    def source_image(self, image: Image.Image, image_size: tuple[int, int]) -> ContextImage:
+        """See an image by the VAE and, where there is one, by the understanding tower, each in its own precision."""
+        image = image.resize((image_size[1], image_size[0]), Image.Resampling.BICUBIC)
+        rule = vit_rule(self.config)
+        with torch.autocast(self.device.type, enabled=False):
+            pixels, seen = to_pixels(image), None if rule is None else to_pixels(resized(image, rule))
+            shown = self.context_image(pixels.to(self.device), seen)
+        return shown.kept()
 
     def freeze_understanding(self, frozen: bool = True) -> None:
         """Keep the understanding tower and its connector out of training, or (False) let them in."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from .patching import attributes
+from ..patching import attributes
 from .reading import noted_tokens
 
 

@@ -14,8 +14,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedTokenizerBase
 
+from ..patching import attributes
 from .encodings import Encodings, remembered_encodings
-from .patching import attributes
 from .scheduler import HandingScheduler, OnStep
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from ...images import mark_failed
+from ..patching import attributes
 from .encodings import Encodings
 from .loop import PROBE, PipelineLoop, Stop, stop
-from .patching import attributes
 from .reading import cut_off
 
 
