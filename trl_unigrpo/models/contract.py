@@ -176,6 +176,11 @@ class UnifiedModelMixin(_Base):
     """True where prompts may show source images to be edited: the model brings `source_image`."""
 
     @property
+    def painter_name(self) -> str:
+        """What paints, by its name in messages."""
+        return type(self).__name__
+
+    @property
     def side_step(self) -> int:
         """Number of pixels that both sides of an image are multiples of."""
         return 16
@@ -199,7 +204,7 @@ class UnifiedModelMixin(_Base):
         Show an image to the model, resized to `image_size`, in the form that `Trajectory.images` holds; on the CPU, of
         what a checkpoint can keep.
         """
-        raise NotImplementedError(f"{type(self).__name__} paints from text only: it takes no source images.")
+        raise NotImplementedError(f"{self.painter_name} is text to image only: it takes no source images.")
 
     @property
     def suppressed_token_ids(self) -> Sequence[int]:

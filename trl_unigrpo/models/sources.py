@@ -110,7 +110,7 @@ def check_edits(model: UnifiedModelMixin) -> None:
     """Raise ValueError if a model takes no source images."""
     if not model.edits:
         raise ValueError(
-            f"{type(model).__name__} is text to image only: it takes no source images. Take a model that edits, such "
+            f"{model.painter_name} is text to image only: it takes no source images. Take a model that edits, such "
             "as BAGEL or a pipeline with an `image` argument, or leave the source images out."
         )
 
