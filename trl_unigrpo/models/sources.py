@@ -59,10 +59,11 @@ def read_sources(value: Any) -> list[Image.Image]:
     """
     if (fault := source_fault(value)) is not None:
         raise ValueError(f"The source image of a prompt is {fault}.")
-    return [_read(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    return [read_source(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
 
 
-def _read(value: Any) -> Image.Image:
+def read_source(value: Any) -> Image.Image:
+    """Read one source image, in RGB; ValueError if it can't be."""
     if isinstance(value, dict):
         value = value["path"] if value.get("bytes") is None else value["bytes"]
     if isinstance(value, Image.Image):
@@ -72,6 +73,15 @@ def _read(value: Any) -> Image.Image:
             return checked_rgb(image)
     except OSError as error:
         raise ValueError(f"A source image can't be read: {error}. Leave its row out, or mend the file.") from error
+
+
+def source_bytes(value: Any) -> bytes:
+    """Give the bytes that tell one source image from another: those of its file, or its pixels."""
+    if isinstance(value, Image.Image):
+        return value.tobytes()
+    if isinstance(value, dict):
+        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    return value if isinstance(value, bytes) else Path(value).read_bytes()
 
 
 def size_like(source: tuple[int, int], area: int, step: int, longest: int | None = None) -> tuple[int, int]:
