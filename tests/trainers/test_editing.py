@@ -1,5 +1,6 @@
 """Edits: source images in prompts, in thinkings, in images of their sizes, and to reward functions."""
 
+import json
 import re
 from functools import partial
 
@@ -9,10 +10,12 @@ import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image
 
-from tests.helpers.editing import PAINTED, PLACEHOLDER, edits, source, tiny_editor
+from tests.helpers.editing import PAINTED, PLACEHOLDER, SIZES, edits, source, tiny_editor
+from tests.helpers.judge_server import ChatServer, pictures_of, yes
 from tests.helpers.many_images import expected, images
+from tests.helpers.paths import ROOT
 from tests.helpers.runs import assert_equal_runs, run
-from tests.helpers.tiny_unified import FixedTexts, redness, tiny_bagel
+from tests.helpers.tiny_unified import FixedTexts, redness, tiny_bagel, tiny_tokenizer
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.trainers.editing import of_one_size
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
@@ -243,3 +246,40 @@ def test_paths_and_transparent_images_are_read(trained, tmp_path):
     dataset = Dataset.from_dict({"prompt": ["a red cat"] * 2, "source_image": [str(file)] * 2})
     trained(max_steps=1, reward_funcs=reward, train_dataset=dataset)
     assert {image.getpixel((0, 0)) for (image,) in given} == {(255, 255, 255)}
+
+
+def test_the_example_trains_by_a_judge_that_sees_source_and_edit(tmp_path, monkeypatch):
+    """The script as it is, but for the names of the model, the judge and the file, and smaller numbers."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    tiny_editor().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = []
+    for number, prompt in enumerate(edits()["prompt"]):
+        source(number).save(tmp_path / f"{number}.png")
+        rows.append({"prompt": prompt, "source_image": str(tmp_path / f"{number}.png")})
+    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = {"image_size": 8, "num_inference_steps": 6, "num_generations": 4, "max_completion_length": 4}
+    small |= {"report_to": "none", "use_cpu": True, "max_steps": 2, "save_strategy": "no", "disable_tqdm": True}
+    pictures = []
+
+    def reply(body, attempt):
+        pictures.append([image.size[::-1] for image in pictures_of(body)])
+        return yes(0.1 + 0.8 * np.asarray(pictures_of(body)[1]).mean() / 255)
+
+    with ChatServer(reply) as server:
+        script = (ROOT / "examples" / "editing.py").read_text(encoding="utf-8")
+        for old, new in (
+            ('"ByteDance-Seed/BAGEL-7B-MoT"', repr(str(tmp_path / "model"))),
+            ('"http://localhost:8000/v1"', repr(server.url)),
+            ('"edits.jsonl"', repr(str(tmp_path / "edits.jsonl"))),
+            ('"bagel-edits"', f"{str(tmp_path / 'out')!r}, **{small!r}"),
+        ):
+            assert old in script
+            script = script.replace(old, new)
+        found = {"__name__": "example"}
+        exec(compile(script, "editing.py", "exec"), found)
+    assert found["trainer"].state.global_step == 2
+    logs = found["trainer"].state.log_history
+    assert 0 < logs[0]["EditReward/following"] < 1
+    sizes = {(first, second) for first, second in zip(SIZES, PAINTED, strict=True)}
+    assert {tuple(pair) for pair in pictures} <= sizes
