@@ -7,9 +7,12 @@ from PIL import Image
 
 from tests.helpers.editing import PAINTED, PLACEHOLDER, source, tiny_editor
 from tests.helpers.tiny_unified import tiny_bagel, tiny_tokenizer
+from trl_unigrpo.flow import flow_timesteps
 from trl_unigrpo.flow.guidance import Guidance
+from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.sources import read_sources, show_sources, size_like, source_fault
-from trl_unigrpo.sampling import Thinking, generate, think
+from trl_unigrpo.sampling import Thinking, generate, paint, think
+from trl_unigrpo.trajectory import Round, Steps, Trajectory
 
 
 PROMPTS = ["a red cat", "a big green dog runs", "a small tree", "the blue cat"]
@@ -119,3 +122,19 @@ def test_a_model_of_text_alone_says_so():
     model.__class__ = type("Blind", (type(model),), {"edits": False})
     with pytest.raises(ValueError, match="Blind is text to image only"):
         generate(model, PROMPTS[:1], tiny_tokenizer(), source_images=[source(0)], **QUICK)
+
+
+def test_a_text_row_without_steps_sees_its_sources_in_a_packed_forward():
+    model = tiny_editor().eval()
+    sources = [show_sources(model, source(number), 8) for number in (0, 3)]
+    rows = [[1, 8, 2, PLACEHOLDER, 1, 10, 2, 1, 11, 2], [PLACEHOLDER, 1, 12, 13, 2, 1, 9, 14, 15, 2]]
+    trajectory = Trajectory("", rows[0][:8], rounds=[Round(rows[0][8:])], images=sources[0].shown)
+    plan = RolloutPlan(flow_timesteps(2, 3.0), (8, 8), torch.tensor([0]))
+    (image,) = paint(model, [trajectory], plan, [torch.Generator().manual_seed(0)])
+    trajectory.rounds[0].images.append(image)
+    shown = [one.shown for one in sources]
+    with torch.no_grad():
+        packed = model.call_backbone(torch.tensor(rows), steps=Steps.of([trajectory]), images=shown)
+        alone = model.call_backbone(torch.tensor(rows), images=shown)
+    torch.testing.assert_close(packed.last_hidden_state, alone.last_hidden_state, rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed.velocity, image.steps.velocity, rtol=0, atol=1e-5)

@@ -1,5 +1,6 @@
 """Pipelines that edit take source images through their own call, and others say that they don't."""
 
+import functools
 import inspect
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from diffusers import FluxKontextPipeline
 from PIL import Image
 
 from tests.helpers.painting import prompts_alone, steps_of
@@ -99,6 +101,27 @@ def test_sizes_of_edits_are_those_that_the_pipeline_paints(tiny):
         assert model.latent_shape(found)
         assert abs(found[0] * found[1] - 24**2) <= 24 * model.side_step
         assert (found[0] > found[1]) == (size[0] > size[1])
+
+
+class NeedsImage(FluxKontextPipeline):
+    """As Qwen-Image-Edit, it does not run without an image."""
+
+    @functools.wraps(FluxKontextPipeline.__call__)
+    def __call__(self, image=None, **kwargs):
+        assert image.width
+        return super().__call__(image, **kwargs)
+
+
+def test_a_pipeline_that_needs_an_image_is_tried_with_one():
+    tiny = FAMILIES["flux_kontext"]()
+    plan, painted = RolloutPlan(torch.linspace(1, 0, 3), tiny.size), []
+    for kind in (FluxKontextPipeline, NeedsImage):
+        tiny.pipeline = kind(**tiny.pipeline.components)
+        model = unified(tiny)
+        assert model.edits
+        painted.append(paint(model, edits(model, tiny)[0], plan, generators()))
+    for image, other in zip(*painted, strict=True):
+        assert torch.equal(image.latents, other.latents)
 
 
 def test_edits_are_trained(make_trainer, train):

@@ -353,7 +353,7 @@ class BagelForUnifiedGeneration(BagelPixels, UnifiedModelMixin, PreTrainedModel,
         return und[:, :num_text], velocity[tuple(place)], table.text_index
 
     def _table(self, texts: TextRows, images: Sequence[Sequence[ContextImage]]) -> Segments:
-        if any(images):
+        if any(images) or any(self.config.image_token_id in row for row in texts.rows):
             return self._segments(texts.with_images(images))
         return text_segments(texts.rows)
 

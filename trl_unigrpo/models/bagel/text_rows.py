@@ -52,8 +52,8 @@ class TextRows:
         return replace(self, rows=rows)
 
     def with_images(self, images: Sequence[Sequence[Any]]) -> list[ContextRow]:
-        """Give the R rows as contexts, with the images that their placeholders stand for."""
-        return [ContextRow(row, shown) for row, shown in zip(self.rows, images, strict=True)]
+        """Give the R rows as contexts, with the images that their placeholders stand for; none if there are none."""
+        return [ContextRow(row, shown) for row, shown in zip(self.rows, images or [()] * len(self.rows), strict=True)]
 
     def back(self, hidden: Tensor, text_index: Tensor | None) -> Tensor:
         """

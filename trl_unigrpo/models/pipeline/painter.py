@@ -69,15 +69,15 @@ class Painter:
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
         self._mixes_times: bool | None = None
         self._has_warned = False
+        own = self.loop.arguments
         try:
             self._dry_run()
         except ValueError as error:
-            self.loop.stand_in = self.loop.edits  # some don't run without an image to edit
-            if not self.loop.edits:
-                raise
+            self.loop.arguments, self.loop.stand_in = own, True  # some don't run without an image to edit
             with suppress(ValueError):
-                self._dry_run()
-                return
+                if self.loop.edits:
+                    self._dry_run()
+                    return
             raise error
 
     @property
