@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
+from tests.helpers.editing import edits, tiny_editor
 from tests.helpers.runs import DIVERGING, alarms_of, assert_same_update
 from tests.helpers.sft import make_sft, many_rows
 from tests.helpers.tiny_unified import FixedTexts, build_trainer, redness, tiny_bagel, weights
@@ -43,6 +44,7 @@ MORE_CASES = {
     "text": {"flow_weight": 0.0},
     "process reward": {"reward_funcs": [redness, words], "process_reward_weight": 0.5},
     "windows per group": {"sde_window_scope": "group"},
+    "edits": {"edits": True, "beta": 0.1},
     "guidance, checkpointing": {"guidance_scale": 3.0, "gradient_checkpointing": True},
     "lines, no thinking": {"image_objective": "fpo", "thinking": False, "text_weight": 0.0},
 }
@@ -51,9 +53,10 @@ MORE_CASES = {
 def run(folder, case, per_device_train_batch_size):
     arguments = {**SETTINGS, **(CASES | MORE_CASES)[case]}
     lora = arguments.pop("lora", False)
+    edited = {"model": tiny_editor(), "train_dataset": edits()} if arguments.pop("edits", False) else {}
     trainer = build_trainer(
         folder,
-        model=tiny_bagel(),
+        **{"model": tiny_bagel(), **edited},
         per_device_train_batch_size=per_device_train_batch_size,
         peft_config=LoraConfig(r=2, init_lora_weights=False) if lora else None,
         **arguments,
