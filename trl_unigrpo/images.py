@@ -1,4 +1,5 @@
-"""Decoded images, and the mark of those that are not numbers: a VAE that overflowed leaves NaN, which looks black."""
+"""Images read in RGB; and the mark of those that were decoded to no numbers: a VAE that overflowed leaves NaN, which
+looks black."""
 
 from collections.abc import Iterable, Sequence
 
@@ -19,3 +20,30 @@ def mark_failed(images: Sequence[Image.Image], finite: Iterable[bool]) -> list[I
 def has_failed(image: Image.Image) -> bool:
     """Say whether an image, or what it was copied from, is marked."""
     return _MARK in image.info
+
+
+def checked_rgb(image: Image.Image) -> Image.Image:
+    """
+    Convert the image to RGB. Transparent parts show white.
+
+    Raises:
+        ValueError: if the image is empty, has more pixels than Pillow's `Image.MAX_IMAGE_PIXELS`, or more than 8 bits
+            per channel.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if not image.width or not image.height or (limit is not None and image.width * image.height > limit):
+        raise ValueError(
+            f"An image of {image.height} x {image.width} pixels (height x width): expected at least one pixel and at "
+            f"most {limit}. Make it smaller before it gets here; the model sees far fewer."
+        )
+    if image.mode[0] in "IF":
+        raise ValueError(
+            f"An image of mode {image.mode!r}: expected 8 bits per channel. Scale its values to 0 .. 255 and convert "
+            'it, for example `Image.fromarray((array / array.max() * 255).astype("uint8"))`.'
+        )
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    opaque = Image.new("RGB", image.size, "white")
+    opaque.paste(image, mask=image.getchannel("A"))
+    return opaque

@@ -18,6 +18,15 @@ from .models.contract import UnifiedModelMixin
 from .models.memory import in_fitting_batches
 from .models.prompts import as_messages, choose_system_prompt, system_ids
 from .models.registry import unified_model
+from .models.sources import (
+    Sources,
+    check_edits,
+    place_sources,
+    show_sources,
+    shown_images,
+    source_fault,
+    with_sources,
+)
 from .models.tokenizer import check_messages, never_sampled, prepare_tokenizer, read_tokenizer
 from .seeding import EVAL, rewound_on_error, row_generator
 from .trajectory import Image, Round, Trajectory
@@ -69,6 +78,7 @@ def generate(
     batch_size: int = 8,
     seed: int = 0,
     first_row: int = 0,
+    source_images: Sequence[Any] | None = None,
 ) -> list[Sample]:
     """
     Sample one thinking and one image per prompt; the images by the ODE.
@@ -77,21 +87,22 @@ def generate(
         model: a unified model, adapted or not.
         prompts: strings or conversations.
         tokenizer: loaded from the model's folder if not given.
-        thinking: False paints from the prompt alone.
-        do_sample, temperature, max_completion_length: how the thinking is sampled; do_sample=False is greedy.
+        thinking, do_sample, temperature, max_completion_length: see [`Thinking`].
         num_inference_steps, timestep_shift, image_size: how the image is sampled; image_size in pixels.
         guidance: classifier-free guidance, as in `Guidance(guidance_scale=4.0)`; None for none, as in training.
         system_prompt: "auto" for the model's own, "" for none.
         batch_size: prompts at once.
-        seed: of the thinkings and of each image's noise. Image noise depends on the prompt's place in the list alone.
-        first_row: place of the first prompt in a longer list. A list cut into whole batches gives the same samples
-            as the list at once.
+        seed: of the thinkings and of each image's noise, which depends on the prompt's place in the list alone.
+        first_row: place of the first prompt in a longer list. Cut into whole batches it gives the same samples.
+        source_images: for each prompt the image that it edits, a PIL image or a path, or a list of them. The painted
+            image is as the first of them is, with about image_size squared pixels.
 
     Raises:
-        ValueError: for guidance by a thinking that there is not.
+        ValueError: for guidance by a thinking that there is not, and for source images that can't be read.
     """
     _check_guidance(guidance, thinking)
     base = unified_model(model)
+    given = _checked_sources(base, prompts, source_images)
     tokenizer = tokenizer or base.tokenizer or read_tokenizer(model.config.name_or_path)
     tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
     how, size = Thinking(thinking, do_sample, temperature, max_completion_length), (image_size, image_size)
@@ -99,19 +110,30 @@ def generate(
     plan = RolloutPlan(flow_timesteps(num_inference_steps, timestep_shift), size, guidance=guidance)
     system = choose_system_prompt(base, system_prompt, thinking)
     messages = [as_messages(prompt, system) for prompt in prompts]
-    was_training = model.training
+    samples, was_training = [], model.training
     model.eval()
-    samples = []
     for start in range(0, len(prompts), batch_size):
         chunk, row = slice(start, start + batch_size), first_row + start
-        trajectories = think(model, tokenizer, messages[chunk], how, seed=seed + row)
-        if guidance is not None:
-            systems = system_ids(tokenizer, messages[chunk])
-            trajectories = [replace(t, system_ids=ids) for t, ids in zip(trajectories, systems, strict=True)]
+        sources = [show_sources(base, value, image_size) for value in given[chunk]]
+        trajectories = think(model, tokenizer, messages[chunk], how, seed=seed + row, sources=sources)
+        trajectories = trajectories if guidance is None else _with_systems(trajectories, tokenizer)
         images = paint(base, trajectories, plan, [row_generator(seed, EVAL, 0, row + t.row) for t in trajectories])
         samples += _samples(prompts[chunk], trajectories, images, base, tokenizer)
     model.train(was_training)
     return samples
+
+
+def _checked_sources(base: UnifiedModelMixin, prompts: Sequence[Any], given: Sequence[Any] | None) -> Sequence[Any]:
+    """Check all source images before any is painted from."""
+    if given is None:
+        return []
+    check_edits(base)
+    if len(given) != len(prompts):
+        raise ValueError(f"Got source_images for {len(given)} of {len(prompts)} prompts: pass some for each.")
+    for place, value in enumerate(given):
+        if (fault := source_fault(value)) is not None:
+            raise ValueError(f"source_images[{place}] is {fault}.")
+    return given
 
 
 def _check_guidance(guidance: Guidance | None, thinking: bool) -> None:
@@ -120,6 +142,12 @@ def _check_guidance(guidance: Guidance | None, thinking: bool) -> None:
             f"image_guidance_scale={guidance.image_guidance_scale} pushes the image towards its thinking, but "
             "thinking=False leaves none. Set it to 1 and raise guidance_scale, or think."
         )
+
+
+def _with_systems(trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase) -> list[Trajectory]:
+    """Say which tokens of each prompt are its system message's, as guidance needs to know."""
+    systems = system_ids(tokenizer, [trajectory.prompt for trajectory in trajectories])
+    return [replace(t, system_ids=ids) for t, ids in zip(trajectories, systems, strict=True)]
 
 
 def _samples(
@@ -141,6 +169,7 @@ def think(
     messages: Sequence[list[dict[str, Any]]],
     how: Thinking,
     seed: int = 0,
+    sources: Sequence[Sources] = (),
 ) -> list[Trajectory]:
     """
     Sample one thinking for each of B conversations: trajectories of one round, without its image.
@@ -151,6 +180,7 @@ def think(
         messages: conversations, with their system prompts.
         how: how thinkings are sampled.
         seed: of the B thinkings together. The global random state stays as it is.
+        sources: the B conversations' source images, or none.
     """
     base = unified_model(model)
     check_messages(messages, tokenizer)
@@ -159,6 +189,11 @@ def think(
     ).to(base.device)
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
     prompt_ids = [row[real.bool()].tolist() for row, real in zip(ids, mask, strict=True)]
+    shown = shown_images(base, sources)
+    if shown:
+        prompt_ids = place_sources(base, tokenizer, messages, prompt_ids, sources)
+        padded = tokenizer.pad({"input_ids": prompt_ids}, return_tensors="pt").to(base.device)
+        ids, mask = padded["input_ids"], padded["attention_mask"]
     texts: list[list[int]] = [[] for _ in prompt_ids]
     if how.thinking:
         with torch.random.fork_rng():
@@ -175,10 +210,12 @@ def think(
                 pad_token_id=tokenizer.pad_token_id,
                 suppress_tokens=never_sampled(base, tokenizer, [tokenizer.eos_token_id]),
                 use_cache=True,
+                **shown,
             )
         texts = [trim(row, tokenizer.eos_token_id) for row in out[:, ids.shape[1] :].tolist()]
     rows = enumerate(zip(messages, prompt_ids, texts, strict=True))
-    return [Trajectory(prompt, ids, row, [Round(text)]) for row, (prompt, ids, text) in rows]
+    trajectories = [Trajectory(prompt, ids, row, [Round(text)]) for row, (prompt, ids, text) in rows]
+    return with_sources(trajectories, sources)
 
 
 @torch.no_grad()
@@ -227,12 +264,35 @@ def paint(
     Args:
         model: a unified model, out of any wrapper.
         trajectories: B of them; they stay as they are.
-        plan: steps, windows, noise, guidance and size of the images.
+        plan: steps, windows, noise, guidance, and the size of images whose trajectory has none of its own.
         generators: B random generators; each draws all the noise of its own image, so that the result does not depend
             on how images are batched.
     """
     if len(generators) != len(trajectories):
         raise ValueError(f"Got {len(generators)} generators for {len(trajectories)} trajectories: pass one for each.")
+    painted: dict[int, Image] = {}
+    for size, rows in _by_size([t.size or plan.image_size for t in trajectories]).items():
+        own = replace(plan.rows(rows), image_size=size)
+        images = _paint_alike(model, [trajectories[i] for i in rows], own, [generators[i] for i in rows])
+        painted.update(zip(rows, images, strict=True))
+    return [painted[row] for row in range(len(trajectories))]
+
+
+def _by_size(sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
+    """List the places of each size."""
+    places: dict[tuple[int, int], list[int]] = {}
+    for place, size in enumerate(sizes):
+        places.setdefault(size, []).append(place)
+    return places
+
+
+def _paint_alike(
+    model: UnifiedModelMixin,
+    trajectories: Sequence[Trajectory],
+    plan: RolloutPlan,
+    generators: Sequence[torch.Generator],
+) -> list[Image]:
+    """Paint images of one size, the plan's."""
     shape, size = model.latent_shape(plan.image_size), plan.image_size
     contexts = model.contexts(trajectories)
     names = plan.guidance.branches if plan.guidance is not None else ()
@@ -267,7 +327,15 @@ def paint(
 
 
 def decode(model: UnifiedModelMixin, images: Sequence[Image], at_once: int | None = None) -> list[PILImage.Image]:
-    """Decode finished images of one size, so many at once; None for all. Those that are not numbers are marked."""
+    """Decode finished images, so many at once; None for all of a size. Those that are not numbers are marked."""
+    found: dict[int, PILImage.Image] = {}
+    for rows in _by_size([image.size for image in images]).values():
+        found.update(zip(rows, _decode_alike(model, [images[i] for i in rows], at_once), strict=True))
+    return [found[row] for row in range(len(images))]
+
+
+def _decode_alike(model: UnifiedModelMixin, images: Sequence[Image], at_once: int | None) -> list[PILImage.Image]:
+    """Decode images of one size."""
 
     def decode_some(chunk: slice) -> list[PILImage.Image]:
         some = images[chunk]

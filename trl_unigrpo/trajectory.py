@@ -106,6 +106,7 @@ class Trajectory:
         rounds: in their order.
         system_ids: tokens of its system message, none where it has none; needed for guidance and for fresh rounds.
         images: finished images that the prompt shows by a placeholder each, in the model's own form.
+        size: (height, width) in pixels of the images painted next; None for the run's own.
     """
 
     prompt: Any
@@ -114,6 +115,7 @@ class Trajectory:
     rounds: list[Round] = field(default_factory=list)
     system_ids: list[int] | None = None
     images: list[Any] = field(default_factory=list)
+    size: tuple[int, int] | None = None
 
     @property
     def text_ids(self) -> list[int]:

@@ -9,8 +9,10 @@ from PIL import Image
 
 from trl_unigrpo.evaluation.benchmark import Item, evenly_spread
 from trl_unigrpo.evaluation.benchmarks import load_benchmark, wise
-from trl_unigrpo.evaluation.metrics import all_correct
+from trl_unigrpo.evaluation.benchmarks.edits import edit_and_quality_questions
+from trl_unigrpo.evaluation.metrics import all_correct, edit_mean, edit_quality
 from trl_unigrpo.evaluation.scorers import question_score
+from trl_unigrpo.models.sources import read_source
 from trl_unigrpo.rewards.questions.question import Question
 
 
@@ -323,27 +325,70 @@ def test_wrong_names(name, data, error, message):
         load_benchmark(name, data)
 
 
-def test_gedit_is_read_and_refused(tmp_path):
+def test_gedit(tmp_path):
+    photograph = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(photograph)
     row = {"key": "k1", "task_type": "color_alter", "instruction": "Make it red.", "instruction_language": "en"}
-    row["input_image"] = {"path": "a.png"}
+    row["input_image"] = {"path": str(photograph)}
     bad = [row | {"task_type": "cooking"}, row | {"instruction": ""}, row | {"instruction_language": "fr"}]
-    file = write_jsonl(tmp_path / "gedit.jsonl", row, *bad, row | {"input_image": None})
-    with pytest.raises(
-        NotImplementedError, match="1 edits.*4 not(.|\n)*line 2: 'task_type'(.|\n)*takes the image to edit"
-    ):
-        load_benchmark("gedit", file)
-    with pytest.raises(ValueError, match="no edit"):
+    bad += [row | {"input_image": None}, row | {"input_image": {"path": "nowhere.png"}}, row | {"key": "../k"}]
+    other = row | {"instruction_language": "cn", "instruction": "变红"}
+    benchmark = load_benchmark("gedit", write_jsonl(tmp_path / "gedit.jsonl", row, other, *bad))
+    assert [item.key for item in benchmark.items] == ["en/k1", "cn/k1"]
+    first = benchmark.items[0]
+    assert (first.task, first.official) == ("en/color_alter", "fullset/color_alter/en/k1.png")
+    assert [question.group for question in first.questions] == ["following", "preservation", "quality"]
+    assert "Make it red." in first.questions[0].text
+    assert read_source(first.source_images[0]).size == (4, 4)
+    assert "input_image" not in first.columns
+    reasons = ("'task_type'", "instruction is ''", "'fr'", "None", "no such file", "name of a file")
+    for problem, reason in zip(benchmark.problems, reasons, strict=True):
+        assert reason in problem
+    with pytest.raises(ValueError, match="no prompt that can be painted"):
         load_benchmark("gedit", write_jsonl(tmp_path / "bad.jsonl", *bad))
 
 
 def test_gedit_as_datasets_saves_it(tmp_path):
     from datasets import Dataset
 
-    image = Image.new("RGB", (4, 4))
+    image = Image.new("RGB", (4, 4), "red")
     row = {"key": "k1", "task_type": "subject-add", "instruction": "加一只猫", "instruction_language": "cn"}
     Dataset.from_list([row | {"input_image": image}]).save_to_disk(str(tmp_path / "gedit"))
-    with pytest.raises(NotImplementedError, match="1 edits of GEdit-Bench read, 0 not"):
-        load_benchmark("gedit", tmp_path / "gedit")
+    (item,) = load_benchmark("gedit", tmp_path / "gedit").items
+    assert read_source(item.source_images[0]).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_imgedit(tmp_path):
+    (tmp_path / "singleturn" / "animal").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "singleturn" / "animal" / "1.png")
+    row = {"id": "animal/1.png", "prompt": "Make it blue.", "edit_type": "adjust"}
+    bad = {"2": row | {"id": "animal/2.png"}, "3": row | {"prompt": " "}, "4": row | {"edit_type": None}, "5": []}
+    file = tmp_path / "basic_edit.json"
+    file.write_text(json.dumps({"1082": row, **bad}))
+    for path in (file, tmp_path):
+        benchmark = load_benchmark("imgedit", path)
+        (item,) = benchmark.items
+        assert (item.key, item.task, item.official) == ("1082", "adjust", "1082.png")
+        assert read_source(item.source_images[0]).size == (4, 4)
+        reasons = ("no photograph 'animal/2.png'", "instruction is ' '", "'edit_type' is None", "a list")
+        for problem, reason in zip(benchmark.problems, reasons, strict=True):
+            assert reason in problem
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="holds a list, expected an object"):
+        load_benchmark("imgedit", file)
+    with pytest.raises(FileNotFoundError, match=r"basic_edit\.json: no such file"):
+        load_benchmark("imgedit", tmp_path / "singleturn")
+
+
+EDIT = edit_and_quality_questions("Make it red.")
+
+
+def test_scores_of_edits():
+    assert edit_quality(EDIT, [0.9, 0.4, 0.9])["edit"] == pytest.approx(0.6)
+    assert edit_mean(EDIT, [0.9, 0.4, 0.8])["edit"] == pytest.approx(0.7)
+    for metric in (edit_quality, edit_mean):
+        assert metric(EDIT, [0.9, None, 0.9])["edit"] is None
+        assert list(metric(EDIT, [1, 1, 1])) == ["edit", "following", "preservation", "quality"]
 
 
 YES, NO = Question("a?"), Question("b?", "no")

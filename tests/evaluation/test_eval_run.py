@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.judge_server import ChatServer, Reply, text_of, yes
+from tests.helpers.editing import PAINTED, SIZES, source, tiny_editor
+from tests.helpers.judge_server import ChatServer, Reply, pictures_of, text_of, yes
+from tests.helpers.tiny_unified import PROMPTS, tiny_tokenizer
 from trl_unigrpo.evaluation import runner
 from trl_unigrpo.evaluation.benchmark import Item, Painting, evenly_spread
 from trl_unigrpo.evaluation.benchmarks import load_benchmark
@@ -379,3 +381,41 @@ def test_several_rewards_are_added_up_and_a_missing_one_masks(asked):
     assert [score.reward for score in found] == [0.0, None, None, 9.0]
     assert found[3].scores == {"reward": 9.0, "column": 6.0, "text": 3.0}
     assert found[2].error == "column: no score" and found[1].error == "text: seen"
+
+
+def test_edits_are_painted_from_their_sources_and_judged_beside_them(tmp_path):
+    rows = {
+        str(place): {"id": f"{place}.png", "prompt": prompt, "edit_type": "adjust"}
+        for place, prompt in enumerate(PROMPTS)
+    }
+    for place in range(4):
+        source(place).save(tmp_path / f"{place}.png")
+    (tmp_path / "basic_edit.json").write_text(json.dumps(rows))
+    benchmark = load_benchmark("imgedit", tmp_path)
+    painting = Painting(num_inference_steps=2, image_size=8, max_completion_length=3, batch_size=3)
+
+    def begin(folder, scorer, benchmark=benchmark):
+        return run(tiny_editor(), tiny_tokenizer(), benchmark, scorer, tmp_path / folder, Options(painting))
+
+    with ChatServer(lambda body, _: yes(0.25 if "everything" in text_of(body) else 1)) as server:
+        lines = begin("judged", JudgeScorer(judge(server), benchmark.metric, "m"))
+    assert [line["reward"] for line in lines] == pytest.approx([0.75] * 4)
+    assert len(server.requests) == 12
+    for place, line in enumerate(lines):
+        with Image.open(tmp_path / "judged" / line["image"]) as image:
+            assert image.size[::-1] == PAINTED[place]
+            with Image.open(tmp_path / "judged" / "official" / f"{place}.png") as official:
+                assert image.tobytes() == official.tobytes()
+        seen = [pictures_of(body) for _, body in server.requests if PROMPTS[place] in text_of(body)]
+        assert {tuple(shown.size[::-1] for shown in pair) for pair in seen} <= {(SIZES[place], PAINTED[place])}
+    given = []
+
+    def reward(prompts, completions, images, source_images, **columns):
+        given.extend(source_images)
+        return redness(prompts, completions, images)
+
+    begin("rewarded", RewardScorer({"redness": reward}))
+    assert [image.size[::-1] for (image,) in given] == list(SIZES)
+    source(5).save(tmp_path / "0.png")
+    with pytest.raises(DifferentSettingsError, match="digest"):
+        begin("rewarded", RewardScorer({"redness": reward}))

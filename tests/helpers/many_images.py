@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 
 from tests.helpers.oracle import step_scale
-from tests.helpers.tiny_unified import IMAGE_SIZE, FixedTexts, tiny_bagel
+from tests.helpers.tiny_unified import FixedTexts, tiny_bagel
 from trl_unigrpo.flow.states import rows_of
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.models.bagel.segments import ContextImage
@@ -86,12 +86,12 @@ def images(trajectory):
 # The oracle
 
 
-def velocities(model, image, context_grad, size=(IMAGE_SIZE, IMAGE_SIZE)):
+def velocities(model, image, context_grad):
     """A list of K, each (*latent), of the image's steps one by one; in float64 where the model is."""
     with torch.set_grad_enabled(context_grad and torch.is_grad_enabled()):
         context = model.encode_context([image.context])
     x, t = (z.to(next(model.parameters()).dtype) for z in (image.steps.x, image.steps.t))
-    return [model.predict_velocity(context, x[k : k + 1], t[k : k + 1], size)[0].double() for k in range(len(t))]
+    return [model.predict_velocity(context, x[k : k + 1], t[k : k + 1], image.size)[0].double() for k in range(len(t))]
 
 
 def surrogate(log_ratio, advantage, epsilon):
@@ -176,14 +176,19 @@ def texts_of(batch, row):
             yield number, seen.prompt_ids, t.rounds[number].text_ids, seen.images
     else:
         parts = ("prompt", "completion")
-        yield 0, *(batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()].tolist() for part in parts), []
+        yield (
+            0,
+            *(batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()].tolist() for part in parts),
+            batch["shown"][row] if "shown" in batch else [],
+        )
 
 
 def text_loss(models, batch, trained=lambda number: True):
     """-(J_text) of one micro-batch: means over tokens of all rounds and trajectories."""
 
     def log_probs(model, prompt, completion, shown):
-        hidden = model.backbone(torch.tensor([[*prompt, *completion]]), images=[shown]).last_hidden_state[0]
+        looks = {"images": [shown]} if shown else {}
+        hidden = model.backbone(torch.tensor([[*prompt, *completion]]), **looks).last_hidden_state[0]
         rows = model.get_output_embeddings()(hidden)[len(prompt) - 1 : -1].log_softmax(-1)
         return rows[torch.arange(len(completion)), torch.tensor(completion)]
 

@@ -93,7 +93,7 @@ FAULTS = {
     "empty": ([], r"\[\], expected a text, or a conversation as in"),
     "texts": (["a", "b"], r"\['a', 'b'\], expected a text, or a conversation as in"),
     "no-content": ([{"role": "user", "content": None}], "expected a text, or a conversation as in"),
-    "image": ([{"role": "user", "content": [IMAGE_PART]}], "a conversation with .*'image'.*Images in prompts are not"),
+    "image": ([{"role": "user", "content": [IMAGE_PART]}], "a conversation with .*'image'.*An image to edit belongs"),
     "no-user": ([{"role": "system", "content": "paint"}], r"\[.*\], a conversation without words of the user"),
     "blank-user": ([{"role": "user", "content": " "}], r"\[.*\], a conversation without words of the user"),
 }

@@ -136,6 +136,13 @@ def test_single_gpu(tmp_path):
     assert config.image_learning_rate > config.learning_rate > DEFAULTS["learning_rate"]
 
 
+def test_editing(tmp_path):
+    config = UniGRPOConfig.editing(str(tmp_path), use_cpu=True)
+    assert config.image_size == 512
+    assert config.num_generations % config.per_device_train_batch_size == 0
+    assert UniGRPOConfig.editing(str(tmp_path), use_cpu=True, num_generations=8).num_generations == 8
+
+
 @pytest.mark.parametrize(
     ("group", "batch", "accumulation"), [(24, 4, 6), (24, 24, 1), (6, 4, 3), (4, 8, 1), (5, 2, 5)]
 )

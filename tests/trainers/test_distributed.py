@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 
+from tests.helpers.editing import edits, tiny_editor
 from tests.helpers.rounds import STOP, FixedRounds, rounds_bagel, rounds_trainer
 from tests.helpers.runs import DIVERGING, alarms_of, assert_same_update
 from tests.helpers.sft import make_sft, many_rows
@@ -44,6 +45,7 @@ MORE_CASES = {
     "text": {"flow_weight": 0.0},
     "process reward": {"reward_funcs": [redness, words], "process_reward_weight": 0.5},
     "windows per group": {"sde_window_scope": "group"},
+    "edits": {"edits": True, "beta": 0.1},
     "guidance, checkpointing": {"guidance_scale": 3.0, "gradient_checkpointing": True},
     # The second process keeps its images in the second round, all but one of the first's go on to the third.
     "rounds": {"rounds": True, "num_rounds": 3},
@@ -63,13 +65,14 @@ class UnequalRounds(FixedRounds):
 
 def run(folder, case, per_device_train_batch_size):
     arguments = {**SETTINGS, **(CASES | MORE_CASES)[case]}
-    lora, build, model = arguments.pop("lora", False), build_trainer, tiny_bagel
+    lora, build, own = arguments.pop("lora", False), build_trainer, {"model": tiny_bagel()}
     if arguments.pop("rounds", False):
-        build, model = rounds_trainer, rounds_bagel
-        arguments |= {"trainer_class": UnequalRounds, "temperature": 1.0}
+        build, own = rounds_trainer, {"model": rounds_bagel(), "trainer_class": UnequalRounds, "temperature": 1.0}
+    if arguments.pop("edits", False):
+        own = {"model": tiny_editor(), "train_dataset": edits()}
     trainer = build(
         folder,
-        model=model(),
+        **own,
         per_device_train_batch_size=per_device_train_batch_size,
         peft_config=LoraConfig(r=2, init_lora_weights=False) if lora else None,
         **arguments,

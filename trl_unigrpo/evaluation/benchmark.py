@@ -26,6 +26,8 @@ class Item:
         questions: for a judge.
         columns: the benchmark's own row, for rewards and for `metadata.jsonl`.
         cluster: items of one cluster are alike, and so no independent evidence; the prompt by default.
+        source_images: what the prompt says how to edit: paths, PIL images, or undecoded images of `datasets`.
+        official: where the benchmark's own scorer looks for its image, below the folder `official`.
     """
 
     key: str
@@ -34,6 +36,8 @@ class Item:
     questions: tuple[Question, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
     cluster: str = ""
+    source_images: tuple[Any, ...] = ()
+    official: str = ""
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt)

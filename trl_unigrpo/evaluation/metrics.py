@@ -1,5 +1,6 @@
 """Scores of one image from the answers about it, as the benchmarks define them. The first score is the reward."""
 
+import math
 from collections.abc import Sequence
 
 from ..rewards.common import Scores
@@ -9,6 +10,7 @@ from ..rewards.questions.question import (
     earned,
     exam_points,
     geometric_mean,
+    group_means,
     weighted_mean,
 )
 
@@ -36,3 +38,20 @@ def soft_tifa(questions: Sequence[Question], answers: Scores) -> dict[str, float
         "soft_tifa_gm": geometric_mean(questions, answers),
         "soft_tifa_am": weighted_mean(questions, answers),
     }
+
+
+def edit_quality(questions: Sequence[Question], answers: Scores) -> dict[str, float | None]:
+    """Give GEdit-Bench's sqrt(min(following, preservation) * quality), of probabilities, and these three."""
+    means = group_means(questions, answers)
+    following, preservation, quality = (means.get(name) for name in ("following", "preservation", "quality"))
+    overall = None
+    if following is not None and preservation is not None and quality is not None:
+        overall = math.sqrt(min(following, preservation) * quality)
+    return {"edit": overall, **means}
+
+
+def edit_mean(questions: Sequence[Question], answers: Scores) -> dict[str, float | None]:
+    """Give ImgEdit-Bench's mean of following, preservation and quality, of probabilities, and these three."""
+    means = group_means(questions, answers)
+    known = [mean for mean in means.values() if mean is not None]
+    return {"edit": sum(known) / len(known) if len(known) == len(means) else None, **means}

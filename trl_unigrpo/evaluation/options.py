@@ -31,7 +31,7 @@ class BenchmarkOptions:
     """The prompts: those of a benchmark, or the user's own."""
 
     benchmark: Annotated[
-        str | None, Option(help="geneval or shapeworld; with --data: dpg, tiif, wise, geneval2 or gedit.")
+        str | None, Option(help="geneval or shapeworld; with --data: dpg, tiif, wise, geneval2, gedit or imgedit.")
     ] = None
     data: Annotated[str | None, Option(help="The benchmark's file or folder.")] = None
     prompts: Annotated[str | None, Option(help="Own prompts instead: a csv, json, jsonl, parquet or txt file.")] = None

@@ -16,6 +16,7 @@ from ..flow.guidance import Guidance
 from ..images import has_failed
 from ..models.prompts import as_messages, choose_system_prompt
 from ..models.registry import unified_model
+from ..models.sources import source_bytes
 from ..models.tokenizer import check_messages, prepare_tokenizer
 from ..rewards.questions.question import earned
 from ..sampling import generate
@@ -123,8 +124,12 @@ def without_unfit_prompts(
 
 
 def items_digest(items: Sequence[Item]) -> str:
-    """Give 16 hexadecimal digits of the SHA-256 of all prompts, tasks and questions."""
-    rows = [[item.key, item.prompt, item.task, [question.to_dict() for question in item.questions]] for item in items]
+    """Give 16 hexadecimal digits of the SHA-256 of all prompts, tasks, questions and source images."""
+    rows = [
+        [item.key, item.prompt, item.task, [question.to_dict() for question in item.questions]]
+        + [hashlib.sha256(image).hexdigest() for image in map(source_bytes, item.source_images)]
+        for item in items
+    ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
@@ -195,10 +200,10 @@ def _paint(
     options: Options,
 ) -> tuple[list[Line], list[Image.Image]]:
     """Paint the batch of these rows; keep the images that are missing, with their lines."""
-    started = time.perf_counter()
+    started, own = time.perf_counter(), [items[row % len(items)] for row in rows]
     samples = generate(
         model,
-        [items[row % len(items)].prompt for row in rows],
+        [item.prompt for item in own],
         tokenizer,
         thinking=options.thinking,
         do_sample=options.do_sample,
@@ -212,6 +217,7 @@ def _paint(
         batch_size=len(rows),
         seed=options.painting.seed,
         first_row=rows[0],
+        source_images=[list(item.source_images) for item in own] if any(item.source_images for item in own) else None,
     )
     seconds = (time.perf_counter() - started) / len(rows)
     kept = [samples[rows.index(row)] for row in missing]
@@ -234,6 +240,9 @@ def _paint(
         write_metadata(folder, place, {"prompt": item.prompt, **item.columns, "tag": item.task})
         file.parent.mkdir(exist_ok=True)
         sample.image.save(file)
+        if item.official and number == 0:
+            (folder / "official" / item.official).parent.mkdir(parents=True, exist_ok=True)
+            sample.image.save(folder / "official" / item.official)
         lines.append(line | {"seconds": round(seconds, 3)})
     return lines, [sample.image for sample in kept]
 

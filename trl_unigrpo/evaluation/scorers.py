@@ -8,10 +8,12 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from ..models.sources import read_sources
 from ..rewards.common import (
     Asker,
     Breaker,
     Scores,
+    Seen,
     finite,
 )
 from .benchmark import Benchmark, Item, Metric
@@ -80,9 +82,11 @@ class JudgeScorer:
         self._breaker = Breaker(f"The judge {name}", max_dead_batches)
 
     def __call__(self, items: Sequence[Item], images: Sequence[Image.Image], thinkings: Sequence[str]) -> list[Score]:
-        pairs = [
-            (image, question.text) for item, image in zip(items, images, strict=True) for question in item.questions
+        shown = [
+            [*read_sources(item.source_images), image] if item.source_images else image
+            for item, image in zip(items, images, strict=True)
         ]
+        pairs = [(seen, question.text) for item, seen in zip(items, shown, strict=True) for question in item.questions]
         unread = iter(asyncio.run(_answers(self.asker, pairs)))
         error = str(getattr(self.asker, "last_error", "") or "")
         found = [
@@ -93,7 +97,7 @@ class JudgeScorer:
         return found
 
 
-async def _answers(asker: Asker, pairs: Sequence[tuple[Image.Image, str]]) -> Scores:
+async def _answers(asker: Asker, pairs: Sequence[tuple[Seen, str]]) -> Scores:
     return await asker.ask(pairs) if pairs else []
 
 
@@ -157,6 +161,8 @@ class RewardScorer:
     def __call__(self, items: Sequence[Item], images: Sequence[Image.Image], thinkings: Sequence[str]) -> list[Score]:
         names = dict.fromkeys(name for item in items for name in item.columns if name != "prompt")
         columns = {name: [item.columns.get(name) for item in items] for name in names}
+        if any(item.source_images for item in items):
+            columns["source_images"] = [read_sources(item.source_images) for item in items]
         prompts = [item.prompt for item in items]
         given: dict[str, list[float | None]] = {}
         for name, reward in self.rewards.items():

@@ -38,7 +38,7 @@ class RolloutPlan:
     batch_size: int | None = None
     guidance: Guidance | None = None
 
-    def rows(self, chunk: slice) -> "RolloutPlan":
+    def rows(self, chunk: slice | list[int]) -> "RolloutPlan":
         """Plan some of the images."""
         return self if self.windows is None or self.windows.ndim == 1 else replace(self, windows=self.windows[chunk])
 

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image as PILImage
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from ..flow.guidance import Velocity, guide_where_covered
-from ..trajectory import Image, Passage, Steps, Trajectory, in_order
+from ..trajectory import Passage, Steps, Trajectory, in_order
 from .reference import adapters_off, trained_weights, weights_in_place
+from .seeing import SeesImages
 
 
 @dataclass
@@ -65,7 +65,7 @@ class ContextRow:
 _Base: Any = PreTrainedModel if TYPE_CHECKING else object
 
 
-class UnifiedModelMixin(_Base):
+class UnifiedModelMixin(SeesImages, _Base):
     """
     Mixin of a transformers `PreTrainedModel` with `GenerationMixin` that also paints.
 
@@ -123,19 +123,6 @@ class UnifiedModelMixin(_Base):
         """
         raise NotImplementedError
 
-    def read_back(self, images: Sequence[Any], texts: Sequence[Sequence[int]]) -> list[Tensor]:
-        """
-        Compute the log-probs (T,) of each text's tokens behind an image each: how well it can be read off the image.
-
-        Args:
-            images: finished images in the model's own form.
-            texts: tokens, none of them a special one, as the model would write them after its own start marker.
-
-        Raises:
-            ValueError: for a model that reads no images, as it is by default.
-        """
-        raise ValueError(f"{type(self).__name__} reads no images, so that nothing can be read back from them.")
-
     def is_image_parameter(self, name: str) -> bool:
         """Say whether a parameter of this name belongs to the image expert (else to the text expert, or to both)."""
         raise NotImplementedError
@@ -150,16 +137,21 @@ class UnifiedModelMixin(_Base):
     """True where text and all velocities come from one call."""
 
     def packed_forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None, steps: Steps, context_grad: bool = False
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        steps: Steps,
+        context_grad: bool = False,
+        passages: Sequence[Sequence[Passage]] | None = None,
+        images: Sequence[Sequence[Any]] = (),
     ) -> UnifiedOutput:
         """
         Compute hidden states of text rows and the velocities (S, *latent) of steps in one call.
 
-        A model with an `image_placeholder` takes `passages` too, as in `call_backbone`, and so does its `backbone`.
-
         Args:
             steps: their `row` is the text row that they belong to.
             context_grad: whether the steps' loss reaches the text's weights through the context.
+            passages, images: as in `call_backbone`, of a model with an `image_placeholder`.
         """
         raise NotImplementedError
 
@@ -180,23 +172,6 @@ class UnifiedModelMixin(_Base):
 
     context_types: Sequence[type] = (ContextRow,)
     """Dataclasses that `contexts` may return."""
-
-    @property
-    def image_placeholder(self) -> int | None:
-        """Token that stands for a finished image in what is read; None where texts alone are read."""
-        return None
-
-    def observe(self, images: Sequence[Image], seen: Sequence[PILImage.Image], reencode: bool) -> list[Any]:
-        """
-        Give finished images in the form in which contexts show them, to be kept and shown again as they are. Asked of
-        a model with an `image_placeholder`.
-
-        Args:
-            images: as they were painted, of one size.
-            seen: the same, decoded.
-            reencode: whether to encode what is seen, or (False) take the latents that were painted.
-        """
-        raise NotImplementedError
 
     @property
     def suppressed_token_ids(self) -> Sequence[int]:
@@ -296,6 +271,7 @@ class UnifiedModelMixin(_Base):
         context_grad: bool = False,
         into: list[Tensor] | None = None,
         passages: Sequence[Sequence[Passage]] | None = None,
+        images: Sequence[Sequence[Any]] | None = None,
         **kwargs: Any,
     ) -> UnifiedOutput:
         """
@@ -304,8 +280,10 @@ class UnifiedModelMixin(_Base):
         Args:
             passages: for each text row what it is read as, where that is more than the row itself.
             into: where the velocities go too, for a caller that sees only the language head's output.
+            images: for each row those that its prompt shows, if any does.
         """
-        read_as = {} if passages is None else {"passages": passages}
+        read_as: dict[str, Any] = {"passages": passages, "images": images}
+        read_as = {name: value for name, value in read_as.items() if value is not None}
         if steps is not None and self.packs_velocities:
             outputs = self.packed_forward(input_ids, attention_mask, steps, context_grad, **read_as)
         else:

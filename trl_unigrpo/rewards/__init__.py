@@ -17,6 +17,8 @@ if TYPE_CHECKING:
         pick_score,
         siglip_score,
     )
+    from .edits.edit_reward import EditReward, edit_questions, edit_score
+    from .edits.preservation import preserve, preserve_structure
     from .geneval.geneval_questions import questions_from_geneval
     from .geneval.geneval_reward import GenEvalReward
     from .judge.local_judge import LocalVLMJudge
@@ -47,6 +49,7 @@ _HOME_OF = {
     "STRICT_AUDITOR": "questions.question_reward",
     "ClipReward": "clip.clip_reward",
     "DVReward": "questions.question_reward",
+    "EditReward": "edits.edit_reward",
     "GenEvalReward": "geneval.geneval_reward",
     "LLMDecomposer": "questions.llm_decomposer",
     "LocalVLMJudge": "judge.local_judge",
@@ -60,11 +63,15 @@ _HOME_OF = {
     "decompose_rows": "questions.decompose",
     "dependency_mean": "questions.question",
     "dv_score": "questions.question",
+    "edit_questions": "edits.edit_reward",
+    "edit_score": "edits.edit_reward",
     "exam_points": "questions.question",
     "geometric_mean": "questions.question",
     "hps_v2": "clip.clip_reward",
     "jpeg_size": "rules",
     "pick_score": "clip.clip_reward",
+    "preserve": "edits.preservation",
+    "preserve_structure": "edits.preservation",
     "questions_from_geneval": "geneval.geneval_questions",
     "read_questions": "questions.question",
     "sharpness": "rules",
@@ -79,6 +86,7 @@ __all__ = [
     "STRICT_AUDITOR",
     "ClipReward",
     "DVReward",
+    "EditReward",
     "GenEvalReward",
     "LLMDecomposer",
     "LocalVLMJudge",
@@ -92,11 +100,15 @@ __all__ = [
     "decompose_rows",
     "dependency_mean",
     "dv_score",
+    "edit_questions",
+    "edit_score",
     "exam_points",
     "geometric_mean",
     "hps_v2",
     "jpeg_size",
     "pick_score",
+    "preserve",
+    "preserve_structure",
     "questions_from_geneval",
     "read_questions",
     "sharpness",

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 Scores = list[float | None]
 
+Seen = Image.Image | Sequence[Image.Image]
+"""What a judge is asked about: an image, or several in the order in which it sees them."""
+
 
 class DeadRewardError(RuntimeError):
     """A reward gave no score at all for several batches in a row."""
@@ -27,8 +30,8 @@ class DeadRewardError(RuntimeError):
 class Asker(Protocol):
     """A judge that answers yes-no questions about images: one behind an endpoint, or one in this process."""
 
-    async def ask(self, pairs: Sequence[tuple[Image.Image, str]]) -> Scores:
-        """Return P(yes) in [0, 1] for each (image, question), `None` for those that could not be answered."""
+    async def ask(self, pairs: Sequence[tuple[Seen, str]]) -> Scores:
+        """Return P(yes) in [0, 1] for each (image or images, question), `None` where there was no answer."""
         ...
 
 
@@ -111,6 +114,11 @@ class ImageReward(ABC):
         """Keep and log an error that costs scores; the run goes on."""
         self.last_error = f"{type(error).__name__}: {error}"
         logger.warning("%s gives no score: %s", self.__name__, self.last_error)
+
+
+def images_of(shown: Seen) -> list[Image.Image]:
+    """List the images that a judge sees."""
+    return [shown] if isinstance(shown, Image.Image) else list(shown)
 
 
 def finite(score: Any) -> float | None:

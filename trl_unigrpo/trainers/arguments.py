@@ -17,6 +17,7 @@ from ..models.tokenizer import prepare_tokenizer, read_tokenizer
 from .dataset_checks import check_dataset, check_training_data
 from .evaluation_checks import check_evaluation
 from .reward_checks import check_reward_funcs
+from .source_checks import check_sources
 from .unigrpo_config import SINGLE_GPU, UniGRPOConfig
 
 
@@ -33,9 +34,10 @@ def check_arguments(
     datasets: Mapping[str, Any],
     processing_class: Any,
     unsupported: Mapping[str, Any],
-) -> None:
+) -> bool:
     """
-    Raise ValueError or TypeError, with the remedy, for what the trainer can't work with.
+    Raise ValueError or TypeError, with the remedy, for what the trainer can't work with; returns whether prompts show
+    source images.
 
     Args:
         args: the configuration.
@@ -57,12 +59,14 @@ def check_arguments(
     if (evaluated := datasets["eval_dataset"]) is not None:
         columns = {**columns, **check_dataset(evaluated, "eval_dataset")}
     check_evaluation(args, evaluated)
-    check_reward_funcs(reward_funcs, args, {name for part in columns.values() for name in part})
+    names = {name for part in columns.values() for name in part}
+    check_reward_funcs(reward_funcs, args, {"source_images" if name == "source_image" else name for name in names})
     if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
         raise TypeError(
             f"processing_class is a {type(processing_class).__name__}, expected a tokenizer: images are generated "
             "here, not read. Pass processor.tokenizer."
         )
+    return check_sources(datasets, args)
 
 
 def check_lengths(args: UniGRPOConfig, base: Any) -> None:

@@ -9,9 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from ..messages import all_texts
 from ..models.tokenizer import check_text, special_tokens
 from .prompt_checks import check_prompts
+from .source_checks import SOURCE_COLUMNS
 
 
 IMAGE_COLUMNS = ("image", "images", "generated_images")
+EDITED = "; or 'source_image', if the prompts say how it is to be edited"
 TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 """Names under which reward functions get something else than a column."""
 
@@ -52,6 +54,12 @@ def check_rows(dataset: Any, name: str, needed: Sequence[str], args: Any) -> dic
         The columns of each dataset by its name.
     """
     columns = check_columns(dataset, name, needed)
+    for part, found in columns.items():
+        if sources := [column for column in found if column in SOURCE_COLUMNS]:
+            raise ValueError(
+                f"{part} has a column {sources[0]!r}, but this trainer paints from text alone. Train edits with "
+                f"UniGRPOTrainer, or leave the column out: dataset.remove_columns({sources[0]!r})."
+            )
     check_prompts(dataset, name)
     if args is not None and args.dataloader_drop_last:
         _check_length(dataset, args, args.train_batch_size * args.world_size)
@@ -103,7 +111,8 @@ def check_dataset(dataset: Any, name: str) -> dict[str, list[str]]:
                 continue
             raise ValueError(
                 f"{part} has a column {column!r}, a name that is taken: reward functions get {told}. Rename it: "
-                f"dataset.rename_column({column!r}, {other!r})."
+                f"dataset.rename_column({column!r}, {other!r})"
+                f"{EDITED if column in IMAGE_COLUMNS else ''}."
             )
     check_prompts(dataset, name)
     return found

@@ -68,7 +68,7 @@ def prompt_fault(prompt: Any) -> str | None:
         if others:
             return (
                 f"a conversation with {_short(others[0])} in a message, expected parts as in "
-                "{'type': 'text', 'text': 'a red cat'}. Images in prompts are not read."
+                "{'type': 'text', 'text': 'a red cat'}. An image to edit belongs into a column 'source_image'."
             )
     if not any(message["role"] == "user" for message in prompt) or not user_text(prompt).strip():
         return f"{_short(prompt)}, a conversation without words of the user, expected {FORM}."

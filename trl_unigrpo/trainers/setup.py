@@ -25,6 +25,7 @@ from ..models.hub import hub_arguments
 from ..models.quantization import keep_trainable_layout
 from ..models.reference import adapters_do_nothing_yet, trained_weights
 from ..models.registry import unified_model
+from ..models.sources import check_edits
 from ..models.tokenizer import never_sampled
 from .arguments import (
     check_arguments,
@@ -40,6 +41,7 @@ from .config_checks import check_generation
 from .dataset_checks import check_special_tokens
 from .prompt_checks import CheckedRows
 from .reward_checks import distinct
+from .source_checks import check_single_round
 from .trl_bridge import ReferencePolicy, check_attributes, check_trl, compute_head_in_float32, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
@@ -57,6 +59,7 @@ class Setup:
         regularizer_weight: of this run's latents and steps; 0 without regulariser.
         float32_head: whether log-probs are computed in float32 (`cast_lm_head_to_fp32`).
         masters: adapters that came with the model, as they were before TRL rounds those on a quantised base.
+        edits: whether prompts show source images.
         beta: weight of the text KL. TRL's constructor gets 0, or it would make a reference of its own: an adapter
             named "ref", or a model that it loads again.
     """
@@ -73,6 +76,7 @@ class Setup:
     float32_head: bool
     masters: dict[str, Tensor]
     beta: float
+    edits: bool
 
     @property
     def regularized(self) -> bool:
@@ -99,7 +103,7 @@ def prepare_run(
         check_own_adapters(model)
         source = model.config.name_or_path
     args = args or default_config(source)
-    check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
+    edits = check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
     for config in [peft_config] if peft_config is not None else getattr(model, "peft_config", {}).values():
         check_kind(config)
         question_weak_adapters(config, args)
@@ -114,7 +118,7 @@ def prepare_run(
             peft_config, source = None, model.config.name_or_path
             hub.pop("revision", None)  # of the adapters, not of what they were trained on
     base = unified_model(model)
-    _try_out(base, args)
+    _try_out(base, args, edits)
     num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
     if not is_peft_model(model):
         merge_found_adapters(base)
@@ -135,16 +139,20 @@ def prepare_run(
         float32_head=float32_head,
         masters=trained_weights(model) if is_peft_model(model) else {},
         beta=beta,
+        edits=edits,
     )
     check_special_tokens(datasets, setup.tokenizer)
     setup.peft_config = of_revision(target_experts(peft_config, base, setup.trains), hub.get("revision"))
     return setup
 
 
-def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig) -> None:
-    """Find out whether the model can be trained with these arguments."""
+def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig, edits: bool) -> None:
+    """Find out whether the model can be trained with these arguments, and on source images where there are some."""
     check_lengths(args, base)
     check_sight(args, base)
+    if edits:
+        check_edits(base)
+        check_single_round(args)
     if args.compile_layers:
         base.compile_layers()
     base.try_out(args.device)

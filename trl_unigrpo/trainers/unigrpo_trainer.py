@@ -43,6 +43,7 @@ from ..reporting.gallery import Gallery
 from ..sampling import decode, paint
 from ..seeding import EVAL, TRAIN, row_generator
 from ..trajectory import Round, Steps, Trajectory, has_steps, in_order
+from .editing import EditingRun
 from .failed_images import image_metrics
 from .kept import KeptVelocities
 from .reward_checks import as_list, callback_list
@@ -62,7 +63,7 @@ from .unigrpo_config import UniGRPOConfig
 from .windows import draw_windows, guidance_of, rollout_plan
 
 
-class UniGRPOTrainer(RoundsTrainer):
+class UniGRPOTrainer(EditingRun, RoundsTrainer):
     """
     Trainer for UniGRPO (arXiv 2603.23500): GRPO on the thinking tokens and FlowGRPO-Fast on the denoising steps of a
     unified model, from one reward on the finished image.
@@ -96,7 +97,7 @@ class UniGRPOTrainer(RoundsTrainer):
         args ([`UniGRPOConfig`], *optional*):
             Configuration.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
-            Rows with a column `prompt`, a string or a conversation.
+            Rows with a column `prompt`, a string or a conversation; `source_image` or `source_images` to edit.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer; loaded from the model's folder if not given.
         peft_config (`PeftConfig`, *optional*):
@@ -195,10 +196,9 @@ class UniGRPOTrainer(RoundsTrainer):
         self, prompts: list[Any], prompt_ids: list[list[int]], completion_ids: list[list[int]]
     ) -> list[Trajectory]:
         """Begin the trajectories, with one round each and no image yet."""
-        rows = self.rows(len(prompts))
         texts = completion_ids if self.args.thinking else [[] for _ in prompts]
-        made = zip(prompts, prompt_ids, rows, texts, strict=True)
-        trajectories = [Trajectory(prompt, ids, row, [Round(text)]) for prompt, ids, row, text in made]
+        made = map(Trajectory, prompts, prompt_ids, self.rows(len(prompts)), [[Round(text)] for text in texts])
+        trajectories = self.with_sources(list(made))
         if guidance_of(self.args, self.model.training) is not None or self.num_rounds > 1:
             prompts = self._with_system_prompt(prompts)
             systems = system_ids(self._tokenizer, prompts, **self.chat_template_kwargs)

@@ -104,6 +104,16 @@ def test_batch_equals_singles(llava, batch_size):
     assert together == pytest.approx(singles, abs=1e-12)
 
 
+def test_several_images_are_seen_in_their_order(judge):
+    red, other = picture(0), picture(1)
+    shown = [[red, other], [other, red], [red], red]
+    first, second, single, bare = asked(judge, [(images, "Is it?") for images in shown[:2]]) + asked(
+        judge, [(images, "Is it?") for images in shown[2:]]
+    )
+    assert len({first, second, single}) == 3
+    assert single == bare
+
+
 def test_all_spellings_are_found():
     _, processor = tiny_llava()
     found = {word: {WORDS[i] for i in ids} for word, ids in answer_ids(processor.tokenizer).items()}

@@ -292,7 +292,7 @@ def test_dv_reward_reads_two_columns():
         (
             QuestionReward,
             {"topic": ["x", "y"]},
-            r"QuestionReward, row 0 .*reads the column 'questions'.*it has: topic",
+            r"QuestionReward, row 0 .*reads the column 'questions'.*it has: prompt, topic",
         ),
         (QuestionReward, {"questions": [["a?"], []]}, r"row 1 of a batch \('a cat'\): There are no questions"),
         (QuestionReward, {"questions": [["a?"], [{"text": "b?", "parents": [4]}]]}, "row 1 .* has the parent 4"),

@@ -13,6 +13,7 @@ FROM_FILES = {
     "wise": "load_wise",
     "geneval2": "load_geneval2",
     "gedit": "load_gedit",
+    "imgedit": "load_imgedit",
     "prompts": "load_own_prompts",
 }
 """Benchmark, which is also the name of its module -> the function in it that loads the benchmark."""
@@ -30,7 +31,6 @@ def load_benchmark(
 
     Raises:
         OSError, ValueError: for an unknown name, and for data that is missing, not expected or unreadable.
-        NotImplementedError: for GEdit-Bench, whose edits no model here can paint.
     """
     if name not in (*BUILT_IN, *FROM_FILES):
         raise ValueError(f"benchmark={name!r}: expected one of {', '.join((*BUILT_IN, *FROM_FILES))}.")

@@ -1,15 +1,14 @@
-"""GEdit-Bench (arXiv 2504.17761): images and how to edit them. Its file is checked; no model here edits yet."""
+"""GEdit-Bench (arXiv 2504.17761): images, and how to edit them, in English and Chinese."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .rows import (
-    as_object,
-    located_rows,
-    row_problem,
-    undecoded,
-)
+from ...models.sources import source_fault
+from ..benchmark import Benchmark, Item
+from ..metrics import edit_quality
+from .edits import as_file_name, edit_and_quality_questions
+from .rows import located_rows, parse, undecoded
 
 
 EDIT_TASKS = (
@@ -17,34 +16,28 @@ EDIT_TASKS = (
     *("subject-add", "subject-remove", "subject-replace", "text_change", "tone_transfer"),
 )
 LANGUAGES = ("en", "cn")
+IMAGES = ("input_image", "input_image_raw")
 
 
-def check(path: str | Path) -> tuple[int, list[str]]:
+def load_gedit(path: str | Path) -> Benchmark:
     """
-    Count the edits that can be read in the benchmark's folder or file, and list the problems of the others.
-
-    Expected are `key`, `task_type`, `instruction`, `instruction_language` and `input_image`.
+    Read the benchmark's folder, as `datasets` saves it, or a file of it: `key`, `task_type`, `instruction`,
+    `instruction_language` and `input_image`.
     """
-    good, problems = 0, []
-    for where, row in _rows(Path(path)):
-        try:
-            _check_row(as_object(row))
-            good += 1
-        except (KeyError, TypeError, ValueError) as error:
-            problems.append(f"{where}: {row_problem(error)}")
-    return good, problems
-
-
-def load_gedit(path: str | Path) -> Any:
-    """Raise always: NotImplementedError for a file that is in order, ValueError for one with no edit to read."""
-    good, problems = check(path)
-    shown = "".join(f"\n  {problem}" for problem in problems[:10])
-    if not good:
-        raise ValueError(f"{path}: no edit of GEdit-Bench can be read.{shown}")
-    raise NotImplementedError(
-        f"{path}: {good} edits of GEdit-Bench read, {len(problems)} not.{shown}\nGEdit-Bench can't be painted yet: it "
-        "needs a model that takes the image to edit into its context (its clean VAE tokens, and what the "
-        "understanding tower sees), and `generate` passes text alone. Nothing was painted."
+    items, problems = parse(_rows(Path(path)), _items)
+    return Benchmark(
+        "gedit",
+        "GEdit-Bench",
+        items,
+        problems,
+        metric=edit_quality,
+        overall="tasks",
+        notes=(
+            "Officially GPT-4o or Qwen2.5-VL gives two scores out of 10 for semantic consistency, whose lower one "
+            "counts, and two for quality; here these are the probabilities of three yes-no questions in our words.",
+            "English and Chinese instructions are tasks of their own; official tables have one overall score for each "
+            "language.",
+        ),
     )
 
 
@@ -60,13 +53,24 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield from located_rows(path, ".parquet", ".jsonl")
 
 
-def _check_row(row: dict[str, Any]) -> None:
-    if row["task_type"] not in EDIT_TASKS:
-        raise ValueError(f"'task_type' is {row['task_type']!r}, expected one of {', '.join(EDIT_TASKS)}")
-    if row["instruction_language"] not in LANGUAGES:
-        raise ValueError(f"'instruction_language' is {row['instruction_language']!r}, expected 'en' or 'cn'")
-    for name in ("key", "instruction"):
-        if not isinstance(row[name], str) or not row[name].strip():
-            raise ValueError(f"{name!r} is {row[name]!r}, expected a text that is not empty")
-    if row["input_image"] is None:
-        raise ValueError("'input_image' is empty")
+def _items(row: dict[str, Any], where: str) -> Iterable[Item]:
+    task, language, key, instruction = (
+        row[name] for name in ("task_type", "instruction_language", "key", "instruction")
+    )
+    if task not in EDIT_TASKS:
+        raise ValueError(f"'task_type' is {task!r}, expected one of {', '.join(EDIT_TASKS)}")
+    if language not in LANGUAGES:
+        raise ValueError(f"'instruction_language' is {language!r}, expected 'en' or 'cn'")
+    if (fault := source_fault(row["input_image"])) is not None:
+        raise ValueError(f"'input_image' is {fault}")
+    return [
+        Item(
+            f"{language}/{as_file_name(key)}",
+            instruction,
+            f"{language}/{task}",
+            edit_and_quality_questions(instruction),
+            {name: value for name, value in row.items() if name not in IMAGES},
+            source_images=(row["input_image"],),
+            official=f"fullset/{task}/{language}/{key}.png",
+        )
+    ]

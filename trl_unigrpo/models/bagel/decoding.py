@@ -4,6 +4,7 @@ A CUDA graph sees the same memory each time, so keys and values stand in tensors
 at those of its row that are written.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig
 
 from ..recording import Recorded
+from .attention import Context, left_padded
 
 
 ROOM = 256
@@ -119,3 +121,44 @@ def samples_token_by_token(defaults: GenerationConfig, arguments: Mapping[str, A
     ways = ("cache_implementation", "prompt_lookup_num_tokens", "assistant_model", "past_key_values", "cache")
     plain = all(asked.get(way) is None for way in ways)
     return plain and asked.get("num_beams") in (None, 1) and asked.get("use_cache") is not False
+
+
+def after_context(
+    generate: Callable[..., Tensor],
+    context: Context,
+    ids: Tensor,
+    cache: DynamicCache,
+    cache_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """
+    Call transformers' `generate` behind contexts that are encoded already, all but the last token of each.
+
+    Args:
+        generate: of transformers.
+        context: B of them.
+        ids: (B, T) the tokens of the prompts, which stand before the new ones in what is returned.
+        cache: an empty one.
+        cache_name: of the cache among the arguments.
+    """
+    known = left_padded(context)
+    for layer, (keys, values) in enumerate(zip(known.keys, known.values, strict=True)):
+        cache.update(keys, values, layer)
+    size = context.keys[0].shape[2]
+    missing = size - torch.tensor(context.lengths, device=ids.device)[:, None]
+    column = torch.arange(size + 1, device=ids.device)
+    last = torch.tensor(context.positions, device=ids.device)[:, None]
+    settings: dict[str, Any] = {"return_dict_in_generate": False, "use_cache": True}
+    if (given := kwargs.pop("generation_config", None)) is not None:  # takes no settings beside it
+        given = copy.copy(given)
+        given.update(**settings)
+        settings = {"generation_config": given}
+    out = generate(
+        torch.cat([ids[:, :1].expand(-1, size), ids[:, -1:]], dim=1),
+        *args,
+        position_ids=last.expand(-1, size + 1).contiguous(),
+        padded=min(context.lengths) < size,
+        **{**kwargs, cache_name: cache, "attention_mask": (column >= missing).long(), **settings},
+    )
+    return torch.cat([ids, out[:, size + 1 :]], dim=1)

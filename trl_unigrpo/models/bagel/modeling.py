@@ -7,6 +7,7 @@ size.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ...trajectory import Passage, Steps, Trajectory
 from ..contract import ContextRow, UnifiedModelMixin, UnifiedOutput
 from ..recording import Recorded
-from .attention import Context, Layout, causal_mask, left_padded
+from .attention import Context, Layout, causal_mask
 from .autoencoder import LatentCodec
 from .configuration import BagelConfig
 from .copies import Copies, lay_out
 from .decoder import BagelLanguageModel
-from .decoding import DecodingCache, empty_cache, samples_token_by_token
+from .decoding import DecodingCache, after_context, empty_cache, samples_token_by_token
 from .layers import BagelPositionTable, BagelRMSNorm, BagelTimeEmbedder
 from .loading import load_checkpoint
 from .pixels import BagelPixels
@@ -206,39 +207,18 @@ class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, P
         Returns:
             What transformers returns; with images, (B, T + new) tokens.
         """
+        mask = kwargs.get("attention_mask")
         if images is None or not any(images):
-            mask = kwargs.get("attention_mask")
             padded = None if mask is None else not bool(mask.all())  # looked at once, not at every token
             if samples_token_by_token(self.generation_config, kwargs):
                 kwargs[CACHE] = empty_cache(self)
             return super().generate(inputs, *args, **{"padded": padded, **kwargs})
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        assert ids is not None
-        mask = kwargs.pop("attention_mask", None)
-        mask = torch.ones_like(ids) if mask is None else mask
-        rows = zip(ids.cpu(), mask.bool().cpu(), images, strict=True)
+        rows = zip(ids.cpu(), torch.ones_like(ids).cpu() if mask is None else mask.cpu(), images, strict=True)
         with torch.no_grad():
             # All but the last token, from which transformers goes on.
-            context = self.encode_context([ContextRow(row[real][:-1], shown) for row, real, shown in rows])
-        cache, known = empty_cache(self), left_padded(context)
-        for layer, (keys, values) in enumerate(zip(known.keys, known.values, strict=True)):
-            cache.update(keys, values, layer)
-        size = context.keys[0].shape[2]
-        missing = size - torch.tensor(context.lengths, device=ids.device)[:, None]
-        column = torch.arange(size + 1, device=ids.device)
-        last = torch.tensor(context.positions, device=ids.device)[:, None]
-        plain = {"return_dict_in_generate": False, "use_cache": True}
-        if (how := kwargs.pop("generation_config", None)) is not None:
-            plain = {"generation_config": type(how).from_dict({**how.to_dict(), **plain})}
-        out = super().generate(
-            torch.cat([ids[:, :1].expand(-1, size), ids[:, -1:]], dim=1),
-            *args,
-            attention_mask=(column >= missing).long(),
-            position_ids=last.expand(-1, size + 1).contiguous(),
-            padded=min(context.lengths) < size,
-            **{**kwargs, CACHE: cache, **plain},
-        )
-        return torch.cat([ids, out[:, size + 1 :]], dim=1)
+            context = self.encode_context([ContextRow(row[real > 0][:-1], shown) for row, real, shown in rows])
+        return after_context(super().generate, context, ids, empty_cache(self), CACHE, *args, **kwargs)
 
     def next_logits(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
         """Compute the logits (B, 1, vocabulary) of one token of each row, under a mask (B, 1, 1, S) of the cache."""
@@ -287,11 +267,13 @@ class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, P
         steps: Steps,
         context_grad: bool = False,
         passages: Sequence[Sequence[Passage]] | None = None,
+        images: Sequence[Sequence[ContextImage]] = (),
     ) -> UnifiedOutput:
         texts = TextRows.of(input_ids, attention_mask, passages)
         copies = lay_out(texts.hosts(steps.to(self.device)), texts.rows)
         texts = texts.followed(copies.contexts)
-        table = self._table(texts, [row.images for row in copies.contexts])
+        shown = [row.images or own or () for row, own in zip_longest(copies.contexts, images)]
+        table = self._table(texts, shown)
         hidden, velocity, text_index = self._packed(table, copies, context_grad)
         return UnifiedOutput(texts.back(hidden, text_index), velocity)
 
@@ -358,7 +340,7 @@ class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, P
         return und[:, :num_text], velocity[tuple(place)], table.text_index
 
     def _table(self, texts: TextRows, images: Sequence[Sequence[ContextImage]]) -> Segments:
-        if any(images) or any(texts.images):
+        if any(images) or any(self.config.image_token_id in row for row in texts.rows):
             return self._segments(texts.with_images(images))
         return text_segments(texts.rows)
 

@@ -123,6 +123,26 @@ class BagelPixels(_Base):
         grid = self.grid(images[0].size)
         return [ContextImage(x, grid, y) for x, y in zip(latents.cpu().unbind(), features, strict=True)]
 
+    edits = True
+
+    @property
+    def side_step(self) -> int:
+        return int(self.config.pixels_per_token)
+
+    @property
+    def longest_side(self) -> int:
+        return int(self.config.pixels_per_token * self.config.max_latent_size)
+
+    @torch.no_grad()
+    def source_image(self, image: Image.Image, image_size: tuple[int, int]) -> ContextImage:
+        """See an image by the VAE and, where there is one, by the understanding tower, each in its own precision."""
+        image = image.resize((image_size[1], image_size[0]), Image.Resampling.BICUBIC)
+        rule = vit_rule(self.config)
+        with torch.autocast(self.device.type, enabled=False):
+            pixels, seen = to_pixels(image), None if rule is None else to_pixels(resized(image, rule))
+            shown = self.context_image(pixels.to(self.device), seen)
+        return shown.kept()
+
     def freeze_understanding(self, frozen: bool = True) -> None:
         """Keep the understanding tower and its connector out of training, or (False) let them in."""
         for name in UNDERSTANDING_MODULES:

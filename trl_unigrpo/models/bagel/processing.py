@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ...images import checked_rgb
 from ..tokenizer import read_tokenizer
 from .configuration import (
     SPECIAL_TOKENS,
@@ -70,7 +71,7 @@ class ResizeRule:
 
 
 def vit_rule(config: BagelConfig) -> ResizeRule | None:
-    """Give the sizes of images for the understanding tower; None for a model without one."""
+    """Give the sizes of images for the understanding tower; None where the configuration has none."""
     if config.vit_config is None:
         return None
     patch = config.vit_config.patch_size
@@ -173,33 +174,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: BagelConfig) -> 
                 f"The tokenizer has {token} at {found}, the model at {expected} ({name}). Take both from the same "
                 "checkpoint, and check that its `tokenizer.json` and `tokenizer_config.json` are there."
             )
-
-
-def checked_rgb(image: Image.Image) -> Image.Image:
-    """
-    Convert the image to RGB. Transparent parts show white.
-
-    Raises:
-        ValueError: if the image is empty, has more pixels than Pillow's `Image.MAX_IMAGE_PIXELS`, or more than 8 bits
-            per channel.
-    """
-    limit = Image.MAX_IMAGE_PIXELS
-    if not image.width or not image.height or (limit is not None and image.width * image.height > limit):
-        raise ValueError(
-            f"An image of {image.height} x {image.width} pixels (height x width): expected at least one pixel and at "
-            f"most {limit}. Make it smaller before it gets here; the model sees far fewer."
-        )
-    if image.mode[0] in "IF":
-        raise ValueError(
-            f"An image of mode {image.mode!r}: expected 8 bits per channel. Scale its values to 0 .. 255 and convert "
-            'it, for example `Image.fromarray((array / array.max() * 255).astype("uint8"))`.'
-        )
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    opaque = Image.new("RGB", image.size, "white")
-    opaque.paste(image, mask=image.getchannel("A"))
-    return opaque
 
 
 def resized(image: Image.Image, rule: ResizeRule) -> Image.Image:

@@ -47,6 +47,11 @@ class ContextImage:
         if self.latents is not None and len(self.latents) != self.grid[0] * self.grid[1]:
             raise ValueError(f"{len(self.latents)} latents do not fill a grid of {self.grid[0]} x {self.grid[1]}.")
 
+    def kept(self) -> "ContextImage":
+        """Bring it to the CPU, where it waits for the contexts that show it."""
+        latents, features = (None if x is None else x.cpu() for x in (self.latents, self.features))
+        return replace(self, latents=latents, features=features)
+
 
 @dataclass
 class Segments:

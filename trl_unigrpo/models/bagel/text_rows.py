@@ -107,9 +107,8 @@ class TextRows:
         Give the R rows as contexts, with the images that their placeholders stand for: a passage's own where it goes
         on behind what is given.
         """
-        pairs = zip_longest(images, self.images, fillvalue=())
-        images = [max(pair, key=len) for pair in pairs]
-        return [ContextRow(row, shown) for row, shown in zip(self.rows, images, strict=True)]
+        given, own = ([*some, *[()] * (len(self.rows) - len(some))] for some in (images, self.images))
+        return [ContextRow(row, max(pair, key=len)) for row, *pair in zip(self.rows, given, own, strict=True)]
 
     def back(self, hidden: Tensor, text_index: Tensor | None) -> Tensor:
         """

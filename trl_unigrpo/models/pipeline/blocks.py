@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .patching import attributes
+from ..patching import attributes
 
 
 def block_lists(network: nn.Module) -> dict[str, nn.ModuleList]:

@@ -1,4 +1,4 @@
-"""Prompts as a pipeline's text encoders read them: encoded once, for any number of runs."""
+"""Prompts and source images as a pipeline's encoders read them: encoded once, for any number of runs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -6,11 +6,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .patching import attributes
+from ..patching import attributes
 from .reading import noted_tokens
+
+
+@dataclass
+class EditPrompt:
+    """
+    What stands before an edited image.
+
+    Attributes:
+        text: the painter's prompt.
+        images: the source images, (height, width, 3) each, bytes.
+    """
+
+    text: str
+    images: list[Tensor]
 
 
 @dataclass
@@ -20,7 +35,10 @@ class Encodings:
 
     Attributes:
         grad: whether they are encoded with a gradient.
+        sources: of each prompt the source images, (height, width, 3) bytes each; empty where no prompt has one. One
+            run shows all its prompts the same.
         outputs: what the encoders returned, call by call.
+        latents: what the VAE returned of the source images.
         tokens: rows of tokens that they read for it.
         subsets: encodings of some of the prompts, by their indices.
         checked: whether the pipeline has seen the prompts.
@@ -28,7 +46,9 @@ class Encodings:
 
     prompts: Sequence[str]
     grad: bool = False
+    sources: Sequence[Sequence[Tensor]] = ()
     outputs: list[Any] = field(default_factory=list)
+    latents: list[Any] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     subsets: dict[tuple[int, ...], "Encodings"] = field(default_factory=dict)
     checked: bool = False
@@ -36,7 +56,17 @@ class Encodings:
     def subset(self, rows: Sequence[int]) -> "Encodings":
         """Return the encodings of some of the prompts."""
         prompts = [self.prompts[row] for row in rows]
-        return self.subsets.setdefault(tuple(rows), Encodings(prompts, self.grad))
+        sources = [self.sources[row] for row in rows] if self.sources else ()
+        return self.subsets.setdefault(tuple(rows), Encodings(prompts, self.grad, sources))
+
+    def source(self, row: int) -> tuple[int, ...]:
+        """Tell which source images a prompt has: equal for prompts that have the same."""
+        return tuple(map(id, self.sources[row])) if self.sources else ()
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The source images that all these prompts have."""
+        return [Image.fromarray(pixels.numpy()) for pixels in self.sources[0]] if self.sources else []
 
 
 @contextmanager
@@ -69,4 +99,19 @@ def remembered_encodings(pipeline: Any, encoders: Sequence[nn.Module], encodings
         else:
             for encoder in encoders:
                 stack.enter_context(attributes(encoder, forward=remembering(encoder.forward)))
+        vae = getattr(pipeline, "vae", None)
+        if encodings.sources and vae is not None:
+            stack.enter_context(attributes(vae, encode=remembered_calls(vae.encode, encodings.latents)))
         yield
+
+
+def remembered_calls(function: Callable[..., Any], kept: list[Any]) -> Callable[..., Any]:
+    """Let a function return what it returned before, call by call, or keep what it returns now."""
+    known, replies = bool(kept), iter(list(kept))
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        if not known:
+            kept.append(function(*args, **kwargs))
+        return next(replies) if known else kept[-1]
+
+    return remembered

@@ -9,21 +9,28 @@ import numpy as np
 import torch
 from diffusers import ModularPipeline
 from diffusers.guiders import BaseGuidance
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedTokenizerBase
 
+from ..patching import attributes
 from .encodings import Encodings, remembered_encodings
-from .patching import attributes
 from .scheduler import HandingScheduler, OnStep
 
 
 PROBE = "a picture"
 """The prompt of runs that nobody looks at."""
 
-AS_ASKED = {"use_resolution_binning": False, "num_frames": 1, "enable_prompt_rewrite": False, "use_pe": False}
-"""Arguments of every call that takes them: the size and the prompt asked for, and an image rather than a video."""
+AS_ASKED = {
+    "use_resolution_binning": False,
+    "_auto_resize": False,
+    "num_frames": 1,
+    "enable_prompt_rewrite": False,
+    "use_pe": False,
+}
+"""Arguments of every call that takes them: the sizes and the prompt asked for, and an image rather than a video."""
 
 
 class Stop(BaseException):
@@ -47,6 +54,7 @@ class PipelineLoop:
         scheduler: what is put in is inside of it; that holds the times of the last run.
         accepted: names of the arguments that the call takes.
         batches: whether the pipeline takes several prompts at once.
+        stand_in: whether runs without a source image are shown a plain one, as the pipeline does not run without.
         sample_output: some output of the transformer, whose structure [`nothing`] has; to be set before that is used.
     """
 
@@ -60,9 +68,15 @@ class PipelineLoop:
             self.accepted = set(signature(type(pipeline).__call__).parameters)
         self.arguments = {**AS_ASKED, **(arguments or {})}
         self.batches = True
+        self.stand_in = False
         self.sample_output: Any = None
         self._told: dict[tuple[int, int], tuple[np.ndarray, np.ndarray] | None] = {}
         self._idle = Encodings([])
+
+    @property
+    def edits(self) -> bool:
+        """True where the call takes an image to edit; with a `strength`, it would begin at that image's latents."""
+        return "image" in self.accepted and "strength" not in self.accepted
 
     @property
     def denoiser(self) -> Any:
@@ -120,6 +134,8 @@ class PipelineLoop:
             "generator": generators or torch.Generator(self.denoiser.device).manual_seed(0),
             "output_type": output_type,
         }
+        if shown := encodings.images or [Image.new("RGB", image_size[::-1], "gray")] * self.stand_in:
+            arguments["image"] = shown if len(shown) > 1 else shown[0]
         arguments = {name: value for name, value in arguments.items() if name in self.accepted}
         if self.modular:
             arguments["output"] = "images"

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -18,13 +19,14 @@ from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBa
 
 from ...messages import user_text
 from ...trajectory import Trajectory
-from ..contract import UnifiedModelMixin, UnifiedOutput
+from ..contract import ContextRow, UnifiedModelMixin, UnifiedOutput
 from ..quantization import keep_trainable_layout
 from ..tokenizer import read_tokenizer
 from .blocks import linear_names, recomputed_blocks
 from .checks import check_pipeline, check_thinker
 from .configuration import PipelineUnifiedConfig
-from .encodings import Encodings
+from .editing import edits_images, side_step
+from .encodings import EditPrompt, Encodings
 from .gradients import check_gradients
 from .latents import LatentMap
 from .loading import (
@@ -68,6 +70,7 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
     supports_gradient_checkpointing = True
 
     frozen_modules = ("frozen",)
+    context_types = (ContextRow, EditPrompt)
     tokenizer: PreTrainedTokenizerBase
 
     def __init__(
@@ -273,17 +276,22 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
 
     # Images
 
-    def contexts(self, trajectories: Sequence[Trajectory]) -> list[str]:
-        """The painter's prompts: each user's prompt, and the answer of the last text."""
+    def contexts(self, trajectories: Sequence[Trajectory]) -> list[str | EditPrompt]:
+        """The painter's prompts: each user's prompt, and the answer of the last text; with the images to edit."""
         answers = [self._answer(t.rounds[-1].text_ids if t.rounds else []) for t in trajectories]
-        return [
+        prompts = [
             self._painter_prompt(user_text(t.prompt), answer) for t, answer in zip(trajectories, answers, strict=True)
         ]
+        return [
+            EditPrompt(prompt, t.images) if t.images else prompt
+            for t, prompt in zip(trajectories, prompts, strict=True)
+        ]
 
-    def branch_contexts(self, trajectories: Sequence[Trajectory], branch: str) -> list[str]:
+    def branch_contexts(self, trajectories: Sequence[Trajectory], branch: str) -> list[str | EditPrompt]:
         """ "text" sees an empty prompt, as diffusers' own guidance does; "image" the user's prompt."""
         if branch == "text":
-            return [self._painter_prompt("", "") for _ in trajectories]
+            empty = self._painter_prompt("", "")
+            return [EditPrompt(empty, t.images) if t.images else empty for t in trajectories]
         return self.contexts([replace(trajectory, rounds=[]) for trajectory in trajectories])
 
     def _answer(self, completion_ids: Sequence[int]) -> str:
@@ -300,8 +308,28 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         both = self.config.painter_prompt == "prompt_and_answer"
         return f"{prompt}\n{answer}" if both and answer else answer or prompt
 
-    def encode_context(self, contexts: Sequence[str]) -> Encodings:
-        return Encodings(contexts, grad=torch.is_grad_enabled())
+    def encode_context(self, contexts: Sequence[str | EditPrompt]) -> Encodings:
+        edits = [EditPrompt(context, []) if isinstance(context, str) else context for context in contexts]
+        sources = [edit.images for edit in edits]
+        texts = [edit.text for edit in edits]
+        return Encodings(texts, torch.is_grad_enabled(), sources if any(sources) else ())
+
+    @cached_property
+    def edits(self) -> bool:  # type: ignore[override]
+        return edits_images(self._runner)
+
+    @cached_property
+    def side_step(self) -> int:
+        return side_step(self._runner)
+
+    @property
+    def painter_name(self) -> str:
+        return type(self.pipeline).__name__
+
+    def source_image(self, image: Image.Image, image_size: tuple[int, int]) -> Tensor:
+        """Keep the pixels (height, width, 3), bytes, which the pipeline encodes itself; the thinker sees none."""
+        resized = image.resize((image_size[1], image_size[0]), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(resized))
 
     def predict_velocity(
         self, context: Encodings, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]

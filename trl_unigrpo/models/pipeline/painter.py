@@ -9,8 +9,8 @@ Shapes: B samples, `latent` the dimensions of the state that the pipeline's loop
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from inspect import signature
 from math import prod
 from typing import Any
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ...images import mark_failed
+from ..patching import attributes
 from .encodings import Encodings
 from .loop import PROBE, PipelineLoop, Stop, stop
-from .patching import attributes
-from .reading import cut_off
+from .reading import cut_off, noted_numbers
 
 
 # Arguments that leave guidance out; the first that do are taken. Where there is a `true_cfg_scale`, or where the
@@ -54,6 +54,7 @@ class Painter:
 
     Attributes:
         loop: of the pipeline, with the arguments that leave guidance out.
+        probe_size: (height, width) of an image that the pipeline can paint.
         mixes_prompts: whether prompts of one run may be different ones, where it takes several.
 
     Raises:
@@ -64,11 +65,20 @@ class Painter:
         self.loop = PipelineLoop(pipeline, arguments)
         self.mixes_prompts = True
         self._enlarges = 0  # pixels beside each other for one of the VAE's latents; 0 where that has nothing to decode
-        self._probe_size = (0, 0)  # an image size that it can paint
+        self.probe_size = (0, 0)
         self._shapes: dict[tuple[int, int], tuple[int, ...]] = {}
         self._mixes_times: bool | None = None
         self._has_warned = False
-        self._dry_run()
+        own = self.loop.arguments
+        try:
+            self._dry_run()
+        except ValueError as error:
+            self.loop.arguments, self.loop.stand_in = own, True  # some don't run without an image to edit
+            with suppress(ValueError):
+                if self.loop.edits:
+                    self._dry_run()
+                    return
+            raise error
 
     @property
     def pipeline(self) -> Any:
@@ -111,7 +121,7 @@ class Painter:
                 if rows == [2] or (len(rows) == 1 and not self.batches):
                     self._check_times((side, side))
                     self._check_network((side, side))
-                    self._probe_size = self._try_decoding((side, side))
+                    self.probe_size = self._try_decoding((side, side))
                     self.mixes_prompts = self.batches and self._keeps_prompts_apart()
                     return
                 seen.append(f"{off or 'its defaults'}: {rows}")
@@ -199,7 +209,7 @@ class Painter:
     @torch.no_grad()
     def _keeps_prompts_apart(self) -> bool:
         """Try whether an image is the same beside one of a longer prompt: some encoders let it see the padding."""
-        size, time = self._probe_size, torch.full((2,), 0.5)
+        size, time = self.probe_size, torch.full((2,), 0.5)
         start = self.start(2, size).to(self.loop.denoiser.device)
         pairs = [Encodings([PROBE, PROBE]), Encodings([PROBE, f"{PROBE} of " + "many " * 16 + "things"])]
         alike, mixed = (self._velocity(pair, start, time, size)[0] for pair in pairs)
@@ -267,7 +277,8 @@ class Painter:
             self._mixes_times = self._tells_rows_their_times(image_size)
         groups: dict[Any, list[int]] = {}
         for row, (prompt, time) in enumerate(zip(encodings.prompts, times.tolist(), strict=True)):
-            alike = ("" if self.mixes_prompts else prompt, 0.0 if self._mixes_times else time)
+            own = "" if self.mixes_prompts else prompt, 0.0 if self._mixes_times else time
+            alike = (*own, *encodings.source(row))
             groups.setdefault(alike if self.batches else row, []).append(row)
         if len(groups) == 1:
             velocity = self._velocity(encodings, latents, times, image_size)
@@ -328,11 +339,11 @@ class Painter:
         self.loop.run(encodings, image_size, torch.stack([times, times]), on_step, forward)
         return found[0].float()
 
-    def probe(self) -> Tensor:
-        """Compute some velocity at the smallest size: the same each time."""
-        size = self._probe_size
+    def probe(self, sources: Sequence[Tensor] = ()) -> Tensor:
+        """Compute some velocity at the smallest size, of an edit of source images: the same each time."""
+        size, encodings = self.probe_size, Encodings([PROBE], sources=[sources] if sources else ())
         noise = self.start(1, size).to(self.loop.denoiser.device)
-        return self._velocity(Encodings([PROBE]), noise, torch.full((1,), 0.5), size)
+        return self._velocity(encodings, noise, torch.full((1,), 0.5), size)
 
     @torch.no_grad()
     def start(
@@ -404,25 +415,6 @@ class Painter:
         with attributes(vae, decode=decode):
             self.decode(latents.to(self.loop.denoiser.device), image_size, "pt", rounds=False)
         return found[0] if found else None
-
-
-@contextmanager
-def noted_numbers(vae: Any) -> Iterator[list[bool]]:
-    """List, for each image that a VAE decodes, whether its pixels are finite numbers."""
-    finite: list[bool] = []
-    if vae is None:
-        yield finite
-        return
-    decode = vae.decode
-
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        decoded = decode(*args, **kwargs)
-        pixels = decoded[0] if isinstance(decoded, tuple) else decoded.sample
-        finite.extend(pixels.isfinite().flatten(1).all(1).tolist())
-        return decoded
-
-    with attributes(vae, decode=noting):
-        yield finite
 
 
 def single_frames(out: Any) -> Any:

@@ -1,4 +1,5 @@
-"""How far a pipeline's text encoders read their prompts: what is too long is cut off, most often without a word."""
+"""How far a pipeline's text encoders read their prompts: what is too long is cut off, most often without a word. And
+whether its VAE gives numbers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerBase
+
+from ..patching import attributes
 
 
 END = 32
@@ -70,3 +73,22 @@ def _letters(text: str) -> str:
 
 def _is_encoding(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
+
+
+@contextmanager
+def noted_numbers(vae: Any) -> Iterator[list[bool]]:
+    """List, for each image that a VAE decodes, whether its pixels are finite numbers."""
+    finite: list[bool] = []
+    if vae is None:
+        yield finite
+        return
+    decode = vae.decode
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        decoded = decode(*args, **kwargs)
+        pixels = decoded[0] if isinstance(decoded, tuple) else decoded.sample
+        finite.extend(pixels.isfinite().flatten(1).all(1).tolist())
+        return decoded
+
+    with attributes(vae, decode=noting):
+        yield finite

@@ -13,7 +13,9 @@ from torch import Tensor
 from ..common import (
     ImageReward,
     Scores,
+    Seen,
     finite,
+    images_of,
     to_rgb,
 )
 from ..pixels import differentiable_pixels
@@ -104,11 +106,12 @@ class LocalVLMJudge(ImageReward):
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any]) -> Scores:
         return self._probabilities(images, [fill(self.template, {"prompt": prompt}) for prompt in prompts])
 
-    async def ask(self, pairs: Sequence[tuple[Image.Image, str]]) -> Scores:
+    async def ask(self, pairs: Sequence[tuple[Seen, str]]) -> Scores:
         """
-        Return P(yes) in [0, 1] for each (image, question), computed in a thread, so that other rewards can go on.
+        Return P(yes) in [0, 1] for each (image, question), computed in a thread, so that other rewards can go on. Of
+        several images, in a list, it sees all, in their order.
         """
-        images, questions = [image for image, _ in pairs], [question for _, question in pairs]
+        images, questions = [shown for shown, _ in pairs], [question for _, question in pairs]
         return await asyncio.to_thread(self._probabilities, images, self._questions(questions))
 
     def differentiable(self, pixels: Tensor, questions: Sequence[str]) -> Tensor:
@@ -164,12 +167,12 @@ class LocalVLMJudge(ImageReward):
     def _questions(self, questions: Sequence[str]) -> list[str]:
         return [fill(self.question_template, {"question": question}) for question in questions]
 
-    def _probabilities(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Scores:
+    def _probabilities(self, images: Sequence[Seen], texts: Sequence[str]) -> Scores:
         scores: Scores = []
         with self._loaded(), torch.no_grad():
             for start in range(0, len(images), self.batch_size):
                 batch = slice(start, start + self.batch_size)
-                shown = [to_rgb(image, self.max_side) for image in images[batch]]
+                shown = [[to_rgb(image, self.max_side) for image in images_of(row)] for row in images[batch]]
                 try:
                     scores += map(finite, self._yes_probabilities(self._inputs(shown, texts[batch])).tolist())
                 except torch.OutOfMemoryError as error:  # another batch may fit
@@ -177,11 +180,12 @@ class LocalVLMJudge(ImageReward):
                     scores += [None] * len(shown)
         return scores
 
-    def _inputs(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
+    def _inputs(self, images: Sequence[Seen], texts: Sequence[str]) -> Any:
         """Prepare the model's inputs, padded on the right: positions are then those of a row alone."""
         messages: list[list[dict[str, Any]]] = []
-        for image, text in zip(images, texts, strict=True):
-            content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+        for shown, text in zip(images, texts, strict=True):
+            content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images_of(shown)]
+            content.append({"type": "text", "text": text})
             messages.append([{"role": "user", "content": content}])
             if self.system_prompt:
                 system = {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]}

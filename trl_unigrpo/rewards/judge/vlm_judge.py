@@ -17,9 +17,11 @@ from ...messages import user_text
 from ..common import (
     Breaker,
     Scores,
+    Seen,
     check_images,
     column,
     finite,
+    images_of,
     to_rgb,
 )
 from .answers import VERDICT_FORMAT, verdict_score, yes_probability
@@ -183,9 +185,10 @@ class VLMJudge:
         self._breaker.observe(scores, self.last_error, log_metric)
         return scores
 
-    async def ask(self, pairs: Sequence[tuple[Image.Image, str]]) -> Scores:
+    async def ask(self, pairs: Sequence[tuple[Seen, str]]) -> Scores:
         """
-        Return P(yes) in [0, 1] for each (image, question), `None` where no answer came.
+        Return P(yes) in [0, 1] for each (image, question), `None` where no answer came. Of several images, in a list,
+        it sees all, in their order.
 
         An image that appears several times is encoded once. `last_error` says what went wrong last.
 
@@ -195,7 +198,7 @@ class VLMJudge:
         if self.mode == "pairwise":
             raise ValueError("A judge with mode='pairwise' compares images: ask one with mode='logprobs' or 'score'.")
         return await self._answers(
-            [([image], self._fill(self.question_template, question=question)) for image, question in pairs]
+            [(images_of(shown), self._fill(self.question_template, question=question)) for shown, question in pairs]
         )
 
     def _fill(self, template: str, **texts: str) -> str:

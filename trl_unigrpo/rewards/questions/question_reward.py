@@ -12,6 +12,7 @@ from ..common import (
     Breaker,
     DeadRewardError,
     Scores,
+    Seen,
     check_images,
     column,
     finite,
@@ -77,6 +78,10 @@ class QuestionReward:
         """Read the questions in one row of the dataset."""
         return read_questions(column(dict(row), self.column, self.__name__))
 
+    def shown(self, image: Image.Image, row: Mapping[str, Any]) -> Seen:
+        """Choose what the judge sees of a row: its image alone, or several in their order."""
+        return image
+
     def check(self, dataset: Iterable[Mapping[str, Any]]) -> None:
         """Raise ValueError, with the row's number, if a row can't be asked about. Once before training, not in it."""
         for number, row in enumerate(dataset):
@@ -100,13 +105,13 @@ class QuestionReward:
         """
         check_images(images, len(prompts))
         per_row = {name: values for name, values in columns.items() if _is_column(values, len(prompts))}
-        asked = [
-            self._questions(
-                {name: values[i] for name, values in per_row.items()}, f"row {i} of a batch ({user_text(prompt)!r})"
-            )
+        rows = [
+            {"prompt": user_text(prompt), **{name: values[i] for name, values in per_row.items()}}
             for i, prompt in enumerate(prompts)
         ]
-        pairs = [(image, q.text) for image, questions in zip(images, asked, strict=True) for q in questions]
+        asked = [self._questions(row, f"row {i} of a batch ({row['prompt']!r})") for i, row in enumerate(rows)]
+        shown = [self.shown(image, row) for image, row in zip(images, rows, strict=True)]
+        pairs = [(seen, q.text) for seen, questions in zip(shown, asked, strict=True) for q in questions]
         flat, last_error = await self._ask(pairs)
         unread = iter(flat)
         answers = [[next(unread) for _ in questions] for questions in asked]
@@ -127,7 +132,7 @@ class QuestionReward:
             raise ValueError(f"{self.__name__}, {where}: {error}") from error
         return questions
 
-    async def _ask(self, pairs: Sequence[tuple[Image.Image, str]]) -> tuple[Scores, str]:
+    async def _ask(self, pairs: Sequence[tuple[Seen, str]]) -> tuple[Scores, str]:
         """Return P(yes) of each pair, or None, and what went wrong last."""
         try:
             answers = [_probability(answer) for answer in await self.asker.ask(pairs)]

@@ -1,0 +1,1 @@
+"""Rewards of edits: whether the instruction was followed, and what should stay stayed."""

@@ -1,0 +1,142 @@
+"""The hooks by which prompts show source images: in thinkings, in their log-probs, and to reward functions."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.patching import attributes
+from ..models.sources import Sources, place_sources, show_sources, shown_images, source_fault, with_sources
+from ..trajectory import Trajectory
+from .run_keeping import RunKeeping
+from .setup import Setup
+from .source_checks import LEAVE_OUT, SOURCE_COLUMNS, check_sources
+
+
+class EditingRun(RunKeeping):
+    """
+    A run whose dataset may have source images.
+
+    They are read and encoded once for each group, and shown by placeholders in the tokens of its prompts. Without a
+    column of them nothing here does anything.
+    """
+
+    _setup: Setup
+    _sources: Sequence[Sources] = ()
+    _shown: Sequence[Sequence[Any]] | None = None
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            if check_sources({"eval_dataset": eval_dataset}, self.args) != self._setup.edits:
+                trained = "has" if self._setup.edits else "has not"
+                raise ValueError(
+                    f"A column 'source_image' or 'source_images': train_dataset {trained} one, eval_dataset differs. "
+                    "Evaluate on prompts like those trained on."
+                )
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._sources = self._group_sources(inputs) if self._setup.edits else ()
+        self._shown = shown_images(self.unified, self._sources).get("images")
+        outputs = super()._generate_and_score_completions(inputs)
+        if self._shown is not None:
+            outputs["shown"] = self._shown
+        return outputs
+
+    def _group_sources(self, rows: Sequence[dict[str, Any]]) -> list[Sources]:
+        """Show the model each group's source images, and leave the rows with `source_images`, lists of RGB images."""
+        first, sources, groups = self.accelerator.process_index * len(rows), [], {}
+        for place, row in enumerate(rows, start=first):
+            column = next((name for name in SOURCE_COLUMNS if name in row), SOURCE_COLUMNS[0])
+            value, group = row.pop(column, None), place // self.group_size
+            if group not in groups:
+                if (fault := source_fault(value)) is not None:
+                    raise ValueError(
+                        f"The {column} of the prompt {row['prompt']!r} is {fault}. {LEAVE_OUT.format(column)}"
+                    )
+                groups[group] = show_sources(self.unified, value, self.args.image_size)
+            row["source_images"] = groups[group].originals
+            sources.append(groups[group])
+        return sources
+
+    def with_sources(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """Let trajectories show the source images of their prompts."""
+        return with_sources(trajectories, self._sources)
+
+    # Text
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        prompt_ids, *others = super()._tokenize_prompts(prompts)
+        placed = place_sources(
+            self.unified, self._tokenizer, prompts, prompt_ids, self._sources, **self.chat_template_kwargs
+        )
+        return placed, *others
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        if self._shown is None:
+            return super()._generate_single_turn(*args, **kwargs)
+        base = self.unified
+        with attributes(base, generate=partial(base.generate, images=self._shown)):
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        self._shown = inputs.get("shown")
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._shown is not None:
+            model = showing(model, self._shown)
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    # Sizes
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.mode == "eval" or self._buffered_inputs is before or not self._sources:
+            return inputs
+        self._buffered_inputs = of_one_size(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+
+def showing(model: Any, images: Sequence[Sequence[Any]]) -> Any:
+    """Add their images to the calls of a model, in which TRL passes it some rows after the other."""
+    left: Iterator[Sequence[Any]] = iter(images)
+
+    def call(*args: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        return model(*args, input_ids=input_ids, images=[next(left) for _ in input_ids], **kwargs)
+
+    return call
+
+
+def of_one_size(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """
+    Deal the rows of micro-batches anew where images of several sizes are in one. Rows stay in their random order, and
+    so do the micro-batches.
+
+    Args:
+        batches: each with its `trajectories`, if images are trained; of each size there are rows for whole ones.
+    """
+    rows = [trajectory for batch in batches for trajectory in batch.get("trajectories", ())]
+    sizes, each = [row.size for row in rows], len(rows) // len(batches)
+    if len(set(sizes)) < 2:
+        return [dict(batch) for batch in batches]
+    order = sorted(range(len(rows)), key=lambda place: sizes.index(sizes[place]))  # stable
+    chosen = [order[start : start + each] for start in range(0, len(order), each)]
+    chosen = [chosen[place] for place in torch.randperm(len(chosen)).tolist()]
+    whole = {key: _joined([batch[key] for batch in batches]) for key in batches[0]}
+    return [{key: _taken(value, places) for key, value in whole.items()} for places in chosen]
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], Tensor) and values[0].ndim:
+        return torch.cat(list(values))
+    return [item for value in values for item in value] if isinstance(values[0], list) else values[0]
+
+
+def _taken(value: Any, places: list[int]) -> Any:
+    if isinstance(value, Tensor) and value.ndim:
+        return value[places]
+    return [value[place] for place in places] if isinstance(value, list) else value

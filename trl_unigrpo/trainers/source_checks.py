@@ -1,0 +1,103 @@
+"""Checks of the source images that a dataset has beside its instructions, before anything expensive."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from datasets import List as ListFeature
+
+from ..models.sources import source_fault
+
+
+SOURCE_COLUMNS = ("source_image", "source_images")
+"""Columns of an editing run: one image a row, or a list of them."""
+
+
+def check_sources(datasets: Mapping[str, Any], args: Any) -> bool:
+    """
+    Find out whether this is an editing run, whose prompts say how their source images are to be changed.
+
+    Args:
+        datasets: by argument name; None where there is none. What is streamed, or made by a transform, is checked as
+            it comes.
+        args: the configuration.
+
+    Raises:
+        ValueError: for a row without source images in an editing run, and for settings that don't go with one.
+    """
+    parts = dict(_parts(datasets))
+    columns = {name: source_column(dataset, name) for name, dataset in parts.items()}
+    if not any(columns.values()):
+        return False
+    for name, column in columns.items():
+        if column is None:
+            raise ValueError(
+                f"{name} has neither a column 'source_image' nor 'source_images', but another dataset of this run "
+                "has: its prompts would be painted from text alone. Add the images, or leave them out everywhere."
+            )
+        _check_rows(parts[name], column, name)
+    if args.remove_unused_columns:
+        raise ValueError(
+            "remove_unused_columns=True takes the source images away before the model sees them. Leave it False."
+        )
+    if args.flow_weight > 0 and args.num_generations % args.per_device_train_batch_size:
+        raise ValueError(
+            f"per_device_train_batch_size={args.per_device_train_batch_size} does not divide num_generations="
+            f"{args.num_generations}: images of one update have one size, and each group's follows from its source "
+            f"image. Choose one that does, such as {_divisor(args.num_generations, args.per_device_train_batch_size)}."
+        )
+    return True
+
+
+def source_column(dataset: Any, name: str) -> str | None:
+    """Name a dataset's column with source images; None if it has none, ValueError if it has both."""
+    first: Mapping[str, Any] = next(iter(dataset), {})
+    found = [column for column in SOURCE_COLUMNS if column in first]
+    if len(found) > 1:
+        raise ValueError(f"{name} has both columns, 'source_image' and 'source_images': leave one of them out.")
+    return found[0] if found else None
+
+
+def _parts(datasets: Mapping[str, Any], within: str = "{}") -> Iterator[tuple[str, Any]]:
+    for key, dataset in datasets.items():
+        name = within.format(key)
+        if isinstance(dataset, Mapping):
+            yield from _parts(dataset, f"{name}[{{!r}}]")
+        elif dataset is not None:
+            yield name, dataset
+
+
+def _check_rows(dataset: Any, column: str, name: str) -> None:
+    """Raise ValueError for the first row whose source images can't be read. No image is decoded."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return
+    undecoded = dataset.select_columns([column]).with_format(None)
+    feature = undecoded.features[column]
+    if isinstance(feature, ImageFeature):
+        undecoded = undecoded.cast_column(column, ImageFeature(decode=False))
+    elif isinstance(getattr(feature, "feature", None), ImageFeature):
+        undecoded = undecoded.cast_column(column, ListFeature(ImageFeature(decode=False)))
+    row = 0
+    for batch in undecoded.iter(batch_size=100):
+        for value in batch[column]:
+            if (fault := source_fault(value)) is not None:
+                raise ValueError(f"{name}: the {column} of row {row} is {fault}. {LEAVE_OUT.format(column)}")
+            row += 1
+
+
+def check_single_round(args: Any) -> None:
+    """Raise ValueError for source images in a run of several rounds."""
+    if args.most_rounds > 1:
+        raise ValueError(
+            f"num_rounds={args.most_rounds} with a column of source images: edits have one round so far. Set "
+            "num_rounds=1, or leave the column out."
+        )
+
+
+LEAVE_OUT = "Leave such rows out: dataset.filter(lambda row: row[{!r}] is not None)."
+
+
+def _divisor(number: int, most: int) -> int:
+    """Give the largest divisor of a number that is at most so large."""
+    return max(size for size in range(1, min(number, most) + 1) if number % size == 0)
