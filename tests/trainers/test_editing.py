@@ -17,6 +17,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.runs import assert_equal_runs, run
 from tests.helpers.tiny_unified import FixedTexts, redness, tiny_bagel, tiny_tokenizer
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
+from trl_unigrpo.trainers.dataset_checks import check_rows
 from trl_unigrpo.trainers.editing import of_one_size
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 from trl_unigrpo.trajectory import Trajectory
@@ -199,6 +200,12 @@ STREAM = [{"prompt": "a red cat", "source_image": source(0)}, {"prompt": "a smal
 def test_bad_sources_are_refused_before_a_model_is_loaded(make_trainer, dataset, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(model="no/such-model", train_dataset=dataset, **settings)
+
+
+@pytest.mark.parametrize("column", ["source_image", "source_images"])
+def test_trainers_that_do_not_edit_refuse_the_column(column):
+    with pytest.raises(ValueError, match=f"train_dataset has a column '{column}', but this trainer paints from text"):
+        check_rows(edits(column=column), "train_dataset", ("prompt",), None)
 
 
 def test_a_model_without_sources_is_refused_at_construction(make_trainer):
