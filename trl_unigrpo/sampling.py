@@ -223,7 +223,7 @@ def continue_texts(
     model: Any, trajectories: Sequence[Trajectory], how: GenerationConfig, pad: int, ends: Sequence[int]
 ) -> list[list[int]]:
     """
-    Sample the text that follows each trajectory's prompt, with the images that the prompt shows.
+    Sample the text of each trajectory's last round, which has none yet.
 
     Args:
         model: a unified model with an `image_placeholder`, adapted or not, in the mode that it is to be sampled in.
@@ -231,14 +231,15 @@ def continue_texts(
         pad: token that fills up shorter prompts.
         ends: tokens that end a text.
     """
-    prompts = [torch.tensor(t.prompt_ids) for t in trajectories]
+    seen = [trajectory.now() for trajectory in trajectories]
+    prompts = [torch.tensor(t.prompt_ids) for t in seen]
     ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([torch.ones_like(row) for row in prompts], batch_first=True, padding_side="left")
     device = unified_model(model).device
     out = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
-        images=[t.images for t in trajectories],
+        images=[t.images for t in seen],
         generation_config=how,
     )
     return [trim(row, *ends) for row in out[:, ids.shape[1] :].tolist()]
@@ -294,9 +295,10 @@ def _paint_alike(
 ) -> list[Image]:
     """Paint images of one size, the plan's."""
     shape, size = model.latent_shape(plan.image_size), plan.image_size
-    contexts = model.contexts(trajectories)
+    seen = [trajectory.now() for trajectory in trajectories]
+    contexts = model.contexts(seen)
     names = plan.guidance.branches if plan.guidance is not None else ()
-    branches = {name: model.branch_contexts(trajectories, name) for name in names}
+    branches = {name: model.branch_contexts(seen, name) for name in names}
 
     def paint_some(chunk: slice) -> list[Image]:
         own, rows = generators[chunk], range(len(contexts[chunk]))

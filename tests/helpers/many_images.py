@@ -187,8 +187,8 @@ def text_loss(models, batch, trained=lambda number: True):
     """-(J_text) of one micro-batch: means over tokens of all rounds and trajectories."""
 
     def log_probs(model, prompt, completion, shown):
-        looks = {"images": [shown]} if shown else {}
-        hidden = model.backbone(torch.tensor([[*prompt, *completion]]), **looks).last_hidden_state[0]
+        images = {"images": [shown]} if shown else {}
+        hidden = model.backbone(torch.tensor([[*prompt, *completion]]), **images).last_hidden_state[0]
         rows = model.get_output_embeddings()(hidden)[len(prompt) - 1 : -1].log_softmax(-1)
         return rows[torch.arange(len(completion)), torch.tensor(completion)]
 

@@ -163,8 +163,7 @@ class RoundsTrainer(RunKeeping):
             ) as model,
             self.accelerator.autocast(),
         ):
-            seen = [t.now() for t in trajectories]
-            return continue_texts(model, seen, config, self._tokenizer.pad_token_id, self.eos_token_ids)
+            return continue_texts(model, trajectories, config, self._tokenizer.pad_token_id, self.eos_token_ids)
 
     # 2. What TRL sees
 
@@ -292,11 +291,10 @@ class RoundsTrainer(RunKeeping):
 
     def _acts(self, walk: Walk) -> tuple[Tensor, Tensor]:
         """Mark the rounds (N, R) that have a text, and those that have painted an image."""
-        rows = [
-            [t.rounds[i] if i < len(t.rounds) else None for i in range(self.num_rounds)] for t in walk.trajectories
-        ]
-        flags = [[[part is not None, part is not None and not part.stopped] for part in row] for row in rows]
-        return self.accelerator.gather(torch.tensor(flags, device=self.accelerator.device)).unbind(-1)
+        flags = torch.zeros(len(walk.trajectories), self.num_rounds, 2, dtype=torch.bool)
+        for row, t in zip(flags, walk.trajectories, strict=True):
+            row[: len(t.rounds)] = torch.tensor([[True, not part.stopped] for part in t.rounds])
+        return self.accelerator.gather(flags.to(self.accelerator.device)).unbind(-1)
 
     @staticmethod
     def _of_tokens(trajectories: Sequence[Trajectory], advantages: Tensor, ids: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
             self.accelerator.autocast(),
         ):
             base = unified_model(model)
-            images = paint(base, [t.now() for t in trajectories], self._plan(trajectories), generators)
+            images = paint(base, trajectories, self._plan(trajectories), generators)
             painted = decode(base, images, args.image_batch_size)
         for trajectory, image, seed, generator in zip(trajectories, images, seeds, generators, strict=True):
             image.seed = seed
