@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image as PILImage
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
@@ -164,6 +165,13 @@ class UnifiedModelMixin(_Base):
 
     context_types: Sequence[type] = (ContextRow,)
     """Dataclasses that `contexts` may return."""
+
+    image_token_id: int | None = None
+    """Placeholder of a finished image in a prompt; None for a model that is shown none."""
+
+    def read_images(self, images: Sequence[PILImage.Image]) -> list[Any]:
+        """Read finished images, to be shown in a context: what `Trajectory.images` holds."""
+        raise ValueError(f"{type(self).__name__} paints from text alone: it can't be shown an image.")
 
     @property
     def suppressed_token_ids(self) -> Sequence[int]:

@@ -107,15 +107,17 @@ class UnifiedSFTConfig(TrainingArguments):
 @dataclass
 class UnifiedCollator:
     """
-    Makes batches of rows with `prompt`, `completion` (the thinking; empty or None for none) and `image` (PIL).
+    Makes batches of rows with `prompt`, `completion` (the thinking; empty or None for none), `image` (PIL) and, where
+    the prompt shows a finished image, `source_image` (PIL; None for none), which goes before the prompt's own words.
 
     Returns `input_ids`, `attention_mask` and `labels` (B, T), right-padded, labels -100 off the thinking; `prompts`
-    (conversations with their system message), `prompt_ids` and `completion_ids`, lists; and `pixels` (B, 3, H, W) in
-    [-1, 1].
+    (conversations with their system message), `prompt_ids` and `completion_ids`, lists; `source_images`, a list of
+    those of each row; and `pixels` (B, 3, H, W) in [-1, 1].
     """
 
     tokenizer: PreTrainedTokenizerBase
     system_prompt: str | None
+    image_token_id: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         thinks = [bool(row.get("completion")) for row in rows]
@@ -125,6 +127,9 @@ class UnifiedCollator:
         ]
         check_messages([*messages, *(row.get("completion") or "" for row in rows)], self.tokenizer)
         prompts = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
+        sources = [[] if row.get("source_image") is None else [row["source_image"]] for row in rows]
+        if any(sources):
+            prompts = self._showing(prompts, messages, sources)
         thinkings = [row["completion"] if on else "" for row, on in zip(rows, thinks, strict=True)]
         completions = [
             ids + [self.tokenizer.eos_token_id] if on else []
@@ -148,8 +153,20 @@ class UnifiedCollator:
             "prompts": messages,
             "prompt_ids": prompts,
             "completion_ids": completions,
+            "source_images": sources,
             "pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1,
         }
+
+
+    def _showing(self, prompts: list[list[int]], messages: Any, sources: Sequence[Sequence[Any]]) -> list[list[int]]:
+        """Put a placeholder for each finished image behind the system message."""
+        if self.image_token_id is None:
+            raise ValueError("The dataset has a source_image, but this model can't be shown images. Leave them out.")
+        heads = [len(ids) for ids in system_ids(self.tokenizer, messages)]
+        return [
+            [*ids[:head], *[self.image_token_id] * len(shown), *ids[head:]]
+            for ids, head, shown in zip(prompts, heads, sources, strict=True)
+        ]
 
 
 class UnifiedSFTTrainer(TrainingLoop):
@@ -159,7 +176,8 @@ class UnifiedSFTTrainer(TrainingLoop):
     Args:
         model (`str` or `PreTrainedModel`): a unified model, or the folder or hub id of one.
         args ([`UnifiedSFTConfig`]): configuration.
-        train_dataset, eval_dataset: rows with the columns `prompt`, `completion` and `image`.
+        train_dataset, eval_dataset: rows with the columns `prompt`, `completion` and `image`, and `source_image` where
+            prompts show a finished image.
         processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; from the model's folder by default.
     """
 
@@ -198,7 +216,7 @@ class UnifiedSFTTrainer(TrainingLoop):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            data_collator=CheckedRows(UnifiedCollator(tokenizer, system)),
+            data_collator=CheckedRows(UnifiedCollator(tokenizer, system, base.image_token_id)),
             **kwargs,
         )
         base.check_trained_weights()
@@ -243,8 +261,13 @@ class UnifiedSFTTrainer(TrainingLoop):
         args, pixels = self.args, inputs["pixels"]
         clean = base.encode_images(pixels).float()
         size = (pixels.shape[-2], pixels.shape[-1])
-        rows = zip(inputs["prompts"], inputs["prompt_ids"], inputs["completion_ids"], strict=True)
-        trajectories = [Trajectory(prompt, ids, rounds=[Round(text)]) for prompt, ids, text in rows]
+        sources = [image for images in inputs["source_images"] for image in images]
+        shown = iter(base.read_images(sources) if sources else ())
+        keys = ("prompts", "prompt_ids", "completion_ids", "source_images")
+        trajectories = [
+            Trajectory(prompt, ids, rounds=[Round(text)], images=[next(shown) for _ in images])
+            for prompt, ids, text, images in zip(*(inputs[key] for key in keys), strict=True)
+        ]
         contexts = hidden = base.contexts(trajectories)
         if args.context_dropout:
             systems = system_ids(self.processing_class, inputs["prompts"])

@@ -69,6 +69,17 @@ class ResizeRule:
         return height, width
 
 
+def image_rules(config: BagelConfig) -> tuple[ResizeRule, ResizeRule | None]:
+    """Give the sizes of images for the VAE, and those for the understanding tower, if there is one."""
+    longest = config.pixels_per_token * config.max_latent_size
+    vae_rule = ResizeRule(longest, longest // 2, config.pixels_per_token)
+    if config.vit_config is None:
+        return vae_rule, None
+    patch = config.vit_config.patch_size
+    longest = patch * config.vit_max_num_patch_per_side
+    return vae_rule, ResizeRule(longest, min(224, longest), patch)
+
+
 class BagelProcessor:
     """
     The way from prompts to token ids and from PIL images to pixels, as the released model was trained to see them.
@@ -98,13 +109,7 @@ class BagelProcessor:
         check_tokenizer(tokenizer, config)
         self.tokenizer = tokenizer
         self.config = config
-        longest = config.pixels_per_token * config.max_latent_size
-        self.vae_rule = ResizeRule(longest, longest // 2, config.pixels_per_token)
-        self.vit_rule = None
-        if config.vit_config is not None:
-            patch = config.vit_config.patch_size
-            longest = patch * config.vit_max_num_patch_per_side
-            self.vit_rule = ResizeRule(longest, min(224, longest), patch)
+        self.vae_rule, self.vit_rule = image_rules(config)
 
     @classmethod
     def from_pretrained(cls, source: str | Any, **kwargs: Any) -> "BagelProcessor":
