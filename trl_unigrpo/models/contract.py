@@ -166,8 +166,10 @@ class UnifiedModelMixin(_Base):
     context_types: Sequence[type] = (ContextRow,)
     """Dataclasses that `contexts` may return."""
 
-    image_token_id: int | None = None
-    """Placeholder of a finished image in a prompt; None for a model that is shown none."""
+    @property
+    def image_token_id(self) -> int | None:
+        """Placeholder of a finished image in a prompt; None for a model that is shown none."""
+        return None
 
     def read_images(self, images: Sequence[PILImage.Image]) -> list[Any]:
         """Read finished images, to be shown in a context: what `Trajectory.images` holds."""

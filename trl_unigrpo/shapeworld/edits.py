@@ -1,4 +1,4 @@
-"""Instructions to edit an image of ShapeWorld: their sentences, what they do to a scene, and the rule that scores them.
+"""Instructions to edit an image of ShapeWorld: their sentences, what they do to a scene, and the rule that scores it.
 
 An instruction names an object by its colour and shape ("the red circle") or by its shape and place ("the circle at
 center"), and changes one or two cells. All others are to stay as they are.
@@ -158,7 +158,7 @@ def changes_of(edit: Edit, cells: IntArray) -> dict[int, int] | None:
     return {cell: EMPTY, there: code} if inside and cells[there] == EMPTY else None
 
 
-def changed(cells: IntArray, changes: dict[int, int]) -> IntArray:
+def apply_changes(cells: IntArray, changes: dict[int, int]) -> IntArray:
     """Make changes, cell -> new code, in a copy of a scene (9,)."""
     cells = cells.copy()
     cells[list(changes)] = list(changes.values())
@@ -254,7 +254,7 @@ def score_stories(stories: Sequence[Sequence[Edit]], sources: IntArray, cells: I
                     f"Row {row}: {edit.text!r} can't be followed in its source image, which does not show exactly one "
                     "such object, or no room for it. Take instructions and images from the same row of the dataset."
                 )
-            targets[row], asked[row] = changed(targets[row], changes), False
+            targets[row], asked[row] = apply_changes(targets[row], changes), False
             asked[row, list(changes)] = True
     return score_cells(targets, asked, cells)
 

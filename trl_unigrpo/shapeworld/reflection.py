@@ -132,12 +132,13 @@ def closest_scene(spec: PromptSpec, cells: IntArray, blamed: Collection[int] = (
     filled = [[_cost(group, cell, int(cells[cell]), blame[cell]) for cell in range(NUM_CELLS)] for group in groups]
     if spec.relation is not None:
         table = RELATION_TABLE[SPATIAL_RELATIONS.index(spec.relation)]
-        costs = {
+        costs: dict[tuple[int, int], int] = {
             (a, b): filled[0][a] - empty[a] + filled[1][b] - empty[b]
             for a, b in product(range(NUM_CELLS), repeat=2)
             if table[a, b]
         }
-        chosen = dict(zip(min(costs, key=costs.__getitem__), (0, 1), strict=True))
+        first, second = min(costs, key=lambda pair: costs[pair])
+        chosen = {first: 0, second: 1}
     else:
         chosen = _assign(counts, empty, filled)
     target = np.full(NUM_CELLS, EMPTY, dtype=np.int64)
@@ -155,8 +156,11 @@ def _cost(group: ObjectGroup, cell: int, code: int, blame: int) -> int:
     new = _filled(group, code)
     if new == code:
         return 0
-    kept = 0 if code <= EMPTY else int(cell_colors(np.array(new)) == cell_colors(np.array(code))) + int(
-        cell_shapes(np.array(new)) == cell_shapes(np.array(code))
+    kept = (
+        0
+        if code <= EMPTY
+        else int(cell_colors(np.array(new)) == cell_colors(np.array(code)))
+        + int(cell_shapes(np.array(new)) == cell_shapes(np.array(code)))
     )
     return 10_000 - blame + 2 - kept
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from .corpus import NO_ERRORS, corpus_columns, draw_plans, painted_cells
 from .dataset import check_split
-from .edits import Edit, changed, changes_of, draw_edit, draw_scene
+from .edits import Edit, apply_changes, changes_of, draw_edit, draw_scene
 from .grammar import sampling_weights
 from .reflection import REFLECTION_TEMPLATE, Reflection, closest_scene
 from .render import render_images
@@ -133,7 +133,7 @@ def _look_again(
     look = _second_look(spec, cells, rates, rng)
     stays = np.ones(NUM_CELLS, dtype=bool)
     stays[list(look.fixes)] = False
-    target = spoiled(changed(cells, dict(look.fixes)), stays, rates.harmed, rng) if look.fixes else cells
+    target = spoiled(apply_changes(cells, dict(look.fixes)), stays, rates.harmed, rng) if look.fixes else cells
     text = REFLECTION_TEMPLATE.format(prompt=prompt)
     return _Row(text, look.text, cells, target, "refine", own, own_target=own >= 0 and not look.fixes)
 
@@ -162,7 +162,7 @@ def _edited(rates: SecondRates, rng: np.random.Generator, split: str) -> _Row:
     stays = np.ones(NUM_CELLS, dtype=bool)
     stays[list(changes)] = False
     said = Reflection({cell: int(cells[cell]) for cell in changes}, changes)
-    return _Row(edit.text, said.text, cells, spoiled(changed(cells, changes), stays, rates.harmed, rng), "edit")
+    return _Row(edit.text, said.text, cells, spoiled(apply_changes(cells, changes), stays, rates.harmed, rng), "edit")
 
 
 def second_corpus(
@@ -234,7 +234,8 @@ class _Drawing:
     own: OwnImages
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        columns = {name: batch[name] for name in ("prompt", "completion", "category") if name in batch}
+        texts = ("prompt", "completion", "category")
+        columns: dict[str, list[Any]] = {name: batch[name] for name in texts if name in batch}
         if "cells" not in batch:
             return columns
         target, source = (render_images(np.maximum(np.array(batch[name]), 0)) for name in ("cells", "source"))

@@ -91,8 +91,9 @@ WORDS: tuple[str, ...] = tuple(
 )
 """Every word of every prompt and every plan."""
 
-SEEING_WORDS: tuple[str, ...] = tuple(
-    "make remove move swap up down is empty unclear request repair image or keep".split()
+SEEING_WORDS = (
+    *("make", "remove", "move", "swap", "up", "down"),
+    *("is", "empty", "unclear", "request", "repair", "image", "or", "keep"),
 )
 """Further words: of instructions to edit an image, and of a second look at one."""
 

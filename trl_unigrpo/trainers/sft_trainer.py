@@ -38,6 +38,7 @@ from .trl_bridge import take_steps
 
 
 COLUMNS = ("prompt", "completion", "image")
+SOURCE_IMAGE = "source_image"
 
 
 @dataclass
@@ -127,7 +128,7 @@ class UnifiedCollator:
         ]
         check_messages([*messages, *(row.get("completion") or "" for row in rows)], self.tokenizer)
         prompts = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
-        sources = [[] if row.get("source_image") is None else [row["source_image"]] for row in rows]
+        sources = [[] if row.get(SOURCE_IMAGE) is None else [row[SOURCE_IMAGE]] for row in rows]
         if any(sources):
             prompts = self._showing(prompts, messages, sources)
         thinkings = [row["completion"] if on else "" for row, on in zip(rows, thinks, strict=True)]
@@ -157,11 +158,9 @@ class UnifiedCollator:
             "pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1,
         }
 
-
     def _showing(self, prompts: list[list[int]], messages: Any, sources: Sequence[Sequence[Any]]) -> list[list[int]]:
         """Put a placeholder for each finished image behind the system message."""
-        if self.image_token_id is None:
-            raise ValueError("The dataset has a source_image, but this model can't be shown images. Leave them out.")
+        assert self.image_token_id is not None  # the trainer has looked
         heads = [len(ids) for ids in system_ids(self.tokenizer, messages)]
         return [
             [*ids[:head], *[self.image_token_id] * len(shown), *ids[head:]]
@@ -194,15 +193,22 @@ class UnifiedSFTTrainer(TrainingLoop):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
+        columns: set[str] = set()
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
-                check_rows(dataset, name, COLUMNS, args if name == "train_dataset" else None)
+                found = check_rows(dataset, name, COLUMNS, args if name == "train_dataset" else None)
+                columns.update(*found.values())
         check_evaluation(args, eval_dataset)
         kwargs["callbacks"] = callback_list(kwargs.get("callbacks"))
         if isinstance(model, str):
             model = load_trainable(model, None, dtype=torch.float32)
         base = unified_model(model)
         check_contract(base)
+        if SOURCE_IMAGE in columns and base.image_token_id is None:
+            raise ValueError(
+                f"The dataset has a column {SOURCE_IMAGE}, but {type(base).__name__} paints from text alone: remove "
+                f'the column (`dataset.remove_columns("{SOURCE_IMAGE}")`), or take a model that sees, such as BAGEL.'
+            )
         check_own_adapters(model)
         take_steps(base)
         if args.context_dropout:

@@ -1,4 +1,4 @@
-"""The making of the shipped base models: an autoencoder, one that thinks and paints, and from that one that also sees."""
+"""The making of the shipped base models: an autoencoder, one that thinks and paints, and one that also sees."""
 
 from __future__ import annotations
 
