@@ -6,7 +6,7 @@ from ..lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .base import BASE, load_base
+    from .base import BASE, SEEING_BASE, load_base
     from .dataset import shapeworld_dataset, shapeworld_edit_dataset, shapeworld_story_dataset
     from .edits import shapeworld_edit_reward, shapeworld_story_reward
     from .evaluate import evaluate_model
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "BASE": "base",
     "REFLECTION_TEMPLATE": "reflection",
+    "SEEING_BASE": "base",
     "demo_settings": "settings",
     "evaluate_model": "evaluate",
     "load_base": "base",
@@ -35,6 +36,7 @@ _PUBLIC = {
 __all__ = [
     "BASE",
     "REFLECTION_TEMPLATE",
+    "SEEING_BASE",
     "demo_settings",
     "evaluate_model",
     "load_base",

@@ -172,14 +172,18 @@ def evaluate_edits(
 
 
 def reading_accuracy(
-    model: Any, tokenizer: PreTrainedTokenizerBase, num_rows: int = 630, seed: int = EVALUATION_SEED
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    num_rows: int = 630,
+    split: str = "test",
+    seed: int = EVALUATION_SEED,
 ) -> float:
     """
     Tell how well a model reads images: the share of the cells of which it says how they look that look so.
 
     It looks, greedily, at drawings of random scenes, asked for an edit of an object that is there.
     """
-    dataset = shapeworld_edit_dataset("test", num_rows, seed)
+    dataset = shapeworld_edit_dataset(split, num_rows, seed)
     sources = list(dataset["source_image"])
     samples = look_and_paint(model, tokenizer, list(dataset["prompt"]), sources, seed, do_sample=False)
     cells = read_cells(images_to_array(sources))[0]

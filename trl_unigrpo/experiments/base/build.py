@@ -156,8 +156,8 @@ def build_seeing_base(
     base: BagelForUnifiedGeneration,
     output_dir: str | Path,
     seed: int = 0,
-    sft_steps: int = 1200,
-    num_own: int = 6300,
+    sft_steps: int = 900,
+    num_own: int = 3150,
     **overrides: Any,
 ) -> BagelForUnifiedGeneration:
     """
@@ -173,7 +173,8 @@ def build_seeing_base(
     own = own_images(base, num_own, seed)
     model, tokenizer = with_eyes(base, seed), shapeworld_tokenizer(seeing=True)
     model.freeze_understanding(False)
-    args = UnifiedSFTConfig(**sft_settings(output_dir, sft_steps, seed, **{"learning_rate": 1.5e-3, **overrides}))
+    settings = {"learning_rate": 1.5e-3, "warmup_steps": 50, **overrides}
+    args = UnifiedSFTConfig(**sft_settings(output_dir, sft_steps, seed, **settings))
     corpus = second_corpus(args.max_steps * args.per_device_train_batch_size, own, seed)
     UnifiedSFTTrainer(model=model, args=args, train_dataset=corpus, processing_class=tokenizer).train()
     model.save_pretrained(output_dir)
