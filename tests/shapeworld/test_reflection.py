@@ -62,6 +62,8 @@ def test_other_texts_are_no_reflections(text):
         # Of the two, the circle is nearer; what the prompt leaves open is kept.
         ("a circle", scene(left="pink circle", top="blue ring"), scene(left="pink circle")),
         ("a circle", scene(top="blue ring"), scene(top="blue circle")),
+        # Both would be changed; the square has the colour already.
+        ("a red circle", scene(top_left="red square", right="blue ring"), scene(top_left="red circle")),
     ],
 )
 def test_the_nearest_right_scene_by_hand(prompt, before, after):

@@ -69,6 +69,7 @@ def test_mistakes_are_as_frequent_as_said(own):
         look = parse_reflection(text)
         stays = source > 0
         stays[list(look.fixes)] = False
+        assert all(image[cell] == code for cell, code in look.fixes.items())
         if look.fixes:
             harmed, objects = harmed + (source != image)[stays].sum(), objects + stays.sum()
         if category == "edit":

@@ -339,6 +339,8 @@ def test_a_source_image_is_shown_before_the_prompt(tmp_path):
             torch.testing.assert_close((shown[0].latents, shown[0].features), (own.latents, own.features))
             assert shown[0].grid == own.grid
         assert ids.count(model.config.image_token_id) == len(shown)
+        for used, read in zip(steps.images[i].context.images, shown, strict=True):
+            torch.testing.assert_close((used.latents, used.features), (read.latents, read.features))
         trajectory = Trajectory("", ids, rounds=[Round(inputs["completion_ids"][i])], images=shown)
         [context] = model.contexts([trajectory])
         encoded = model.encode_context([context])

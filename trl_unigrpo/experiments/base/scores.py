@@ -38,7 +38,7 @@ def base_scores(
             "keeps an image with faults": look.kept[~right],
             "keeps an image without": look.kept[right],
             "objects harmed by a repair": look.harmed,
-            "images that got worse": look.reward < look.first,
+            "images that got worse": (look.reward < look.first).astype(float),
             "edits, sqrt(done x kept)": edits.reward,
             "done": edits.done,
             "kept": edits.kept,
