@@ -7,9 +7,10 @@ import pytest
 
 from trl_unigrpo.shapeworld.edits import all_edits, changes_of, parse_edit, split_of_edit
 from trl_unigrpo.shapeworld.grammar import parse_prompt, prompts_by_split
+from trl_unigrpo.shapeworld.plan import parse_plan, plan_cells
 from trl_unigrpo.shapeworld.reflection import REFLECTION_TEMPLATE, closest_scene, parse_reflection
 from trl_unigrpo.shapeworld.render import render_images
-from trl_unigrpo.shapeworld.second_corpus import OwnImages, SecondRates, second_corpus
+from trl_unigrpo.shapeworld.second_corpus import DESCRIBE, OwnImages, SecondRates, second_corpus
 from trl_unigrpo.shapeworld.verifier import images_to_array, read_cells, score
 
 
@@ -45,7 +46,12 @@ def asked(text):
 def test_without_mistakes_every_row_is_right(own):
     for prompt, text, category, source, image in rows_of(own, FAULTLESS):
         if source is None:
-            assert category not in ("refine", "edit")
+            assert category not in ("refine", "edit", "describe")
+            continue
+        if category == "describe":
+            assert prompt == DESCRIBE
+            assert (plan_cells(parse_plan(text)) == source).all()
+            assert (image == source).all()
             continue
         look = parse_reflection(text)
         assert all(source[cell] == code for cell, code in look.found.items())
@@ -65,7 +71,7 @@ def test_without_mistakes_every_row_is_right(own):
 def test_mistakes_are_as_frequent_as_said(own):
     looks = Counter()
     harmed, objects = 0, 0
-    for prompt, text, category, source, image in rows_of(own, SecondRates(0.6, 0.2, 0.2), 3000):
+    for prompt, text, category, source, image in rows_of(own, SecondRates(0.6, 0.2, 0.2, 0.0), 3000):
         look = parse_reflection(text)
         stays = source > 0
         stays[list(look.fixes)] = False
@@ -91,8 +97,9 @@ def test_mistakes_are_as_frequent_as_said(own):
 def test_kinds_of_rows_have_their_shares(own):
     rows = second_corpus(2000, own, seed=2)
     kinds = Counter(rows["category"][:])
-    assert kinds["edit"] / 2000 == pytest.approx(0.20, abs=0.03)
-    assert kinds["refine"] / 2000 == pytest.approx(0.45, abs=0.04)
+    assert kinds["edit"] / 2000 == pytest.approx(0.19, abs=0.03)
+    assert kinds["describe"] / 2000 == pytest.approx(0.25, abs=0.03)
+    assert kinds["refine"] / 2000 == pytest.approx(0.31, abs=0.04)
     shown = {image.tobytes() for image in rows[:]["source_image"] if image is not None}
     assert {pixels.tobytes() for pixels in own.pixels} <= shown
     again = second_corpus(2000, own, seed=2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,27 @@ from .corpus import NO_ERRORS, corpus_columns, draw_plans, painted_cells
 from .dataset import check_split
 from .edits import Edit, apply_changes, changes_of, draw_edit, draw_scene
 from .grammar import sampling_weights
+from .plan import format_plan
 from .reflection import REFLECTION_TEMPLATE, Reflection, closest_scene
 from .render import render_images
 from .verifier import images_to_array, read_cells, score
-from .world import COLORS, EMPTY, NUM_CELLS, NUM_CODES, IntArray, PromptSpec, cell_colors, encode_specs
+from .world import (
+    COLORS,
+    EMPTY,
+    MAX_OBJECTS,
+    NUM_CELLS,
+    NUM_CODES,
+    PLACES,
+    SHAPES,
+    IntArray,
+    PromptSpec,
+    cell_colors,
+    encode_specs,
+)
+
+
+_OBJECTS = [("", ""), *product(COLORS, SHAPES)]
+"""Colour and shape of each code from 0."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +49,8 @@ class SecondRates:
     Shares of rows and chances of mistakes, all in [0, 1].
 
     Attributes:
-        refine, perfect, edit: shares of second looks at images with faults, of those at images without, and of edits;
-            the rest paints from a prompt.
+        refine, perfect, edit, describe: shares of second looks at images with faults, of those at images without, of
+            edits, and of images that are described and copied; the rest paints from a prompt.
         own: share of second looks that see an image of the base model's own.
         overlooked: chance that a wrong cell is not named.
         content, doubtful: chance that a faulty image is kept, and that one without fault is not.
@@ -40,9 +58,10 @@ class SecondRates:
         misread: chance that an edit does something else, or only half.
     """
 
-    refine: float = 0.35
-    perfect: float = 0.10
-    edit: float = 0.20
+    refine: float = 0.25
+    perfect: float = 0.06
+    edit: float = 0.19
+    describe: float = 0.25
     own: float = 0.5
     overlooked: float = 0.5
     content: float = 0.3
@@ -51,6 +70,8 @@ class SecondRates:
     misread: float = 0.35
 
 
+DESCRIBE = "the image is"
+"""The instruction to say all that an image shows, in the words of a plan."""
 MAX_FIXES = 3
 """The most cells that one second look names."""
 
@@ -165,6 +186,12 @@ def _edited(rates: SecondRates, rng: np.random.Generator, split: str) -> _Row:
     return _Row(edit.text, said.text, cells, spoiled(apply_changes(cells, changes), stays, rates.harmed, rng), "edit")
 
 
+def _described(rng: np.random.Generator) -> _Row:
+    cells = draw_scene(rng, 1, MAX_OBJECTS)
+    plan = [(*_OBJECTS[code], PLACES[cell]) for cell, code in enumerate(cells) if code > EMPTY]
+    return _Row(DESCRIBE, format_plan(plan), cells, cells, "describe")
+
+
 def second_corpus(
     num_rows: int, own: OwnImages, seed: int = 0, rates: SecondRates | None = None, split: str = "train"
 ) -> Dataset:
@@ -183,10 +210,11 @@ def second_corpus(
     """
     rates = rates or SecondRates()
     rng = np.random.default_rng([seed, 2])
-    shares = [1 - rates.refine - rates.perfect - rates.edit, rates.refine, rates.perfect, rates.edit]
-    paint, refine, perfect, edit = rng.multinomial(num_rows, shares)
+    shares = [rates.refine, rates.perfect, rates.edit, rates.describe]
+    paint, refine, perfect, edit, describe = rng.multinomial(num_rows, [1 - sum(shares), *shares])
     rows = _second_looks(refine, perfect, own, rates, rng, split)
     rows += [_edited(rates, rng, split) for _ in range(edit)]
+    rows += [_described(rng) for _ in range(describe)]
     first = corpus_columns(paint, seed + 1, split=split)
     none = np.full(NUM_CELLS, -1)
     columns: dict[str, list[Any]] = {

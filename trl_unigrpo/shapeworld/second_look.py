@@ -23,13 +23,15 @@ from ..seeding import EVAL, row_generator
 from ..statistics import FloatArray
 from ..trajectory import Round, Trajectory
 from .dataset import shapeworld_edit_dataset
-from .edits import EditScores, parse_edit, score_edits
+from .edits import EditScores, draw_scene, parse_edit, score_edits
 from .evaluate import EVALUATION_SEED, MAX_COMPLETION_LENGTH, NUM_INFERENCE_STEPS, Evaluation
 from .grammar import parse_prompt
+from .plan import parse_plan, plan_cells
 from .reflection import REFLECTION_TEMPLATE, diagnosis_f1, parse_reflection
-from .render import IMAGE_SIZE
+from .render import IMAGE_SIZE, render_images
+from .second_corpus import DESCRIBE
 from .verifier import images_to_array, read_cells, score
-from .world import EMPTY, NUM_CODES
+from .world import EMPTY, MAX_OBJECTS
 
 
 _AT_ONCE = 210
@@ -172,22 +174,11 @@ def evaluate_edits(
 
 
 def reading_accuracy(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    num_rows: int = 630,
-    split: str = "test",
-    seed: int = EVALUATION_SEED,
+    model: Any, tokenizer: PreTrainedTokenizerBase, num_images: int = 630, seed: int = EVALUATION_SEED
 ) -> float:
-    """
-    Tell how well a model reads images: the share of the cells of which it says how they look that look so.
-
-    It looks, greedily, at drawings of random scenes, asked for an edit of an object that is there.
-    """
-    dataset = shapeworld_edit_dataset(split, num_rows, seed)
-    sources = list(dataset["source_image"])
-    samples = look_and_paint(model, tokenizer, list(dataset["prompt"]), sources, seed, do_sample=False)
-    cells = read_cells(images_to_array(sources))[0]
-    looks = [parse_reflection(sample.thinking) for sample in samples]
-    said = [{0: NUM_CODES} if look is None else look.found for look in looks]  # no reading at all is a wrong one
-    right = [code == cells[row][cell] for row, found in enumerate(said) for cell, code in found.items()]
-    return float(np.mean(right))
+    """Tell how well a model reads: the share of the objects of random drawings that it names, in their places."""
+    rng = np.random.default_rng(seed)
+    cells = np.stack([draw_scene(rng, 1, MAX_OBJECTS) for _ in range(num_images)])
+    samples = look_and_paint(model, tokenizer, [DESCRIBE] * num_images, render_images(cells), seed, do_sample=False)
+    said = np.stack([plan_cells(parse_plan(sample.thinking) or []) for sample in samples])
+    return float((said == cells)[cells > EMPTY].mean())

@@ -173,7 +173,7 @@ def build_seeing_base(
     own = own_images(base, num_own, seed)
     model, tokenizer = with_eyes(base, seed), shapeworld_tokenizer(seeing=True)
     model.freeze_understanding(False)
-    settings = {"learning_rate": 1.5e-3, "warmup_steps": 50, **overrides}
+    settings = {"warmup_steps": 50, **overrides}
     args = UnifiedSFTConfig(**sft_settings(output_dir, sft_steps, seed, **settings))
     corpus = second_corpus(args.max_steps * args.per_device_train_batch_size, own, seed)
     UnifiedSFTTrainer(model=model, args=args, train_dataset=corpus, processing_class=tokenizer).train()

@@ -42,6 +42,6 @@ def base_scores(
             "edits, sqrt(done x kept)": edits.reward,
             "done": edits.done,
             "kept": edits.kept,
-            "cells read right": np.array(reading_accuracy(model, tokenizer, num_prompts // 2, split)),
+            "objects read right": np.array(reading_accuracy(model, tokenizer, num_prompts // 2)),
         }
     return {name: float(np.nanmean(values)) for name, values in scores.items()}
