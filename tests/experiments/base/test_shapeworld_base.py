@@ -10,10 +10,10 @@ from tests.helpers.tiny_unified import moved, weights
 from trl_unigrpo.experiments.base.build import build_base, build_seeing_base, with_eyes
 from trl_unigrpo.models.contract import ContextRow
 from trl_unigrpo.shapeworld import load_base
-from trl_unigrpo.shapeworld.base import BASE
+from trl_unigrpo.shapeworld.base import BASE, SEEING_BASE
 from trl_unigrpo.shapeworld.evaluate import evaluate_model
 from trl_unigrpo.shapeworld.render import render_images
-from trl_unigrpo.shapeworld.second_look import evaluate_second_look
+from trl_unigrpo.shapeworld.second_look import evaluate_edits, evaluate_second_look, reading_accuracy
 from trl_unigrpo.shapeworld.tokenizer import shapeworld_tokenizer
 
 
@@ -38,10 +38,12 @@ def test_what_is_built_loads_again(tmp_path):
 
 
 def test_shipped_files_are_small_and_name_no_machine():
-    assert sum(file.stat().st_size for file in BASE.iterdir()) < 5_000_000
-    config = json.loads((BASE / "config.json").read_text())
-    assert not [name for name in config["vae_config"] if name.startswith("_") and name != "_class_name"]
-    assert load_base()[1].get_vocab() == shapeworld_tokenizer().get_vocab()
+    assert sum(file.stat().st_size for folder in (BASE, SEEING_BASE) for file in folder.iterdir()) < 8_000_000
+    for folder, seeing in ((BASE, False), (SEEING_BASE, True)):
+        config = json.loads((folder / "config.json").read_text())
+        assert not [name for name in config["vae_config"] if name.startswith("_") and name != "_class_name"]
+        assert load_base(seeing)[1].get_vocab() == shapeworld_tokenizer(seeing).get_vocab()
+    assert (BASE / "ae.safetensors").read_bytes() == (SEEING_BASE / "ae.safetensors").read_bytes()
 
 
 @pytest.mark.slow
@@ -91,3 +93,19 @@ def test_evaluation_is_repeatable_and_reads_what_was_painted():
     # A model that never saw a picture scores about .1 here.
     assert first.reward.mean() > 0.5
     assert first.error.mean() < 0.01
+
+
+def test_the_seeing_base_reads_and_repairs():
+    model, tokenizer = load_base(seeing=True)
+    assert reading_accuracy(model, tokenizer, 70) > 0.8
+    first = evaluate_model(model, tokenizer, 70)
+    assert first.reward.mean() > 0.5
+    look = evaluate_second_look(model, tokenizer, first)
+    assert (look.first == first.reward).all()
+    assert 0.1 < look.kept.mean() < 0.7
+    # Kept images are as they were; of the others, most keep what they were not to change.
+    assert all((a is b) == bool(kept) for a, b, kept in zip(first.images, look.images, look.kept, strict=True))
+    assert np.nanmean(look.harmed) < 0.35
+    edits = evaluate_edits(model, tokenizer, 70)
+    assert edits.kept.mean() > 0.8
+    assert 0.2 < edits.reward.mean() < 0.8
