@@ -6,7 +6,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast, SiglipVisionConfig, TrainerCallback
 from transformers.utils import logging
 
 from trl_unigrpo.models.bagel import BagelConfig, BagelForUnifiedGeneration
@@ -76,6 +76,18 @@ def tiny_bagel(seed: int = 0, **llm_config) -> BagelForUnifiedGeneration:
             torch.nn.init.normal_(parameter, std=0.6 / parameter.shape[1] ** 0.5 if "embed" not in name else 0.6)
         elif "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def bagel_with_tower() -> BagelForUnifiedGeneration:
+    """The tiny model with an understanding tower."""
+    blind = tiny_bagel()
+    blind.config.vit_config = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
+    )
+    blind.config.vit_max_num_patch_per_side = 4
+    model = BagelForUnifiedGeneration(blind.config, blind.codec)
+    model.load_state_dict(blind.state_dict(), strict=False)
     return model
 
 

@@ -3,15 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+import torch.nn.functional as F
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from transformers import TrainerCallback
 
 from tests.helpers.runs import assert_same_update
 from tests.helpers.sft import FEATURES, ROWS, make_sft, many_rows, picture
-from tests.helpers.tiny_unified import IMAGE_SIZE, broken, moved, tiny_bagel, tiny_tokenizer, weights
-from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
+from tests.helpers.tiny_unified import IMAGE_SIZE, bagel_with_tower, broken, moved, tiny_bagel, tiny_tokenizer, weights
+from trl_unigrpo.models.bagel import BagelForUnifiedGeneration, BagelProcessor
 from trl_unigrpo.models.contract import ContextRow, UnifiedModelMixin
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
+from trl_unigrpo.trajectory import Round, Trajectory
 
 
 SIZE = (IMAGE_SIZE, IMAGE_SIZE)
@@ -301,3 +304,68 @@ def test_steps_draw_times_and_noise_of_their_own(tmp_path):
     flows = captured(trainer)
     trainer.train()
     assert len(torch.cat([steps.t for steps, _ in flows]).unique()) == 3
+
+
+SEEN = [
+    {**ROWS[0], "source_image": picture(4)},
+    {**ROWS[1], "source_image": None},
+    {**ROWS[2], "source_image": picture(5)},
+    {**ROWS[3], "source_image": None},
+]
+
+
+def test_a_source_image_is_shown_before_the_prompt(tmp_path):
+    """Loss of rows with and without one, each against a forward of its own."""
+    model = bagel_with_tower()
+    model.freeze_understanding(False)
+    rows = Dataset.from_list(SEEN, features=Features({**FEATURES, "source_image": ImageFeature()}))
+    trainer = make_sft(tmp_path, model=model, rows=rows, learning_rate=0.0)
+    gradients = {}
+    trainer.add_callback(Gradients(gradients))
+    flows = captured(trainer)
+    trainer.train()
+    [(steps, inputs)] = flows
+    processor = BagelProcessor(tiny_tokenizer(), model.config)
+    tokens, texts, squares = 0, [], []
+    for i, prompt in enumerate(inputs["prompts"]):
+        row = next(row for row in SEEN if row["prompt"] == prompt[-1]["content"])
+        ids, shown = inputs["prompt_ids"][i], []
+        if row["source_image"] is not None:
+            head = 0 if not row["completion"] else ids.index(2) + 1  # behind the end of the system message
+            assert ids[head] == model.config.image_token_id
+            shown = model.read_images([row["source_image"]])
+            source = row["source_image"]
+            own = model.context_image(processor.vae_pixels(source), processor.vit_pixels(source))
+            torch.testing.assert_close((shown[0].latents, shown[0].features), (own.latents, own.features))
+            assert shown[0].grid == own.grid
+        assert ids.count(model.config.image_token_id) == len(shown)
+        for used, read in zip(steps.images[i].context.images, shown, strict=True):
+            torch.testing.assert_close((used.latents, used.features), (read.latents, read.features))
+        trajectory = Trajectory("", ids, rounds=[Round(inputs["completion_ids"][i])], images=shown)
+        [context] = model.contexts([trajectory])
+        encoded = model.encode_context([context])
+        velocity = model.predict_velocity(encoded, steps.states.x[i : i + 1], steps.t[i : i + 1], SIZE)
+        squares.append((velocity - steps.states.target[i]).square().mean())
+        if row["completion"]:
+            ids = torch.tensor([[*ids, *inputs["completion_ids"][i]]])
+            logits = model.language_model.lm_head(model.backbone(ids, images=[shown]).last_hidden_state)[0]
+            count = len(inputs["completion_ids"][i])
+            texts.append(F.cross_entropy(logits[-count - 1 : -1], ids[0, -count:], reduction="sum"))
+            tokens += count
+    log = next(log for log in trainer.state.log_history if "loss/text" in log)
+    assert log["loss/text"] == pytest.approx((sum(texts) / tokens).item(), rel=1e-4)
+    assert log["loss/flow"] == pytest.approx(torch.stack(squares).mean().item(), rel=1e-4)
+    for name in ("connector.fc2.weight", "vit_model.vision_model.embeddings.patch_embedding.weight"):
+        assert gradients[name].abs().sum() > 0
+
+
+class PaintsFromTextAlone(BagelForUnifiedGeneration):
+    image_token_id = None
+
+
+def test_a_source_image_needs_a_model_that_sees(tmp_path):
+    model = tiny_bagel()
+    model.__class__ = PaintsFromTextAlone
+    rows = Dataset.from_list(SEEN, features=Features({**FEATURES, "source_image": ImageFeature()}))
+    with pytest.raises(ValueError, match="column source_image, but PaintsFromTextAlone paints from text alone"):
+        make_sft(tmp_path, model=model, rows=rows)

@@ -3,23 +3,10 @@
 import pytest
 from peft import LoraConfig
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast, SiglipVisionConfig
+from transformers import PreTrainedTokenizerFast
 
-from tests.helpers.tiny_unified import moved, tiny_bagel, tiny_tokenizer, weights
-from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
+from tests.helpers.tiny_unified import bagel_with_tower, moved, tiny_tokenizer, weights
 from trl_unigrpo.models.bagel.vision import UNDERSTANDING_MODULES
-
-
-def seeing_bagel() -> BagelForUnifiedGeneration:
-    """The tiny model with a tower."""
-    blind = tiny_bagel()
-    blind.config.vit_config = SiglipVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4
-    )
-    blind.config.vit_max_num_patch_per_side = 4
-    model = BagelForUnifiedGeneration(blind.config, blind.codec)
-    model.load_state_dict(blind.state_dict(), strict=False)
-    return model
 
 
 def is_tower(name: str) -> bool:
@@ -29,7 +16,7 @@ def is_tower(name: str) -> bool:
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize("by_folder", [False, True])
 def test_tower_is_not_trained(make_trainer, tmp_path, adapters, by_folder):
-    model = seeing_bagel()
+    model = bagel_with_tower()
     if by_folder:
         model.save_pretrained(tmp_path / "model")
         model = str(tmp_path / "model")

@@ -46,6 +46,15 @@ class SeesImages:
         """
         raise NotImplementedError(f"{self.painter_name} is text to image only: it takes no source images.")
 
+    def read_images(self, images: Sequence[PILImage.Image]) -> list[Any]:
+        """
+        Read finished images, with a gradient to what reads them; in the form that `Trajectory.images` holds.
+
+        Raises:
+            ValueError: for a model that sees none, as it is by default.
+        """
+        raise ValueError(f"{type(self).__name__} paints from text alone: it can't be shown an image.")
+
     def observe(self, images: Sequence[Image], seen: Sequence[PILImage.Image], reencode: bool) -> list[Any]:
         """
         Give finished images in the form in which contexts show them, to be kept and shown again as they are. Asked of

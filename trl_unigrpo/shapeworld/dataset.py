@@ -1,17 +1,25 @@
-"""Prompts of ShapeWorld as a `datasets.Dataset`."""
+"""Prompts, edits and stories of ShapeWorld as a `datasets.Dataset`."""
 
 from __future__ import annotations
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from datasets import List as ListFeature
 
+from .edits import apply_changes, changes_of, draw_edit, draw_scene
 from .grammar import (
     CATEGORIES,
     SPLITS,
     prompts_by_split,
     sampling_weights,
 )
-from .world import PromptSpec
+from .render import render_images
+from .world import IntArray, PromptSpec
+
+
+TURNS = 3
+"""Instructions in a story."""
 
 
 def check_split(split: str) -> dict[str, PromptSpec]:
@@ -45,6 +53,70 @@ def shapeworld_dataset(split: str = "train", num_prompts: int | None = None, see
         chosen = rng.permutation(_balanced(list(specs.values()), num_prompts, rng))
     categories = [spec.category for spec in specs.values()]
     return Dataset.from_dict({"prompt": texts[chosen].tolist(), "category": [categories[i] for i in chosen]})
+
+
+def shapeworld_edit_dataset(split: str = "train", num_rows: int = 2000, seed: int = 0) -> Dataset:
+    """
+    Draw images and instructions to edit them.
+
+    Args:
+        split: of the instructions, `"train"`, `"validation"` or `"test"`. None is in two of them.
+        num_rows: how many; every verb comes about as often.
+        seed: of images and instructions.
+
+    Returns:
+        A dataset with the columns `prompt` (the instruction), `source_image` (PIL) and `category` (the verb).
+    """
+    scenes, stories = _stories(split, num_rows, seed, 1)
+    prompts = [story[0] for story in stories]
+    columns = {"prompt": prompts, "source_image": render_images(scenes), "category": [p.split()[0] for p in prompts]}
+    text = Value("string")
+    return Dataset.from_dict(
+        columns, features=Features({"prompt": text, "source_image": ImageFeature(), "category": text})
+    )
+
+
+def shapeworld_story_dataset(split: str = "train", num_rows: int = 1000, seed: int = 0) -> Dataset:
+    """
+    Draw images and stories of three instructions, each of which can be followed in what those before it leave.
+
+    Args:
+        split: of the instructions, as in [`shapeworld_edit_dataset`].
+        num_rows: how many.
+        seed: of images and instructions.
+
+    Returns:
+        A dataset with the columns `prompt` (the first instruction), `turns` (all three, in order) and `source_image`
+        (PIL).
+    """
+    scenes, stories = _stories(split, num_rows, seed, TURNS)
+    text = Value("string")
+    return Dataset.from_dict(
+        {"prompt": [story[0] for story in stories], "turns": stories, "source_image": render_images(scenes)},
+        features=Features({"prompt": text, "turns": ListFeature(text), "source_image": ImageFeature()}),
+    )
+
+
+def _stories(split: str, number: int, seed: int, turns: int) -> tuple[IntArray, list[list[str]]]:
+    """Draw scenes (N, 9), and as many instructions in a row for each."""
+    check_split(split)
+    if number < 1:
+        raise ValueError(f"num_rows={number}, expected a positive number")
+    rng = np.random.default_rng([seed, SPLITS.index(split), turns])
+    scenes: list[IntArray] = []
+    stories: list[list[str]] = []
+    while len(stories) < number:
+        first = scene = draw_scene(rng)
+        story: list[str] = []
+        while len(story) < turns and (edit := draw_edit(scene, split, rng)) is not None:
+            changes = changes_of(edit, scene)
+            assert changes is not None
+            scene = apply_changes(scene, changes)
+            story.append(edit.text)
+        if len(story) == turns:
+            scenes.append(first)
+            stories.append(story)
+    return np.stack(scenes), stories
 
 
 def _balanced(specs: list[PromptSpec], number: int, rng: np.random.Generator) -> np.ndarray:

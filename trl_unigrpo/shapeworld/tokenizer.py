@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from .world import WORDS
+from .world import SEEING_WORDS, WORDS
 
 
 PAD_TOKEN = "<|endoftext|>"
@@ -21,9 +21,19 @@ CHUNK_TEMPLATE = (
 """BAGEL's chunks: no roles, every message between its marks."""
 
 
-def shapeworld_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer. `<think>` and `</think>` are ordinary words, so that decoding keeps them."""
-    vocabulary = {word: index for index, word in enumerate([*NON_WORD_TOKENS, *WORDS])}
+IMAGE_TOKEN = "<|image_pad|>"
+"""Stands for an image in a context; for models that see."""
+
+
+def shapeworld_tokenizer(seeing: bool = False) -> PreTrainedTokenizerFast:
+    """
+    Build the tokenizer. `<think>` and `</think>` are ordinary words, so that decoding keeps them.
+
+    Args:
+        seeing: with the tokens of a model that sees, behind all others.
+    """
+    more = [IMAGE_TOKEN, *SEEING_WORDS] if seeing else []
+    vocabulary = {word: index for index, word in enumerate([*NON_WORD_TOKENS, *WORDS, *more])}
     words = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN_TOKEN))
     words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -31,7 +41,7 @@ def shapeworld_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=PAD_TOKEN,
         eos_token="<|im_end|>",
         unk_token=UNKNOWN_TOKEN,
-        additional_special_tokens=["<|im_start|>", "<|vision_start|>", "<|vision_end|>"],
+        additional_special_tokens=["<|im_start|>", "<|vision_start|>", "<|vision_end|>", *more[:1]],
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )

@@ -91,6 +91,12 @@ WORDS: tuple[str, ...] = tuple(
 )
 """Every word of every prompt and every plan."""
 
+SEEING_WORDS = (
+    *("make", "remove", "move", "swap", "up", "down"),
+    *("is", "empty", "unclear", "request", "repair", "image", "or", "keep"),
+)
+"""Further words: of instructions to edit an image, and of a second look at one."""
+
 
 @dataclass(frozen=True)
 class ObjectGroup:

@@ -40,7 +40,9 @@ def check_training_data(dataset: Any, args: Any) -> dict[str, list[str]]:
     return columns
 
 
-def check_rows(dataset: Any, name: str, needed: Sequence[str], args: Any) -> dict[str, list[str]]:
+def check_rows(
+    dataset: Any, name: str, needed: Sequence[str], args: Any, shown: Sequence[str] = ()
+) -> dict[str, list[str]]:
     """
     Raise ValueError for a dataset of another trainer that lacks a column or a prompt, or that fills no batch.
 
@@ -49,15 +51,16 @@ def check_rows(dataset: Any, name: str, needed: Sequence[str], args: Any) -> dic
         name: what to call it in the message.
         needed: its columns, `prompt` among them.
         args: the configuration, for a dataset to train on; else None.
+        shown: columns of source images that the trainer knows.
 
     Returns:
         The columns of each dataset by its name.
     """
     columns = check_columns(dataset, name, needed)
     for part, found in columns.items():
-        if sources := [column for column in found if column in SOURCE_COLUMNS]:
+        if sources := [column for column in found if column in SOURCE_COLUMNS and column not in shown]:
             raise ValueError(
-                f"{part} has a column {sources[0]!r}, but this trainer paints from text alone. Train edits with "
+                f"{part} has a column {sources[0]!r}, which this trainer does not show to the model. Train edits with "
                 f"UniGRPOTrainer, or leave the column out: dataset.remove_columns({sources[0]!r})."
             )
     check_prompts(dataset, name)

@@ -39,6 +39,7 @@ from .trl_bridge import take_steps
 
 
 COLUMNS = ("prompt", "completion", "image")
+SOURCE_IMAGE = "source_image"
 
 
 @dataclass
@@ -109,15 +110,17 @@ class UnifiedSFTConfig(TrainingArguments):
 @dataclass
 class UnifiedCollator:
     """
-    Makes batches of rows with `prompt`, `completion` (the thinking; empty or None for none) and `image` (PIL).
+    Makes batches of rows with `prompt`, `completion` (the thinking; empty or None for none), `image` (PIL) and, where
+    the prompt shows a finished image, `source_image` (PIL; None for none), which goes before the prompt's own words.
 
     Returns `input_ids`, `attention_mask` and `labels` (B, T), right-padded, labels -100 off the thinking; `prompts`
-    (conversations with their system message), `prompt_ids` and `completion_ids`, lists; and `pixels` (B, 3, H, W) in
-    [-1, 1].
+    (conversations with their system message), `prompt_ids` and `completion_ids`, lists; `source_images`, a list of
+    those of each row; and `pixels` (B, 3, H, W) in [-1, 1].
     """
 
     tokenizer: PreTrainedTokenizerBase
     system_prompt: str | None
+    image_placeholder: int | None = None
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         thinks = [bool(row.get("completion")) for row in rows]
@@ -127,6 +130,9 @@ class UnifiedCollator:
         ]
         check_messages([*messages, *(row.get("completion") or "" for row in rows)], self.tokenizer)
         prompts = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
+        sources = [[] if row.get(SOURCE_IMAGE) is None else [row[SOURCE_IMAGE]] for row in rows]
+        if any(sources):
+            prompts = self._showing(prompts, messages, sources)
         thinkings = [row["completion"] if on else "" for row, on in zip(rows, thinks, strict=True)]
         completions = [
             ids + [self.tokenizer.eos_token_id] if on else []
@@ -150,8 +156,18 @@ class UnifiedCollator:
             "prompts": messages,
             "prompt_ids": prompts,
             "completion_ids": completions,
+            "source_images": sources,
             "pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1,
         }
+
+    def _showing(self, prompts: list[list[int]], messages: Any, sources: Sequence[Sequence[Any]]) -> list[list[int]]:
+        """Put a placeholder for each finished image behind the system message."""
+        assert self.image_placeholder is not None  # the trainer has looked
+        heads = [len(ids) for ids in system_ids(self.tokenizer, messages)]
+        return [
+            [*ids[:head], *[self.image_placeholder] * len(shown), *ids[head:]]
+            for ids, head, shown in zip(prompts, heads, sources, strict=True)
+        ]
 
 
 class UnifiedSFTTrainer(TrainingLoop):
@@ -161,7 +177,8 @@ class UnifiedSFTTrainer(TrainingLoop):
     Args:
         model (`str` or `PreTrainedModel`): a unified model, or the folder or hub id of one.
         args ([`UnifiedSFTConfig`]): configuration.
-        train_dataset, eval_dataset: rows with the columns `prompt`, `completion` and `image`.
+        train_dataset, eval_dataset: rows with the columns `prompt`, `completion` and `image`, and `source_image` where
+            prompts show a finished image.
         processing_class (`PreTrainedTokenizerBase`, *optional*): tokenizer; from the model's folder by default.
     """
 
@@ -178,15 +195,24 @@ class UnifiedSFTTrainer(TrainingLoop):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
+        columns: set[str] = set()
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
-                check_rows(dataset, name, COLUMNS, args if name == "train_dataset" else None)
+                found = check_rows(
+                    dataset, name, COLUMNS, args if name == "train_dataset" else None, shown=[SOURCE_IMAGE]
+                )
+                columns.update(*found.values())
         check_evaluation(args, eval_dataset)
         kwargs["callbacks"] = callback_list(kwargs.get("callbacks"))
         if isinstance(model, str):
             model = load_trainable(model, None, dtype=torch.float32)
         base = unified_model(model)
         check_contract(base)
+        if SOURCE_IMAGE in columns and base.image_placeholder is None:
+            raise ValueError(
+                f"The dataset has a column {SOURCE_IMAGE}, but {type(base).__name__} paints from text alone: remove "
+                f'the column (`dataset.remove_columns("{SOURCE_IMAGE}")`), or take a model that sees, such as BAGEL.'
+            )
         check_own_adapters(model)
         take_steps(base)
         if args.context_dropout:
@@ -200,7 +226,7 @@ class UnifiedSFTTrainer(TrainingLoop):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            data_collator=CheckedRows(UnifiedCollator(tokenizer, system)),
+            data_collator=CheckedRows(UnifiedCollator(tokenizer, system, base.image_placeholder)),
             **kwargs,
         )
         base.check_trained_weights()
@@ -245,8 +271,13 @@ class UnifiedSFTTrainer(TrainingLoop):
         args, pixels = self.args, inputs["pixels"]
         clean = base.encode_images(pixels).float()
         size = (pixels.shape[-2], pixels.shape[-1])
-        rows = zip(inputs["prompts"], inputs["prompt_ids"], inputs["completion_ids"], strict=True)
-        trajectories = [Trajectory(prompt, ids, rounds=[Round(text)]) for prompt, ids, text in rows]
+        sources = [image for images in inputs["source_images"] for image in images]
+        shown = iter(base.read_images(sources) if sources else ())
+        keys = ("prompts", "prompt_ids", "completion_ids", "source_images")
+        trajectories = [
+            Trajectory(prompt, ids, rounds=[Round(text)], images=[next(shown) for _ in images])
+            for prompt, ids, text, images in zip(*(inputs[key] for key in keys), strict=True)
+        ]
         contexts = hidden = base.contexts(trajectories)
         if args.context_dropout:
             systems = system_ids(self.processing_class, inputs["prompts"])

@@ -2,13 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from trl_unigrpo.experiments.base.build import build_base
+from tests.helpers.tiny_unified import moved, weights
+from trl_unigrpo.experiments.base.build import build_base, build_seeing_base, with_eyes
+from trl_unigrpo.models.contract import ContextRow
 from trl_unigrpo.shapeworld import load_base
-from trl_unigrpo.shapeworld.base import BASE
+from trl_unigrpo.shapeworld.base import BASE, SEEING_BASE
 from trl_unigrpo.shapeworld.evaluate import evaluate_model
+from trl_unigrpo.shapeworld.render import render_images
+from trl_unigrpo.shapeworld.second_look import evaluate_edits, evaluate_second_look, reading_accuracy
 from trl_unigrpo.shapeworld.tokenizer import shapeworld_tokenizer
 
 
@@ -33,10 +38,12 @@ def test_what_is_built_loads_again(tmp_path):
 
 
 def test_shipped_files_are_small_and_name_no_machine():
-    assert sum(file.stat().st_size for file in BASE.iterdir()) < 5_000_000
-    config = json.loads((BASE / "config.json").read_text())
-    assert not [name for name in config["vae_config"] if name.startswith("_") and name != "_class_name"]
-    assert load_base()[1].get_vocab() == shapeworld_tokenizer().get_vocab()
+    assert sum(file.stat().st_size for folder in (BASE, SEEING_BASE) for file in folder.iterdir()) < 8_000_000
+    for folder, seeing in ((BASE, False), (SEEING_BASE, True)):
+        config = json.loads((folder / "config.json").read_text())
+        assert not [name for name in config["vae_config"] if name.startswith("_") and name != "_class_name"]
+        assert load_base(seeing)[1].get_vocab() == shapeworld_tokenizer(seeing).get_vocab()
+    assert (BASE / "ae.safetensors").read_bytes() == (SEEING_BASE / "ae.safetensors").read_bytes()
 
 
 @pytest.mark.slow
@@ -48,6 +55,35 @@ def test_shipped_base_scores_as_it_should():
     assert direct < thinking - 0.10
 
 
+def test_new_eyes_change_nothing_for_who_is_shown_nothing():
+    base, tokenizer = load_base()
+    model = with_eyes(base)
+    assert model.config.llm_config.vocab_size == len(shapeworld_tokenizer(seeing=True)) > len(tokenizer)
+    ids = tokenizer("two red circles", return_tensors="pt")["input_ids"]
+    contexts = [ContextRow(ids[0])]
+    latents, t = torch.randn(1, 9, 8), torch.tensor([0.7])
+    velocities = [m.predict_velocity(m.encode_context(contexts), latents, t, (48, 48)) for m in (base, model)]
+    assert torch.equal(*velocities)
+    assert torch.equal(base(ids).logits, model(ids).logits[..., : len(tokenizer)])
+    [shown] = model.read_images(render_images(np.full(9, 7)))
+    assert (shown.latents.shape, shown.features.shape, shown.grid) == ((9, 8), (9, 64), (3, 3))
+
+
+@pytest.mark.slow
+def test_a_seeing_base_is_built_from_one_that_does_not_see(tmp_path):
+    base, before = load_base()[0], weights(with_eyes(load_base()[0]))
+    settings = {"per_device_train_batch_size": 8, "warmup_steps": 1, "disable_tqdm": True}
+    model = build_seeing_base(base, tmp_path, sft_steps=3, num_own=7, **settings)
+    changed = moved(before, weights(model))
+    assert {"connector.fc1.weight", "vit_model.vision_model.embeddings.patch_embedding.weight"} <= changed
+    loaded = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    first = evaluate_model(loaded, shapeworld_tokenizer(seeing=True), 7)
+    look = evaluate_second_look(loaded, shapeworld_tokenizer(seeing=True), first)
+    assert (look.first == first.reward).all()
+    assert all(a is b for a, b, kept in zip(first.images, look.images, look.kept, strict=True) if kept)
+
+
 def test_evaluation_is_repeatable_and_reads_what_was_painted():
     model, tokenizer = load_base()
     first, again = (evaluate_model(model, tokenizer, 70) for _ in range(2))
@@ -57,3 +93,19 @@ def test_evaluation_is_repeatable_and_reads_what_was_painted():
     # A model that never saw a picture scores about .1 here.
     assert first.reward.mean() > 0.5
     assert first.error.mean() < 0.01
+
+
+def test_the_seeing_base_reads_and_repairs():
+    model, tokenizer = load_base(seeing=True)
+    assert reading_accuracy(model, tokenizer, 70) > 0.8
+    first = evaluate_model(model, tokenizer, 70)
+    assert first.reward.mean() > 0.5
+    look = evaluate_second_look(model, tokenizer, first)
+    assert (look.first == first.reward).all()
+    assert 0.1 < look.kept.mean() < 0.7
+    # Kept images are as they were; of the others, most keep what they were not to change.
+    assert all((a is b) == bool(kept) for a, b, kept in zip(first.images, look.images, look.kept, strict=True))
+    assert np.nanmean(look.harmed) < 0.35
+    edits = evaluate_edits(model, tokenizer, 70)
+    assert edits.kept.mean() > 0.8
+    assert 0.2 < edits.reward.mean() < 0.8

@@ -3,7 +3,7 @@
 Shapes: B images, h x w tokens of C numbers each, H hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from ...trajectory import Image as PaintedImage
 from ..memory import fitting, free_memory
 from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
 from .layers import BagelPositionTable
-from .processing import resized, to_pixels, vit_rule
+from .processing import checked_rgb, resized, to_pixels, vae_rule, vit_rule
 from .segments import ContextImage
 from .vision import UNDERSTANDING_MODULES, BagelPerceptron, BagelVisionTower
 
@@ -143,6 +143,16 @@ class BagelPixels(_Base):
             shown = self.context_image(pixels.to(self.device), seen)
         return shown.kept()
 
+    def read_images(self, images: Sequence[Image.Image]) -> list[ContextImage]:
+        for_vae = [resized(checked_rgb(image), vae_rule(self.config)) for image in images]
+        pixels = [to_pixels(image) for image in for_vae]
+        latents = _by_size(self.encode_images, pixels)
+        features: list[Tensor | None] = [None] * len(images)
+        if (rule := vit_rule(self.config)) is not None:
+            features = [*_by_size(self.embed_vit_image, [to_pixels(resized(image, rule)) for image in for_vae])]
+        grids = [self.grid((x.shape[-2], x.shape[-1])) for x in pixels]
+        return [ContextImage(*parts) for parts in zip(latents, grids, features, strict=True)]
+
     def freeze_understanding(self, frozen: bool = True) -> None:
         """Keep the understanding tower and its connector out of training, or (False) let them in."""
         for name in UNDERSTANDING_MODULES:
@@ -165,3 +175,14 @@ class BagelPixels(_Base):
                 "set `model.codec = LatentCodec(...)`."
             )
         return self.codec
+
+
+def _by_size(encode: Callable[[Tensor], Tensor], images: Sequence[Tensor]) -> list[Tensor]:
+    """Encode images (3, height, width), those of one size together; in their order."""
+    places: dict[torch.Size, list[int]] = {}
+    for place, image in enumerate(images):
+        places.setdefault(image.shape, []).append(place)
+    encoded: dict[int, Tensor] = {}
+    for some in places.values():
+        encoded.update(zip(some, encode(torch.stack([images[i] for i in some])), strict=True))
+    return [encoded[i] for i in range(len(images))]

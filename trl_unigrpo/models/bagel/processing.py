@@ -70,6 +70,12 @@ class ResizeRule:
         return height, width
 
 
+def vae_rule(config: BagelConfig) -> ResizeRule:
+    """Give the sizes of images for the VAE."""
+    longest = config.pixels_per_token * config.max_latent_size
+    return ResizeRule(longest, longest // 2, config.pixels_per_token)
+
+
 def vit_rule(config: BagelConfig) -> ResizeRule | None:
     """Give the sizes of images for the understanding tower; None where the configuration has none."""
     if config.vit_config is None:
@@ -108,9 +114,7 @@ class BagelProcessor:
         check_tokenizer(tokenizer, config)
         self.tokenizer = tokenizer
         self.config = config
-        longest = config.pixels_per_token * config.max_latent_size
-        self.vae_rule = ResizeRule(longest, longest // 2, config.pixels_per_token)
-        self.vit_rule = vit_rule(config)
+        self.vae_rule, self.vit_rule = vae_rule(config), vit_rule(config)
 
     @classmethod
     def from_pretrained(cls, source: str | Any, **kwargs: Any) -> "BagelProcessor":

@@ -1,0 +1,227 @@
+"""A second look at an image of ShapeWorld: what is wrong in it, how it is said, and how well.
+
+    <think> left is green circle top is empty </think> left red circle top blue square      or      keep
+
+The thinking says what cells look like that are not as they should be; what follows says what to paint there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..messages import content_text, user_text
+from .grammar import parse_prompt
+from .verifier import images_to_array, read_cells
+from .world import (
+    COLORS,
+    EMPTY,
+    NUM_CELLS,
+    PLACES,
+    RELATION_TABLE,
+    SHAPES,
+    SPATIAL_RELATIONS,
+    THINK_END,
+    THINK_START,
+    UNREADABLE,
+    IntArray,
+    ObjectGroup,
+    PromptSpec,
+    cell_code,
+    cell_colors,
+    cell_shapes,
+)
+
+
+REFLECTION_TEMPLATE = "request {prompt} repair the image or keep"
+"""What the model is told behind its image, before it looks at it again."""
+KEEP = "keep"
+"""The answer that leaves an image as it is."""
+
+Cells = Mapping[int, int]
+"""Cell index (0 to 8) -> code."""
+
+
+def _name(code: int) -> str:
+    if code <= EMPTY:
+        return "empty" if code == EMPTY else "unclear"
+    return f"{COLORS[int(cell_colors(np.array(code)))]} {SHAPES[int(cell_shapes(np.array(code)))]}"
+
+
+_NAMES = {code: _name(code) for code in range(UNREADABLE, 1 + len(COLORS) * len(SHAPES))}
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """
+    What a second look says.
+
+    Attributes:
+        found: what cells are said to look like.
+        fixes: what is to be painted there; nothing where the image is to be kept.
+    """
+
+    found: Cells
+    fixes: Cells
+
+    @property
+    def text(self) -> str:
+        """The words; of an image without fault, the single word `keep`."""
+        if not self.found and not self.fixes:
+            return KEEP
+        found = [f"{PLACES[cell]} is {_NAMES[code]}" for cell, code in self.found.items()]
+        fixes = [f"{PLACES[cell]} {_NAMES[code]}" for cell, code in self.fixes.items()]
+        return " ".join([THINK_START, *found, THINK_END, *(fixes or [KEEP])])
+
+
+def parse_reflection(text: str) -> Reflection | None:
+    """Read a reflection, the inverse of `Reflection.text`; `None` for any other text."""
+    words = text.split()
+    if words == [KEEP]:
+        return Reflection({}, {})
+    if words[:1] != [THINK_START] or words.count(THINK_END) != 1:
+        return None
+    end = words.index(THINK_END)
+    found, fixes = _read(words[1:end], "is"), _read(words[end + 1 :], None)
+    if words[end + 1 :] == [KEEP]:
+        fixes = {}
+    elif not fixes:
+        return None
+    return None if found is None or fixes is None else Reflection(found, fixes)
+
+
+def _read(words: list[str], between: str | None) -> dict[int, int] | None:
+    """Read "place [between] color shape", "place [between] empty" or "unclear", any number of times."""
+    cells: dict[int, int] = {}
+    words = words[::-1]
+    while words:
+        place = words.pop()
+        if place not in PLACES or (between is not None and (not words or words.pop() != between)) or not words:
+            return None
+        name = words.pop()
+        if name in COLORS:
+            if not words or words[-1] not in SHAPES:
+                return None
+            code = cell_code(name, words.pop())
+        elif name in ("empty", "unclear"):
+            code = EMPTY if name == "empty" else UNREADABLE
+        else:
+            return None
+        cell = PLACES.index(place)
+        if cell in cells:
+            return None
+        cells[cell] = code
+    return cells
+
+
+def closest_scene(spec: PromptSpec, cells: IntArray, blamed: Collection[int] = ()) -> IntArray:
+    """
+    Find the scene (9,) that passes every check of a prompt and differs from a scene (9,) in the fewest cells.
+
+    Of several, it takes one that differs in the `blamed` cells, then one that keeps most colours and shapes. What the
+    prompt leaves open is kept where there is something to keep, else the first colour or shape.
+    """
+    groups, counts = spec.groups, tuple(group.count for group in spec.groups)
+    blame = [100 * (cell in blamed) for cell in range(NUM_CELLS)]
+    empty = [0 if code == EMPTY else 10_000 - blame[cell] for cell, code in enumerate(cells)]
+    filled = [[_cost(group, cell, int(cells[cell]), blame[cell]) for cell in range(NUM_CELLS)] for group in groups]
+    if spec.relation is not None:
+        table = RELATION_TABLE[SPATIAL_RELATIONS.index(spec.relation)]
+        costs: dict[tuple[int, int], int] = {
+            (a, b): filled[0][a] - empty[a] + filled[1][b] - empty[b]
+            for a, b in product(range(NUM_CELLS), repeat=2)
+            if table[a, b]
+        }
+        first, second = min(costs, key=lambda pair: costs[pair])
+        chosen = {first: 0, second: 1}
+    else:
+        chosen = _assign(counts, empty, filled)
+    target = np.full(NUM_CELLS, EMPTY, dtype=np.int64)
+    for cell, number in chosen.items():
+        target[cell] = _filled(groups[number], int(cells[cell]))
+    return target
+
+
+_NEVER = 10**9
+
+
+def _cost(group: ObjectGroup, cell: int, code: int, blame: int) -> int:
+    if group.cells is not None and cell not in group.cells:
+        return _NEVER
+    new = _filled(group, code)
+    if new == code:
+        return 0
+    kept = (
+        0
+        if code <= EMPTY
+        else int(cell_colors(np.array(new)) == cell_colors(np.array(code)))
+        + int(cell_shapes(np.array(new)) == cell_shapes(np.array(code)))
+    )
+    return 10_000 - blame + 2 - kept
+
+
+def _filled(group: ObjectGroup, code: int) -> int:
+    """Give the code of an object of a group where a cell of this code is."""
+    color = group.color or COLORS[max(0, int(cell_colors(np.array(code))))]
+    shape = group.shape or SHAPES[max(0, int(cell_shapes(np.array(code))))]
+    return cell_code(color, shape)
+
+
+def _assign(counts: tuple[int, ...], empty: list[int], filled: list[list[int]]) -> dict[int, int]:
+    """Choose cells for so many objects of each group, at the least cost: cell -> group. Cell by cell."""
+    best: dict[tuple[int, ...], tuple[int, dict[int, int]]] = {counts: (0, {})}
+    for cell in range(NUM_CELLS):
+        after: dict[tuple[int, ...], tuple[int, dict[int, int]]] = {}
+        for left, (cost, chosen) in best.items():
+            options = [(left, cost + empty[cell], chosen)]
+            for group, number in enumerate(left):
+                if number and filled[group][cell] < _NEVER:
+                    rest = (*left[:group], number - 1, *left[group + 1 :])
+                    options.append((rest, cost + filled[group][cell], {**chosen, cell: group}))
+            for rest, price, choice in options:
+                if rest not in after or price < after[rest][0]:
+                    after[rest] = price, choice
+        best = after
+    return best[(0,) * len(counts)][1]
+
+
+def diagnosis_f1(spec: PromptSpec, cells: IntArray, text: str) -> float:
+    """
+    Score what a second look found in a scene (9,): F1 between the cells that it names and those that are wrong.
+
+    A cell counts as found if it is said to look as it does. Where the image can be mended in several ways, the one
+    that is nearest to the diagnosis counts. Keeping a right image scores 1, a text that can't be read 0.
+    """
+    reflection = parse_reflection(text)
+    if reflection is None:
+        return 0.0
+    target = closest_scene(spec, cells, blamed=reflection.found)
+    wrong = set(np.flatnonzero(target != cells).tolist())
+    named = reflection.found
+    hits = sum(cell in wrong and code == cells[cell] for cell, code in named.items())
+    return 2 * hits / (len(named) + len(wrong)) if named or wrong else 1.0
+
+
+def shapeworld_diagnosis_reward(
+    prompts: Sequence[str | list[dict[str, Any]]],
+    completions: Sequence[Any],
+    previous_images: Sequence[Image.Image],
+    **kwargs: Any,
+) -> list[float]:
+    """
+    Give the F1 of each diagnosis, in [0, 1]: a TRL reward function of second looks.
+
+    Args:
+        prompts: B prompts of the grammar, plain or conversational (the last user message counts).
+        completions: what was said about the images, plain or conversational.
+        previous_images: B images of 48 x 48 pixels that were looked at.
+    """
+    cells, _ = read_cells(images_to_array(previous_images))
+    texts = [text if isinstance(text, str) else content_text(text[-1]["content"]) for text in completions]
+    specs = [parse_prompt(user_text(prompt)) for prompt in prompts]
+    return [diagnosis_f1(*row) for row in zip(specs, cells, texts, strict=True)]
