@@ -18,7 +18,7 @@ class BuildOptions:
 
 
 def build_command(options: BuildOptions) -> None:
-    """Pre-train the base models from nothing: the demo's, then the one that also sees (about 25 CPU minutes)."""
+    """Pre-train the base models from nothing: the demo's, then the one that also sees (25 to 30 CPU minutes)."""
     from ..experiments.base.build import build_base, build_seeing_base
     from ..experiments.base.scores import base_scores
     from ..shapeworld.tokenizer import shapeworld_tokenizer
