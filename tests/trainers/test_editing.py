@@ -204,8 +204,9 @@ def test_bad_sources_are_refused_before_a_model_is_loaded(make_trainer, dataset,
 
 @pytest.mark.parametrize("column", ["source_image", "source_images"])
 def test_trainers_that_do_not_edit_refuse_the_column(column):
-    with pytest.raises(ValueError, match=f"train_dataset has a column '{column}', but this trainer paints from text"):
+    with pytest.raises(ValueError, match=f"train_dataset has a column '{column}', which this trainer does not show"):
         check_rows(edits(column=column), "train_dataset", ("prompt",), None)
+    check_rows(edits(column=column), "train_dataset", ("prompt",), None, shown=[column])
 
 
 def test_a_model_without_sources_is_refused_at_construction(make_trainer):
