@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import trl_unigrpo.trainers.unigrpo_trainer as module
+import trl_unigrpo.trainers.windows as module
 from tests.helpers.runs import DIVERGING, alarms_of, given, run, shapeworld_trainer
 from tests.helpers.tiny_unified import FixedTexts, prompts_dataset, redness, weights
 from trl_unigrpo.monitoring import alarms

@@ -360,7 +360,7 @@ def test_a_source_image_is_shown_before_the_prompt(tmp_path):
 
 
 class PaintsFromTextAlone(BagelForUnifiedGeneration):
-    image_token_id = None
+    image_placeholder = None
 
 
 def test_a_source_image_needs_a_model_that_sees(tmp_path):

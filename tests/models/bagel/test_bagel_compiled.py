@@ -2,12 +2,20 @@
 
 import pytest
 import torch
+import torch._dynamo
 from peft import LoraConfig
 
 from tests.helpers.painting import steps_at
 from tests.helpers.tiny_unified import IMAGE_SIZE, tiny_bagel
 from trl_unigrpo.models.bagel.layers import compiled_parts
 from trl_unigrpo.models.contract import ContextRow
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """Let go of what was traced."""
+    yield
+    torch._dynamo.reset()
 
 
 BACKEND = "aot_eager"  # all of the tracing, forward and backward, and none of the C++ compiler's time
@@ -49,8 +57,6 @@ def test_compiled_layers_are_the_same_layers(gradients, checkpointing):
 
 
 def test_a_trainer_compiles_the_layers_that_it_trains(make_trainer, train):
-    import torch._dynamo
-
     updates = []
     for compiled in (False, True):
         trainer = make_trainer(peft_config=LoraConfig(r=2), max_steps=2, bf16=True, compile_layers=compiled)
