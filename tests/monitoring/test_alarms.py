@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import trl_unigrpo.trainers.windows as module
+import trl_unigrpo.trainers.unigrpo_trainer as module
 from tests.helpers.runs import DIVERGING, alarms_of, given, run, shapeworld_trainer
 from tests.helpers.tiny_unified import FixedTexts, prompts_dataset, redness, weights
 from trl_unigrpo.monitoring import alarms
 from trl_unigrpo.monitoring.alarm import read_alarms
 from trl_unigrpo.monitoring.trust import TrustError
 from trl_unigrpo.shapeworld import shapeworld_reward
+from trl_unigrpo.trainers import windows
 
 
 # Updates
@@ -191,14 +192,14 @@ def test_schedule_of_another_number_of_steps_is_found(make_trainer):
     # verl-omni#279: the sampler made one step fewer than the update thought.
     window = {"sde_window_mode": "fixed", "sde_window_range": [0, 2], "sde_window_size": 1}
     trainer = make_trainer(num_inference_steps=3, image_size=16, **window)
-    trainer._setup.objective.first_node = module.flow_timesteps(2, trainer.args.timestep_shift)[1]
+    trainer._setup.objective.first_node = windows.flow_timesteps(2, trainer.args.timestep_shift)[1]
     with pytest.raises(TrustError, match="times the power.*num_inference_steps"):
         trainer.train()
 
 
 def test_sampler_of_another_noise_level_is_found(make_trainer, monkeypatch):
-    plan = module.RolloutPlan
-    monkeypatch.setattr(module, "RolloutPlan", lambda **given: plan(**{**given, "noise_level": 0.5}))
+    plan = windows.RolloutPlan
+    monkeypatch.setattr(windows, "RolloutPlan", lambda **given: plan(**{**given, "noise_level": 0.5}))
     with pytest.raises(TrustError, match="times the power.*noise_level"):
         make_trainer().train()
 
