@@ -1,4 +1,4 @@
-"""What anybody would write first, with a trainer's model and settings: the baselines of bagel_step.py.
+"""The loops that anybody would write first, with a trainer's model and settings: the baselines of bagel_step.py.
 
 Batches of one, and for each stochastic step one forward of the policy and one of the reference. The first baseline
 encodes an image's context again for each; the second keeps it: that of the rollout through the first pass, one a pass

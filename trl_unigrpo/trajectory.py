@@ -129,7 +129,7 @@ class Trajectory:
 
     @property
     def looks(self) -> int:
-        """How many of its rounds began with a look at what came before."""
+        """Number of its rounds that began with a look at what came before."""
         return sum(bool(part.observation_ids) for part in self.rounds)
 
     def painted(self) -> Iterator[tuple[int, Image]]:

@@ -1,4 +1,4 @@
-"""What holds on the CPU holds on a GPU: run with one, everything here happens there.
+"""Promises that hold on the CPU and on a GPU: run with one, everything here happens there.
 
 python -m pytest tests/models/test_gpu.py
 """

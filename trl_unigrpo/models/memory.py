@@ -13,7 +13,7 @@ WHEN_NONE_FITS = (
     "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which keeps free memory in one piece; or make images smaller "
     "(image_size), turn gradient_checkpointing on, hold frozen weights in nf4 (--load_in_4bit)."
 )
-"""What to do when halving has come to its end."""
+"""Advice for when halving has come to its end."""
 
 
 def free_memory(device: torch.device | str) -> int | None:

@@ -1,4 +1,4 @@
-"""What a unified model brings that sees images: those it edits, its own of earlier rounds, those it reads."""
+"""The part of a unified model that sees images: those it edits, its own of earlier rounds, those it reads."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ class SeesImages:
 
     @property
     def painter_name(self) -> str:
-        """What paints, by its name in messages."""
+        """Name of the painting model, for messages."""
         return type(self).__name__
 
     @property

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 Scores = list[float | None]
 
 Seen = Image.Image | Sequence[Image.Image]
-"""What a judge is asked about: an image, or several in the order in which it sees them."""
+"""The subject of a question to a judge: an image, or several in the order in which it sees them."""
 
 
 class DeadRewardError(RuntimeError):

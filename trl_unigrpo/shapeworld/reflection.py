@@ -39,7 +39,7 @@ from .world import (
 
 
 REFLECTION_TEMPLATE = "request {prompt} repair the image or keep"
-"""What the model is told behind its image, before it looks at it again."""
+"""Words that the model is told behind its image, before it looks at it again."""
 KEEP = "keep"
 """The answer that leaves an image as it is."""
 

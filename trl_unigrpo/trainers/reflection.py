@@ -1,4 +1,4 @@
-"""What stands between two rounds: the words that ask for a look at the last image, and the answer that keeps it."""
+"""Texts between two rounds: the words that ask for a look at the last image, and the answer that keeps it."""
 
 import re
 import string
@@ -8,7 +8,7 @@ TEMPLATE = (
     "Request: {prompt}\nThe image above is the last attempt at it. Think between <think> and </think>: what in the "
     "image is not as requested? Then give one instruction that mends the image{or_stop}."
 )
-"""What the user says to the model's own image; `{or_stop}` is where the word that keeps it is offered."""
+"""The user's words to the model's own image; `{or_stop}` is where the word that keeps it is offered."""
 
 FIELDS = ("prompt", "round", "or_stop")
 

@@ -1,4 +1,4 @@
-"""What benchmarks of edits have in common."""
+"""The common part of benchmarks of edits."""
 
 from pathlib import PurePosixPath
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a base model can do before any training by reward: the numbers that it is chosen and described by."""
+"""Score a base model before any training by reward: the numbers that it is chosen and described by."""
 
 from __future__ import annotations
 

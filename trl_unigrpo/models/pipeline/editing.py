@@ -1,4 +1,4 @@
-"""What a pipeline does with source images, found by trying."""
+"""Find out by trying what a pipeline does with source images."""
 
 from contextlib import suppress
 

@@ -1,4 +1,4 @@
-"""What should stay in an edit, compared pixel by pixel with the source."""
+"""Compare what should stay in an edit with the source, pixel by pixel."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
