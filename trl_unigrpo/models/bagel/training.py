@@ -1,4 +1,4 @@
-"""Answers to what trainers ask of BAGEL beside its forward: its tokens, the parameters of its experts, where adapters go."""
+"""Answers to what trainers ask of BAGEL beside its forward: tokens, parameters of its experts, places of adapters."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
