@@ -1,7 +1,8 @@
 """Images read in RGB; and the mark of those that were decoded to no numbers: a VAE that overflowed leaves NaN, which
 looks black."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -47,3 +48,25 @@ def checked_rgb(image: Image.Image) -> Image.Image:
     opaque = Image.new("RGB", image.size, "white")
     opaque.paste(image, mask=image.getchannel("A"))
     return opaque
+
+
+Found = TypeVar("Found")
+
+
+def alike_together(keys: Sequence[Any], run: Callable[[list[int]], Iterable[Found]]) -> list[Found]:
+    """
+    Run a function once for all places with the same key, such as an image's size.
+
+    Args:
+        run: gives something for each of the places that it gets.
+
+    Returns:
+        What it gave for each place, in the order of the places.
+    """
+    places: dict[Any, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    found: dict[int, Found] = {}
+    for some in places.values():
+        found.update(zip(some, run(some), strict=True))
+    return [found[place] for place in range(len(keys))]

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from .flow import flow_timesteps
 from .flow.guidance import Guidance, guided_velocity
 from .flow.sampler import RolloutPlan, draw_noise, sample_latents
-from .images import mark_failed
+from .images import alike_together, mark_failed
 from .models.contract import UnifiedModelMixin
 from .models.memory import in_fitting_batches
 from .models.prompts import as_messages, choose_system_prompt, system_ids
@@ -271,20 +271,13 @@ def paint(
     """
     if len(generators) != len(trajectories):
         raise ValueError(f"Got {len(generators)} generators for {len(trajectories)} trajectories: pass one for each.")
-    painted: dict[int, Image] = {}
-    for size, rows in _by_size([t.size or plan.image_size for t in trajectories]).items():
-        own = replace(plan.rows(rows), image_size=size)
-        images = _paint_alike(model, [trajectories[i] for i in rows], own, [generators[i] for i in rows])
-        painted.update(zip(rows, images, strict=True))
-    return [painted[row] for row in range(len(trajectories))]
+    sizes = [t.size or plan.image_size for t in trajectories]
 
+    def paint_some(rows: list[int]) -> list[Image]:
+        own = replace(plan.rows(rows), image_size=sizes[rows[0]])
+        return _paint_alike(model, [trajectories[i] for i in rows], own, [generators[i] for i in rows])
 
-def _by_size(sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
-    """List the places of each size."""
-    places: dict[tuple[int, int], list[int]] = {}
-    for place, size in enumerate(sizes):
-        places.setdefault(size, []).append(place)
-    return places
+    return alike_together(sizes, paint_some)
 
 
 def _paint_alike(
@@ -330,21 +323,18 @@ def _paint_alike(
 
 def decode(model: UnifiedModelMixin, images: Sequence[Image], at_once: int | None = None) -> list[PILImage.Image]:
     """Decode finished images, so many at once; None for all of a size. Those that are not numbers are marked."""
-    found: dict[int, PILImage.Image] = {}
-    for rows in _by_size([image.size for image in images]).values():
-        found.update(zip(rows, _decode_alike(model, [images[i] for i in rows], at_once), strict=True))
-    return [found[row] for row in range(len(images))]
 
+    def decode_alike(rows: list[int]) -> list[PILImage.Image]:
+        alike = [images[i] for i in rows]
 
-def _decode_alike(model: UnifiedModelMixin, images: Sequence[Image], at_once: int | None) -> list[PILImage.Image]:
-    """Decode images of one size."""
+        def decode_some(chunk: slice) -> list[PILImage.Image]:
+            some = alike[chunk]
+            decoded = decode_outside_autocast(model, torch.stack([image.latents for image in some]), some[0].size)
+            return mark_failed(decoded, [bool(image.latents.isfinite().all()) for image in some])
 
-    def decode_some(chunk: slice) -> list[PILImage.Image]:
-        some = images[chunk]
-        decoded = decode_outside_autocast(model, torch.stack([image.latents for image in some]), some[0].size)
-        return mark_failed(decoded, [bool(image.latents.isfinite().all()) for image in some])
+        return in_fitting_batches(model, len(alike), at_once or len(alike), decode_some)
 
-    return in_fitting_batches(model, len(images), at_once or len(images), decode_some)
+    return alike_together([image.size for image in images], decode_alike)
 
 
 def decode_outside_autocast(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from ...images import alike_together
 from ...trajectory import Image as PaintedImage
 from ..memory import fitting, free_memory
 from .autoencoder import AUTOENCODER_WEIGHTS, LatentCodec
@@ -112,16 +113,9 @@ class BagelPixels(_Base):
     def observe(
         self, images: Sequence[PaintedImage], seen: Sequence[Image.Image], reencode: bool
     ) -> list[ContextImage]:
-        rule, device = vit_rule(self.config), self.device
-        with torch.autocast(device.type, enabled=False):
-            latents = torch.stack([image.latents for image in images]).float()
-            if reencode:
-                latents = self.encode_images(torch.stack([to_pixels(image) for image in seen]).to(device))
-        features: list[Tensor | None] = [None] * len(images)
-        if rule is not None:
-            features = [self.embed_vit_image(to_pixels(resized(image, rule)).to(device)).cpu() for image in seen]
-        grid = self.grid(images[0].size)
-        return [ContextImage(x, grid, y) for x, y in zip(latents.cpu().unbind(), features, strict=True)]
+        with torch.autocast(self.device.type, enabled=False):
+            shown = self._shown(seen, None if reencode else [image.latents.float() for image in images])
+        return [image.kept() for image in shown]
 
     edits = True
 
@@ -137,20 +131,27 @@ class BagelPixels(_Base):
     def source_image(self, image: Image.Image, image_size: tuple[int, int]) -> ContextImage:
         """See an image by the VAE and, where there is one, by the understanding tower, each in its own precision."""
         image = image.resize((image_size[1], image_size[0]), Image.Resampling.BICUBIC)
-        rule = vit_rule(self.config)
         with torch.autocast(self.device.type, enabled=False):
-            pixels, seen = to_pixels(image), None if rule is None else to_pixels(resized(image, rule))
-            shown = self.context_image(pixels.to(self.device), seen)
-        return shown.kept()
+            return self._shown([image])[0].kept()
 
     def read_images(self, images: Sequence[Image.Image]) -> list[ContextImage]:
-        for_vae = [resized(checked_rgb(image), vae_rule(self.config)) for image in images]
-        pixels = [to_pixels(image) for image in for_vae]
-        latents = _by_size(self.encode_images, pixels)
+        return self._shown([resized(checked_rgb(image), vae_rule(self.config)) for image in images])
+
+    def _shown(self, images: Sequence[Image.Image], latents: Sequence[Tensor] | None = None) -> list[ContextImage]:
+        """Encode images that the VAE takes, unless their latents are given, and have the tower, if any, read them."""
+
+        def encoded(encode: Callable[[Tensor], Tensor], some: Sequence[Image.Image]) -> list[Tensor]:
+            def alike(rows: list[int]) -> Tensor:
+                return encode(torch.stack([to_pixels(some[i]) for i in rows]).to(self.device))
+
+            return alike_together([image.size for image in some], alike)
+
+        if latents is None:
+            latents = encoded(self.encode_images, images)
         features: list[Tensor | None] = [None] * len(images)
         if (rule := vit_rule(self.config)) is not None:
-            features = [*_by_size(self.embed_vit_image, [to_pixels(resized(image, rule)) for image in for_vae])]
-        grids = [self.grid((x.shape[-2], x.shape[-1])) for x in pixels]
+            features = [*encoded(self.embed_vit_image, [resized(image, rule) for image in images])]
+        grids = [self.grid((image.height, image.width)) for image in images]
         return [ContextImage(*parts) for parts in zip(latents, grids, features, strict=True)]
 
     def freeze_understanding(self, frozen: bool = True) -> None:
@@ -175,14 +176,3 @@ class BagelPixels(_Base):
                 "set `model.codec = LatentCodec(...)`."
             )
         return self.codec
-
-
-def _by_size(encode: Callable[[Tensor], Tensor], images: Sequence[Tensor]) -> list[Tensor]:
-    """Encode images (3, height, width), those of one size together; in their order."""
-    places: dict[torch.Size, list[int]] = {}
-    for place, image in enumerate(images):
-        places.setdefault(image.shape, []).append(place)
-    encoded: dict[int, Tensor] = {}
-    for some in places.values():
-        encoded.update(zip(some, encode(torch.stack([images[i] for i in some])), strict=True))
-    return [encoded[i] for i in range(len(images))]
