@@ -50,10 +50,10 @@ def checked_rgb(image: Image.Image) -> Image.Image:
     return opaque
 
 
-Found = TypeVar("Found")
+Alike = TypeVar("Alike")
 
 
-def alike_together(keys: Sequence[Any], run: Callable[[list[int]], Iterable[Found]]) -> list[Found]:
+def alike_together(keys: Sequence[Any], run: Callable[[list[int]], Iterable[Alike]]) -> list[Alike]:
     """
     Run a function once for all places with the same key, such as an image's size.
 
@@ -66,7 +66,7 @@ def alike_together(keys: Sequence[Any], run: Callable[[list[int]], Iterable[Foun
     places: dict[Any, list[int]] = {}
     for place, key in enumerate(keys):
         places.setdefault(key, []).append(place)
-    found: dict[int, Found] = {}
+    found: dict[int, Alike] = {}
     for some in places.values():
         found.update(zip(some, run(some), strict=True))
     return [found[place] for place in range(len(keys))]

@@ -151,15 +151,27 @@ def place_sources(
     """
     if not sources or model.image_placeholder is None:
         return [list(ids) for ids in prompt_ids]
-    placed = []
     heads = system_ids(tokenizer, messages, **template)
-    for ids, head, one in zip(prompt_ids, heads, sources, strict=True):
-        if list(ids[: len(head)]) != list(head):
+    return place_images(model.image_placeholder, prompt_ids, heads, [len(one.shown) for one in sources])
+
+
+def place_images(
+    placeholder: int, prompt_ids: Sequence[Sequence[int]], heads: Sequence[Sequence[int]], counts: Sequence[int]
+) -> list[list[int]]:
+    """
+    Put so many placeholders into the tokens of each prompt, behind those of its system message.
+
+    Raises:
+        ValueError: where a prompt's tokens do not begin with its system message.
+    """
+    placed = []
+    for ids, head, count in zip(prompt_ids, heads, counts, strict=True):
+        if count and list(ids[: len(head)]) != list(head):
             raise ValueError(
                 "A prompt's tokens do not begin with those of its system message, behind which source images stand: "
                 "the chat template folds it into the user's turn. Leave it out: system_prompt=''."
             )
-        placed.append([*head, *[model.image_placeholder] * len(one.shown), *ids[len(head) :]])
+        placed.append([*ids[: len(head)], *[placeholder] * count, *ids[len(head) :]])
     return placed
 
 

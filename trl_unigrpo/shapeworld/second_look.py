@@ -7,21 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..flow import flow_timesteps
-from ..flow.sampler import RolloutPlan
-from ..models.contract import UnifiedModelMixin
-from ..models.prompts import as_messages
-from ..models.registry import unified_model
-from ..models.tokenizer import never_sampled, prepare_tokenizer
-from ..sampling import Sample, decode, paint, trim
-from ..seeding import EVAL, row_generator
+from ..sampling import Sample, generate
 from ..statistics import FloatArray
-from ..trajectory import Round, Trajectory
 from .dataset import shapeworld_edit_dataset
 from .edits import EditScores, draw_scene, parse_edit, score_edits
 from .evaluate import EVALUATION_SEED, MAX_COMPLETION_LENGTH, NUM_INFERENCE_STEPS, Evaluation
@@ -37,7 +27,6 @@ from .world import EMPTY, MAX_OBJECTS
 _AT_ONCE = 210
 
 
-@torch.no_grad()
 def look_and_paint(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -46,57 +35,20 @@ def look_and_paint(
     seed: int = EVALUATION_SEED,
     do_sample: bool = True,
 ) -> list[Sample]:
-    """Show a model B images, each before its instruction; sample what it says, and the image that it paints then."""
-    base, was_training = unified_model(model), model.training
-    tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
-    plan = RolloutPlan(flow_timesteps(NUM_INFERENCE_STEPS, 3.0), (IMAGE_SIZE, IMAGE_SIZE))
-    model.eval()
-    samples: list[Sample] = []
-    for start in range(0, len(instructions), _AT_ONCE):
-        chunk = slice(start, start + _AT_ONCE)
-        some = _look(base, tokenizer, instructions[chunk], images[chunk], seed + start, do_sample)
-        painted = paint(base, some, plan, [row_generator(seed, EVAL, 1, start + t.row) for t in some])
-        texts = tokenizer.batch_decode([t.text_ids for t in some], skip_special_tokens=True)
-        latents = [image.latents for image in painted]
-        samples += map(Sample, instructions[chunk], texts, decode(base, painted), latents)
-    model.train(was_training)
-    return samples
-
-
-def _look(
-    base: UnifiedModelMixin,
-    tokenizer: PreTrainedTokenizerBase,
-    instructions: Sequence[str],
-    images: Sequence[Image.Image],
-    seed: int,
-    do_sample: bool,
-) -> list[Trajectory]:
-    """Sample what a model says to images and instructions."""
-    assert base.image_placeholder is not None
-    messages = [as_messages(instruction, None) for instruction in instructions]
-    texts = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
-    prompts = [[base.image_placeholder, *ids] for ids in texts]
-    shown = [[image] for image in base.read_images(images)]
-    ids = pad_sequence([torch.tensor(p) for p in prompts], batch_first=True, padding_side="left")
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        out: Any = base.generate(
-            ids.to(base.device),
-            images=shown,
-            attention_mask=(torch.arange(ids.shape[1]) >= ids.shape[1] - lengths[:, None]).long().to(base.device),
-            do_sample=do_sample,
-            temperature=1.0 if do_sample else None,
-            top_k=0 if do_sample else None,
-            top_p=1.0 if do_sample else None,
-            max_new_tokens=MAX_COMPLETION_LENGTH,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=never_sampled(base, tokenizer, [tokenizer.eos_token_id]),
-        )
-    said = [trim(row, tokenizer.eos_token_id) for row in out[:, ids.shape[1] :].tolist()]
-    rows = enumerate(zip(messages, prompts, said, shown, strict=True))
-    return [Trajectory(message, p, row, [Round(text)], images=image) for row, (message, p, text, image) in rows]
+    """Show a model images, each before its instruction; sample what it says, and the image that it paints then."""
+    return generate(
+        model,
+        instructions,
+        tokenizer,
+        do_sample=do_sample,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+        num_inference_steps=NUM_INFERENCE_STEPS,
+        image_size=IMAGE_SIZE,
+        system_prompt="",
+        batch_size=_AT_ONCE,
+        seed=seed + 1,  # other noise than the first look's
+        source_images=images,
+    )
 
 
 @dataclass

@@ -24,6 +24,7 @@ from ..models.adapters import check_own_adapters, load_trainable
 from ..models.contract import UnifiedModelMixin, check_contract
 from ..models.prompts import as_messages, choose_system_prompt, system_ids
 from ..models.registry import unified_model
+from ..models.sources import place_images
 from ..models.tokenizer import check_messages
 from ..seeding import EVAL, TRAIN, row_generator
 from ..trajectory import Image, Round, Steps, Trajectory
@@ -132,7 +133,9 @@ class UnifiedCollator:
         prompts = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
         sources = [[] if row.get(SOURCE_IMAGE) is None else [row[SOURCE_IMAGE]] for row in rows]
         if any(sources):
-            prompts = self._showing(prompts, messages, sources)
+            assert self.image_placeholder is not None  # the trainer has looked
+            heads, counts = system_ids(self.tokenizer, messages), [len(shown) for shown in sources]
+            prompts = place_images(self.image_placeholder, prompts, heads, counts)
         thinkings = [row["completion"] if on else "" for row, on in zip(rows, thinks, strict=True)]
         completions = [
             ids + [self.tokenizer.eos_token_id] if on else []
@@ -159,15 +162,6 @@ class UnifiedCollator:
             "source_images": sources,
             "pixels": torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1,
         }
-
-    def _showing(self, prompts: list[list[int]], messages: Any, sources: Sequence[Sequence[Any]]) -> list[list[int]]:
-        """Put a placeholder for each finished image behind the system message."""
-        assert self.image_placeholder is not None  # the trainer has looked
-        heads = [len(ids) for ids in system_ids(self.tokenizer, messages)]
-        return [
-            [*ids[:head], *[self.image_placeholder] * len(shown), *ids[head:]]
-            for ids, head, shown in zip(prompts, heads, sources, strict=True)
-        ]
 
 
 class UnifiedSFTTrainer(TrainingLoop):
