@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from tests.helpers.oracle import step_scale
@@ -217,3 +218,21 @@ def expected(make_model, batches, now, old, settings):
     loss = flow + mean([text_loss(models, batch, trains) for batch in batches])
     loss.backward()
     return {name: p.grad for name, p in models.now.named_parameters()}, loss.item()
+
+
+def assert_equations(make_model, trainer, seen, settings):
+    """Hold the loss and the gradients of every update that a recorder has seen against the equations."""
+    accumulated, logs = trainer.args.gradient_accumulation_steps, trainer.state.log_history
+    updates = trainer.num_iterations * trainer.args.steps_per_generation // accumulated  # of one generation
+    for step in range(len(seen.weights)):
+        batches = seen.batches[step * accumulated : (step + 1) * accumulated]
+        old = seen.weights[step // updates * updates]
+        gradients, loss = expected(make_model, batches, seen.weights[step], old, settings)
+        assert logs[step]["loss"] == pytest.approx(loss, rel=1e-6, abs=1e-6)
+        for name, gradient in seen.gradients[step].items():
+            wanted = gradients[name]
+            if gradient is None or wanted is None:
+                assert (gradient, wanted) == (None, None), name
+                continue
+            scale = wanted.abs().max().item()
+            torch.testing.assert_close(gradient, wanted.float(), rtol=1e-3, atol=2e-5 * scale + 1e-10, msg=name)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.helpers.editing import PAINTED, PLACEHOLDER, SIZES, edits, source, tiny_editor
 from tests.helpers.judge_server import ChatServer, pictures_of, yes
-from tests.helpers.many_images import expected, images
+from tests.helpers.many_images import assert_equations, images
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import assert_equal_runs, run
 from tests.helpers.tiny_unified import FixedTexts, redness, tiny_bagel, tiny_tokenizer
@@ -54,17 +54,7 @@ def trained(make_trainer, train, tmp_path):
 def test_losses_and_gradients_are_those_of_the_equations(trained, settings):
     trainer, seen = trained(**settings)
     make_model, settings = settings.get("make_model", tiny_editor), {"flow_context_grad": "detach", **settings}
-    accumulated, logs = trainer.args.gradient_accumulation_steps, trainer.state.log_history
-    updates = trainer.num_iterations * trainer.args.steps_per_generation // accumulated
-    for step in range(len(seen.weights)):
-        batches = seen.batches[step * accumulated : (step + 1) * accumulated]
-        old = seen.weights[step // updates * updates]
-        gradients, loss = expected(make_model, batches, seen.weights[step], old, settings)
-        assert logs[step]["loss"] == pytest.approx(loss, rel=1e-6, abs=1e-6)
-        for name, gradient in seen.gradients[step].items():
-            wanted = gradients[name]
-            scale = wanted.abs().max().item()
-            torch.testing.assert_close(gradient, wanted.float(), rtol=1e-3, atol=2e-5 * scale + 1e-10, msg=name)
+    assert_equations(make_model, trainer, seen, settings)
 
 
 def test_each_group_shows_its_source_once_and_is_painted_in_its_size(trained):

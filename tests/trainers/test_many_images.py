@@ -8,7 +8,7 @@ import torch
 from tests.helpers.many_images import (
     ManyImages,
     SeesAndPaintsOneByOne,
-    expected,
+    assert_equations,
     images,
     seeing_bagel,
     velocities,
@@ -116,22 +116,10 @@ def test_velocities_of_a_table_are_those_of_each_step_on_its_own(trained, make_m
 )
 def test_losses_and_gradients_are_those_of_the_equations(trained, make_model, settings):
     trainer, seen = trained(make_model, **settings)
-    accumulated, logs = trainer.args.gradient_accumulation_steps, trainer.state.log_history
-    updates = trainer.num_iterations * trainer.args.steps_per_generation // accumulated  # of one generation
-    for step in range(len(seen.weights)):
-        batches = seen.batches[step * accumulated : (step + 1) * accumulated]
-        old = seen.weights[step // updates * updates]
-        gradients, loss = expected(make_model, batches, seen.weights[step], old, settings)
-        assert logs[step]["loss"] == pytest.approx(loss, rel=1e-6, abs=1e-6)
-        for name, gradient in seen.gradients[step].items():
-            wanted = gradients[name]
-            if gradient is None or wanted is None:
-                assert (gradient, wanted) == (None, None), name
-                continue
-            scale = wanted.abs().max().item()
-            torch.testing.assert_close(gradient, wanted.float(), rtol=1e-3, atol=2e-5 * scale + 1e-10, msg=name)
+    assert_equations(make_model, trainer, seen, settings)
+    logs = trainer.state.log_history
     if "flow/log_ratio_std" in logs[0]:
-        own = "flow_old_source" not in settings and accumulated > 1
+        own = "flow_old_source" not in settings and trainer.args.gradient_accumulation_steps > 1
         assert logs[0]["flow/ratio_mean"] == 1
         assert logs[0]["flow/log_ratio_std"] == (0 if own else pytest.approx(0, abs=1e-8))
         last = logs[len(seen.weights) - 1]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.helpers.many_images import expected
+from tests.helpers.many_images import assert_equations
 from tests.helpers.rounds import PLACEHOLDER, STOP, FixedRounds, in_order_of_rows, rounds_bagel, rounds_trainer
 from tests.helpers.runs import assert_equal_runs, run
 from tests.helpers.tiny_unified import (
@@ -109,18 +109,8 @@ def test_credit_of_a_generation_is_that_of_its_images(trained):
 )
 def test_losses_and_gradients_are_those_of_the_equations(trained, settings):
     trainer, seen = trained(**settings)
-    accumulated, logs = trainer.args.gradient_accumulation_steps, trainer.state.log_history
-    updates = trainer.num_iterations * trainer.args.steps_per_generation // accumulated
-    for step in range(len(seen.weights)):
-        batches = seen.batches[step * accumulated : (step + 1) * accumulated]
-        old = seen.weights[step // updates * updates]
-        gradients, loss = expected(rounds_bagel, batches, seen.weights[step], old, settings)
-        assert logs[step]["loss"] == pytest.approx(loss, rel=1e-6, abs=1e-6)
-        for name, gradient in seen.gradients[step].items():
-            scale = gradient.abs().max().item()
-            torch.testing.assert_close(
-                gradient, gradients[name].float(), rtol=1e-3, atol=2e-5 * scale + 1e-10, msg=name
-            )
+    assert_equations(rounds_bagel, trainer, seen, settings)
+    logs = trainer.state.log_history
     assert logs[0]["flow/ratio_mean"] == 1
     assert logs[len(seen.weights) - 1]["flow/log_ratio_std"] > 1e-6
 
