@@ -193,6 +193,21 @@ def test_bad_sources_are_refused_before_a_model_is_loaded(make_trainer, dataset,
 
 
 @pytest.mark.parametrize("column", ["source_image", "source_images"])
+def test_several_groups_share_an_update_where_all_sources_have_one_size(make_trainer, column):
+    def rows(*sizes):
+        images = [Image.new("RGB", size) for size in sizes * 4]
+        return Dataset.from_dict(
+            {"prompt": ["a"] * len(images), column: images if column == "source_image" else [[one] for one in images]}
+        )
+
+    settings = {"model": "no/such-model", "num_generations": 2, "per_device_train_batch_size": 4}
+    with pytest.raises(Exception, match="no/such-model"):  # the rows are right, and loading begins
+        make_trainer(train_dataset=rows((40, 30), (40, 30)), **settings)
+    with pytest.raises(ValueError, match="or, where all source images have one size, a multiple"):
+        make_trainer(train_dataset=rows((40, 30), (30, 40)), **settings)
+
+
+@pytest.mark.parametrize("column", ["source_image", "source_images"])
 def test_trainers_that_do_not_edit_refuse_the_column(column):
     with pytest.raises(ValueError, match=f"train_dataset has a column '{column}', which this trainer does not show"):
         check_rows(edits(column=column), "train_dataset", ("prompt",), None)
