@@ -71,7 +71,7 @@ def test_each_group_shows_its_source_once_and_is_painted_in_its_size(trained):
         assert (4 * height, 4 * width) == group[0].size
     for batch in seen.batches:
         assert len({t.size for t in batch["trajectories"]}) == 1
-        assert [t.images for t in batch["trajectories"]] == batch["shown"]
+        assert [t.images for t in batch["trajectories"]] == [t.images for t in batch["rounds"]]
     order = [t.row for batch in seen.batches for t in batch["trajectories"]]
     assert sorted(order) == list(range(16)) != order
 
@@ -119,7 +119,7 @@ def test_rewards_get_the_source_images(trained):
 
 def test_text_alone_is_trained_on_source_images(trained):
     trainer, seen = trained(max_steps=2, flow_weight=0.0, per_device_train_batch_size=4)
-    assert all(len(batch["shown"]) == 4 for batch in seen.batches)
+    assert all(len(batch["rounds"]) == 4 for batch in seen.batches)
     assert trainer.state.log_history[0]["grad_norm"] > 0
 
 

@@ -167,6 +167,12 @@ class RoundsTrainer(RunKeeping):
 
     # 2. What TRL sees
 
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        outputs = super()._generate_and_score_completions(inputs)
+        if self._progress.reading is not None:
+            outputs["rounds"], self._progress.reading = self._progress.reading, None
+        return outputs
+
     def _decoded(self, texts: Sequence[list[int]]) -> list[str]:
         return self.processing_class.batch_decode(texts, skip_special_tokens=True)
 
@@ -282,8 +288,7 @@ class RoundsTrainer(RunKeeping):
         if args.process_reward_weight > 0:
             of_texts = of_texts + args.process_reward_weight * torch.stack(walk.process, 1)
         outputs["text_advantages"] = self._of_tokens(walk.trajectories, of_texts[own], outputs["completion_ids"])
-        outputs["rounds"] = walk.trajectories
-        self._progress.walk = self._progress.reading = None
+        self._progress.walk = None
         for t, row in zip(walk.trajectories, rewards[own].tolist(), strict=True):
             for part, reward in zip(t.rounds, row, strict=False):
                 part.reward = None if reward != reward else reward

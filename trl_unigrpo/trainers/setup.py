@@ -41,7 +41,6 @@ from .config_checks import check_generation
 from .dataset_checks import check_special_tokens
 from .prompt_checks import CheckedRows
 from .reward_checks import distinct
-from .source_checks import check_single_round
 from .trl_bridge import ReferencePolicy, check_attributes, check_trl, compute_head_in_float32, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
@@ -152,7 +151,6 @@ def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig, edits: bool) -> None:
     check_sight(args, base)
     if edits:
         check_edits(base)
-        check_single_round(args)
     if args.compile_layers:
         base.compile_layers()
     base.try_out(args.device)

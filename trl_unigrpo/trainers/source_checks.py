@@ -86,15 +86,6 @@ def _check_rows(dataset: Any, column: str, name: str) -> None:
             row += 1
 
 
-def check_single_round(args: Any) -> None:
-    """Raise ValueError for source images in a run of several rounds."""
-    if args.most_rounds > 1:
-        raise ValueError(
-            f"num_rounds={args.most_rounds} with a column of source images: edits have one round so far. Set "
-            "num_rounds=1, or leave the column out."
-        )
-
-
 LEAVE_OUT = "Leave such rows out: dataset.filter(lambda row: row[{!r}] is not None)."
 
 

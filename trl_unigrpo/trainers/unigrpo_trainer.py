@@ -185,7 +185,7 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
             images = self._paint(trajectories)
         number, seconds = len(images) * self.accelerator.num_processes, self._metrics[self.mode]["time/paint"][-1]
         self._note({"time/images_per_second": number / seconds})
-        self._progress.trajectories = trajectories
+        self._progress.trajectories, self._progress.reading = trajectories, self.read_as(trajectories, completion_ids)
         if self.num_rounds > 1:
             with self._phases("rounds"):
                 outputs, images = self._go_on(outputs, images)
