@@ -14,6 +14,7 @@ from ..trajectory import Round, Trajectory
 from .run_keeping import RunKeeping
 from .setup import Setup
 from .source_checks import LEAVE_OUT, SOURCE_COLUMNS, check_sources
+from .turn_checks import check_turns
 
 
 class EditingRun(RunKeeping):
@@ -29,12 +30,16 @@ class EditingRun(RunKeeping):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            if check_sources({"eval_dataset": eval_dataset}, self.args) != self._setup.edits:
-                trained = "has" if self._setup.edits else "has not"
-                raise ValueError(
-                    f"A column 'source_image' or 'source_images': train_dataset {trained} one, eval_dataset differs. "
-                    "Evaluate on prompts like those trained on."
-                )
+            given = {"eval_dataset": eval_dataset}
+            for column, trained, found in (
+                ("'source_image' or 'source_images'", self._setup.edits, check_sources(given, self.args)),
+                ("'turns'", self._setup.stories, check_turns(given, self.args)),
+            ):
+                if found != trained:
+                    raise ValueError(
+                        f"A column {column}: train_dataset {'has' if trained else 'has not'} one, eval_dataset "
+                        "differs. Evaluate on prompts like those trained on."
+                    )
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
