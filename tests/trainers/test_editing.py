@@ -11,9 +11,9 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from tests.helpers.editing import PAINTED, PLACEHOLDER, SIZES, edits, source, tiny_editor
+from tests.helpers.examples import run_example
 from tests.helpers.judge_server import ChatServer, pictures_of, yes
 from tests.helpers.many_images import assert_equations, images
-from tests.helpers.paths import ROOT
 from tests.helpers.runs import assert_equal_runs, run
 from tests.helpers.tiny_unified import FixedTexts, redness, tiny_bagel, tiny_tokenizer
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
@@ -265,17 +265,13 @@ def test_the_example_trains_by_a_judge_that_sees_source_and_edit(tmp_path, monke
         return yes(0.1 + 0.8 * np.asarray(pictures_of(body)[1]).mean() / 255)
 
     with ChatServer(reply) as server:
-        script = (ROOT / "examples" / "editing.py").read_text(encoding="utf-8")
-        for old, new in (
-            ('"ByteDance-Seed/BAGEL-7B-MoT"', repr(str(tmp_path / "model"))),
-            ('"http://localhost:8000/v1"', repr(server.url)),
-            ('"edits.jsonl"', repr(str(tmp_path / "edits.jsonl"))),
-            ('"bagel-edits"', f"{str(tmp_path / 'out')!r}, **{small!r}"),
-        ):
-            assert old in script
-            script = script.replace(old, new)
-        found = {"__name__": "example"}
-        exec(compile(script, "editing.py", "exec"), found)
+        replaced = {
+            '"ByteDance-Seed/BAGEL-7B-MoT"': repr(str(tmp_path / "model")),
+            '"http://localhost:8000/v1"': repr(server.url),
+            '"edits.jsonl"': repr(str(tmp_path / "edits.jsonl")),
+            '"bagel-edits"': f"{str(tmp_path / 'out')!r}, **{small!r}",
+        }
+        found = run_example("editing.py", **replaced)
     assert found["trainer"].state.global_step == 2
     logs = found["trainer"].state.log_history
     assert 0 < logs[0]["EditReward/following"] < 1

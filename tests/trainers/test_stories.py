@@ -1,15 +1,20 @@
 """Stories: all turns of the user are known, one image a turn; and edits that are looked at again."""
 
+import json
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 from datasets import IterableDataset
 
 from tests.helpers.editing import PLACEHOLDER, edits, source, tiny_editor
+from tests.helpers.examples import run_example
+from tests.helpers.judge_server import ChatServer, pictures_of, text_of, yes
 from tests.helpers.many_images import assert_equations, images
 from tests.helpers.rounds import STOP, FixedRounds, in_order_of_rows
 from tests.helpers.stories import TURNS, stories, story_trainer
-from tests.helpers.tiny_unified import FixedTexts, redness
+from tests.helpers.tiny_unified import FixedTexts, redness, tiny_tokenizer
 from trl_unigrpo.shapeworld import load_base, shapeworld_story_dataset, shapeworld_story_reward
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
@@ -275,6 +280,41 @@ def test_story_of_shapeworld_is_scored_by_its_rule(tmp_path, train):
     paid = torch.stack([columns["round_advantages"] for _, columns in rows]).numpy()
     for group in (slice(0, 4), slice(4, 8)):
         np.testing.assert_allclose(paid[group], worth[group] - worth[group].mean(0), atol=1e-5)
+
+
+def test_the_example_trains_by_a_judge_that_sees_each_turn(tmp_path, monkeypatch):
+    """The script as it is, but for the names of the model, the judge and the file, and smaller numbers."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    tiny_editor().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = []
+    for number, (prompt, turns) in enumerate(TURNS.items()):
+        source(number).save(tmp_path / f"{number}.png")
+        rows.append({"prompt": prompt, "turns": turns, "source_image": str(tmp_path / f"{number}.png")})
+    (tmp_path / "stories.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = {"image_size": 8, "num_inference_steps": 6, "num_generations": 4, "max_completion_length": 4}
+    small |= {"report_to": "none", "use_cpu": True, "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+    small |= {"max_reflection_length": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3}
+    asked = Counter()
+
+    def reply(body, attempt):
+        before, after = pictures_of(body)
+        assert before.tobytes() != after.tobytes()
+        asked.update(turn for turns in TURNS.values() for turn in turns if turn in text_of(body))
+        return yes(0.1 + 0.8 * np.asarray(after).mean() / 255)
+
+    with ChatServer(reply) as server:
+        replaced = {
+            '"ByteDance-Seed/BAGEL-7B-MoT"': repr(str(tmp_path / "model")),
+            '"http://localhost:8000/v1"': repr(server.url),
+            '"stories.jsonl"': repr(str(tmp_path / "stories.jsonl")),
+            '"bagel-stories", ': f"{str(tmp_path / 'out')!r}, **{small!r}, ",
+        }
+        found = run_example("story.py", **replaced)
+    log = found["trainer"].state.log_history[0]
+    assert set(asked) == {turn for turns in TURNS.values() for turn in turns}
+    assert 0 < log["rewards/consistency/mean"] < 1
+    assert log["rounds/images"] == 2
 
 
 # Refused

@@ -97,7 +97,7 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
         args ([`UniGRPOConfig`], *optional*):
             Configuration.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
-            Rows with a column `prompt`, a string or a conversation; `source_image` or `source_images` to edit.
+            Rows with a column `prompt`, a string or a conversation; `source_image(s)` to edit, `turns` for a story.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer; loaded from the model's folder if not given.
         peft_config (`PeftConfig`, *optional*):
