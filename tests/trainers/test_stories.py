@@ -85,8 +85,10 @@ def test_edit_is_looked_at_again(trained, context):
 
 
 def test_sum_of_the_images_from_a_turn_on(trained):
-    _, seen = trained(round_baseline=0.5, scale_rewards="none", max_steps=1)
+    trainer, seen = trained(round_baseline=0.5, scale_rewards="none", max_steps=1)
     rows = in_order_of_rows(seen.batches)
+    of_third = [t.rounds[2].reward for t, _ in rows if len(t.rounds) == 3]
+    assert trainer.state.log_history[0]["rounds/reward_3"] == pytest.approx(np.mean(of_third))
     for start in (0, 4, 8):
         group = rows[start : start + 4]
         rewards = torch.tensor([[part.reward for part in t.rounds] for t, _ in group])

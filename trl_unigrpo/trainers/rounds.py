@@ -35,7 +35,7 @@ from .reflection import reflection, stops
 from .run_keeping import RunKeeping
 from .scoring import STANDING, Standing
 from .trl_bridge import unwrap_model_for_generation, with_rows
-from .turn_checks import TURNS, check_story
+from .turn_checks import TURN_COLUMN, check_story
 
 
 @dataclass
@@ -119,13 +119,15 @@ class RoundsTrainer(RunKeeping):
     def _goes_on(self, walk: Walk, place: int, number: int) -> bool:
         """Say whether a trajectory has this round: whether its story has, or its image is not kept."""
         if self._setup.stories:
-            return number < len(walk.inputs[place][TURNS])
+            return number < len(walk.inputs[place][TURN_COLUMN])
         return self.args.round_group == "tree" or not walk.trajectories[place].rounds[-1].stopped
 
     def _said(self, walk: Walk, place: int, number: int) -> str:
         """Give what the user says to the image that a round begins with."""
         if self._setup.stories:
-            return str(check_messages([walk.inputs[place][TURNS][number]], self._tokenizer)[0])
+            turn: str = walk.inputs[place][TURN_COLUMN][number]
+            check_messages([turn], self._tokenizer)
+            return turn
         stop_text = self.args.stop_text if self.args.allow_stop else None
         prompt = user_text(walk.trajectories[place].prompt)
         return reflection(self.args.reflection_template, prompt, number + 1, stop_text)
@@ -312,7 +314,7 @@ class RoundsTrainer(RunKeeping):
         began = [*walk.source, *walk.stood]
         stood = torch.stack([self._total(scores) for scores in began], 1) if began else rewards[:, :-1]
         earlier = credit.before(stood, self.group_size)
-        counted = acted if self._setup.stories else None
+        counted = acted if self._setup.stories else torch.ones_like(acted)
         led_to = credit.returns(rewards, painted, "own" if tree else args.round_reward, args.round_cost, counted)
         led_to = led_to.masked_fill(~acted, torch.nan)
         if args.round_baseline is None and self.mode == "train":
@@ -328,7 +330,8 @@ class RoundsTrainer(RunKeeping):
         for t, row in zip(walk.trajectories, rewards[own].tolist(), strict=True):
             for part, reward in zip(t.rounds, row, strict=False):
                 part.reward = None if reward != reward else reward
-        self._note({"rounds/baseline": share, **_metrics(rewards, stood, acted, painted)})
+        told = rewards.masked_fill(~counted, torch.nan)
+        self._note({"rounds/baseline": share, **_metrics(told, stood, acted, painted)})
 
     def _acts(self, walk: Walk) -> tuple[Tensor, Tensor]:
         """Mark the rounds (N, R) that have a text, and those that have painted an image."""

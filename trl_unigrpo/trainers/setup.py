@@ -125,8 +125,6 @@ def prepare_run(
         merge_found_adapters(base)
     args, beta, float32_head = copy.copy(args), args.beta, args.cast_lm_head_to_fp32
     args.beta, args.cast_lm_head_to_fp32 = 0.0, False
-    args.allow_stop = args.allow_stop and not stories
-
     epsilon, regularizer_weight = constants(args, num_latent_dims)
     setup = Setup(
         model=model,
@@ -163,6 +161,7 @@ def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig, edits: bool) -> None:
 def finish_run(trainer: Any, setup: Setup) -> None:
     """Check what TRL's constructor made, and bring it to what this trainer needs."""
     check_attributes(trainer)
+    trainer.args.allow_stop = trainer.args.allow_stop and not setup.stories
     base, model = setup.base, trainer.model
     if not base.packs_velocities:
         _check_one_by_one(trainer, setup)

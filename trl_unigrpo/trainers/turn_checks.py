@@ -11,7 +11,7 @@ from .reflection import TEMPLATE
 from .source_checks import dataset_parts
 
 
-TURNS = "turns"
+TURN_COLUMN = "turns"
 """Column of a story: texts, the first of them the prompt."""
 
 
@@ -28,21 +28,21 @@ def check_turns(datasets: Mapping[str, Any], args: Any) -> bool:
         ValueError: for a row without turns, or with too many, in such a run, and for settings that don't go with one.
     """
     parts = [(key, *part) for key, value in datasets.items() for part in dataset_parts({key: value})]
-    without = [name for _, name, dataset in parts if TURNS not in next(iter(dataset), {})]
+    without = [name for _, name, dataset in parts if TURN_COLUMN not in next(iter(dataset), {})]
     if len(without) == len(parts):
         return False
     if without:
         raise ValueError(
-            f"{without[0]} has no column {TURNS!r}, but another dataset of this run has: its rows would be no "
+            f"{without[0]} has no column {TURN_COLUMN!r}, but another dataset of this run has: its rows would be no "
             "stories. Add the turns, or leave them out everywhere."
         )
     _check_settings(args)
     for key, name, dataset in parts:
         if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":
             most = args.num_rounds if key == "train_dataset" else args.eval_num_rounds or args.num_rounds
-            texts = dataset.select_columns(["prompt", TURNS]).with_format(None)
-            for number, row in enumerate(zip(texts["prompt"], texts[TURNS], strict=True)):
-                check_story(dict(zip(("prompt", TURNS), row, strict=True)), most, f"{name}: row {number}")
+            texts = dataset.select_columns(["prompt", TURN_COLUMN]).with_format(None)
+            for number, row in enumerate(zip(texts["prompt"], texts[TURN_COLUMN], strict=True)):
+                check_story(dict(zip(("prompt", TURN_COLUMN), row, strict=True)), most, f"{name}: row {number}")
     return True
 
 
@@ -54,8 +54,8 @@ def _check_settings(args: Any) -> None:
     ):
         if getattr(args, name) != wanted:
             raise ValueError(
-                f"{name}={getattr(args, name)!r} does not work with a column {TURNS!r}: {reason}. Leave it at its "
-                "default, or rename the column."
+                f"{name}={getattr(args, name)!r} does not work with a column {TURN_COLUMN!r}: {reason}. Leave it at "
+                "its default, or rename the column."
             )
 
 
@@ -66,7 +66,7 @@ def check_story(row: Mapping[str, Any], most: int, name: str = "A row") -> None:
 
 
 def _fault(row: Mapping[str, Any], most: int) -> str | None:
-    turns = row.get(TURNS)
+    turns = row.get(TURN_COLUMN)
     if not isinstance(turns, (list, tuple)) or not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         return (
             f"has the turns {shortened(turns)}, expected a list of texts, one an image. Leave such rows out: "

@@ -189,8 +189,22 @@ def test_rounds_of_a_trajectory_share_as_few_rows_as_can_be(model, fresh, monkey
     assert len(made[0].contexts) == (6 if fresh else 3)
 
 
+@torch.no_grad()
+def test_row_whose_text_is_blanked_has_its_velocities(model):
+    """As TRL blanks rows that `mask_truncated_completions` leaves out."""
+    batch = [trajectory(model, row, 1, False, source=row) for row in (0, 1)]
+    (ids, mask), passages = text_rows(batch), [t.passages() for t in batch]
+    plain = model.base_model(ids, mask, steps=Steps.of(batch), passages=passages)
+    real, blanked = sampled(batch), mask.clone()
+    blanked[0, max(len(t.prompt_ids) for t in batch) :] = 0
+    found = model.base_model(ids, blanked, steps=Steps.of(batch), passages=passages)
+    assert_equal(found.velocity, plain.velocity)
+    assert_equal(found.last_hidden_state[1][real[1]], plain.last_hidden_state[1][real[1]])
+
+
 def test_passages_of_another_trajectory_are_refused(model):
-    batch = [trajectory(model, row, 2, True) for row in (0, 2)]
+    batch = [trajectory(model, row, 2, True) for row in (0, 6)]
+    assert len(batch[0].row_ids) == len(batch[1].row_ids)
     with pytest.raises(ValueError, match="passages"):
         model.base_model(*text_rows(batch), passages=[t.passages() for t in reversed(batch)])
 
