@@ -102,12 +102,17 @@ def test_sum_of_the_images_from_a_turn_on(trained):
         assert (paid[:, number:] == 0).all()
 
 
+def scattered(images):
+    """Rewards that are better and worse than those of sources."""
+    return [1000 * red % 1 for red in redness([], [], images)]
+
+
 def test_source_is_scored_once_a_group_where_no_improvement_counts(trained):
     calls = []
 
     def reward(prompts, completions, images, source_images, previous_images, round_index, **columns):
         calls.append((round_index, prompts, images, source_images, previous_images))
-        return redness(prompts, completions, images)
+        return scattered(images)
 
     _, seen = trained(
         **LOOK, reward_funcs=reward, no_improve="clamp", allow_stop=False, scale_rewards="none", max_steps=1
@@ -118,13 +123,13 @@ def test_source_is_scored_once_a_group_where_no_improvement_counts(trained):
     for prompt, (image,) in [*zip(prompts, sources, strict=True), *zip(second[1], second[3], strict=True)]:
         assert edits()["prompt"][known[image.tobytes()]] == prompt  # in every round, too
     assert [len(call[0]) for call in (first, second)] == [8, 8]
-    stood = np.repeat(redness([], [], shown), 4)
+    stood = np.repeat(scattered(shown), 4)
     rows = in_order_of_rows(seen.batches)
     rewards = np.array([[part.reward for part in t.rounds] for t, _ in rows])
     gains = np.stack([rewards[:, 1] - stood, rewards[:, 1] - rewards[:, 0]], 1).clip(min=0).reshape(2, 4, 2)
     paid = torch.stack([columns["round_advantages"] for _, columns in rows]).reshape(2, 4, 2)
     wanted = gains - gains.mean(1, keepdims=True)
-    assert 0 < (gains == 0).sum() < 16
+    assert all(0 < number < 8 for number in (gains == 0).sum((0, 1)))
     np.testing.assert_allclose(paid.numpy(), wanted, atol=1e-6)
 
 
@@ -322,7 +327,11 @@ def test_the_example_trains_by_a_judge_that_sees_each_turn(tmp_path, monkeypatch
 # Refused
 
 
-STREAM = [{"prompt": "a red cat", "turns": ["a red cat"]}, {"prompt": "a small tree", "turns": None}]
+GOOD = {"prompt": "a red cat", "turns": ["a red cat"]}
+BAD = {
+    "A row with the prompt 'a cat' has the turns None, expected a list": {"prompt": "a cat", "turns": None},
+    r"holds '<\|im_end\|>', which is no text": {"prompt": "a cat", "turns": ["a cat", "<|im_end|>"]},
+}
 
 
 @pytest.mark.parametrize(
@@ -361,10 +370,11 @@ def test_special_tokens_in_a_turn_are_refused(tmp_path):
         story_trainer(tmp_path, train_dataset=dataset, gradient_accumulation_steps=1)
 
 
-def test_a_streamed_row_without_turns_ends_the_run(tmp_path):
-    dataset = IterableDataset.from_generator(lambda: iter(STREAM))
+@pytest.mark.parametrize("message", BAD)
+def test_a_streamed_row_that_is_no_story_ends_the_run(tmp_path, message):
+    dataset = IterableDataset.from_generator(lambda: iter([GOOD, BAD[message]]))
     trainer = story_trainer(tmp_path, train_dataset=dataset, dataloader_num_workers=0, gradient_accumulation_steps=2)
-    with pytest.raises(ValueError, match="A row with the prompt 'a small tree' has the turns None, expected a list"):
+    with pytest.raises(ValueError, match=message):
         trainer.train()
 
 
