@@ -24,12 +24,14 @@ from torch import Tensor
 
 from ..images import has_failed
 from ..messages import user_text
+from ..monitoring.events import Generation
 from ..sampling import continue_texts
 from ..seeding import CHOICE, row_generator
 from ..trajectory import Round, Trajectory
 from . import credit
 from .failed_images import image_metrics, mask_failed
 from .reflection import reflection, stops
+from .round_notes import tell_edits, tell_rounds, with_rounds
 from .run_keeping import RunKeeping
 from .scoring import STANDING, Standing
 from .trl_bridge import unwrap_model_for_generation, with_rows
@@ -44,7 +46,9 @@ class Walk:
         inputs: the dataset's rows, B of them.
         trajectories: as far as they have come.
         seen: for each the decoded images that stood after its rounds so far.
-        shown: for each the last of them in the model's own form, as far as it was shown.
+        painted: for each the decoded images of its rounds, None where it painted none.
+        origins: of each later round of a tree, for each trajectory the place of the one whose image it goes on from.
+        shown: for each the last of `seen` in the model's own form, as far as it was shown.
         scores: (N, F) of each round that is scored.
         stood: (N, F) scores of the images that each later round began with.
         process: (N,) advantages by process rewards of each scored round.
@@ -53,6 +57,8 @@ class Walk:
     inputs: list[dict[str, Any]]
     trajectories: list[Trajectory] = field(default_factory=list)
     seen: list[list[Any]] = field(default_factory=list)
+    painted: list[list[Any]] = field(default_factory=list)
+    origins: list[list[int]] = field(default_factory=list)
     shown: list[Any] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     stood: list[Tensor] = field(default_factory=list)
@@ -76,14 +82,16 @@ class RoundsTrainer(RunKeeping):
     def _go_on(self, outputs: tuple, images: list[Any]) -> tuple[tuple, list[Any]]:
         """Make the later rounds of the trajectories begun: TRL's outputs, with all rounds, and the last images."""
         walk = self._progress.walk = Walk(self._progress.inputs, self._progress.trajectories)
-        walk.seen, walk.shown = [[image] for image in images], [None] * len(images)
+        walk.seen, walk.painted = ([[image] for image in images] for _ in range(2))
+        walk.shown = [None] * len(images)
         for number in range(1, self.num_rounds):
             going = self._begin_round(walk, number)
             self._reflect(going)
             on = [t for t in going if not t.rounds[-1].stopped]
             painted = dict(zip(map(id, on), self._painted(on), strict=True))
-            for t, seen in zip(walk.trajectories, walk.seen, strict=True):
-                seen.append(painted.get(id(t), seen[-1]))
+            for t, seen, own in zip(walk.trajectories, walk.seen, walk.painted, strict=True):
+                own.append(painted.get(id(t)))
+                seen.append(seen[-1] if own[-1] is None else own[-1])
             self._note(image_metrics(self.accelerator, [seen[-1] for seen in walk.seen]))
             if self._trains_image:
                 self._tell_rollout([replace(t, rounds=t.rounds[number:][:1]) for t in walk.trajectories])
@@ -287,7 +295,15 @@ class RoundsTrainer(RunKeeping):
         for t, row in zip(walk.trajectories, rewards[own].tolist(), strict=True):
             for part, reward in zip(t.rounds, row, strict=False):
                 part.reward = None if reward != reward else reward
+        texts = [self._decoded([part.text_ids for part in t.rounds]) for t in walk.trajectories]
+        self._progress.told = tell_rounds(walk, own.start, texts, rewards[own], stood[own], advantages[own])
         self._note({"rounds/baseline": share, **_metrics(rewards, stood, acted, painted)})
+
+    def _observed(self, rows: Sequence[dict[str, Any]], advantages: Tensor) -> Generation:
+        """Describe the generation batch of all processes, with its rounds."""
+        observed = super()._observed(rows, advantages)
+        told, self._progress.told = self._progress.told, []
+        return with_rounds(observed, told or tell_edits(observed, rows))
 
     def _acts(self, walk: Walk) -> tuple[Tensor, Tensor]:
         """Mark the rounds (N, R) that have a text, and those that have painted an image."""
@@ -330,6 +346,7 @@ class RoundsTrainer(RunKeeping):
         winners = torch.tensor(chosen, device=scores.device).repeat_interleave(group)
         walk.stood.append(scores[winners])
         first, count = self.accelerator.process_index * len(walk.inputs), len(walk.inputs)
+        walk.origins.append(winners[first : first + count].tolist())
         mine = [winner - first for winner in chosen if first <= winner < first + count]
         self._show_images(walk, mine)
         found = {first + i: (walk.shown[i], walk.seen[i][-1]) for i in mine}

@@ -272,7 +272,7 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
         elif self.args.process_reward_weight > 0:
             process = self._book.process_advantages.split(len(inputs))[self.accelerator.process_index]
             outputs["text_advantages"] = outputs["advantages"] + self.args.process_reward_weight * process
-        self._show([row["images"] for row in inputs], outputs["advantages"])
+        self._show(inputs, outputs["advantages"])
         if self._trains_image:
             outputs["trajectories"] = trajectories
             with self._phases("old_and_reference"):
