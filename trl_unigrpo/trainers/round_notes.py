@@ -32,10 +32,11 @@ def tell_rounds(
         first: place of this process' first sample in the generation batch.
         texts: B lists, one text a round.
         rewards: (B, R) of the images that stand after each round, NaN where there is none.
-        stood: (B, R - 1) of the images that the later rounds begin with.
+        stood: (B, R - 1) of the images that the later rounds begin with; (B, R) where the first begins with one, too.
         advantages: (B, R).
     """
-    before = torch.cat([torch.full_like(rewards[:, :1], torch.nan), stood], 1)
+    unknown = rewards.shape[1] - stood.shape[1]
+    before = torch.cat([torch.full_like(rewards[:, :unknown], torch.nan), stood], 1)
     told = []
     for i, t in enumerate(walk.trajectories):
         sources, notes = list(walk.inputs[i].get("source_images") or []), []
