@@ -84,7 +84,7 @@ def test_an_edit_that_copies_its_source_is_seen(make_trainer, tmp_path):
             sources = [row["source_images"][0] for row in self._progress.inputs]
             return [source.resize(image.size) for source, image in zip(sources, painted, strict=True)]
 
-    sources = [image(50 * number).resize((16, 8)) for number in range(4)]
+    sources = [Image.new("RGB", (16, 8), (60 * number, 100, 200)) for number in range(4)]
     data = Dataset.from_dict({"prompt": PROMPTS, "source_image": sources})
     settings = {"model": tiny_editor(), "train_dataset": data, "max_steps": WINDOW, **STEPS}
     make_trainer(trainer_class=CopiesSource, **settings).train()
@@ -155,6 +155,11 @@ def test_more_worse_than_better_is_an_alarm(gains, given):
     rounds = [[note(0.5), note(0.5 + 0.1 * gain, 0.5)] for gain in gains]
     assert ("rounds/worse" in alarms(rounds)) == given
     assert "rounds/worse" not in alarms(rounds, LONG_WINDOW - 1)
+
+
+def test_images_that_were_kept_are_neither_worse_nor_better():
+    spoilt, kept = [note(0.5), note(0.1, 0.5)], [note(0.5), note(0.5, 0.5, kept=True)]
+    assert alarms([spoilt, kept])["rounds/worse"] == {"gain": -1}
 
 
 def test_the_changes_of_a_round_are_those_of_what_it_painted():
