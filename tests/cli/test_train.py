@@ -246,6 +246,19 @@ def test_mistakes_of_the_command_line_are_one_line(tmp_path):
         assert result.exit_code == 2 and said in result.output and result.output.count("\n") == 1
 
 
+# Rewards
+
+
+def test_a_reward_that_asks_a_judge_gets_the_one_that_is_named(tmp_path):
+    reward, url = "trl_unigrpo.rewards:EditReward", "http://127.0.0.1:9/v1"
+    trainer = prepared(tmp_path, reward_funcs=reward, judge_model="m", judge_base_url=url)
+    assert trainer.reward_func_names == ["EditReward"]
+    assert "asks a judge" in refused(*options(tmp_path, reward_funcs=reward))
+    judge = {"judge_model": "m", "judge_base_url": url}
+    assert "No reward among 'trl_unigrpo.rewards:sharpness' asks" in refused(*options(tmp_path, **judge))
+    assert "names no model" in refused(*options(tmp_path, judge_base_url=url))
+
+
 # The run
 
 

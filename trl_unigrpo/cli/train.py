@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from ..rewards.loading import load_reward
+from ..rewards.loading import load_judged
 from ..trainers.unigrpo_config import UniGRPOConfig
 from ..trainers.unigrpo_trainer import UniGRPOTrainer
 from .prompt_files import is_file, load_prompts
@@ -25,6 +25,8 @@ class TrainArguments:
         dataset_name (`str`): hub id or folder of a dataset, a csv, json, jsonl, parquet or txt file, or `shapeworld`.
         reward_funcs (`list[str]`): reward functions as `module:NAME`, such as `my_rewards:redness`, or
             `think_format_reward`.
+        judge_model, judge_base_url (`str`, *optional*): a judge behind an endpoint, for rewards that ask one, such as
+            `trl_unigrpo.rewards:EditReward`; its key is read from `OPENAI_API_KEY`.
         dataset_config (`str`, *optional*): configuration of a hub dataset.
         dataset_train_split (`str`, *optional*, defaults to `"train"`): split to train on, or a slice of it.
         eval_dataset_name (`str`, *optional*): dataset to evaluate on if `eval_strategy` says so; `dataset_name`'s by
@@ -37,6 +39,10 @@ class TrainArguments:
         metadata={"help": "Hub id or folder of a dataset, a csv/json/jsonl/parquet/txt file, or 'shapeworld'."}
     )
     reward_funcs: list[str] = field(metadata={"help": "Reward functions as module:NAME, such as my_rewards:redness."})
+    judge_model: str | None = field(
+        default=None, metadata={"help": "Name of the judge that rewards ask, at an OpenAI-compatible endpoint."}
+    )
+    judge_base_url: str | None = field(default=None, metadata={"help": "That endpoint."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(
         default="train", metadata={"help": "Split to train on; a file is one split, train. Slices: 'train[:90%%]'."}
@@ -122,7 +128,7 @@ def prepare_training(argv: Sequence[str] | None = None) -> tuple[TrainArguments,
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: a folder, a hub id, or 'shapeworld'.")
     check_model_arguments(model, args)
-    rewards = [load_reward(path) for path in script.reward_funcs]
+    rewards = list(load_judged(script.reward_funcs, judge_of(script)).values())
     train_dataset, eval_dataset = load_datasets(script, args)
     args.model_init_kwargs = {**loading_arguments(model), **(args.model_init_kwargs or {})}
     return script, UniGRPOTrainer(
@@ -134,6 +140,17 @@ def prepare_training(argv: Sequence[str] | None = None) -> tuple[TrainArguments,
         quantization_config=get_quantization_config(replace(model, dtype=None) if model.dtype == "auto" else model),
         peft_config=get_peft_config(model),
     )
+
+
+def judge_of(script: TrainArguments) -> Any:
+    """Make the judge that the rewards ask; None without one."""
+    if script.judge_model is None:
+        if script.judge_base_url is not None:
+            raise ValueError(f"--judge_base_url {script.judge_base_url} names no model. Add --judge_model.")
+        return None
+    from ..rewards.judge.vlm_judge import VLMJudge
+
+    return VLMJudge(script.judge_model, script.judge_base_url)
 
 
 def model_source(name: str) -> str:
