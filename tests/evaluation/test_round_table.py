@@ -54,7 +54,13 @@ def test_an_edit_begins_with_its_source():
     courses = [Course([0.5], before=0.2, changes=[0.001]), Course([0.1], before=0.3, changes=[0.2])]
     zero, one = round_report(courses, [[0.5], [0.1]])["rounds"]
     assert zero["reward"]["mean"] == pytest.approx(0.25)
-    assert (one["gain"], one["damage"], one["unchanged"], one["kept"]) == (0.5, 0.5, 0.5, None)
+    assert (one["gain"], one["damage"], one["unchanged"], one["kept"], one["false_stop"]) == (
+        0.5,
+        0.5,
+        0.5,
+        None,
+        None,
+    )
 
 
 def test_what_has_no_score_is_in_no_number():
