@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -141,6 +142,22 @@ def test_editing(tmp_path):
     assert config.image_size == 512
     assert config.num_generations % config.per_device_train_batch_size == 0
     assert UniGRPOConfig.editing(str(tmp_path), use_cpu=True, num_generations=8).num_generations == 8
+
+
+@pytest.mark.parametrize("recipe", ["self_refinement", "reflect_until_good"])
+def test_recipes_of_two_rounds(tmp_path, recipe):
+    make = getattr(UniGRPOConfig, recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # clamp with stop would warn
+        config = make(str(tmp_path), use_cpu=True)
+    assert (config.num_rounds, config.round_group, config.round_select) == (2, "tree", "worst")
+    assert config.image_size == 512
+    assert config.generation_batch_size == config.num_generations
+    told = (config.no_improve, config.allow_stop, config.round_cost, config.keep_perfect, config.eval_num_rounds)
+    refines = recipe == "self_refinement"
+    assert told == (("clamp", False, 0.0, 0.0, None) if refines else ("none", True, 0.01, 0.15, 4))
+    assert make(str(tmp_path), use_cpu=True, num_rounds=3, round_cost=0.5).num_rounds == 3
+    assert make(str(tmp_path), use_cpu=True, round_cost=0.5).round_cost == 0.5
 
 
 @pytest.mark.parametrize(

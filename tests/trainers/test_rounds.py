@@ -3,9 +3,12 @@
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from tests.helpers.examples import run_example
+from tests.helpers.judge_server import ChatServer, pictures_of, yes
 from tests.helpers.many_images import assert_equations
 from tests.helpers.rounds import PLACEHOLDER, STOP, FixedRounds, in_order_of_rows, rounds_bagel, rounds_trainer
 from tests.helpers.runs import assert_equal_runs, run
@@ -17,6 +20,7 @@ from tests.helpers.tiny_unified import (
     spy_paint,
     tiny_bagel,
     tiny_config,
+    tiny_tokenizer,
 )
 from tests.helpers.toy_painter import toy_painter
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
@@ -317,6 +321,27 @@ def test_evaluation_has_its_own_number_of_rounds(tmp_path, monkeypatch):
 def test_completions_name_the_images_between_the_texts(trained):
     trainer, _ = trained(max_steps=1)
     assert all(" [image 1] " in row["thinking"] for row in trainer._book.rows)
+
+
+def test_the_example_refines_by_a_judge(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    rounds_bagel().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    prompts_dataset().to_csv(tmp_path / "prompts.csv")
+    small = {"image_size": 8, "num_inference_steps": 6, "num_generations": 4, "max_completion_length": 4}
+    small |= {"max_reflection_length": 4, "max_steps": 1, "gallery_steps": 0}
+    small |= {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    with ChatServer(lambda body, attempt: yes(0.1 + 0.8 * np.asarray(pictures_of(body)[0]).mean() / 255)) as server:
+        names = {
+            '"ByteDance-Seed/BAGEL-7B-MoT"': repr(str(tmp_path / "model")),
+            '"http://localhost:8000/v1"': repr(server.url),
+            '"prompts.csv"': repr(str(tmp_path / "prompts.csv")),
+            '"bagel-refine"': f"{str(tmp_path / 'out')!r}, **{small!r}",
+        }
+        log = run_example("self_refinement.py", names)["trainer"].state.log_history[0]
+    assert log["rounds/images"] == 2
+    assert log["rounds/kept_2"] == 0
+    assert 0 < log["rounds/reward_1"] < 1
 
 
 # Refused

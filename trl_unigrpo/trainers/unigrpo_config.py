@@ -29,6 +29,23 @@ SINGLE_GPU: dict[str, Any] = {
 EDITING: dict[str, Any] = {**SINGLE_GPU, "num_generations": 12, "max_completion_length": 256}
 """Settings of [`UniGRPOConfig.editing`]."""
 
+_TWO_ROUNDS = {**SINGLE_GPU, "num_rounds": 2, "round_group": "tree"}
+_TWO_ROUNDS |= {"num_generations": 12, "per_device_train_batch_size": 2}
+
+SELF_REFINEMENT: dict[str, Any] = {**_TWO_ROUNDS, "no_improve": "clamp", "allow_stop": False, "keep_perfect": 0.0}
+"""Settings of [`UniGRPOConfig.self_refinement`]."""
+
+REFLECT_UNTIL_GOOD: dict[str, Any] = {**_TWO_ROUNDS, "round_cost": 0.01, "eval_num_rounds": 4}
+"""Settings of [`UniGRPOConfig.reflect_until_good`]."""
+
+RECIPES = {
+    "single_gpu": SINGLE_GPU,
+    "editing": EDITING,
+    "self_refinement": SELF_REFINEMENT,
+    "reflect_until_good": REFLECT_UNTIL_GOOD,
+}
+"""Settings by the name of what makes a [`UniGRPOConfig`] of them."""
+
 
 @dataclass
 class UniGRPOConfig(RoundsConfig, GRPOConfig):
@@ -362,6 +379,24 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
         trajectories, as each takes about twice the memory and time beside its source.
         """
         return cls(output_dir=output_dir, **{**EDITING, **kwargs})
+
+    @classmethod
+    def self_refinement(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
+        """
+        A second attempt at the worst image of each group, as in AlphaGRPO, on one large GPU with LoRA: as
+        [`single_gpu`], with half as many trajectories. The second round always paints, and an image that is no better
+        than the first one is paid as if it were the first one: right where a judge then picks the better of the two.
+        """
+        return cls(output_dir=output_dir, **{**SELF_REFINEMENT, **kwargs})
+
+    @classmethod
+    def reflect_until_good(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
+        """
+        A second attempt unless the image is good, as in R3, on one large GPU with LoRA: as [`single_gpu`], with half
+        as many trajectories. The model learns to stop: by perfect images among those that groups go on from, and by a
+        cost of each further image. Evaluation goes on for four rounds at most.
+        """
+        return cls(output_dir=output_dir, **{**REFLECT_UNTIL_GOOD, **kwargs})
 
     def _micro_batch(self) -> int:
         return self.per_device_train_batch_size * _world_size()
