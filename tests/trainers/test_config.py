@@ -86,6 +86,8 @@ DEFAULTS = {
     "max_reflection_length": 256,
     "allow_stop": True,
     "stop_text": "keep",
+    "stop_warmup_steps": 0,
+    "stop_bonus": 0.0,
     "train_rounds": None,
     "round_group": "independent",
     "round_select": "worst",

@@ -10,7 +10,7 @@ import torch
 from tests.helpers.examples import run_example
 from tests.helpers.judge_server import ChatServer, pictures_of, yes
 from tests.helpers.many_images import assert_equations
-from tests.helpers.rounds import PLACEHOLDER, STOP, FixedRounds, in_order_of_rows, rounds_bagel, rounds_trainer
+from tests.helpers.rounds import PLACEHOLDER, STOP, WORD, FixedRounds, in_order_of_rows, rounds_bagel, rounds_trainer
 from tests.helpers.runs import assert_equal_runs, run
 from tests.helpers.tiny_unified import (
     OneByOne,
@@ -93,6 +93,32 @@ def test_credit_of_a_generation_is_that_of_its_images(trained):
         found = torch.stack([columns["round_advantages"] for _, columns in rows[group]])
         torch.testing.assert_close(found, worth - worth.mean(0))
         assert found.abs().min() > 1e-6
+
+
+def test_keeping_a_perfect_image_is_paid_a_bonus_and_no_other(trained):
+    """Group 1's last image is perfect and kept, group 2's is kept and is not."""
+
+    def score(prompts, completions, images, round_index, **columns):
+        return [1.0 if i == 3 else 0.1 * (i % 4) for i in range(4)] + [0.2] * 4 if len(images) == 8 else [0.5] * 6
+
+    plain = {"reward_funcs": score, "max_steps": 1, "scale_rewards": "none"}
+    plain |= {"round_baseline": 0.0, "round_reward": "own"}
+    found = [in_order_of_rows(trained(**plain, stop_bonus=bonus)[1].batches) for bonus in (0.0, 2.0)]
+    paid, rich = (torch.stack([columns["round_advantages"] for _, columns in rows]) for rows in found)
+    bonus = torch.tensor([[0.0, -0.5]] * 3 + [[0.0, 1.5]] + [[0.0, 0.0]] * 4)  # of round 2, within its group
+    torch.testing.assert_close(rich - paid, bonus)
+
+
+def test_nothing_is_kept_while_stopping_warms_up(trained):
+    _, seen = trained(max_steps=3, num_iterations=1, stop_warmup_steps=2, reflection_template="the {prompt}{or_stop}")
+    stops, offers = [], []
+    for batches in (seen.batches[:2], seen.batches[2:4], seen.batches[4:]):
+        rows = in_order_of_rows(batches)
+        stops.append([t.rounds[1].stopped for t, _ in rows])
+        others = [t for t, _ in rows if "tree" not in t.prompt[-1]["content"]]
+        offers.append({WORD["tree"] in t.rounds[1].observation_ids for t in others})
+    assert stops == [[False] * 8, [False] * 8, [False, False, False, True] * 2]
+    assert offers == [{False}, {False}, {True}]
 
 
 # What is trained
@@ -362,12 +388,32 @@ def test_the_example_refines_by_a_judge(tmp_path, monkeypatch):
         ({"mask_truncated_completions": True}, "mask_truncated_completions"),
         ({"round_group": "tree", "round_context": "full"}, "round_group='tree'"),
         ({"round_group": "tree", "round_reward": "sum"}, "round_reward='sum'"),
+        ({"stop_bonus": -1.0}, "stop_bonus"),
+        ({"stop_warmup_steps": -1}, "stop_warmup_steps"),
+        ({"stop_bonus": 1.0, "allow_stop": False}, "stop_bonus=1.0 with allow_stop=False"),
+        ({"stop_warmup_steps": 5, "allow_stop": False}, "stop_warmup_steps=5 with allow_stop=False"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_what_rounds_do_not_do_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, **{"num_rounds": 2, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"max_reflection_length": 1023},
+            "max_reflection_length=1023 leaves no room for a prompt: the model has 1024",
+        ),
+        ({"max_reflection_length": 600, "num_rounds": 3, "round_context": "full"}, "600 of 3 rounds in one context"),
+        ({"max_reflection_length": 600, "eval_num_rounds": 3, "round_context": "full"}, "600 of 3 rounds"),
+    ],
+)
+def test_rounds_that_the_model_has_no_positions_for_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        rounds_trainer(tmp_path, **settings)
 
 
 def test_clamp_with_stop_warns(tmp_path):

@@ -70,13 +70,20 @@ def check_arguments(
 
 
 def check_lengths(args: UniGRPOConfig, base: Any) -> None:
-    """Raise ValueError if a thinking may be longer than the model has positions for."""
+    """Raise ValueError if what is read as one row may be longer than the model has positions for."""
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)  # not all models have one
-    if limit is not None and args.max_completion_length is not None and args.max_completion_length >= limit:
-        raise ValueError(
-            f"max_completion_length={args.max_completion_length} leaves no room for a prompt: the model has {limit} "
-            "positions. Lower it."
-        )
+    if limit is None or args.max_completion_length is None:
+        return
+    first, later, looks = args.max_completion_length, args.max_reflection_length, args.most_rounds - 1
+    rows = {f"max_completion_length={first}": first}
+    if looks and args.round_context == "markov":
+        rows[f"max_reflection_length={later}"] = 1 + later  # behind an image, which takes a position at least
+    elif looks:
+        names = f"max_completion_length={first} and max_reflection_length={later} of {looks + 1} rounds in one context"
+        rows[names] = first + looks * (1 + later)
+    for names, length in rows.items():
+        if length >= limit:
+            raise ValueError(f"{names} leaves no room for a prompt: the model has {limit} positions. Lower it.")
 
 
 def check_sight(args: UniGRPOConfig, base: UnifiedModelMixin) -> None:

@@ -68,6 +68,12 @@ class RoundsTrainer(RunKeeping):
         args = self.args
         return args.num_rounds if self.mode == "train" or args.eval_num_rounds is None else args.eval_num_rounds
 
+    @property
+    def _may_stop(self) -> bool:
+        """True where a round may keep the image now."""
+        warm = self.mode == "eval" or self.state.global_step >= self.args.stop_warmup_steps
+        return self.args.allow_stop and warm
+
     def _painted(self, trajectories: list[Trajectory]) -> list[Any]:
         raise NotImplementedError
 
@@ -105,7 +111,7 @@ class RoundsTrainer(RunKeeping):
         assert placeholder is not None
         for i in going:
             t = walk.trajectories[i]
-            stop_text = args.stop_text if args.allow_stop else None
+            stop_text = args.stop_text if self._may_stop else None
             asked = reflection(args.reflection_template, user_text(t.prompt), number + 1, stop_text)
             observation = [placeholder, *self._user_turn(asked)]
             fresh = args.round_context == "markov"
@@ -149,7 +155,7 @@ class RoundsTrainer(RunKeeping):
         for t, ids, text in zip(trajectories, texts, self._decoded(texts), strict=True):
             whole = ids[-1] in self.eos_token_ids
             t.rounds[-1].text_ids = ids
-            t.rounds[-1].stopped = self.args.allow_stop and whole and stops(text, self.args.stop_text)
+            t.rounds[-1].stopped = self._may_stop and whole and stops(text, self.args.stop_text)
 
     def _sampled_texts(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         config = copy.copy(self.generation_config)
@@ -256,6 +262,11 @@ class RoundsTrainer(RunKeeping):
         total = (scores * self.reward_weights.to(scores.device)).nansum(1)
         return total.masked_fill(scores.isnan().all(1), torch.nan)
 
+    @property
+    def _perfect(self) -> float:
+        """The reward from which on an image is perfect: all that the weights give."""
+        return self._book.image_weights.sum().item()
+
     # 4. Credit
 
     def _pay(self, outputs: dict[str, Any]) -> None:
@@ -272,6 +283,7 @@ class RoundsTrainer(RunKeeping):
         stood = torch.stack([self._total(scores) for scores in walk.stood], 1) if walk.stood else rewards[:, :-1]
         earlier = credit.before(stood, self.group_size)
         led_to = credit.returns(rewards, painted, "own" if tree else args.round_reward, args.round_cost)
+        led_to = led_to + args.stop_bonus * (acted & ~painted & (rewards >= self._perfect))
         led_to = led_to.masked_fill(~acted, torch.nan)
         if args.round_baseline is None and self.mode == "train":
             self._baseline = credit.running(self._baseline, credit.slope(led_to, earlier, self.group_size))
@@ -321,11 +333,10 @@ class RoundsTrainer(RunKeeping):
         """Let all of a group go on from one of its images, which all processes choose alike."""
         self._score_round(walk, number - 1)
         scores, args, group = walk.scores[-1], self.args, self.group_size
-        perfect = self._book.image_weights.sum().item()
         chosen = []
         for index, rewards in enumerate(self._total(scores).split(group)):
             generator = row_generator(args.seed, CHOICE, self.generation, index, number)
-            winner = credit.choose_image(rewards, args.round_select, generator, perfect, args.keep_perfect)
+            winner = credit.choose_image(rewards, args.round_select, generator, self._perfect, args.keep_perfect)
             chosen.append(index * group + winner)
         winners = torch.tensor(chosen, device=scores.device).repeat_interleave(group)
         walk.stood.append(scores[winners])
