@@ -267,6 +267,18 @@ def test_command_line_window(tmp_path, monkeypatch):
     assert config.sde_window_range == [1, 5]
 
 
+def test_settings_of_each_round_on_the_command_line_and_in_yaml(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("num_rounds: 2\nsde_window_range: [[0, 5], [0, 3]]\nnoise_level: [8e-1, '0.5']\n")
+    arguments = ["--config", str(file), "--output_dir", str(tmp_path), "--use_cpu"]
+    (config,) = TrlParser((UniGRPOConfig,)).parse_args_and_config([*arguments, "--num_inference_steps", "25", "40"])
+    assert (config.num_inference_steps, config.sde_window_size) == ([25, 40], 3)
+    assert (config.sde_window_range, config.noise_level) == ([[0, 5], [0, 3]], [0.8, 0.5])
+    flat = ["--sde_window_range", "0", "5", "1", "4", "--num_inference_steps", "30", "--noise_level", "0.7"]
+    (config,) = TrlParser((UniGRPOConfig,)).parse_args_and_config([*arguments, *flat])
+    assert (config.sde_window_range, config.num_inference_steps, config.noise_level) == ([[0, 5], [1, 4]], 30, 0.7)
+
+
 REFUSED = [
     ({"use_vllm": True}, "use_vllm=True does not work with UniGRPO.*vLLM"),
     ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching.*bfloat16"),

@@ -28,6 +28,8 @@ from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 
 
 SGD = {"max_grad_norm": 0.0, "learning_rate": 0.5, "image_learning_rate": 0.05, "optim": "sgd"}
+OF_ROUNDS = {"num_inference_steps": [6, 4], "sde_window_size": [3, 1], "sde_window_range": [[0, 5], [0, 3]]}
+OF_ROUNDS["noise_level"] = [0.8, 0.4]
 UPDATES = {"gradient_accumulation_steps": 1, "steps_per_generation": 2, "max_steps": 4}
 
 
@@ -133,9 +135,19 @@ def test_nothing_is_kept_while_stopping_warms_up(trained):
         pytest.param({"round_context": "markov", **UPDATES}, marks=pytest.mark.slow),
         {"round_context": "full", **UPDATES},
         {"train_rounds": [2]},
+        {**OF_ROUNDS, **UPDATES},
         {"round_group": "tree", "image_objective": "fpo", "matching_samples": 3, "image_learning_rate": 0.02},
     ],
-    ids=["markov", "full-three", "context-grad", "markov-updates", "full-updates", "second-alone", "tree-lines"],
+    ids=[
+        "markov",
+        "full-three",
+        "context-grad",
+        "markov-updates",
+        "full-updates",
+        "second-alone",
+        "of-rounds",
+        "tree-lines",
+    ],
 )
 def test_losses_and_gradients_are_those_of_the_equations(trained, settings):
     trainer, seen = trained(**settings)
@@ -193,6 +205,17 @@ def test_rounds_that_are_not_trained_have_neither_steps_nor_tokens(trained):
 class AllKeep(FixedRounds):
     def _sampled_texts(self, trajectories):
         return [STOP for _ in trajectories]
+
+
+def test_rounds_have_steps_windows_and_noise_of_their_own(trained, monkeypatch):
+    calls = spy_paint(monkeypatch)
+    trained(**OF_ROUNDS, num_rounds=3, max_steps=1)
+    assert [len(plan.timesteps) - 1 for _, plan, _ in calls] == [6, 4, 4]
+    assert [plan.noise_level for _, plan, _ in calls] == [0.8, 0.4, 0.4]
+    assert [len(image.steps) for _, _, images in calls for image in images] == [3] * 8 + [1] * 6 + [1] * 6
+    for _, plan, images in calls:
+        for image in images:
+            assert set(image.steps.t.tolist()) <= set(plan.timesteps.float().tolist())
 
 
 @pytest.mark.parametrize("train_rounds", [None, [2]])
@@ -389,6 +412,14 @@ def test_the_example_refines_by_a_judge(tmp_path, monkeypatch):
         ({"round_group": "tree", "round_context": "full"}, "round_group='tree'"),
         ({"round_group": "tree", "round_reward": "sum"}, "round_reward='sum'"),
         ({"stop_bonus": -1.0}, "stop_bonus"),
+        ({"noise_level": [0.8, 0.7, 0.6]}, r"noise_level=\[0.8, 0.7, 0.6\] with num_rounds=2: .*at most 2"),
+        ({"num_rounds": 1, "noise_level": [0.8, 0.7]}, "noise_level=.* with num_rounds=1"),
+        ({"noise_level": []}, r"noise_level=\[\] with num_rounds=2"),
+        ({"noise_level": [0.8, -1.0]}, "noise_level=-1.0: expected 0 or more"),
+        ({"num_inference_steps": [6, 5]}, r"sde_window_range=\[0, 5\] with num_inference_steps=5"),
+        ({"sde_window_range": [[0, 5], [0, 2]]}, r"sde_window_size=3 does not fit into sde_window_range=\[0, 2\]"),
+        ({"sde_window_range": [[0, 5], [3]]}, r"sde_window_range=\[3\]: expected two"),
+        ({"num_inference_steps": [6, "many"]}, "num_inference_steps='many': expected an integer"),
         ({"stop_warmup_steps": -1}, "stop_warmup_steps"),
         ({"stop_bonus": 1.0, "allow_stop": False}, "stop_bonus=1.0 with allow_stop=False"),
         ({"stop_warmup_steps": 5, "allow_stop": False}, "stop_warmup_steps=5 with allow_stop=False"),

@@ -105,6 +105,7 @@ class ImageLoss:
         objective: what it is trained on.
         regularizer: scalar with its gradient; None without one.
         reference: (S, *latent) of the reference model; None without a regulariser.
+        rounds: (S,) numbers of the states' rounds, or one for all.
     """
 
     velocity: Tensor
@@ -113,6 +114,7 @@ class ImageLoss:
     objective: Any
     regularizer: Tensor | None
     reference: Tensor | None = None
+    rounds: Tensor | int = 0
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,9 @@ class RoundsTrainer(RunKeeping):
                 seen.append(painted.get(id(t), seen[-1]))
             self._note(image_metrics(self.accelerator, [seen[-1] for seen in walk.seen]))
             if self._trains_image:
-                self._tell_rollout([replace(t, rounds=t.rounds[number:][:1]) for t in walk.trajectories])
+                self._tell_rollout(
+                    [replace(t, rounds=t.rounds[number:][:1]) for t in walk.trajectories], number=number
+                )
         self._progress.reading = walk.trajectories
         masks = [self._sampled(t) for t in walk.trajectories]
         rows, texts = [t.row_ids for t in walk.trajectories], self._completions(walk.trajectories)

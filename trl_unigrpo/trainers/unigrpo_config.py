@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
+from ..flow.per_round import PER_ROUND
 from .config_checks import check_choices, check_epochs, check_sampling, check_values, check_window
-from .config_numbers import read_numbers
+from .config_numbers import FloatOfRounds, IntOfRounds, RangeOfRounds, read_numbers
 from .evaluation_checks import whole_groups
 from .rounds_config import RoundsConfig, check_rounds
 from .trl_versions import check_options
@@ -62,8 +63,9 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
 
         image_size (`int`, *optional*, defaults to `1024`):
             Side of the square images, in pixels. Edited images have about as many pixels, and their source's shape.
-        num_inference_steps (`int`, *optional*, defaults to `25`):
-            Denoising steps in training rollouts: evaluations of the model per image.
+        num_inference_steps (`int` or `list[int]`, *optional*, defaults to `25`):
+            Denoising steps in training rollouts: evaluations of the model per image. A list has one number for each
+            round, and its last one holds for all later ones; so it is with the other three that may be lists.
         eval_num_inference_steps (`int`, *optional*, defaults to `50`):
             Denoising steps in evaluation, which is a pure ODE.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
@@ -89,11 +91,11 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
 
         sde_type (`str`, *optional*, defaults to `"sde"`):
             `"sde"` (Flow-SDE, the paper's) or `"cps"` (coefficients-preserving sampling).
-        noise_level (`float`, *optional*, defaults to `0.8`):
+        noise_level (`float` or `list[float]`, *optional*, defaults to `0.8`):
             Strength a of the noise, sigma_t = a sqrt(t / (1 - t)).
-        sde_window_range (`list[int]`, *optional*, defaults to `[0, 5]`):
+        sde_window_range (`list[int]` or `list[list[int]]`, *optional*, defaults to `[0, 5]`):
             Steps [low, high) among which stochastic ones are chosen, counted from 0 (pure noise).
-        sde_window_size (`int`, *optional*, defaults to `3`):
+        sde_window_size (`int` or `list[int]`, *optional*, defaults to `3`):
             Number of stochastic, trained steps K. All others are ODE steps without gradient.
         sde_window_mode (`str`, *optional*, defaults to `"contiguous"`):
             `"contiguous"` with a random start, `"scatter"` (random steps) or `"fixed"` (the first of the range).
@@ -219,9 +221,9 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
         default=1024,
         metadata={"help": "Side of the square images, in pixels. Paper: 1024."},
     )
-    num_inference_steps: int = field(
+    num_inference_steps: IntOfRounds = field(
         default=25,
-        metadata={"help": "Denoising steps in training rollouts. Paper: 25."},
+        metadata={"help": "Denoising steps in training rollouts, or those of each round. Paper: 25.", "nargs": "+"},
     )
     eval_num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps in evaluation. Paper: 50."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Guidance scale in training; 1: none. Paper: 1."})
@@ -243,12 +245,18 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
 
     # Parameters that control the stochastic steps
     sde_type: str = field(default="sde", metadata={"help": "'sde' (Flow-SDE, the paper's) or 'cps'."})
-    noise_level: float = field(default=0.8, metadata={"help": "Strength of the SDE's noise. Paper: 0.8."})
-    sde_window_range: list[int] = field(
-        default_factory=lambda: [0, 5],
-        metadata={"help": "Steps [low, high) that may be stochastic. Paper: 0 5."},
+    noise_level: FloatOfRounds = field(
+        default=0.8,
+        metadata={"help": "Strength of the SDE's noise, or that of each round. Paper: 0.8.", "nargs": "+"},
     )
-    sde_window_size: int = field(default=3, metadata={"help": "Stochastic, trained steps per image. Paper: 3."})
+    sde_window_range: RangeOfRounds = field(
+        default_factory=lambda: [0, 5],
+        metadata={"help": "Steps [low, high) that may be stochastic, or two numbers a round. Paper: 0 5."},
+    )
+    sde_window_size: IntOfRounds = field(
+        default=3,
+        metadata={"help": "Stochastic, trained steps per image, or those of each round. Paper: 3.", "nargs": "+"},
+    )
     sde_window_mode: str = field(default="contiguous", metadata={"help": "'contiguous', 'scatter' or 'fixed'."})
     sde_window_scope: str = field(
         default="generation",
@@ -338,7 +346,7 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
 
     def __post_init__(self) -> None:
         check_options()
-        read_numbers(self)
+        read_numbers(self, PER_ROUND)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.gradient_accumulation_steps is None:
