@@ -1,13 +1,13 @@
-"""The scripts of `examples/`, run as they are but for names and sizes."""
+"""The scripts in examples/ as they are, but for names and numbers."""
 
 from tests.helpers.paths import ROOT
 
 
-def run_example(name: str, changes: dict[str, str]) -> dict:
-    """Run a script with some of its text replaced, each of which it has; returns its names."""
+def run_example(name: str, **replaced: str) -> dict:
+    """Run a script, in which each of some texts was replaced by another; returns its variables."""
     script = (ROOT / "examples" / name).read_text(encoding="utf-8")
-    for old, new in changes.items():
-        assert old in script, old
+    for old, new in replaced.items():
+        assert old in script
         script = script.replace(old, new)
     found = {"__name__": "example"}
     exec(compile(script, name, "exec"), found)

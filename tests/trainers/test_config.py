@@ -14,10 +14,10 @@ from trl import GRPOConfig, TrlParser
 
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_unified import tiny_config
+from trl_unigrpo.reflection import TEMPLATE
 from trl_unigrpo.trainers import config_checks, unigrpo_config
 from trl_unigrpo.trainers.evaluation_checks import whole_groups
 from trl_unigrpo.trainers.refl_trainer import ReFLConfig
-from trl_unigrpo.trainers.reflection import TEMPLATE
 from trl_unigrpo.trainers.rounds_config import RoundsConfig
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig

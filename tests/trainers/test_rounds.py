@@ -387,7 +387,7 @@ def test_the_example_refines_by_a_judge(tmp_path, monkeypatch):
             '"prompts.csv"': repr(str(tmp_path / "prompts.csv")),
             '"bagel-refine"': f"{str(tmp_path / 'out')!r}, **{small!r}",
         }
-        log = run_example("self_refinement.py", names)["trainer"].state.log_history[0]
+        log = run_example("self_refinement.py", **names)["trainer"].state.log_history[0]
     assert log["rounds/images"] == 2
     assert log["rounds/kept_2"] == 0
     assert 0 < log["rounds/reward_1"] < 1

@@ -86,23 +86,6 @@ def check_lengths(args: UniGRPOConfig, base: Any) -> None:
             raise ValueError(f"{names} leaves no room for a prompt: the model has {limit} positions. Lower it.")
 
 
-def check_sight(args: UniGRPOConfig, base: UnifiedModelMixin) -> None:
-    """Raise ValueError for several rounds of a model that can't be shown an image."""
-    if args.most_rounds == 1:
-        return
-    name, token, words = type(base).__name__, base.image_placeholder, base.get_input_embeddings()
-    if token is None:
-        raise ValueError(
-            f"num_rounds={args.most_rounds}, but {name} paints from text only: it can't see the image that a later "
-            "round is about. Set num_rounds=1, or train a model that reads images, such as BAGEL."
-        )
-    if token >= words.weight.shape[0]:
-        raise ValueError(
-            f"num_rounds={args.most_rounds}: the token that stands for an image, {token}, is beyond the vocabulary of "
-            f"{name}, which has {words.weight.shape[0]}. Set `model.config.image_token_id` to one that no text has."
-        )
-
-
 def question_weak_adapters(peft_config: PeftConfig, args: UniGRPOConfig) -> None:
     """Warn of LoRA scaled far below what the rates of `UniGRPOConfig.single_gpu` were chosen for, alpha / r = 2."""
     if not isinstance(peft_config, LoraConfig):

@@ -22,14 +22,14 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..images import has_failed
 from ..messages import user_text
+from ..reflection import reflection
+from ..rounds import begin_round, show_images, take_texts, user_turn
 from ..sampling import continue_texts
 from ..seeding import CHOICE, row_generator
-from ..trajectory import Round, Trajectory
+from ..trajectory import Trajectory
 from . import credit
 from .failed_images import image_metrics, mask_failed
-from .reflection import reflection, stops
 from .run_keeping import RunKeeping
 from .scoring import STANDING, Standing
 from .trl_bridge import unwrap_model_for_generation, with_rows
@@ -111,53 +111,33 @@ class RoundsTrainer(RunKeeping):
             self._show_images(walk, going)
         going, placeholder = [i for i in going if walk.shown[i] is not None], self.unified.image_placeholder
         assert placeholder is not None
+        # A fresh round does not see the text before it, which need not be closed then.
+        ends = () if args.round_context == "markov" else (self._tokenizer.eos_token_id, *self.eos_token_ids)
         for i in going:
             t = walk.trajectories[i]
             stop_text = args.stop_text if self._may_stop else None
             asked = reflection(args.reflection_template, user_text(t.prompt), number + 1, stop_text)
-            observation = [placeholder, *self._user_turn(asked)]
-            fresh = args.round_context == "markov"
-            if not fresh and t.rounds[-1].text_ids[-1] not in self.eos_token_ids:
-                observation.insert(0, self._tokenizer.eos_token_id)  # closes a text that ran out of length
-            t.rounds.append(Round(observation_ids=observation, shown=[walk.shown[i]], fresh=fresh))
+            said = user_turn(self._tokenizer, asked, **self.chat_template_kwargs)
+            begin_round(t, placeholder, walk.shown[i], said, ends)
         return [walk.trajectories[i] for i in going]
 
     def _show_images(self, walk: Walk, places: Sequence[int]) -> None:
         """Bring the last images of these trajectories into the model's own form; failed ones are None."""
         new = [i for i in places if walk.trajectories[i].rounds[-1].images]
-        for i in new:
-            walk.shown[i] = None
-        sound = [i for i in new if not has_failed(walk.seen[i][-1])]
-        if sound:
-            images = [walk.trajectories[i].rounds[-1].images[-1] for i in sound]
-            with torch.no_grad(), self.accelerator.autocast():
-                found = self.unified.observe(
-                    images, [walk.seen[i][-1] for i in sound], self.args.context_latents == "reencode"
-                )
-            for i, shown in zip(sound, found, strict=True):
-                walk.shown[i] = shown
-
-    def _user_turn(self, text: str) -> list[int]:
-        """Tokenize what the user says, and what opens the answer."""
-        if self.processing_class.chat_template is None:
-            return self._tokenizer.encode(text, add_special_tokens=False)
-        return self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **self.chat_template_kwargs,
-        )
+        images = [walk.trajectories[i].rounds[-1].images[-1] for i in new]
+        with torch.no_grad(), self.accelerator.autocast():
+            reencode = self.args.context_latents == "reencode"
+            shown = show_images(self.unified, images, [walk.seen[i][-1] for i in new], reencode)
+        for i, image in zip(new, shown, strict=True):
+            walk.shown[i] = image
 
     def _reflect(self, trajectories: Sequence[Trajectory]) -> None:
         """Sample the texts of the rounds begun, and see which of them keep the image."""
         if not trajectories:
             return
         texts = self._sampled_texts(trajectories)
-        for t, ids, text in zip(trajectories, texts, self._decoded(texts), strict=True):
-            whole = ids[-1] in self.eos_token_ids
-            t.rounds[-1].text_ids = ids
-            t.rounds[-1].stopped = self._may_stop and whole and stops(text, self.args.stop_text)
+        stop_text = self.args.stop_text if self._may_stop else None
+        take_texts(trajectories, texts, self._decoded(texts), stop_text, self.eos_token_ids)
 
     def _sampled_texts(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         config = copy.copy(self.generation_config)

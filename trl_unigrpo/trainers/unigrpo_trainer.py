@@ -40,6 +40,7 @@ from ..monitoring.progress import Phases
 from ..monitoring.signals import SaveOnSignal
 from ..monitoring.trust import default_checks
 from ..reporting.gallery import Gallery
+from ..rounds import image_stream
 from ..sampling import decode, paint
 from ..seeding import EVAL, TRAIN, row_generator
 from ..trajectory import Round, Steps, Trajectory, has_steps, in_order
@@ -224,8 +225,7 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
             return []
         args = self.args
         key = (args.seed, TRAIN, self.generation) if self.mode == "train" else (args.seed, EVAL, 0)
-        # Later images of a trajectory have streams of their own.
-        seeds = [(*key, t.row, *range(1, 1 + len(list(t.painted())))) for t in trajectories]
+        seeds = [image_stream(t, *key) for t in trajectories]
         generators = [row_generator(*seed) for seed in seeds]
         with (
             unwrap_model_for_generation(
@@ -250,9 +250,8 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
         args, number, rows = self.args, trajectories[0].looks, [t.row for t in trajectories]
         noisy = self._trains_image and self._setup.objective.stochastic and args.trains_round(number)
         place = self.generation, self.accelerator.process_index
-        return rollout_plan(
-            args, self.model.training, draw_windows(args, *place, rows, number) if noisy else None, number
-        )
+        windows = draw_windows(args, *place, rows, number) if noisy else None
+        return rollout_plan(args, self.model.training, windows, number)
 
     # 3. Rewards
 
