@@ -1,5 +1,6 @@
 """`trl-unigrpo train`: UniGRPO from the command line or a YAML file, as `trl grpo` does GRPO."""
 
+import argparse
 import json
 import warnings
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from datasets import Dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ..rewards.loading import load_judged
-from ..trainers.unigrpo_config import UniGRPOConfig
+from ..trainers.unigrpo_config import RECIPES, UniGRPOConfig
 from ..trainers.unigrpo_trainer import UniGRPOTrainer
 from .prompt_files import is_file, load_prompts
 
@@ -33,6 +34,7 @@ class TrainArguments:
             default.
         dataset_test_split (`str`, *optional*): its split; by default all of a file that `eval_dataset_name` names, of
             other datasets "test".
+        recipe (`str`, *optional*): name of a preset of [`UniGRPOConfig`], whose settings are then the defaults.
     """
 
     dataset_name: str = field(
@@ -52,6 +54,9 @@ class TrainArguments:
     )
     dataset_test_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on; test, or all of a file named by eval_dataset_name."}
+    )
+    recipe: str | None = field(
+        default=None, metadata={"help": f"Preset whose settings are the defaults: {', '.join(RECIPES)}."}
     )
 
 
@@ -80,7 +85,17 @@ class TrainParser(TrlParser):
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message}. --help lists all options.\n")
 
+    def read_recipe(self, arguments: Sequence[str] | None) -> None:
+        """Take the settings of the recipe that arguments name as defaults."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--recipe")
+        self.set_defaults_with_config(recipe=first.parse_known_args(arguments)[0].recipe)
+
     def set_defaults_with_config(self, **settings: Any) -> list[str]:
+        recipe = self.get_default("recipe") or settings.get("recipe")  # the command line's counts more
+        if recipe is not None and recipe not in RECIPES:
+            raise ValueError(f"recipe={recipe!r}: expected one of {', '.join(RECIPES)}.")
+        settings = {**(RECIPES[recipe] if recipe else {}), **settings}
         options = {action.dest: action for action in self._actions}
         for name, value in settings.items():
             if name not in options:
@@ -124,7 +139,9 @@ def prepare_training(argv: Sequence[str] | None = None) -> tuple[TrainArguments,
     given = [part for word in argv or () for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if given[-1:] == ["--config"]:
         raise ValueError("--config names no file: expected one of YAML behind it.")
-    script, args, model = parser.parse_args_and_config(given if argv is not None else None)
+    arguments = given if argv is not None else None  # those of the process
+    parser.read_recipe(arguments)
+    script, args, model = parser.parse_args_and_config(arguments)
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: a folder, a hub id, or 'shapeworld'.")
     check_model_arguments(model, args)

@@ -157,6 +157,7 @@ class ImageLoss:
         objective: what it is trained on.
         regularizer: scalar with its gradient; None without one.
         reference: (S, *latent) of the reference model; None without a regulariser.
+        rounds: (S,) numbers of the states' rounds, or one for all.
     """
 
     velocity: Tensor
@@ -165,6 +166,7 @@ class ImageLoss:
     objective: Any
     regularizer: Tensor | None
     reference: Tensor | None = None
+    rounds: Tensor | int = 0
 
 
 @dataclass(frozen=True)

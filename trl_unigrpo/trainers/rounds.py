@@ -22,15 +22,15 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..images import has_failed
 from ..messages import user_text
 from ..monitoring.events import Generation
+from ..reflection import reflection
+from ..rounds import begin_round, show_images, take_texts, user_turn
 from ..sampling import continue_texts
 from ..seeding import CHOICE, row_generator
-from ..trajectory import Round, Trajectory
+from ..trajectory import Trajectory
 from . import credit
 from .failed_images import image_metrics, mask_failed
-from .reflection import reflection, stops
 from .round_notes import tell_edits, tell_rounds, with_rounds
 from .run_keeping import RunKeeping
 from .scoring import STANDING, Standing
@@ -74,6 +74,12 @@ class RoundsTrainer(RunKeeping):
         args = self.args
         return args.num_rounds if self.mode == "train" or args.eval_num_rounds is None else args.eval_num_rounds
 
+    @property
+    def _may_stop(self) -> bool:
+        """True where a round may keep the image now."""
+        warm = self.mode == "eval" or self.state.global_step >= self.args.stop_warmup_steps
+        return self.args.allow_stop and warm
+
     def _painted(self, trajectories: list[Trajectory]) -> list[Any]:
         raise NotImplementedError
 
@@ -94,7 +100,9 @@ class RoundsTrainer(RunKeeping):
                 seen.append(seen[-1] if own[-1] is None else own[-1])
             self._note(image_metrics(self.accelerator, [seen[-1] for seen in walk.seen]))
             if self._trains_image:
-                self._tell_rollout([replace(t, rounds=t.rounds[number:][:1]) for t in walk.trajectories])
+                self._tell_rollout(
+                    [replace(t, rounds=t.rounds[number:][:1]) for t in walk.trajectories], number=number
+                )
         self._progress.reading = walk.trajectories
         masks = [self._sampled(t) for t in walk.trajectories]
         rows, texts = [t.row_ids for t in walk.trajectories], self._completions(walk.trajectories)
@@ -111,53 +119,33 @@ class RoundsTrainer(RunKeeping):
             self._show_images(walk, going)
         going, placeholder = [i for i in going if walk.shown[i] is not None], self.unified.image_placeholder
         assert placeholder is not None
+        # A fresh round does not see the text before it, which need not be closed then.
+        ends = () if args.round_context == "markov" else (self._tokenizer.eos_token_id, *self.eos_token_ids)
         for i in going:
             t = walk.trajectories[i]
-            stop_text = args.stop_text if args.allow_stop else None
+            stop_text = args.stop_text if self._may_stop else None
             asked = reflection(args.reflection_template, user_text(t.prompt), number + 1, stop_text)
-            observation = [placeholder, *self._user_turn(asked)]
-            fresh = args.round_context == "markov"
-            if not fresh and t.rounds[-1].text_ids[-1] not in self.eos_token_ids:
-                observation.insert(0, self._tokenizer.eos_token_id)  # closes a text that ran out of length
-            t.rounds.append(Round(observation_ids=observation, shown=[walk.shown[i]], fresh=fresh))
+            said = user_turn(self._tokenizer, asked, **self.chat_template_kwargs)
+            begin_round(t, placeholder, walk.shown[i], said, ends)
         return [walk.trajectories[i] for i in going]
 
     def _show_images(self, walk: Walk, places: Sequence[int]) -> None:
         """Bring the last images of these trajectories into the model's own form; failed ones are None."""
         new = [i for i in places if walk.trajectories[i].rounds[-1].images]
-        for i in new:
-            walk.shown[i] = None
-        sound = [i for i in new if not has_failed(walk.seen[i][-1])]
-        if sound:
-            images = [walk.trajectories[i].rounds[-1].images[-1] for i in sound]
-            with torch.no_grad(), self.accelerator.autocast():
-                found = self.unified.observe(
-                    images, [walk.seen[i][-1] for i in sound], self.args.context_latents == "reencode"
-                )
-            for i, shown in zip(sound, found, strict=True):
-                walk.shown[i] = shown
-
-    def _user_turn(self, text: str) -> list[int]:
-        """Tokenize what the user says, and what opens the answer."""
-        if self.processing_class.chat_template is None:
-            return self._tokenizer.encode(text, add_special_tokens=False)
-        return self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **self.chat_template_kwargs,
-        )
+        images = [walk.trajectories[i].rounds[-1].images[-1] for i in new]
+        with torch.no_grad(), self.accelerator.autocast():
+            reencode = self.args.context_latents == "reencode"
+            shown = show_images(self.unified, images, [walk.seen[i][-1] for i in new], reencode)
+        for i, image in zip(new, shown, strict=True):
+            walk.shown[i] = image
 
     def _reflect(self, trajectories: Sequence[Trajectory]) -> None:
         """Sample the texts of the rounds begun, and see which of them keep the image."""
         if not trajectories:
             return
         texts = self._sampled_texts(trajectories)
-        for t, ids, text in zip(trajectories, texts, self._decoded(texts), strict=True):
-            whole = ids[-1] in self.eos_token_ids
-            t.rounds[-1].text_ids = ids
-            t.rounds[-1].stopped = self.args.allow_stop and whole and stops(text, self.args.stop_text)
+        stop_text = self.args.stop_text if self._may_stop else None
+        take_texts(trajectories, texts, self._decoded(texts), stop_text, self.eos_token_ids)
 
     def _sampled_texts(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         config = copy.copy(self.generation_config)
@@ -264,6 +252,11 @@ class RoundsTrainer(RunKeeping):
         total = (scores * self.reward_weights.to(scores.device)).nansum(1)
         return total.masked_fill(scores.isnan().all(1), torch.nan)
 
+    @property
+    def _perfect(self) -> float:
+        """The reward from which on an image is perfect: all that the weights give."""
+        return self._book.image_weights.sum().item()
+
     # 4. Credit
 
     def _pay(self, outputs: dict[str, Any]) -> None:
@@ -280,6 +273,7 @@ class RoundsTrainer(RunKeeping):
         stood = torch.stack([self._total(scores) for scores in walk.stood], 1) if walk.stood else rewards[:, :-1]
         earlier = credit.before(stood, self.group_size)
         led_to = credit.returns(rewards, painted, "own" if tree else args.round_reward, args.round_cost)
+        led_to = led_to + args.stop_bonus * (acted & ~painted & (rewards >= self._perfect))
         led_to = led_to.masked_fill(~acted, torch.nan)
         if args.round_baseline is None and self.mode == "train":
             self._baseline = credit.running(self._baseline, credit.slope(led_to, earlier, self.group_size))
@@ -337,11 +331,10 @@ class RoundsTrainer(RunKeeping):
         """Let all of a group go on from one of its images, which all processes choose alike."""
         self._score_round(walk, number - 1)
         scores, args, group = walk.scores[-1], self.args, self.group_size
-        perfect = self._book.image_weights.sum().item()
         chosen = []
         for index, rewards in enumerate(self._total(scores).split(group)):
             generator = row_generator(args.seed, CHOICE, self.generation, index, number)
-            winner = credit.choose_image(rewards, args.round_select, generator, perfect, args.keep_perfect)
+            winner = credit.choose_image(rewards, args.round_select, generator, self._perfect, args.keep_perfect)
             chosen.append(index * group + winner)
         winners = torch.tensor(chosen, device=scores.device).repeat_interleave(group)
         walk.stood.append(scores[winners])

@@ -5,6 +5,7 @@ import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,13 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
             callbacks = self.callback_handler.callbacks
             getattr(watcher, event)(self.args, self.state, self.control, model=self.model, callbacks=callbacks, **what)
 
-    def _tell_rollout(self, trajectories: list[Trajectory], windows: Tensor | None = None) -> None:
-        """Tell watchers of images that were painted; `windows` are those of all processes, where they are to agree."""
+    def _tell_rollout(self, trajectories: list[Trajectory], windows: Tensor | None = None, number: int = 0) -> None:
+        """
+        Tell watchers of images that were painted in a round; `windows` are those of all processes, where they are to
+        agree.
+        """
         objective = self._setup.objective
-        transition = objective.transition if objective.stochastic else None
+        transition = partial(objective.transition, rounds=number) if objective.stochastic else None
         self._tell("on_rollout", rollout=Rollout(trajectories, self.num_generations, transition, windows))
 
     def _show(self, rows: Sequence[dict[str, Any]], advantages: Tensor) -> None:
