@@ -14,10 +14,11 @@ PACKAGE = Path(trl_unigrpo.__file__).parent
 
 # From the ground up. An import may only point down: to a line above its own, or into its own entry.
 LAYERS = (
-    ("__about__", "images", "lazy", "messages", "seeding", "statistics"),
+    ("__about__", "images", "lazy", "messages", "reflection", "seeding", "statistics"),
     ("flow",),
     ("trajectory",),
     ("models", "rewards"),
+    ("rounds",),
     ("sampling",),
     ("shapeworld", "estimate"),
     ("monitoring",),

@@ -100,11 +100,10 @@ def generate(
     Raises:
         ValueError: for guidance by a thinking that there is not, and for source images that can't be read.
     """
-    _check_guidance(guidance, thinking)
+    check_guidance(guidance, thinking)
     base = unified_model(model)
-    given = _checked_sources(base, prompts, source_images)
-    tokenizer = tokenizer or base.tokenizer or read_tokenizer(model.config.name_or_path)
-    tokenizer = prepare_tokenizer(tokenizer, base.chat_template)
+    given = checked_sources(base, prompts, source_images)
+    tokenizer = tokenizer_of(model, tokenizer)
     how, size = Thinking(thinking, do_sample, temperature, max_completion_length), (image_size, image_size)
     base.latent_shape(size)  # raises for a model or a size that can't be painted, before anything is sampled
     plan = RolloutPlan(flow_timesteps(num_inference_steps, timestep_shift), size, guidance=guidance)
@@ -116,14 +115,21 @@ def generate(
         chunk, row = slice(start, start + batch_size), first_row + start
         sources = [show_sources(base, value, image_size) for value in given[chunk]]
         trajectories = think(model, tokenizer, messages[chunk], how, seed=seed + row, sources=sources)
-        trajectories = trajectories if guidance is None else _with_systems(trajectories, tokenizer)
+        trajectories = trajectories if guidance is None else with_systems(trajectories, tokenizer)
         images = paint(base, trajectories, plan, [row_generator(seed, EVAL, 0, row + t.row) for t in trajectories])
         samples += _samples(prompts[chunk], trajectories, images, base, tokenizer)
     model.train(was_training)
     return samples
 
 
-def _checked_sources(base: UnifiedModelMixin, prompts: Sequence[Any], given: Sequence[Any] | None) -> Sequence[Any]:
+def tokenizer_of(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """Get a model's tokenizer ready: the one given, its own, or that of the folder it was loaded from."""
+    base = unified_model(model)
+    tokenizer = tokenizer or base.tokenizer or read_tokenizer(model.config.name_or_path)
+    return prepare_tokenizer(tokenizer, base.chat_template)
+
+
+def checked_sources(base: UnifiedModelMixin, prompts: Sequence[Any], given: Sequence[Any] | None) -> Sequence[Any]:
     """Check all source images before any is painted from."""
     if given is None:
         return []
@@ -136,7 +142,8 @@ def _checked_sources(base: UnifiedModelMixin, prompts: Sequence[Any], given: Seq
     return given
 
 
-def _check_guidance(guidance: Guidance | None, thinking: bool) -> None:
+def check_guidance(guidance: Guidance | None, thinking: bool) -> None:
+    """Raise ValueError for guidance by a thinking that there is not."""
     if guidance is not None and "image" in guidance.branches and not thinking:
         raise ValueError(
             f"image_guidance_scale={guidance.image_guidance_scale} pushes the image towards its thinking, but "
@@ -144,7 +151,7 @@ def _check_guidance(guidance: Guidance | None, thinking: bool) -> None:
         )
 
 
-def _with_systems(trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase) -> list[Trajectory]:
+def with_systems(trajectories: Sequence[Trajectory], tokenizer: PreTrainedTokenizerBase) -> list[Trajectory]:
     """Say which tokens of each prompt are its system message's, as guidance needs to know."""
     systems = system_ids(tokenizer, [trajectory.prompt for trajectory in trajectories])
     return [replace(t, system_ids=ids) for t, ids in zip(trajectories, systems, strict=True)]
@@ -201,21 +208,28 @@ def think(
             out = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                do_sample=how.do_sample,
-                temperature=how.temperature if how.do_sample else None,
-                top_k=0 if how.do_sample else None,
-                top_p=1.0 if how.do_sample else None,
-                max_new_tokens=how.max_completion_length,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                suppress_tokens=never_sampled(base, tokenizer, [tokenizer.eos_token_id]),
-                use_cache=True,
+                **text_settings(base, tokenizer, how),
                 **shown,
             )
         texts = [trim(row, tokenizer.eos_token_id) for row in out[:, ids.shape[1] :].tolist()]
     rows = enumerate(zip(messages, prompt_ids, texts, strict=True))
     trajectories = [Trajectory(prompt, ids, row, [Round(text)]) for row, (prompt, ids, text) in rows]
     return with_sources(trajectories, sources)
+
+
+def text_settings(model: UnifiedModelMixin, tokenizer: PreTrainedTokenizerBase, how: Thinking) -> dict[str, Any]:
+    """Give the arguments of transformers' `generate` that sample texts in such a way."""
+    return {
+        "do_sample": how.do_sample,
+        "temperature": how.temperature if how.do_sample else None,
+        "top_k": 0 if how.do_sample else None,
+        "top_p": 1.0 if how.do_sample else None,
+        "max_new_tokens": how.max_completion_length,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "suppress_tokens": never_sampled(model, tokenizer, [tokenizer.eos_token_id]),
+        "use_cache": True,
+    }
 
 
 @torch.no_grad()

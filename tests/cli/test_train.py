@@ -18,7 +18,7 @@ from trl_unigrpo.cli import app
 from trl_unigrpo.cli.prompt_files import load_prompts
 from trl_unigrpo.cli.train import ModelArguments, check_model_arguments, main, prepare_training
 from trl_unigrpo.evaluation.models import base_revision, fingerprint, load_model
-from trl_unigrpo.shapeworld import BASE
+from trl_unigrpo.shapeworld import BASE, SEEING_BASE
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
 
@@ -244,6 +244,36 @@ def test_mistakes_of_the_command_line_are_one_line(tmp_path):
     ):
         result = CliRunner().invoke(app, ["train", *arguments])
         assert result.exit_code == 2 and said in result.output and result.output.count("\n") == 1
+
+
+def test_a_recipe_gives_defaults_that_files_and_options_overrule(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("recipe: reflect_until_good\nround_cost: 0.2\nlearning_rate: 1e-3\n")
+    only = {"num_generations": None, "per_device_train_batch_size": None, "model_name_or_path": SEEING_BASE}
+    args = prepared(tmp_path, config=file, learning_rate=0.5, **only).args
+    assert (args.num_rounds, args.eval_num_rounds, args.round_group, args.num_generations) == (2, 4, "tree", 12)
+    assert (args.round_cost, args.learning_rate, args.image_learning_rate) == (0.2, 0.5, 3e-4)
+    args = prepared(tmp_path, recipe="single_gpu").args
+    assert (args.image_size, args.image_learning_rate, args.num_rounds) == (48, 3e-4, 1)
+    args = prepared(tmp_path, config=file, recipe="single_gpu").args
+    assert (args.num_rounds, args.round_cost) == (1, 0.2)
+    expected = "recipe='two_gpus': expected one of single_gpu, editing, "
+    assert expected in refused(*options(tmp_path, recipe="two_gpus"))
+    file.write_text("recipe: two_gpus\n")
+    assert expected in refused(*options(tmp_path, config=file))
+
+
+# Rewards
+
+
+def test_a_reward_that_asks_a_judge_gets_the_one_that_is_named(tmp_path):
+    reward, url = "trl_unigrpo.rewards:EditReward", "http://127.0.0.1:9/v1"
+    trainer = prepared(tmp_path, reward_funcs=reward, judge_model="m", judge_base_url=url)
+    assert trainer.reward_func_names == ["EditReward"]
+    assert "asks a judge" in refused(*options(tmp_path, reward_funcs=reward))
+    judge = {"judge_model": "m", "judge_base_url": url}
+    assert "No reward among 'trl_unigrpo.rewards:sharpness' asks" in refused(*options(tmp_path, **judge))
+    assert "names no model" in refused(*options(tmp_path, judge_base_url=url))
 
 
 # The run

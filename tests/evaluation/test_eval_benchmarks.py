@@ -14,6 +14,7 @@ from trl_unigrpo.evaluation.metrics import all_correct, edit_mean, edit_quality
 from trl_unigrpo.evaluation.scorers import question_score
 from trl_unigrpo.models.sources import read_source
 from trl_unigrpo.rewards.questions.question import Question
+from trl_unigrpo.shapeworld import shapeworld_edit_dataset
 
 
 DPG_COLUMNS = ("item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed")
@@ -284,6 +285,30 @@ def test_own_prompts_in_every_format(tmp_path, ending):
         file.write_text("\ufeff" + "\n".join(texts), encoding="utf-8")  # as Windows begins a file
     benchmark = load_benchmark("prompts", file)
     assert [item.prompt for item in benchmark.items] == texts and benchmark.metric is None
+
+
+@pytest.mark.parametrize("column", ["source_image", "source_images"])
+def test_own_edits_have_their_sources_and_are_asked_about(tmp_path, column):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    held = [str(tmp_path / "a.png")] if column == "source_images" else str(tmp_path / "a.png")
+    missing = {column: "nowhere.png"} if column == "source_image" else {}
+    rows = [{"prompt": "make it blue", column: held}, {"prompt": "make it green", **missing}]
+    benchmark = load_benchmark("prompts", write_jsonl(tmp_path / "own.jsonl", *rows))
+    (item,) = benchmark.items
+    assert read_source(item.source_images[0]).getpixel((0, 0)) == (255, 0, 0) and column not in item.columns
+    assert "line 2: the source image is" in benchmark.problems[0]
+    assert [question.group for question in item.questions] == ["following", "preservation", "quality"]
+    assert reward(benchmark, item, 0.9, 0.4, 0.9) == pytest.approx(0.6)
+    exam = [{**rows[0], "questions": ["Is it blue?"]}]
+    benchmark = load_benchmark("prompts", write_jsonl(tmp_path / "exam.jsonl", *exam))
+    assert [question.text for question in benchmark.items[0].questions] == ["Is it blue?"]
+    assert benchmark.items[0].source_images and reward(benchmark, benchmark.items[0], 0.9) == 1
+
+
+def test_own_edits_in_parquet_are_read_as_they_are(tmp_path):
+    shapeworld_edit_dataset("test", 2).to_parquet(tmp_path / "edits.parquet")
+    benchmark = load_benchmark("prompts", tmp_path / "edits.parquet")
+    assert [read_source(item.source_images[0]).size for item in benchmark.items] == [(48, 48)] * 2
 
 
 def test_bad_rows_are_named_by_line_and_the_rest_runs(tmp_path):

@@ -10,10 +10,10 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from tests.helpers.judge_server import ChatServer, text_of, yes
+from tests.helpers.judge_server import ChatServer, pictures_of, text_of, yes
 from trl_unigrpo.cli import app
 from trl_unigrpo.rewards import read_questions
-from trl_unigrpo.shapeworld import evaluate_model
+from trl_unigrpo.shapeworld import SEEING_BASE, evaluate_model, shapeworld_edit_dataset
 
 
 SMALL = [
@@ -99,6 +99,33 @@ def test_a_judge_of_whole_prompts_and_a_reward(tmp_path):
     assert both.exit_code == 0 and (tmp_path / "c" / "compare.html").is_file(), both.output
 
 
+def test_own_edits_are_scored_by_a_reward_that_asks_the_judge(tmp_path):
+    rows = []
+    for number, row in enumerate(shapeworld_edit_dataset("test", 3)):
+        row["source_image"].save(tmp_path / f"{number}.png")
+        rows.append({"prompt": row["prompt"], "source_image": str(tmp_path / f"{number}.png")})
+    file = tmp_path / "edits.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "no source"}]))
+    common = ["--prompts", file, "--model", SEEING_BASE, "--system-prompt", "", "--samples", 1, *SMALL]
+    reward = "trl_unigrpo.rewards:EditReward"
+    with ChatServer(lambda body, attempt: yes(0.36 if "Apart from" in text_of(body) else 0.81)) as server:
+        judge = ("--judge-model", "m", "--judge-base-url", server.url)
+        result = invoke(*common, "--output-dir", tmp_path / "a", "--rewards", reward, *judge)
+        asked = len(server.requests)
+        without = invoke(*common, "--output-dir", tmp_path / "b", *judge)
+    assert (result.exit_code, without.exit_code) == (0, 0), result.output + without.output
+    assert "line 4: the source image is an empty list" in result.output
+    rewarded, judged = (json.loads((tmp_path / name / "summary.json").read_text()) for name in "ab")
+    assert rewarded["reward"] == pytest.approx(0.54) and rewarded["images"] == 3 and asked == 6
+    assert rewarded["label"] == f"edits.jsonl (rewards {reward}, judge m)"
+    assert rewarded["settings"]["scorer"] == {"rewards": [reward], "judge": "m", "mode": "logprobs"}
+    assert judged["reward"] == pytest.approx(0.54)  # sqrt(min(.81, .36) * .81), by GEdit-Bench's questions
+    assert len(server.requests) - asked == 9
+    assert all(len(pictures_of(body)) == 2 for _, body in server.requests)
+    page = (tmp_path / "a" / "index.html").read_text(encoding="utf-8")
+    assert page.count(">source</div>") == 3 and page.count("data:image/jpeg") == 6
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,7 +137,13 @@ def test_a_judge_of_whole_prompts_and_a_reward(tmp_path):
         (["--benchmark", "shapeworld", "--model", "/no/such/folder"], "/no/such/folder"),
         (["--prompts", "p.txt", "--model", "no-such-folder"], "p.txt needs a judge (--judge-model"),
         (["--prompts", "p.txt", "--rewards", "nowhere:reward"], "'nowhere:reward' can't be imported"),
-        (["--prompts", "p.txt", "--rewards", "a:b", "--judge-model", "m"], "one of a judge, rewards and a detector"),
+        (["--prompts", "p.txt", "--rewards", "a:b", "--detector", "m"], "one of a judge, rewards and a detector"),
+        (["--prompts", "p.txt", "--rewards", "trl_unigrpo.rewards:EditReward"], "asks a judge: name one beside it"),
+        (
+            ["--prompts", "p.txt", "--rewards", "trl_unigrpo.rewards:sharpness", "--judge-model", "m"]
+            + ["--judge-base-url", "http://127.0.0.1:9"],
+            "No reward among 'trl_unigrpo.rewards:sharpness' asks the judge",
+        ),
         (["--prompts", "p.txt", "--judge-model", "m"], "There is no endpoint: pass base_url"),
         (["--compare", "a", "b"], "a holds no results"),
         (["--write-prompts", "x.jsonl", "--seed", "43"], "seed=43"),

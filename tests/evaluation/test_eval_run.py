@@ -14,7 +14,9 @@ from tests.helpers.tiny_unified import PROMPTS, tiny_tokenizer
 from trl_unigrpo.evaluation import runner
 from trl_unigrpo.evaluation.benchmark import Item, Painting, evenly_spread
 from trl_unigrpo.evaluation.benchmarks import load_benchmark
-from trl_unigrpo.evaluation.results import DifferentSettingsError, read_lines
+from trl_unigrpo.evaluation.compare import compare_folders
+from trl_unigrpo.evaluation.page import write_comparison
+from trl_unigrpo.evaluation.results import DifferentSettingsError, read_lines, source_files
 from trl_unigrpo.evaluation.runner import Options, run, without_unfit_prompts
 from trl_unigrpo.evaluation.scorers import (
     JudgeScorer,
@@ -408,6 +410,10 @@ def test_edits_are_painted_from_their_sources_and_judged_beside_them(tmp_path):
                 assert image.tobytes() == official.tobytes()
         seen = [pictures_of(body) for _, body in server.requests if PROMPTS[place] in text_of(body)]
         assert {tuple(shown.size[::-1] for shown in pair) for pair in seen} <= {(SIZES[place], PAINTED[place])}
+    for place in range(4):
+        (copy,) = source_files(tmp_path / "judged", place)
+        with Image.open(copy) as image:
+            assert image.size[::-1] == SIZES[place]
     given = []
 
     def reward(prompts, completions, images, source_images, **columns):
@@ -416,6 +422,10 @@ def test_edits_are_painted_from_their_sources_and_judged_beside_them(tmp_path):
 
     begin("rewarded", RewardScorer({"redness": reward}))
     assert [image.size[::-1] for (image,) in given] == list(SIZES)
+    report = compare_folders(*(tmp_path / name for name in ("judged", "rewarded")))
+    write_comparison(tmp_path, *report)
+    page = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert page.count(">source</div>") == 4 and page.count("data:image/jpeg") == 12
     source(5).save(tmp_path / "0.png")
     with pytest.raises(DifferentSettingsError, match="digest"):
         begin("rewarded", RewardScorer({"redness": reward}))

@@ -57,6 +57,8 @@ def test_constants_of_a_run():
     assert of(65536, image_size=512) == (2e-6, 3e-5)
     assert of(num_inference_steps=10) == pytest.approx((3.2e-5 * 3.23, 4.8e-4 * 3.23), rel=2e-3)
     assert of(num_inference_steps=10, sde_type="cps") == pytest.approx((3.2e-5 * 4.86, 4.8e-4 * 4.86), rel=2e-3)
+    rounds = of(num_inference_steps=[25, 10], num_rounds=2)
+    assert rounds == pytest.approx((3.2e-5 * (1 + 3.23) / 2, 4.8e-4 * (1 + 3.23) / 2), rel=2e-3)
     # Lines have no steps; what is not scaled is what the configuration says.
     assert of(num_inference_steps=10, image_objective="fpo") == pytest.approx((32 * 3e-5, 32 * 1.5e-5))
     assert of(num_inference_steps=10, image_objective="awm")[0] == pytest.approx(32 * 1e-4)

@@ -21,8 +21,7 @@ from trl_unigrpo.trajectory import Round
 
 
 GRID = (2, 2)
-NODES = [1 - i / 6 for i in range(7)]
-NOISE, FIRST = 0.8, 3 * NODES[1] / (1 + 2 * NODES[1])
+BY_ROUND = ("num_inference_steps", "noise_level", "sde_window_size", "sde_window_range")
 NUMBERS = 16  # in one image's latents
 SCALE = math.sqrt(262144 / NUMBERS)
 
@@ -101,17 +100,30 @@ def surrogate(log_ratio, advantage, epsilon):
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
 
 
-def noisy_losses(image, v, old, advantage):
+def of_round(settings, number):
+    """The settings of a round: of those that are given as one a round, its own."""
+    lists = {name: value for name, value in settings.items() if name in BY_ROUND and isinstance(value, list)}
+    return {**settings, **{name: value[number] for name, value in lists.items()}}
+
+
+def scale_of_steps(settings):
+    """That of the constants: the mean over rounds whose steps differ."""
+    return mean([step_scale(of_round(settings, number)) for number in range(2)])
+
+
+def noisy_losses(image, v, old, advantage, number, settings):
     """Equation 5 of each step, with the log-ratio as the difference of two Gaussians' log-probs."""
-    losses, steps = [], image.steps
+    losses, steps, own = [], image.steps, of_round(settings, number)
+    u, noise = 1 - 1 / own.get("num_inference_steps", 6), own.get("noise_level", 0.8)
+    first = 3 * u / (1 + 2 * u)
     for k in range(len(v)):
         x, x_next, t, dt = (z[k].double() for z in (steps.x, steps.x_next, steps.t, steps.t_next - steps.t))
-        sigma2 = NOISE**2 * t / (1 - (FIRST if t == 1 else t))
+        sigma2 = noise**2 * t / (1 - (first if t == 1 else t))
         std = (sigma2 * -dt).sqrt()
         mu, mu_old = (x + (u + sigma2 / (2 * t) * (x + (1 - t) * u)) * dt for u in (v[k], old[k]))
         log_ratio = (((x_next - mu_old) ** 2).mean() - ((x_next - mu) ** 2).mean()) / (2 * std**2)
         normed = std * (log_ratio + ((mu - mu_old) ** 2).mean() / (2 * std**2))
-        losses.append(surrogate(normed, advantage, 1e-6 * SCALE * step_scale({})))
+        losses.append(surrogate(normed, advantage, 1e-6 * SCALE * scale_of_steps(settings)))
     return losses
 
 
@@ -142,7 +154,8 @@ def mean(values):
 def flow_loss(models, batch, settings):
     """-(J_flow) + w L_MSE of one micro-batch: means over steps, images and trajectories, in this order."""
     rows, grad, kind = [], settings.get("flow_context_grad") == "full", settings.get("image_objective", "flow_grpo")
-    weight = settings.get("flow_regularizer_weight", 1.5e-5) * SCALE * (step_scale({}) if kind == "flow_grpo" else 1)
+    weight = settings.get("flow_regularizer_weight", 1.5e-5) * SCALE
+    weight *= scale_of_steps(settings) if kind == "flow_grpo" else 1
     for row, trajectory in enumerate(batch["trajectories"]):
         of_images = []
         for number, image in trajectory.painted():
@@ -154,8 +167,10 @@ def flow_loss(models, batch, settings):
                 old, reference = (velocities(model, image, False) for model in (models.old, models.reference))
             if settings.get("flow_old_source") == "rollout":
                 old = list(image.steps.velocity.double())
-            terms = noisy_losses if kind == "flow_grpo" else line_losses
-            losses = terms(image, v, old, advantage, *[kind] * (kind != "flow_grpo"))
+            if kind == "flow_grpo":
+                losses = noisy_losses(image, v, old, advantage, number, settings)
+            else:
+                losses = line_losses(image, v, old, advantage, kind)
             distance = mean([((a - b) ** 2).mean() for a, b in zip(v, reference, strict=True)])
             of_images.append(mean(losses) + weight * distance)
         rows.append(mean(of_images) if of_images else torch.zeros((), dtype=torch.float64))

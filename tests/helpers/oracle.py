@@ -20,22 +20,25 @@ SYSTEM_TOKENS = 4  # of "think first" at the start of each context, with what op
 def step_scale(settings):
     """Mean width of the log-ratio over the windows of this run's steps, as a multiple of the paper's."""
 
-    def width(count, size, kind, ratio_norm):
+    def width(count, size, kind, ratio_norm, noise=NOISE, high=5):
         u = [1 - k / count for k in range(count + 1)]
         nodes = [SHIFT * x / (1 + (SHIFT - 1) * x) for x in u]
         widths = []
-        for start in range(5 - size + 1):  # each is as likely
+        for start in range(high - size + 1):  # each is as likely
             for t, t_next in zip(nodes[start:][:size], nodes[start + 1 :][:size], strict=True):
-                sigma2 = NOISE**2 * t / (1 - (nodes[1] if t == 1 else t))
+                sigma2 = noise**2 * t / (1 - (nodes[1] if t == 1 else t))
                 b, std = (1 + sigma2 * (1 - t) / (2 * t)) * (t - t_next), math.sqrt(sigma2 * (t - t_next))
                 if kind == "cps":
-                    std = t_next * math.sin(NOISE * math.pi / 2)
+                    std = t_next * math.sin(noise * math.pi / 2)
                     b = t * (1 - t_next) - (1 - t) * math.sqrt(t_next**2 - std**2)
                 widths.append(b if ratio_norm else b / std)
         return sum(widths) / len(widths)
 
     normed = settings.get("ratio_norm", True)
-    own = width(STEPS, settings.get("sde_window_size", 3), settings.get("sde_type", "sde"), normed)
+    named = {"num_inference_steps": STEPS, "sde_window_size": 3, "sde_type": "sde"}
+    steps, size, kind = (settings.get(name, default) for name, default in named.items())
+    low_high = settings.get("sde_window_range", [0, 5])
+    own = width(steps, size, kind, normed, settings.get("noise_level", NOISE), low_high[1])
     return own / width(25, 3, "sde", normed)
 
 

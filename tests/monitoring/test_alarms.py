@@ -192,7 +192,7 @@ def test_schedule_of_another_number_of_steps_is_found(make_trainer):
     # verl-omni#279: the sampler made one step fewer than the update thought.
     window = {"sde_window_mode": "fixed", "sde_window_range": [0, 2], "sde_window_size": 1}
     trainer = make_trainer(num_inference_steps=3, image_size=16, **window)
-    trainer._setup.objective.first_node = windows.flow_timesteps(2, trainer.args.timestep_shift)[1]
+    trainer._setup.objective.first_nodes = [windows.flow_timesteps(2, trainer.args.timestep_shift)[1]]
     with pytest.raises(TrustError, match="times the power.*num_inference_steps"):
         trainer.train()
 

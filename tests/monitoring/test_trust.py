@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,8 +135,7 @@ def test_one_step_more_or_less_than_the_paper_s_25_is_found():
     trajectories = [Trajectory("", [], rounds=[Round(images=[image])]) for image in images]
 
     def check(num_inference_steps):
-        args = SimpleNamespace(num_inference_steps=num_inference_steps, timestep_shift=3, sde_type="sde")
-        args.noise_level = 0.8
+        args = UniGRPOConfig(output_dir="", use_cpu=True, num_inference_steps=num_inference_steps)
         rollout = Rollout(trajectories, 24, FlowGRPO(args, 1e-6).transition, None)
         TrustChecks("raise").on_rollout(None, None, None, rollout=rollout)
 

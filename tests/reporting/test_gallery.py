@@ -141,7 +141,7 @@ def test_long_evaluations_keep_few_images_in_memory(make_trainer):
 
     class Count(Watcher):
         def on_prediction_step(self, *args, **kwargs):
-            kept.append(sum(len(images) for _, images in gallery._evaluated))
+            kept.append(sum(len(images) for _, (images, _) in gallery._evaluated))
 
     trainer.add_callback(Count())
     trainer.evaluate()

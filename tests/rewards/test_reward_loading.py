@@ -9,7 +9,8 @@ import pytest
 from trl.rewards import think_format_reward
 
 from trl_unigrpo import rewards as own_rewards
-from trl_unigrpo.rewards.loading import load_reward
+from trl_unigrpo.rewards import VLMJudge
+from trl_unigrpo.rewards.loading import load_judged, load_reward
 
 
 MODULE = """
@@ -78,6 +79,19 @@ def test_objects_and_classes(here):
     assert load_reward("rewards_of_mine:Same")(images=[None]) == [2.0]
     assert load_reward("rewards_of_mine.by_instance")(images=[None]) == [4.0]
     assert load_reward("rewards_of_mine:by_instance.__call__")(images=[None]) == [4.0]
+
+
+def test_a_class_that_asks_a_judge_is_made_with_it(here):
+    judge = VLMJudge("m", base_url="http://127.0.0.1:9")
+    path = "trl_unigrpo.rewards:EditReward"
+    reward = load_reward(path, judge)
+    assert isinstance(reward, own_rewards.EditReward) and reward.asker is judge
+    rewards = load_judged(["rewards_of_mine:brightness", path], judge)
+    assert list(rewards) == ["rewards_of_mine:brightness", path] and rewards[path].asker is judge
+    with pytest.raises(ValueError, match="EditReward' asks a judge: name one beside it, by --judge-model"):
+        load_reward(path)
+    with pytest.raises(ValueError, match="No reward among 'rewards_of_mine:brightness' asks the judge"):
+        load_judged(["rewards_of_mine:brightness"], judge)
 
 
 def test_the_package_s_own_rewards_and_trl_s():

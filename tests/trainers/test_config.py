@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from trl import GRPOConfig, TrlParser
 
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_unified import tiny_config
+from trl_unigrpo.reflection import TEMPLATE
 from trl_unigrpo.trainers import config_checks, unigrpo_config
 from trl_unigrpo.trainers.evaluation_checks import whole_groups
 from trl_unigrpo.trainers.refl_trainer import ReFLConfig
-from trl_unigrpo.trainers.reflection import TEMPLATE
 from trl_unigrpo.trainers.rounds_config import RoundsConfig
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
@@ -85,6 +86,8 @@ DEFAULTS = {
     "max_reflection_length": 256,
     "allow_stop": True,
     "stop_text": "keep",
+    "stop_warmup_steps": 0,
+    "stop_bonus": 0.0,
     "train_rounds": None,
     "round_group": "independent",
     "round_select": "worst",
@@ -141,6 +144,22 @@ def test_editing(tmp_path):
     assert config.image_size == 512
     assert config.num_generations % config.per_device_train_batch_size == 0
     assert UniGRPOConfig.editing(str(tmp_path), use_cpu=True, num_generations=8).num_generations == 8
+
+
+@pytest.mark.parametrize("recipe", ["self_refinement", "reflect_until_good"])
+def test_recipes_of_two_rounds(tmp_path, recipe):
+    make = getattr(UniGRPOConfig, recipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # clamp with stop would warn
+        config = make(str(tmp_path), use_cpu=True)
+    assert (config.num_rounds, config.round_group, config.round_select) == (2, "tree", "worst")
+    assert config.image_size == 512
+    assert config.generation_batch_size == config.num_generations
+    told = (config.no_improve, config.allow_stop, config.round_cost, config.keep_perfect, config.eval_num_rounds)
+    refines = recipe == "self_refinement"
+    assert told == (("clamp", False, 0.0, 0.0, None) if refines else ("none", True, 0.01, 0.15, 4))
+    assert make(str(tmp_path), use_cpu=True, num_rounds=3, round_cost=0.5).num_rounds == 3
+    assert make(str(tmp_path), use_cpu=True, round_cost=0.5).round_cost == 0.5
 
 
 @pytest.mark.parametrize(
@@ -246,6 +265,18 @@ def test_command_line_window(tmp_path, monkeypatch):
     )
     (config,) = TrlParser((UniGRPOConfig,)).parse_args_into_dataclasses()
     assert config.sde_window_range == [1, 5]
+
+
+def test_settings_of_each_round_on_the_command_line_and_in_yaml(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("num_rounds: 2\nsde_window_range: [[0, 5], [0, 3]]\nnoise_level: [8e-1, '0.5']\n")
+    arguments = ["--config", str(file), "--output_dir", str(tmp_path), "--use_cpu"]
+    (config,) = TrlParser((UniGRPOConfig,)).parse_args_and_config([*arguments, "--num_inference_steps", "25", "40"])
+    assert (config.num_inference_steps, config.sde_window_size) == ([25, 40], 3)
+    assert (config.sde_window_range, config.noise_level) == ([[0, 5], [0, 3]], [0.8, 0.5])
+    flat = ["--sde_window_range", "0", "5", "1", "4", "--num_inference_steps", "30", "--noise_level", "0.7"]
+    (config,) = TrlParser((UniGRPOConfig,)).parse_args_and_config([*arguments, *flat])
+    assert (config.sde_window_range, config.num_inference_steps, config.noise_level) == ([[0, 5], [1, 4]], 30, 0.7)
 
 
 REFUSED = [

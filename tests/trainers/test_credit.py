@@ -218,6 +218,8 @@ def test_which_image_a_group_goes_on_from():
     assert drawn([0.1, 0.2, 0.2, 0.9], "spread") == [0, 0, 0, 1]
     shares = torch.tensor(drawn(rewards, "softmax", times=4000))[[0, 1, 3]]
     torch.testing.assert_close(shares, (-torch.tensor([0.6, 0.2, 0.7])).softmax(0), atol=0.03, rtol=0)
+    shares = torch.tensor(drawn(rewards, "random", times=4000))
+    torch.testing.assert_close(shares, torch.tensor([1.0, 1.0, 0.0, 1.0]) / 3, atol=0.03, rtol=0)
     assert drawn([NAN, NAN], "worst") == [1, 0]
 
 

@@ -3,11 +3,14 @@
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+from tests.helpers.examples import run_example
+from tests.helpers.judge_server import ChatServer, pictures_of, yes
 from tests.helpers.many_images import assert_equations
-from tests.helpers.rounds import PLACEHOLDER, STOP, FixedRounds, in_order_of_rows, rounds_bagel, rounds_trainer
+from tests.helpers.rounds import PLACEHOLDER, STOP, WORD, FixedRounds, in_order_of_rows, rounds_bagel, rounds_trainer
 from tests.helpers.runs import assert_equal_runs, run
 from tests.helpers.tiny_unified import (
     OneByOne,
@@ -17,6 +20,7 @@ from tests.helpers.tiny_unified import (
     spy_paint,
     tiny_bagel,
     tiny_config,
+    tiny_tokenizer,
 )
 from tests.helpers.toy_painter import toy_painter
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
@@ -24,6 +28,8 @@ from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 
 
 SGD = {"max_grad_norm": 0.0, "learning_rate": 0.5, "image_learning_rate": 0.05, "optim": "sgd"}
+OF_ROUNDS = {"num_inference_steps": [6, 4], "sde_window_size": [3, 1], "sde_window_range": [[0, 5], [0, 3]]}
+OF_ROUNDS["noise_level"] = [0.8, 0.4]
 UPDATES = {"gradient_accumulation_steps": 1, "steps_per_generation": 2, "max_steps": 4}
 
 
@@ -91,6 +97,32 @@ def test_credit_of_a_generation_is_that_of_its_images(trained):
         assert found.abs().min() > 1e-6
 
 
+def test_keeping_a_perfect_image_is_paid_a_bonus_and_no_other(trained):
+    """Group 1's last image is perfect and kept, group 2's is kept and is not."""
+
+    def score(prompts, completions, images, round_index, **columns):
+        return [1.0 if i == 3 else 0.1 * (i % 4) for i in range(4)] + [0.2] * 4 if len(images) == 8 else [0.5] * 6
+
+    plain = {"reward_funcs": score, "max_steps": 1, "scale_rewards": "none"}
+    plain |= {"round_baseline": 0.0, "round_reward": "own"}
+    found = [in_order_of_rows(trained(**plain, stop_bonus=bonus)[1].batches) for bonus in (0.0, 2.0)]
+    paid, rich = (torch.stack([columns["round_advantages"] for _, columns in rows]) for rows in found)
+    bonus = torch.tensor([[0.0, -0.5]] * 3 + [[0.0, 1.5]] + [[0.0, 0.0]] * 4)  # of round 2, within its group
+    torch.testing.assert_close(rich - paid, bonus)
+
+
+def test_nothing_is_kept_while_stopping_warms_up(trained):
+    _, seen = trained(max_steps=3, num_iterations=1, stop_warmup_steps=2, reflection_template="the {prompt}{or_stop}")
+    stops, offers = [], []
+    for batches in (seen.batches[:2], seen.batches[2:4], seen.batches[4:]):
+        rows = in_order_of_rows(batches)
+        stops.append([t.rounds[1].stopped for t, _ in rows])
+        others = [t for t, _ in rows if "tree" not in t.prompt[-1]["content"]]
+        offers.append({WORD["tree"] in t.rounds[1].observation_ids for t in others})
+    assert stops == [[False] * 8, [False] * 8, [False, False, False, True] * 2]
+    assert offers == [{False}, {False}, {True}]
+
+
 # What is trained
 
 
@@ -103,9 +135,19 @@ def test_credit_of_a_generation_is_that_of_its_images(trained):
         pytest.param({"round_context": "markov", **UPDATES}, marks=pytest.mark.slow),
         {"round_context": "full", **UPDATES},
         {"train_rounds": [2]},
+        {**OF_ROUNDS, **UPDATES},
         {"round_group": "tree", "image_objective": "fpo", "matching_samples": 3, "image_learning_rate": 0.02},
     ],
-    ids=["markov", "full-three", "context-grad", "markov-updates", "full-updates", "second-alone", "tree-lines"],
+    ids=[
+        "markov",
+        "full-three",
+        "context-grad",
+        "markov-updates",
+        "full-updates",
+        "second-alone",
+        "of-rounds",
+        "tree-lines",
+    ],
 )
 def test_losses_and_gradients_are_those_of_the_equations(trained, settings):
     trainer, seen = trained(**settings)
@@ -163,6 +205,17 @@ def test_rounds_that_are_not_trained_have_neither_steps_nor_tokens(trained):
 class AllKeep(FixedRounds):
     def _sampled_texts(self, trajectories):
         return [STOP for _ in trajectories]
+
+
+def test_rounds_have_steps_windows_and_noise_of_their_own(trained, monkeypatch):
+    calls = spy_paint(monkeypatch)
+    trained(**OF_ROUNDS, num_rounds=3, max_steps=1)
+    assert [len(plan.timesteps) - 1 for _, plan, _ in calls] == [6, 4, 4]
+    assert [plan.noise_level for _, plan, _ in calls] == [0.8, 0.4, 0.4]
+    assert [len(image.steps) for _, _, images in calls for image in images] == [3] * 8 + [1] * 6 + [1] * 6
+    for _, plan, images in calls:
+        for image in images:
+            assert set(image.steps.t.tolist()) <= set(plan.timesteps.float().tolist())
 
 
 @pytest.mark.parametrize("train_rounds", [None, [2]])
@@ -319,6 +372,27 @@ def test_completions_name_the_images_between_the_texts(trained):
     assert all(" [image 1] " in row["thinking"] for row in trainer._book.rows)
 
 
+def test_the_example_refines_by_a_judge(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    rounds_bagel().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    prompts_dataset().to_csv(tmp_path / "prompts.csv")
+    small = {"image_size": 8, "num_inference_steps": 6, "num_generations": 4, "max_completion_length": 4}
+    small |= {"max_reflection_length": 4, "max_steps": 1, "gallery_steps": 0}
+    small |= {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    with ChatServer(lambda body, attempt: yes(0.1 + 0.8 * np.asarray(pictures_of(body)[0]).mean() / 255)) as server:
+        names = {
+            '"ByteDance-Seed/BAGEL-7B-MoT"': repr(str(tmp_path / "model")),
+            '"http://localhost:8000/v1"': repr(server.url),
+            '"prompts.csv"': repr(str(tmp_path / "prompts.csv")),
+            '"bagel-refine"': f"{str(tmp_path / 'out')!r}, **{small!r}",
+        }
+        log = run_example("self_refinement.py", **names)["trainer"].state.log_history[0]
+    assert log["rounds/images"] == 2
+    assert log["rounds/kept_2"] == 0
+    assert 0 < log["rounds/reward_1"] < 1
+
+
 # Refused
 
 
@@ -337,12 +411,40 @@ def test_completions_name_the_images_between_the_texts(trained):
         ({"mask_truncated_completions": True}, "mask_truncated_completions"),
         ({"round_group": "tree", "round_context": "full"}, "round_group='tree'"),
         ({"round_group": "tree", "round_reward": "sum"}, "round_reward='sum'"),
+        ({"stop_bonus": -1.0}, "stop_bonus"),
+        ({"noise_level": [0.8, 0.7, 0.6]}, r"noise_level=\[0.8, 0.7, 0.6\] with num_rounds=2: .*at most 2"),
+        ({"num_rounds": 1, "noise_level": [0.8, 0.7]}, "noise_level=.* with num_rounds=1"),
+        ({"noise_level": []}, r"noise_level=\[\] with num_rounds=2"),
+        ({"noise_level": [0.8, -1.0]}, "noise_level=-1.0: expected 0 or more"),
+        ({"num_inference_steps": [6, 5]}, r"sde_window_range=\[0, 5\] with num_inference_steps=5"),
+        ({"sde_window_range": [[0, 5], [0, 2]]}, r"sde_window_size=3 does not fit into sde_window_range=\[0, 2\]"),
+        ({"sde_window_range": [[0, 5], [3]]}, r"sde_window_range=\[3\]: expected two"),
+        ({"num_inference_steps": [6, "many"]}, "num_inference_steps='many': expected an integer"),
+        ({"stop_warmup_steps": -1}, "stop_warmup_steps"),
+        ({"stop_bonus": 1.0, "allow_stop": False}, "stop_bonus=1.0 with allow_stop=False"),
+        ({"stop_warmup_steps": 5, "allow_stop": False}, "stop_warmup_steps=5 with allow_stop=False"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
 def test_what_rounds_do_not_do_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(tmp_path, **{"num_rounds": 2, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"max_reflection_length": 1023},
+            "max_reflection_length=1023 leaves no room for a prompt: the model has 1024",
+        ),
+        ({"max_reflection_length": 600, "num_rounds": 3, "round_context": "full"}, "600 of 3 rounds in one context"),
+        ({"max_reflection_length": 600, "eval_num_rounds": 3, "round_context": "full"}, "600 of 3 rounds"),
+    ],
+)
+def test_rounds_that_the_model_has_no_positions_for_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        rounds_trainer(tmp_path, **settings)
 
 
 def test_clamp_with_stop_warns(tmp_path):

@@ -1,5 +1,6 @@
 """`trl-unigrpo train`: UniGRPO from the command line or a YAML file, as `trl grpo` does GRPO."""
 
+import argparse
 import json
 import warnings
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from ..rewards.loading import load_reward
-from ..trainers.unigrpo_config import UniGRPOConfig
+from ..rewards.loading import load_judged
+from ..trainers.unigrpo_config import RECIPES, UniGRPOConfig
 from ..trainers.unigrpo_trainer import UniGRPOTrainer
 from .prompt_files import is_file, load_prompts
 
@@ -25,18 +26,25 @@ class TrainArguments:
         dataset_name (`str`): hub id or folder of a dataset, a csv, json, jsonl, parquet or txt file, or `shapeworld`.
         reward_funcs (`list[str]`): reward functions as `module:NAME`, such as `my_rewards:redness`, or
             `think_format_reward`.
+        judge_model, judge_base_url (`str`, *optional*): a judge behind an endpoint, for rewards that ask one, such as
+            `trl_unigrpo.rewards:EditReward`; its key is read from `OPENAI_API_KEY`.
         dataset_config (`str`, *optional*): configuration of a hub dataset.
         dataset_train_split (`str`, *optional*, defaults to `"train"`): split to train on, or a slice of it.
         eval_dataset_name (`str`, *optional*): dataset to evaluate on if `eval_strategy` says so; `dataset_name`'s by
             default.
         dataset_test_split (`str`, *optional*): its split; by default all of a file that `eval_dataset_name` names, of
             other datasets "test".
+        recipe (`str`, *optional*): name of a preset of [`UniGRPOConfig`], whose settings are then the defaults.
     """
 
     dataset_name: str = field(
         metadata={"help": "Hub id or folder of a dataset, a csv/json/jsonl/parquet/txt file, or 'shapeworld'."}
     )
     reward_funcs: list[str] = field(metadata={"help": "Reward functions as module:NAME, such as my_rewards:redness."})
+    judge_model: str | None = field(
+        default=None, metadata={"help": "Name of the judge that rewards ask, at an OpenAI-compatible endpoint."}
+    )
+    judge_base_url: str | None = field(default=None, metadata={"help": "That endpoint."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_train_split: str = field(
         default="train", metadata={"help": "Split to train on; a file is one split, train. Slices: 'train[:90%%]'."}
@@ -46,6 +54,9 @@ class TrainArguments:
     )
     dataset_test_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on; test, or all of a file named by eval_dataset_name."}
+    )
+    recipe: str | None = field(
+        default=None, metadata={"help": f"Preset whose settings are the defaults: {', '.join(RECIPES)}."}
     )
 
 
@@ -74,7 +85,17 @@ class TrainParser(TrlParser):
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message}. --help lists all options.\n")
 
+    def read_recipe(self, arguments: Sequence[str] | None) -> None:
+        """Take the settings of the recipe that arguments name as defaults."""
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--recipe")
+        self.set_defaults_with_config(recipe=first.parse_known_args(arguments)[0].recipe)
+
     def set_defaults_with_config(self, **settings: Any) -> list[str]:
+        recipe = self.get_default("recipe") or settings.get("recipe")  # the command line's counts more
+        if recipe is not None and recipe not in RECIPES:
+            raise ValueError(f"recipe={recipe!r}: expected one of {', '.join(RECIPES)}.")
+        settings = {**(RECIPES[recipe] if recipe else {}), **settings}
         options = {action.dest: action for action in self._actions}
         for name, value in settings.items():
             if name not in options:
@@ -118,11 +139,13 @@ def prepare_training(argv: Sequence[str] | None = None) -> tuple[TrainArguments,
     given = [part for word in argv or () for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if given[-1:] == ["--config"]:
         raise ValueError("--config names no file: expected one of YAML behind it.")
-    script, args, model = parser.parse_args_and_config(given if argv is not None else None)
+    arguments = given if argv is not None else None  # those of the process
+    parser.read_recipe(arguments)
+    script, args, model = parser.parse_args_and_config(arguments)
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: a folder, a hub id, or 'shapeworld'.")
     check_model_arguments(model, args)
-    rewards = [load_reward(path) for path in script.reward_funcs]
+    rewards = list(load_judged(script.reward_funcs, judge_of(script)).values())
     train_dataset, eval_dataset = load_datasets(script, args)
     args.model_init_kwargs = {**loading_arguments(model), **(args.model_init_kwargs or {})}
     return script, UniGRPOTrainer(
@@ -134,6 +157,17 @@ def prepare_training(argv: Sequence[str] | None = None) -> tuple[TrainArguments,
         quantization_config=get_quantization_config(replace(model, dtype=None) if model.dtype == "auto" else model),
         peft_config=get_peft_config(model),
     )
+
+
+def judge_of(script: TrainArguments) -> Any:
+    """Make the judge that the rewards ask; None without one."""
+    if script.judge_model is None:
+        if script.judge_base_url is not None:
+            raise ValueError(f"--judge_base_url {script.judge_base_url} names no model. Add --judge_model.")
+        return None
+    from ..rewards.judge.vlm_judge import VLMJudge
+
+    return VLMJudge(script.judge_model, script.judge_base_url)
 
 
 def model_source(name: str) -> str:

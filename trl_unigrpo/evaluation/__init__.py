@@ -12,29 +12,36 @@ if TYPE_CHECKING:
     from .benchmarks.geneval_prompts import geneval_dataset
     from .compare import compare_folders
     from .models import load_model
+    from .refining import Look, Refinement, refine
     from .runner import Options, run
 
 _HOME_OF = {
     "Guidance": "..flow.guidance",
+    "Look": "refining",
     "Options": "runner",
+    "Refinement": "refining",
     "Sample": "..sampling",
     "compare_folders": "compare",
     "generate": "..sampling",
     "geneval_dataset": "benchmarks.geneval_prompts",
     "load_benchmark": "benchmarks",
     "load_model": "models",
+    "refine": "refining",
     "run": "runner",
 }
 
 __all__ = [
     "Guidance",
+    "Look",
     "Options",
+    "Refinement",
     "Sample",
     "compare_folders",
     "generate",
     "geneval_dataset",
     "load_benchmark",
     "load_model",
+    "refine",
     "run",
 ]
 

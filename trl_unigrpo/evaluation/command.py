@@ -53,14 +53,20 @@ def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
     if judging.none:
         return None
     asked = judging.judge_model is not None or judging.local_judge is not None
-    if sum((asked, bool(judging.rewards), judging.detector is not None)) > 1:
+    if judging.detector is not None and (asked or judging.rewards):
         raise ValueError("Pass one of a judge, rewards and a detector: each gives other numbers.")
     if judging.rewards:
-        from ..rewards.loading import load_reward
+        from ..rewards.loading import load_judged
 
-        return RewardScorer({path: load_reward(path) for path in judging.rewards})
+        asker, settings = _judge(judging) if asked else (None, {})
+        label = f"rewards {', '.join(judging.rewards)}" + (f", judge {settings['judge']}" if asked else "")
+        rewards = load_judged(judging.rewards, asker)
+        return RewardScorer(rewards, label, {"rewards": list(rewards), **settings})
     if asked:
-        return _judge(benchmark, judging)
+        asker, settings = _judge(judging)
+        if benchmark.metric is None:  # no questions: the judge is asked about the prompt as a whole
+            return RewardScorer({"judge": asker}, f"judge {settings['judge']}", settings, total="judge")
+        return JudgeScorer(asker, benchmark.metric, settings["judge"], settings)
     kind = scorer_kind(benchmark)
     if kind == "rule":
         return ShapeWorldScorer()
@@ -76,28 +82,23 @@ def build_scorer(benchmark: Benchmark, judging: Judging) -> Scorer | None:
     raise ValueError(f"{benchmark.title} needs {wanted} to score its images. --no-score only paints them.")
 
 
-def _judge(benchmark: Benchmark, judging: Judging) -> Scorer:
-    asker: Any
-    settings: dict[str, Any]
+def _judge(judging: Judging) -> tuple[Any, dict[str, Any]]:
+    """Make the judge that was asked for, with what its answers depend on."""
     if judging.local_judge is not None:
         from ..rewards.judge.local_judge import LocalVLMJudge
 
-        name, settings = judging.local_judge, {"local": True}
-        asker = LocalVLMJudge(judging.local_judge)
-    else:
-        from ..rewards.judge.vlm_judge import VLMJudge
+        return LocalVLMJudge(judging.local_judge), {"judge": judging.local_judge, "local": True}
+    from ..rewards.judge.vlm_judge import VLMJudge
 
-        name, settings = str(judging.judge_model), {"mode": judging.judge_mode}
-        asker = VLMJudge(
-            name,
-            judging.judge_base_url,
-            mode=judging.judge_mode,
-            concurrency=judging.judge_concurrency,
-            cache=judging.judge_cache,
-        )
-    if benchmark.metric is None:  # no questions: the judge is asked about the prompt as a whole
-        return RewardScorer({"judge": asker}, f"judge {name}", {"judge": name, **settings}, total="judge")
-    return JudgeScorer(asker, benchmark.metric, name, settings)
+    name = str(judging.judge_model)
+    judge = VLMJudge(
+        name,
+        judging.judge_base_url,
+        mode=judging.judge_mode,
+        concurrency=judging.judge_concurrency,
+        cache=judging.judge_cache,
+    )
+    return judge, {"judge": name, "mode": judging.judge_mode}
 
 
 def evaluate(

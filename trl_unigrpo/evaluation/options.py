@@ -84,7 +84,7 @@ class Judging:
     judge_cache: Annotated[str | None, Option(help="sqlite file that keeps the judge's answers.")] = None
     local_judge: Annotated[str | None, Option(help="Folder or hub id of a judge in this process.")] = None
     rewards: Annotated[
-        list[str] | None, Option(help="Reward functions as module:NAME instead of a judge, repeated.")
+        list[str] | None, Option(help="Reward functions as module:NAME, repeated; a judge is for those that ask one.")
     ] = None
     detector: Annotated[str | None, Option(help="GenEval's Mask2Former, if not the released one.")] = None
     clip: Annotated[str | None, Option(help="GenEval's CLIP, if not the released one.")] = None

@@ -15,7 +15,7 @@ from ..reporting.pages import (
 )
 from .benchmark import evenly_spread
 from .compare import Pair
-from .results import Line
+from .results import Line, source_files
 from .runner import read_image
 from .summary import shown
 
@@ -33,7 +33,8 @@ def write_index(folder: Path, summary: Mapping[str, Any], lines: Sequence[Line])
     groups: dict[int, list[Line]] = {}
     for line in sorted(lines, key=lambda line: (line["index"], line["sample"])):
         groups.setdefault(line["index"], []).append(line)
-    chosen = evenly_spread(list(groups.values()), max(1, MAX_IMAGES // max(map(len, groups.values()), default=1)))
+    most = max((len(group) + len(source_files(folder, place)) for place, group in groups.items()), default=1)
+    chosen = evenly_spread(list(groups.values()), max(1, MAX_IMAGES // most))
     tasks: dict[str, list[list[dict[str, Any]]]] = {}
     for group in chosen:
         tasks.setdefault(group[0]["tag"], []).append([card(folder, line) for line in group])
@@ -75,6 +76,7 @@ def card(folder: Path, line: Line, prefix: str = "") -> dict[str, Any]:
     return {
         **line,
         "embedded": None if image is None else data_uri(jpeg(image, SIDE)),
+        "sources": [data_uri(jpeg(read_image(source), SIDE)) for source in source_files(folder, line["index"])],
         "tiny": image is not None and max(image.size) <= SIDE // 2,
         "file": prefix + line["image"],
         "shown_questions": questions[:MAX_ANSWERS],

@@ -2,7 +2,8 @@
 
 settings.json     all that the images and scores depend on
 results.jsonl     one line per image, in the order of painting
-images/00000/     of each prompt GenEval's layout: `metadata.jsonl`, one object, and `samples/0000.png`, ...
+images/00000/     of each prompt GenEval's layout: `metadata.jsonl`, one object, and `samples/0000.png`, ...;
+                  beside them `sources/0000.jpg`, ..., small copies of the images that it edits
 """
 
 import json
@@ -11,10 +12,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..monitoring.files import replace_file
+from ..reporting.pages import jpeg
 
 
 SETTINGS, RESULTS = "settings.json", "results.jsonl"
+SOURCE_SIDE = 512
+"""Pixels of the longer side of a source image's copy, at most."""
 
 Line = dict[str, Any]
 
@@ -126,6 +132,19 @@ def _as_text(line: Line) -> str:
 def image_file(place: int, sample: int) -> str:
     """Give the path of an image below the folder, as GenEval's scorer finds it."""
     return f"images/{place:05}/samples/{sample:04}.png"
+
+
+def source_files(folder: Path, place: int) -> list[Path]:
+    """Find the copies of the images that a prompt edits."""
+    return sorted((folder / f"images/{place:05}/sources").glob("*.jpg"))
+
+
+def write_sources(folder: Path, place: int, images: Iterable[Image.Image]) -> None:
+    """Write copies of the images that a prompt edits, for the page."""
+    for number, image in enumerate(images):
+        file = folder / f"images/{place:05}/sources/{number:04}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(jpeg(image, SOURCE_SIDE))
 
 
 def write_metadata(folder: Path, place: int, row: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from ..flow.guidance import Guidance
 from ..images import has_failed
 from ..models.prompts import as_messages, choose_system_prompt
 from ..models.registry import unified_model
-from ..models.sources import source_bytes
+from ..models.sources import read_sources, source_bytes
 from ..models.tokenizer import check_messages, prepare_tokenizer
 from ..rewards.questions.question import earned
 from ..sampling import generate
@@ -29,6 +29,7 @@ from .results import (
     read_lines,
     write_lines,
     write_metadata,
+    write_sources,
 )
 from .scorers import Score, Scorer
 
@@ -238,6 +239,8 @@ def _paint(
         }
         file = folder / line["image"]
         write_metadata(folder, place, {"prompt": item.prompt, **item.columns, "tag": item.task})
+        if item.source_images:
+            write_sources(folder, place, read_sources(item.source_images))
         file.parent.mkdir(exist_ok=True)
         sample.image.save(file)
         if item.official and number == 0:

@@ -166,7 +166,7 @@ class RewardScorer:
         prompts = [item.prompt for item in items]
         given: dict[str, list[float | None]] = {}
         for name, reward in self.rewards.items():
-            scores = _called(reward, prompts=prompts, completions=list(thinkings), images=list(images), **columns)
+            scores = called(reward, prompts=prompts, completions=list(thinkings), images=list(images), **columns)
             if len(scores) != len(items):
                 raise ValueError(f"The reward {name} gave {len(scores)} scores for {len(items)} images.")
             given[name] = [finite(score) for score in scores]
@@ -184,7 +184,8 @@ class RewardScorer:
         return "; ".join(f"{name}: {getattr(reward, 'last_error', '') or 'no score'}" for name, reward in failed)
 
 
-def _called(reward: Callable[..., Any], **arguments: Any) -> Sequence[float | None]:
+def called(reward: Callable[..., Any], **arguments: Any) -> Sequence[float | None]:
+    """Call a reward function, asynchronous or not."""
     scores = reward(**arguments)
     return asyncio.run(scores) if inspect.iscoroutine(scores) else scores
 

@@ -6,12 +6,14 @@ Every objective gives one loss per state; how these are averaged is the business
 Shapes: S states, `latent` the model's own latent dimensions.
 """
 
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .matching import line_state, line_times, matching_log_ratio, nft_loss
+from .per_round import of_round, rounds_that_differ
 from .ratio import clipped_surrogate, latent_kl, log_ratio, velocity_mse
 from .scaling import scale_with_latents, scale_with_steps
 from .schedule import flow_timesteps
@@ -40,7 +42,9 @@ class Objective(Protocol):
     def states(self, image: Tensor, steps: SDESteps, generator: torch.Generator) -> Any:
         """Make the states to train on, of a finished image (*latent) and the noisy steps of its sampling."""
 
-    def loss(self, velocity: Tensor, old: Tensor, states: Any, advantages: Tensor, image: Tensor) -> Loss:
+    def loss(
+        self, velocity: Tensor, old: Tensor, states: Any, advantages: Tensor, image: Tensor, rounds: Tensor
+    ) -> Loss:
         """
         Compute the loss of each state.
 
@@ -50,9 +54,10 @@ class Objective(Protocol):
             states: S states where both were predicted.
             advantages: (S,) of the trajectories that the states belong to.
             image: (S,) numbers of the images that they belong to.
+            rounds: (S,) numbers of the rounds that they belong to, on the CPU.
         """
 
-    def regularizer(self, velocity: Tensor, reference: Tensor, states: Any) -> Tensor:
+    def regularizer(self, velocity: Tensor, reference: Tensor, states: Any, rounds: Tensor) -> Tensor:
         """Measure the distances (S,) to the reference model, means over the latent's numbers."""
 
 
@@ -70,26 +75,37 @@ class FlowGRPO:
 
     def __init__(self, args: Any, epsilon: float):
         self.args, self.epsilon = args, epsilon
-        self.first_node = flow_timesteps(args.num_inference_steps, args.timestep_shift)[1]
+        self.first_nodes = [
+            flow_timesteps(of_round(args, "num_inference_steps", number), args.timestep_shift)[1]
+            for number in range(rounds_that_differ(args))
+        ]
 
     def states(self, image: Tensor, steps: SDESteps, generator: torch.Generator) -> SDESteps:
         return steps
 
-    def transition(self, states: SDESteps) -> Transition:
-        """Describe the recorded steps as Gaussians."""
-        return transition(self.args.sde_type, states.t, states.t_next, self.args.noise_level, self.first_node)
+    def transition(self, states: SDESteps, rounds: Tensor | int = 0) -> Transition:
+        """Describe the recorded steps as Gaussians, by the settings of their rounds (S,), or of one for all."""
+        settings = torch.as_tensor(rounds).clamp(max=len(self.first_nodes) - 1).expand(len(states))
+        parts = torch.empty(3, len(states), dtype=torch.float64)
+        for number in settings.unique().tolist():
+            here, noise_level = settings == number, of_round(self.args, "noise_level", number)
+            times = states.t[here], states.t_next[here]
+            parts[:, here] = torch.stack(transition(self.args.sde_type, *times, noise_level, self.first_nodes[number]))
+        return Transition(*parts)
 
-    def loss(self, velocity: Tensor, old: Tensor, states: SDESteps, advantages: Tensor, image: Tensor) -> Loss:
-        tr = self.transition(states)
+    def loss(
+        self, velocity: Tensor, old: Tensor, states: SDESteps, advantages: Tensor, image: Tensor, rounds: Tensor
+    ) -> Loss:
+        tr = self.transition(states, rounds)
         ratio = log_ratio(states.x, states.x_next, velocity, old, tr, self.args.ratio_norm)
         return clipped(ratio, advantages, self.epsilon)
 
-    def regularizer(self, velocity: Tensor, reference: Tensor, states: SDESteps) -> Tensor:
+    def regularizer(self, velocity: Tensor, reference: Tensor, states: SDESteps, rounds: Tensor) -> Tensor:
         kind = self.args.flow_regularizer
         if kind == "velocity_mse":
             return velocity_mse(velocity, reference, num_batch_dims=1)
         form, dt = "exact" if kind == "latent_kl" else "flow_grpo", states.t_next - states.t
-        return latent_kl(velocity, reference, self.transition(states), num_batch_dims=1, form=form, dt=dt)
+        return latent_kl(velocity, reference, self.transition(states, rounds), num_batch_dims=1, form=form, dt=dt)
 
 
 class Matching:
@@ -117,7 +133,7 @@ class Matching:
         """Compare with the old policy how well velocities match their lines, (S,)."""
         return matching_log_ratio(velocity, old, states.target, num_batch_dims=1, centred=self.args.ratio_norm)
 
-    def regularizer(self, velocity: Tensor, reference: Tensor, states: LinePoints) -> Tensor:
+    def regularizer(self, velocity: Tensor, reference: Tensor, states: LinePoints, rounds: Tensor) -> Tensor:
         return velocity_mse(velocity, reference, num_batch_dims=1)
 
 
@@ -126,7 +142,9 @@ class FPO(Matching):
 
     pools_steps = True
 
-    def loss(self, velocity: Tensor, old: Tensor, states: LinePoints, advantages: Tensor, image: Tensor) -> Loss:
+    def loss(
+        self, velocity: Tensor, old: Tensor, states: LinePoints, advantages: Tensor, image: Tensor, rounds: Tensor
+    ) -> Loss:
         ratio = self.log_ratio(velocity, old, states)
         return clipped(mean_by(image, ratio), advantages, self.epsilon)
 
@@ -134,7 +152,9 @@ class FPO(Matching):
 class AWM(Matching):
     """One clipped ratio per line (advantage-weighted matching, arXiv 2509.25050)."""
 
-    def loss(self, velocity: Tensor, old: Tensor, states: LinePoints, advantages: Tensor, image: Tensor) -> Loss:
+    def loss(
+        self, velocity: Tensor, old: Tensor, states: LinePoints, advantages: Tensor, image: Tensor, rounds: Tensor
+    ) -> Loss:
         ratio = self.log_ratio(velocity, old, states)
         return clipped(ratio, advantages, self.epsilon)
 
@@ -142,7 +162,9 @@ class AWM(Matching):
 class NFT(Matching):
     """Matching towards images of high reward and away from those of low (DiffusionNFT, arXiv 2509.16117)."""
 
-    def loss(self, velocity: Tensor, old: Tensor, states: LinePoints, advantages: Tensor, image: Tensor) -> Loss:
+    def loss(
+        self, velocity: Tensor, old: Tensor, states: LinePoints, advantages: Tensor, image: Tensor, rounds: Tensor
+    ) -> Loss:
         times = states.t.to(velocity.device)
         return nft_loss(velocity, old, states.x, states.target, times, advantages, beta=self.args.nft_beta), {}
 
@@ -156,7 +178,8 @@ def constants(args: Any, num_latent_dims: int) -> tuple[float, float]:
     Give the clip range and the regulariser weight of a run, 0 without regulariser.
 
     With `scale_with_latents` both are carried to the run's latents, and for FlowGRPO to its noisy steps, so that they
-    mean the same change of velocity as the configuration's values do in the paper's run.
+    mean the same change of velocity as the configuration's values do in the paper's run; where rounds have noisy steps
+    of their own, on average over the rounds.
     """
     epsilon = args.flow_epsilon or 0.0  # never None: the configuration chooses
     weight = 0.0 if args.flow_regularizer == "none" else args.flow_regularizer_weight
@@ -164,18 +187,23 @@ def constants(args: Any, num_latent_dims: int) -> tuple[float, float]:
         return epsilon, weight
     scale = scale_with_latents(1.0, num_latent_dims)
     if args.image_objective == "flow_grpo" and args.flow_weight > 0:  # else there are no noisy steps
-        scale = scale_with_steps(
-            scale,
-            args.num_inference_steps,
-            args.timestep_shift,
-            args.sde_type,
-            args.noise_level,
-            args.sde_window_range,
-            args.sde_window_size,
-            args.sde_window_mode,
-            args.ratio_norm,
-        )
+        scale *= fmean(_scale_of_round(args, number) for number in range(rounds_that_differ(args)))
     return scale * epsilon, scale * weight
+
+
+def _scale_of_round(args: Any, number: int) -> float:
+    """Compare the length of a round's noisy steps with that of the paper's."""
+    return scale_with_steps(
+        1.0,
+        of_round(args, "num_inference_steps", number),
+        args.timestep_shift,
+        args.sde_type,
+        of_round(args, "noise_level", number),
+        of_round(args, "sde_window_range", number),
+        of_round(args, "sde_window_size", number),
+        args.sde_window_mode,
+        args.ratio_norm,
+    )
 
 
 def clipped(ratio: Tensor, advantages: Tensor, epsilon: float) -> Loss:

@@ -18,6 +18,7 @@ from .events import Generation, Update, Watcher
 from .image_alarms import ImageWatch
 from .memory import revive
 from .reward_alarms import RewardWatch
+from .round_alarms import RoundWatch, round_metrics
 from .thinking_alarms import ThinkingWatch, plain_text, repetition
 from .tripwire import NOT_FINITE, Tripwire
 
@@ -35,8 +36,8 @@ def default_alarms(mode: str) -> list["Alarms"]:
 
 class Alarms(Watcher, ExportableState):
     """
-    A watcher of updates, images, rewards and thinkings. An alarm is a line in the log and in `alarms.jsonl` in the
-    output folder (see [`append_alarm`]).
+    A watcher of updates, images, rewards, rounds and thinkings. An alarm is a line in the log and in `alarms.jsonl` in
+    the output folder (see [`append_alarm`]).
 
     What it knows of the start of the run is saved in the checkpoint's `trainer_state.json` and comes back on resuming.
 
@@ -55,6 +56,7 @@ class Alarms(Watcher, ExportableState):
         self._tripwire = revive(Tripwire, memory.get("tripwire", {}))
         self._images = revive(ImageWatch, memory.get("images", {}))
         self._rewards = revive(RewardWatch, memory.get("rewards", {}))
+        self._rounds = revive(RoundWatch, memory.get("rounds", {}))
         self._thinking = revive(ThinkingWatch, memory.get("thinking", {}))
         self._said: dict[str, int] = dict(memory.get("said", {}))  # alarm -> step
         self._signal: float = memory.get("signal", 1.0)  # root mean square of the advantages that are trained on
@@ -64,6 +66,7 @@ class Alarms(Watcher, ExportableState):
             "tripwire": asdict(self._tripwire),
             "images": asdict(self._images),
             "rewards": asdict(self._rewards),
+            "rounds": asdict(self._rounds),
             "thinking": asdict(self._thinking),
             "said": dict(self._said),
             "signal": self._signal,
@@ -96,14 +99,18 @@ class Alarms(Watcher, ExportableState):
         images = self._images.statistics(generation.statistics, prompts, trains)
         for name, values in {**images, "thinking/repetition": repeated}.items():
             metrics.setdefault(name, []).append(float(values.mean()))
+        for name, value in round_metrics(generation).items():
+            metrics.setdefault(name, []).append(value)
         if not trains:
             self._rewards.evaluate(generation)
             return
-        self._signal = math.sqrt(float(np.square(generation.advantages).mean()))
+        of_rounds = [note.advantage for notes in generation.rounds for note in notes]
+        self._signal = math.sqrt(float(np.square(of_rounds or generation.advantages).mean()))
         clipped = metrics["completions/clipped_ratio"][-1] if "completions/clipped_ratio" in metrics else None
         found = [
             *self._images.look(images, generation.group_size),
             *self._rewards.look(generation),
+            *self._rounds.look(generation),
             *self._thinking.look(texts, repeated, generation.group_size, clipped),
         ]
         self._give(found, args, state, control)

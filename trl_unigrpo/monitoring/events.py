@@ -19,6 +19,47 @@ from .image_statistics import ImageStatistics
 
 
 @dataclass(frozen=True)
+class RoundNote:
+    """
+    What became of one round of a sample.
+
+    Attributes:
+        text: that was sampled.
+        reward: of the image that stands after it; None where it has none.
+        before: the same of the image that it began with.
+        advantage: of the round's text and image.
+        kept: whether it kept the image that it began with.
+        change: how far its own image is from that one, see [`image_distance`]; None where it has none, or began with
+            none.
+        origin: place of the sample whose image it began with, where that is another one's.
+    """
+
+    text: str
+    reward: float | None
+    before: float | None
+    advantage: float
+    kept: bool = False
+    change: float | None = None
+    origin: int | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """
+    The images of one sample.
+
+    Attributes:
+        sources: that it edits.
+        painted: in each round; None where one was kept.
+        begun: that each round began with, where it is another sample's; else None.
+    """
+
+    sources: Sequence[Image.Image] = ()
+    painted: Sequence[Image.Image | None] = ()
+    begun: Sequence[Image.Image | None] = ()
+
+
+@dataclass(frozen=True)
 class Generation:
     """
     One generation batch of all processes: N samples, the G of one prompt side by side.
@@ -48,6 +89,10 @@ class Generation:
     extra: Mapping[str, Sequence[Any]]
     first: int = 0
     """Place of this process' first sample among the N."""
+    rounds: Sequence[Sequence[RoundNote]] = ()
+    """N, of each sample; none where all samples are one image of a text."""
+    series: Sequence[Series] = ()
+    """Of this process' samples, where there are `rounds`."""
 
     def fetch(self, places: Sequence[int]) -> dict[int, Image.Image]:
         """
@@ -55,12 +100,19 @@ class Generation:
 
         All processes must call it, with the same places.
         """
-        own = {place: self.images[place - self.first] for place in places if self.holds(place)}
+        return self._fetch(places, self.images)
+
+    def fetch_series(self, places: Sequence[int]) -> dict[int, Series]:
+        """Bring all that some samples painted and edit, as [`fetch`] does; nothing where there are no `rounds`."""
+        return self._fetch(places, self.series) if self.rounds else {}
+
+    def _fetch(self, places: Sequence[int], held: Sequence[Any]) -> dict[int, Any]:
+        own = {place: held[place - self.first] for place in places if self.holds(place)}
         if not (dist.is_available() and dist.is_initialized()):
             return own
         parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(own, parts)
-        return {place: image for part in parts or [] for place, image in part.items()}
+        return {place: one for part in parts or [] for place, one in part.items()}
 
     def holds(self, place: int) -> bool:
         """Say whether this process has the image at a place."""
@@ -105,6 +157,7 @@ class ImageLoss:
         objective: what it is trained on.
         regularizer: scalar with its gradient; None without one.
         reference: (S, *latent) of the reference model; None without a regulariser.
+        rounds: (S,) numbers of the states' rounds, or one for all.
     """
 
     velocity: Tensor
@@ -113,6 +166,7 @@ class ImageLoss:
     objective: Any
     regularizer: Tensor | None
     reference: Tensor | None = None
+    rounds: Tensor | int = 0
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,14 @@ def thumbnail(image: Image.Image) -> FloatArray:
     return np.asarray(small, dtype=np.float64).flatten() / 255
 
 
+def image_distance(image: Image.Image, other: Image.Image) -> float:
+    """
+    Return the root mean squared difference of the 8 x 8 thumbnails of two images of any sizes, in [0, 1]. What a VAE
+    loses of an image that is copied averages out in them.
+    """
+    return float(np.sqrt(((thumbnail(image) - thumbnail(other)) ** 2).mean()))
+
+
 def _color_entropy(colors: NDArray[np.uint8]) -> float:
     red, green, blue = np.moveaxis(colors >> 5, -1, 0).astype(np.int64)
     counts = np.bincount((red << 6 | green << 3 | blue).ravel())

@@ -140,7 +140,7 @@ def velocity_problem(image_loss: ImageLoss, limit: float) -> str | None:
     trained, states, objective = image_loss.velocity, image_loss.states, image_loss.objective
     numbers = math.prod(trained.shape[1:])
     rms = (trained - states.velocity).flatten(1).double().pow(2).mean(1).sqrt()
-    width = ratio_width(objective.transition(states), objective.args.ratio_norm).to(rms)
+    width = ratio_width(objective.transition(states, image_loss.rounds), objective.args.ratio_norm).to(rms)
     shares = width * rms / math.sqrt(numbers) / objective.epsilon
     if shares.mean() <= limit:
         return None

@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..monitoring.events import Generation, Watcher
+from ..monitoring.events import Generation, RoundNote, Series, Watcher
 from ..monitoring.image_statistics import diversity
 from .description import describe_run
 from .pages import jpeg, prompt_text, write_page
 from .run_files import (
     Records,
     Shown,
+    ShownRound,
     ShownSample,
     read_run,
 )
@@ -33,6 +34,9 @@ SAMPLES = 48  # images of a generation that are kept, in whole groups but at lea
 PROMPTS = 16  # prompts of an evaluation whose images are kept
 SIDE, QUALITY = 256, 80  # of the images, as JPEG
 SHARE = 0.01  # of the time that may go into pages, between the last and the next
+
+Fetched = tuple[Mapping[int, Image.Image], Mapping[int, Series]]
+"""Of the places that are kept: the last image, and where there is more, all of them."""
 
 
 class Gallery(Watcher):
@@ -50,9 +54,7 @@ class Gallery(Watcher):
         self._records: Records | None = None
         self._worker = Worker("The gallery")
         self._last_shown: int | None = None
-        self._evaluated: list[
-            tuple[Generation, dict[int, Image.Image]]
-        ] = []  # the batches of the evaluation in progress
+        self._evaluated: list[tuple[Generation, Fetched]] = []  # the batches of the evaluation in progress
         self._callbacks: Sequence[TrainerCallback] = ()
         self._page_cost, self._page_time = 0.0, 0.0
 
@@ -87,9 +89,9 @@ class Gallery(Watcher):
         if generation.mode == "eval":
             self._evaluated.append(self._few_images(generation))
         elif self._due(args, state):
-            images = generation.fetch(choose_places(generation))
+            fetched = _fetch(generation, choose_places(generation))
             if self._writes(args, state):
-                self._show(args, state, generation, images, "")
+                self._show(args, state, generation, fetched, "")
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
@@ -118,11 +120,11 @@ class Gallery(Watcher):
             self._finish(args, state)
             records.close()
 
-    def _few_images(self, batch: Generation) -> tuple[Generation, dict[int, Image.Image]]:
+    def _few_images(self, batch: Generation) -> tuple[Generation, Fetched]:
         """Leave out the images that will not be shown: those of a long evaluation would fill the memory."""
         before = sum(len(earlier.prompts) // earlier.group_size for earlier, _ in self._evaluated)
-        images = batch.fetch(choose_places(batch)[: max(0, PROMPTS - before)])
-        return replace(batch, images=[], statistics=[]), images
+        fetched = _fetch(batch, choose_places(batch)[: max(0, PROMPTS - before)])
+        return replace(batch, images=[], statistics=[], series=[]), fetched
 
     def wait(self) -> None:
         """Return when all that was shown so far is on disk."""
@@ -159,13 +161,13 @@ class Gallery(Watcher):
         args: TrainingArguments,
         state: TrainerState,
         generation: Generation,
-        images: Mapping[int, Image.Image],
+        fetched: Fetched,
         dataset: str,
     ) -> None:
         records, step = self._open(args), state.global_step
 
         def work() -> None:
-            shown, files = choose(generation, step, dataset, images)
+            shown, files = choose(generation, step, dataset, fetched)
             records.show(shown, files)
             self._write_page(args)
 
@@ -174,7 +176,7 @@ class Gallery(Watcher):
         try:
             log_image(
                 f"gallery/{generation.mode}",
-                lambda: grid(list(images.values()), columns),
+                lambda: grid(list(fetched[0].values()), columns),
                 step,
                 args.report_to or (),
                 self._callbacks,
@@ -200,20 +202,30 @@ def choose_places(generation: Generation) -> list[int]:
     return list(range(min(total, max(1, SAMPLES // size) * size)))
 
 
+def _fetch(generation: Generation, places: Sequence[int]) -> Fetched:
+    return generation.fetch(places), generation.fetch_series(places)
+
+
 def choose(
-    generation: Generation, step: int, dataset: str = "", images: Mapping[int, Image.Image] | None = None
+    generation: Generation, step: int, dataset: str = "", fetched: Fetched | None = None
 ) -> tuple[Shown, dict[str, bytes]]:
     """
     Choose what the gallery keeps of a generation, and its images: file in the folder `gallery` -> JPEG.
 
     Args:
-        images: place -> image, of those that are kept; by default this process has them all.
+        fetched: images of those that are kept; by default this process has them all.
     """
     kept = choose_places(generation)
-    images = generation.fetch(kept) if images is None else images
+    images, series = _fetch(generation, kept) if fetched is None else fetched
     place = "-".join(filter(None, [generation.mode, _file_name(dataset), f"{step:06d}"]))
-    files = {f"pictures/{place}-{i:04d}.jpg": jpeg(images[i], SIDE, QUALITY) for i in kept}
-    names = dict(zip(kept, files, strict=True))
+    files, size = _Files(place), generation.group_size
+    names = {i: files.add(i, images[i]) for i in kept}
+    sources = {
+        i: [files.add(i - i % size, image, f"-source{n}") for n, image in enumerate(one.sources, start=1)]
+        for i, one in series.items()
+    }
+    several = any(len(notes) > 1 for notes in generation.rounds)
+    rounds = {i: _rounds(generation.rounds[i], i, one, files) for i, one in series.items() if several}
     # Of an evaluation all numbers are kept, as two of them are compared prompt by prompt.
     chosen = range(len(generation.prompts)) if generation.mode == "eval" else kept
     samples = [
@@ -226,12 +238,43 @@ def choose(
             rewards={name: _finite(values[i]) for name, values in generation.rewards.items()},
             extra={name: values[i] for name, values in generation.extra.items() if i in names},
             picture=names.get(i),
+            sources=sources.get(i, ()),
+            rounds=rounds.get(i, ()),
         )
         for i in chosen
     ]
     side = max(images[kept[0]].size)
     total = len(generation.prompts)
-    return Shown(step, generation.mode, dataset, generation.group_size, total, side, samples), files
+    return Shown(step, generation.mode, dataset, size, total, side, samples), files.jpegs
+
+
+class _Files:
+    """The images of a generation as JPEG, each encoded once: name -> file."""
+
+    def __init__(self, place: str):
+        self.place = place
+        self.jpegs: dict[str, bytes] = {}
+
+    def add(self, index: int, image: Image.Image, part: str = "") -> str:
+        """Add an image of a sample, if it is not there yet, and return its name."""
+        name = f"pictures/{self.place}-{index:04d}{part}.jpg"
+        if name not in self.jpegs:
+            self.jpegs[name] = jpeg(image, SIDE, QUALITY)
+        return name
+
+
+def _rounds(notes: Sequence[RoundNote], index: int, series: Series, files: _Files) -> list[ShownRound]:
+    """Add the images of a sample's rounds to the files."""
+    last = max((m for m, image in enumerate(series.painted) if image is not None), default=0)
+    rounds = []
+    for m, (note, image, begun) in enumerate(zip(notes, series.painted, series.begun, strict=True)):
+        # The last one is the sample's own. One image that all of a group go on from is kept once.
+        file = None if image is None else files.add(index, image, "" if m == last else f"-round{m + 1}")
+        before = None if note.origin is None or begun is None else files.add(note.origin, begun, f"-begun{m + 1}")
+        rounds.append(
+            ShownRound(note.text, note.reward, _finite(note.advantage) or 0.0, note.kept, file, note.origin, before)
+        )
+    return rounds
 
 
 def _finite(value: float) -> float | None:
@@ -243,12 +286,13 @@ def _file_name(text: str) -> str:
 
 
 def merge(
-    parts: Sequence[tuple[Generation, Mapping[int, Image.Image]]],
-) -> tuple[Generation, dict[int, Image.Image]]:
+    parts: Sequence[tuple[Generation, Fetched]],
+) -> tuple[Generation, Fetched]:
     """Join the batches of an evaluation, and the images of those that are kept."""
-    batches, images, before = [batch for batch, _ in parts], {}, 0
-    for batch, kept in parts:
+    batches, images, series, before = [batch for batch, _ in parts], {}, {}, 0
+    for batch, (kept, of_rounds) in parts:
         images.update({before + place: image for place, image in kept.items()})
+        series.update({before + place: one for place, one in of_rounds.items()})
         before += len(batch.prompts)
     names = {name for batch in batches for name in batch.extra}
     merged = Generation(
@@ -265,8 +309,9 @@ def merge(
             name: [x for batch in batches for x in batch.extra.get(name, [None] * len(batch.prompts))]
             for name in sorted(names)
         },
+        rounds=[notes for batch in batches for notes in batch.rounds],
     )
-    return merged, images
+    return merged, (images, series)
 
 
 def dataset_name(metrics: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from ..flow.guidance import Guidance
+from ..flow.per_round import of_round
 from ..models.registry import unified_model
 from ..sampling import generate
 from .description import (
@@ -112,7 +113,7 @@ def painting_of(args: Any) -> dict[str, Any]:
     others = ("thinking", "system_prompt", "temperature", "timestep_shift")
     names = ["image_size", "num_inference_steps", "max_completion_length"]
     names += [name for name in others if getattr(args, name) != own[name].default]
-    painting = {name: getattr(args, name) for name in names}
+    painting = {name: of_round(args, name, 0) for name in names}
     return painting | ({"guidance": Guidance(args.guidance_scale)} if args.guidance_scale > 1 else {})
 
 

@@ -24,6 +24,30 @@ FOLDER = "gallery"
 
 
 @dataclass(frozen=True)
+class ShownRound:
+    """
+    One round of a trajectory that has several.
+
+    Attributes:
+        text: that was sampled.
+        reward: of the image that stands after it, None where it has none.
+        advantage: of its text and image.
+        kept: whether it kept the image that it began with.
+        picture: file of the image that it painted, in the folder `gallery`; None where it painted none.
+        origin: index of the sample whose image it began with, where that is another one's.
+        begun: file of that image.
+    """
+
+    text: str
+    reward: float | None
+    advantage: float
+    kept: bool = False
+    picture: str | None = None
+    origin: int | None = None
+    begun: str | None = None
+
+
+@dataclass(frozen=True)
 class ShownSample:
     """
     One trajectory of a shown generation.
@@ -34,6 +58,8 @@ class ShownSample:
         rewards: function -> its value.
         extra: what reward functions logged about it, such as a judge's answers.
         picture: file in the folder `gallery`; None where only the numbers were kept.
+        sources: files of the images that it edits.
+        rounds: where there are several.
     """
 
     index: int
@@ -44,6 +70,14 @@ class ShownSample:
     rewards: Mapping[str, float | None]
     extra: Mapping[str, Any]
     picture: str | None = None
+    sources: Sequence[str] = ()
+    rounds: Sequence[ShownRound] = ()
+
+    @property
+    def files(self) -> list[str]:
+        """All its images."""
+        of_rounds = [name for part in self.rounds for name in (part.begun, part.picture)]
+        return [name for name in dict.fromkeys([*self.sources, *of_rounds, self.picture]) if name is not None]
 
 
 @dataclass(frozen=True)
@@ -167,6 +201,10 @@ class Records:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).write_bytes(jpeg)
         values = asdict(shown)
+        for sample in values["samples"]:
+            for name in ("sources", "rounds"):  # most runs have neither
+                if not sample[name]:
+                    del sample[name]
         self.add("shown", values.pop("step"), **values)
 
     def close(self) -> None:
@@ -259,7 +297,10 @@ def _read_records(run: Run, file: Path) -> None:
 
 
 def _shown(row: Mapping[str, Any]) -> Shown:
-    samples = [ShownSample(**sample) for sample in row["samples"]]
+    samples = [
+        ShownSample(**{**sample, "rounds": [ShownRound(**part) for part in sample.get("rounds", ())]})
+        for sample in row["samples"]
+    ]
     names = ("step", "mode", "dataset", "group_size", "total", "side")
     return Shown(**{name: row[name] for name in names}, samples=samples)
 

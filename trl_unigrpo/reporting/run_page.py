@@ -38,7 +38,9 @@ def run_page(run: Run) -> str:
     evaluated = _Budget(BUDGET * 2 // 5)
     view = _view(run, evaluated, ROWS, MOST_EVALUATIONS)
     budget = _Budget(BUDGET * 3 // 5 + evaluated.left)
-    return render_page("run.html.jinja", view=view, panels=panels(run), generations=_generations(run, budget))
+    several = any(sample.rounds for shown in run.shown for sample in shown.samples)
+    values = {"panels": panels(run), "generations": _generations(run, budget), "several_rounds": several}
+    return render_page("run.html.jinja", view=view, **values)
 
 
 def comparison_page(runs: Sequence[Run]) -> str:
@@ -158,9 +160,11 @@ def _size(run: Run, samples: Iterable[ShownSample]) -> int:
     size = 0
     for sample in samples:
         texts = [sample.prompt, sample.thinking, *(str(value) for value in sample.extra.values())]
-        size += 600 + sum(min(TEXT, len(text)) for text in texts)
-        if sample.picture is not None and (file := run.folder / FOLDER / sample.picture).is_file():
-            size += math.ceil(file.stat().st_size * 4 / 3)
+        texts += [part.text for part in sample.rounds]
+        size += 600 * (1 + len(sample.rounds)) + sum(min(TEXT, len(text)) for text in texts)
+        for name in sample.files:
+            if (file := run.folder / FOLDER / name).is_file():
+                size += math.ceil(file.stat().st_size * 4 / 3)
     return size
 
 
@@ -186,18 +190,31 @@ def _sample(run: Run, shown: Shown, sample: ShownSample) -> dict[str, Any]:
         "advantage": sample.advantage,
         "rewards": sample.rewards,
         "extra": {name: value for name, value in sample.extra.items() if value not in (None, "")},
-        "image": _image(run, sample),
+        "image": _image(run, sample.picture),
+        "sources": [_image(run, name) for name in sample.sources],
+        "rounds": [
+            {
+                "text": part.text,
+                "image": _image(run, part.picture),
+                "reward": part.reward,
+                "credit": part.advantage if shown.mode == "train" else None,
+                "kept": part.kept,
+                "origin": part.origin,
+                "begun": _image(run, part.begun),
+            }
+            for part in sample.rounds
+        ],
         "tiny": shown.side <= 96,
         "alarms": [alarm.name for alarm in alarms if sample.index in alarm.indices],
     }
 
 
-def _image(run: Run, sample: ShownSample) -> Markup | None:
-    """Read the image as a URL; None where it was not kept, or its file is gone."""
-    if sample.picture is None:
+def _image(run: Run, name: str | None) -> Markup | None:
+    """Read an image as a URL; None where it was not kept, or its file is gone."""
+    if name is None:
         return None
     folder = (run.folder / FOLDER).resolve()
-    file = (folder / sample.picture).resolve()
+    file = (folder / name).resolve()
     if not file.is_relative_to(folder):  # a page must not carry off other files
         return None
     try:

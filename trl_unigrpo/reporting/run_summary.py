@@ -115,6 +115,16 @@ PANELS: tuple[tuple[str, dict[str, tuple[str, ...]], str], ...] = (
         {"training": ("reward",), HELD_OUT: ("eval_reward",)},
         "Training paints with noise, evaluation without.",
     ),
+    (
+        "Reward by round",
+        {"first image": ("rounds/reward_1",), "second": ("rounds/reward_2",)},
+        "Of the image that stands after it.",
+    ),
+    (
+        "Second looks",
+        {"better": ("rounds/better_2",), "worse": ("rounds/worse_2",), "kept": ("rounds/kept_2",)},
+        "Shares of the new images that are better or worse, and of looks that keep the first.",
+    ),
     ("Drift of the painter", {"drift": DRIFT}, "Distance of its velocities to the reference model's."),
     (
         "Clipped",

@@ -71,30 +71,20 @@ def check_arguments(
 
 
 def check_lengths(args: UniGRPOConfig, base: Any) -> None:
-    """Raise ValueError if a thinking may be longer than the model has positions for."""
+    """Raise ValueError if what is read as one row may be longer than the model has positions for."""
     limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)  # not all models have one
-    if limit is not None and args.max_completion_length is not None and args.max_completion_length >= limit:
-        raise ValueError(
-            f"max_completion_length={args.max_completion_length} leaves no room for a prompt: the model has {limit} "
-            "positions. Lower it."
-        )
-
-
-def check_sight(args: UniGRPOConfig, base: UnifiedModelMixin) -> None:
-    """Raise ValueError for several rounds of a model that can't be shown an image."""
-    if args.most_rounds == 1:
+    if limit is None or args.max_completion_length is None:
         return
-    name, token, words = type(base).__name__, base.image_placeholder, base.get_input_embeddings()
-    if token is None:
-        raise ValueError(
-            f"num_rounds={args.most_rounds}, but {name} paints from text only: it can't see the image that a later "
-            "round is about. Set num_rounds=1, or train a model that reads images, such as BAGEL."
-        )
-    if token >= words.weight.shape[0]:
-        raise ValueError(
-            f"num_rounds={args.most_rounds}: the token that stands for an image, {token}, is beyond the vocabulary of "
-            f"{name}, which has {words.weight.shape[0]}. Set `model.config.image_token_id` to one that no text has."
-        )
+    first, later, looks = args.max_completion_length, args.max_reflection_length, args.most_rounds - 1
+    rows = {f"max_completion_length={first}": first}
+    if looks and args.round_context == "markov":
+        rows[f"max_reflection_length={later}"] = 1 + later  # behind an image, which takes a position at least
+    elif looks:
+        names = f"max_completion_length={first} and max_reflection_length={later} of {looks + 1} rounds in one context"
+        rows[names] = first + looks * (1 + later)
+    for names, length in rows.items():
+        if length >= limit:
+            raise ValueError(f"{names} leaves no room for a prompt: the model has {limit} positions. Lower it.")
 
 
 def question_weak_adapters(peft_config: PeftConfig, args: UniGRPOConfig) -> None:

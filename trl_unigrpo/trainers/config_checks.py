@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..flow.per_round import PER_ROUND, of_round, of_rounds, rounds_that_differ
 from .engines import check_engine
 
 
@@ -197,9 +198,9 @@ def check_values(config: Any) -> None:
         "learning_rate",
         "image_learning_rate",
     ):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name}={value}: expected a positive number.")
+        for value in of_rounds(config, name):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value}: expected a positive number.")
     for name in (
         "text_weight",
         "flow_weight",
@@ -208,8 +209,9 @@ def check_values(config: Any) -> None:
         "process_reward_weight",
         "gallery_steps",
     ):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name}={getattr(config, name)}: expected 0 or more.")
+        for value in of_rounds(config, name):
+            if value < 0:
+                raise ValueError(f"{name}={value}: expected 0 or more.")
     for name in ("guidance_scale", "eval_guidance_scale"):
         if not getattr(config, name) >= 1:
             raise ValueError(f"{name}={getattr(config, name)}: expected 1 (off) or more.")
@@ -238,26 +240,38 @@ def check_values(config: Any) -> None:
 
 
 def check_window(config: Any) -> None:
-    """Raise ValueError for a window of noisy steps that no image could have."""
-    if len(config.sde_window_range) != 2:
-        raise ValueError(f"sde_window_range={config.sde_window_range}: expected two step indices, low and high.")
-    low, high = config.sde_window_range
+    """Raise ValueError for a window of noisy steps that no image could have, in any round."""
+    for name in PER_ROUND:
+        given = len(of_rounds(config, name))
+        if not given or given > config.num_rounds > 0:
+            raise ValueError(
+                f"{name}={getattr(config, name)} with num_rounds={config.num_rounds}: expected one value for all "
+                f"rounds, or a list with one for each, at most {config.num_rounds}."
+            )
+    for number in range(rounds_that_differ(config)):
+        _check_window(config, number)
+
+
+def _check_window(config: Any, number: int) -> None:
+    steps, size, window, noise_level = (of_round(config, name, number) for name in PER_ROUND)
+    if len(window) != 2:
+        raise ValueError(f"sde_window_range={window}: expected two step indices, low and high.")
+    low, high = window
     if config.flow_weight == 0 or config.image_objective != "flow_grpo":
         return
-    if not 0 <= low < high < config.num_inference_steps:
+    if not 0 <= low < high < steps:
         raise ValueError(
-            f"sde_window_range={list(config.sde_window_range)} with num_inference_steps={config.num_inference_steps}: "
-            f"expected 0 <= low < high <= {config.num_inference_steps - 1}, as the last step can't be noisy: its "
-            "noise would stay in the image."
+            f"sde_window_range={window} with num_inference_steps={steps}: expected 0 <= low < high <= {steps - 1}, as "
+            "the last step can't be noisy: its noise would stay in the image."
         )
-    if not 1 <= config.sde_window_size <= high - low:
+    if not 1 <= size <= high - low:
         raise ValueError(
-            f"sde_window_size={config.sde_window_size} does not fit into sde_window_range="
-            f"{list(config.sde_window_range)}: expected 1 to {high - low}. Shrink the window or widen the range."
+            f"sde_window_size={size} does not fit into sde_window_range={window}: expected 1 to {high - low}. Shrink "
+            "the window or widen the range."
         )
-    if config.sde_type == "cps" and config.noise_level > 1:
-        raise ValueError(f"noise_level={config.noise_level} with sde_type='cps': expected at most 1.")
-    if config.noise_level == 0:
+    if config.sde_type == "cps" and noise_level > 1:
+        raise ValueError(f"noise_level={noise_level} with sde_type='cps': expected at most 1.")
+    if noise_level == 0:
         raise ValueError("noise_level=0 leaves no stochastic step to train on. Use flow_weight=0 for text alone.")
 
 

@@ -1,18 +1,29 @@
 """Numbers in a configuration: taken from the texts that YAML makes of some, and refused by name if they are none."""
 
 import types
+from collections.abc import Collection
 from dataclasses import fields
 from numbers import Real
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeAlias, Union, get_args, get_origin, get_type_hints
 
+
+if TYPE_CHECKING:  # one for all rounds, or a list with one for each
+    IntOfRounds: TypeAlias = int | list[int]
+    FloatOfRounds: TypeAlias = float | list[float]
+    RangeOfRounds: TypeAlias = list[int] | list[list[int]]
+else:  # what a command line reads several of
+    IntOfRounds, FloatOfRounds, RangeOfRounds = int, float, list[int]
 
 MEANINGS = {"image_size": ": the side of a square, in pixels"}
 """Words that say of an option more than its type."""
 
 
-def read_numbers(config: Any) -> None:
+def read_numbers(config: Any, of_rounds: Collection[str] = ()) -> None:
     """
     Make numbers of the texts in a configuration's fields for numbers: YAML reads 1e-4, without a point, as a text.
+
+    Args:
+        of_rounds: fields that may have a list with one value for each round. A list of one is that value.
 
     Raises:
         ValueError: for what is no number, or no integer where one is needed.
@@ -21,8 +32,15 @@ def read_numbers(config: Any) -> None:
         value = getattr(config, name)
         if value is None:
             continue
-        if several:
-            items = value if isinstance(value, (list, tuple)) else [value]
+        items = list(value) if isinstance(value, (list, tuple)) else [value]
+        if name in of_rounds:
+            if several and not any(isinstance(item, (list, tuple)) for item in items):
+                items = [items[i : i + 2] for i in range(0, len(items), 2)]  # a command line has no lists of lists
+            rounds = [
+                [_number(name, one, kind) for one in item] if several else _number(name, item, kind) for item in items
+            ]
+            setattr(config, name, rounds[0] if len(rounds) == 1 else rounds)
+        elif several:
             setattr(config, name, [_number(name, item, kind) for item in items])
         else:
             setattr(config, name, _number(name, value, kind))

@@ -123,7 +123,8 @@ def choose_image(rewards: Tensor, how: str, generator: torch.Generator, perfect:
 
     Args:
         rewards: (G,) of its images, NaN where there is none; if all are, the first is chosen.
-        how: "worst"; "softmax", at random by softmax(-reward); "spread", the farthest from the mean.
+        how: "worst"; "softmax", at random by softmax(-reward); "spread", the farthest from the mean;
+            "random".
         perfect: the reward from which on an image is perfect.
         keep_perfect: probability of a perfect image, if there is one. Else one is chosen among the others.
     """
@@ -136,6 +137,8 @@ def choose_image(rewards: Tensor, how: str, generator: torch.Generator, perfect:
     if len(best) and (lucky or len(best) == len(known)):
         return int(best[torch.randint(len(best), (1,), generator=generator)])
     rest = known[rewards[known] < perfect]
+    if how == "random":
+        return int(rest[torch.randint(len(rest), (1,), generator=generator)])
     if how == "softmax":
         return int(rest[torch.multinomial((-rewards[rest]).softmax(0), 1, generator=generator)])
     if how == "spread":

@@ -23,15 +23,17 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..images import has_failed
 from ..messages import user_text
 from ..models.tokenizer import check_messages
+from ..monitoring.events import Generation
+from ..reflection import reflection
+from ..rounds import begin_round, show_images, take_texts, user_turn
 from ..sampling import continue_texts
 from ..seeding import CHOICE, row_generator
-from ..trajectory import Round, Trajectory
+from ..trajectory import Trajectory
 from . import credit
 from .failed_images import image_metrics, mask_failed
-from .reflection import reflection, stops
+from .round_notes import tell_edits, tell_rounds, with_rounds
 from .run_keeping import RunKeeping
 from .scoring import STANDING, Standing
 from .trl_bridge import unwrap_model_for_generation, with_rows
@@ -47,7 +49,9 @@ class Walk:
         inputs: the dataset's rows, B of them.
         trajectories: as far as they have come.
         seen: for each the decoded images that stood after its rounds so far.
-        shown: for each the last of them in the model's own form, as far as it was shown.
+        painted: for each the decoded images of its rounds, None where it painted none.
+        origins: of each later round of a tree, for each trajectory the place of the one whose image it goes on from.
+        shown: for each the last of `seen` in the model's own form, as far as it was shown.
         scores: (N, F) of each round that is scored.
         source: (N, F) scores of the source image, which the first round began with; none where credit needs none.
         stood: (N, F) scores of the images that each later round began with.
@@ -57,6 +61,8 @@ class Walk:
     inputs: list[dict[str, Any]]
     trajectories: list[Trajectory] = field(default_factory=list)
     seen: list[list[Any]] = field(default_factory=list)
+    painted: list[list[Any]] = field(default_factory=list)
+    origins: list[list[int]] = field(default_factory=list)
     shown: list[Any] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     source: list[Tensor] = field(default_factory=list)
@@ -73,6 +79,12 @@ class RoundsTrainer(RunKeeping):
         args = self.args
         return args.num_rounds if self.mode == "train" or args.eval_num_rounds is None else args.eval_num_rounds
 
+    @property
+    def _may_stop(self) -> bool:
+        """True where a round may keep the image now."""
+        warm = self.mode == "eval" or self.state.global_step >= self.args.stop_warmup_steps
+        return self.args.allow_stop and warm
+
     def _painted(self, trajectories: list[Trajectory]) -> list[Any]:
         raise NotImplementedError
 
@@ -81,17 +93,21 @@ class RoundsTrainer(RunKeeping):
     def _go_on(self, outputs: tuple, images: list[Any]) -> tuple[tuple, list[Any]]:
         """Make the later rounds of the trajectories begun: TRL's outputs, with all rounds, and the last images."""
         walk = self._progress.walk = Walk(self._progress.inputs, self._progress.trajectories)
-        walk.seen, walk.shown = [[image] for image in images], [None] * len(images)
+        walk.seen, walk.painted = ([[image] for image in images] for _ in range(2))
+        walk.shown = [None] * len(images)
         for number in range(1, self.num_rounds):
             going = self._begin_round(walk, number)
             self._reflect(going)
             on = [t for t in going if not t.rounds[-1].stopped]
             painted = dict(zip(map(id, on), self._painted(on), strict=True))
-            for t, seen in zip(walk.trajectories, walk.seen, strict=True):
-                seen.append(painted.get(id(t), seen[-1]))
+            for t, seen, own in zip(walk.trajectories, walk.seen, walk.painted, strict=True):
+                own.append(painted.get(id(t)))
+                seen.append(seen[-1] if own[-1] is None else own[-1])
             self._note(image_metrics(self.accelerator, [seen[-1] for seen in walk.seen]))
             if self._trains_image:
-                self._tell_rollout([replace(t, rounds=t.rounds[number:][:1]) for t in walk.trajectories])
+                self._tell_rollout(
+                    [replace(t, rounds=t.rounds[number:][:1]) for t in walk.trajectories], number=number
+                )
         self._progress.reading = walk.trajectories
         masks = [self._sampled(t) for t in walk.trajectories]
         rows, texts = [t.row_ids for t in walk.trajectories], self._completions(walk.trajectories)
@@ -107,13 +123,12 @@ class RoundsTrainer(RunKeeping):
             self._show_images(walk, going)
         going, placeholder = [i for i in going if walk.shown[i] is not None], self.unified.image_placeholder
         assert placeholder is not None
+        # A fresh round does not see the text before it, which need not be closed then.
+        ends = () if args.round_context == "markov" else (self._tokenizer.eos_token_id, *self.eos_token_ids)
         for i in going:
             t = walk.trajectories[i]
-            observation = [placeholder, *self._user_turn(self._said(walk, i, number))]
-            fresh = args.round_context == "markov"
-            if not fresh and t.rounds[-1].text_ids[-1] not in self.eos_token_ids:
-                observation.insert(0, self._tokenizer.eos_token_id)  # closes a text that ran out of length
-            t.rounds.append(Round(observation_ids=observation, shown=[walk.shown[i]], fresh=fresh))
+            said = user_turn(self._tokenizer, self._said(walk, i, number), **self.chat_template_kwargs)
+            begin_round(t, placeholder, walk.shown[i], said, ends)
         return [walk.trajectories[i] for i in going]
 
     def _goes_on(self, walk: Walk, place: int, number: int) -> bool:
@@ -128,46 +143,27 @@ class RoundsTrainer(RunKeeping):
             turn: str = walk.inputs[place][TURN_COLUMN][number]
             check_messages([turn], self._tokenizer)
             return turn
-        stop_text = self.args.stop_text if self.args.allow_stop else None
+        stop_text = self.args.stop_text if self._may_stop else None
         prompt = user_text(walk.trajectories[place].prompt)
         return reflection(self.args.reflection_template, prompt, number + 1, stop_text)
 
     def _show_images(self, walk: Walk, places: Sequence[int]) -> None:
         """Bring the last images of these trajectories into the model's own form; failed ones are None."""
         new = [i for i in places if walk.trajectories[i].rounds[-1].images]
-        for i in new:
-            walk.shown[i] = None
-        sound = [i for i in new if not has_failed(walk.seen[i][-1])]
-        if sound:
-            images = [walk.trajectories[i].rounds[-1].images[-1] for i in sound]
-            with torch.no_grad(), self.accelerator.autocast():
-                found = self.unified.observe(
-                    images, [walk.seen[i][-1] for i in sound], self.args.context_latents == "reencode"
-                )
-            for i, shown in zip(sound, found, strict=True):
-                walk.shown[i] = shown
-
-    def _user_turn(self, text: str) -> list[int]:
-        """Tokenize what the user says, and what opens the answer."""
-        if self.processing_class.chat_template is None:
-            return self._tokenizer.encode(text, add_special_tokens=False)
-        return self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-            **self.chat_template_kwargs,
-        )
+        images = [walk.trajectories[i].rounds[-1].images[-1] for i in new]
+        with torch.no_grad(), self.accelerator.autocast():
+            reencode = self.args.context_latents == "reencode"
+            shown = show_images(self.unified, images, [walk.seen[i][-1] for i in new], reencode)
+        for i, image in zip(new, shown, strict=True):
+            walk.shown[i] = image
 
     def _reflect(self, trajectories: Sequence[Trajectory]) -> None:
         """Sample the texts of the rounds begun, and see which of them keep the image."""
         if not trajectories:
             return
         texts = self._sampled_texts(trajectories)
-        for t, ids, text in zip(trajectories, texts, self._decoded(texts), strict=True):
-            whole = ids[-1] in self.eos_token_ids
-            t.rounds[-1].text_ids = ids
-            t.rounds[-1].stopped = self.args.allow_stop and whole and stops(text, self.args.stop_text)
+        stop_text = self.args.stop_text if self._may_stop else None
+        take_texts(trajectories, texts, self._decoded(texts), stop_text, self.eos_token_ids)
 
     def _sampled_texts(self, trajectories: Sequence[Trajectory]) -> list[list[int]]:
         config = copy.copy(self.generation_config)
@@ -298,6 +294,11 @@ class RoundsTrainer(RunKeeping):
         total = (scores * self.reward_weights.to(scores.device)).nansum(1)
         return total.masked_fill(scores.isnan().all(1), torch.nan)
 
+    @property
+    def _perfect(self) -> float:
+        """The reward from which on an image is perfect: all that the weights give."""
+        return self._book.image_weights.sum().item()
+
     # 4. Credit
 
     def _pay(self, outputs: dict[str, Any]) -> None:
@@ -316,6 +317,7 @@ class RoundsTrainer(RunKeeping):
         earlier = credit.before(stood, self.group_size)
         counted = acted if self._setup.stories else torch.ones_like(acted)
         led_to = credit.returns(rewards, painted, "own" if tree else args.round_reward, args.round_cost, counted)
+        led_to = led_to + args.stop_bonus * (acted & ~painted & (rewards >= self._perfect))
         led_to = led_to.masked_fill(~acted, torch.nan)
         if args.round_baseline is None and self.mode == "train":
             self._baseline = credit.running(self._baseline, credit.slope(led_to, earlier, self.group_size))
@@ -330,8 +332,16 @@ class RoundsTrainer(RunKeeping):
         for t, row in zip(walk.trajectories, rewards[own].tolist(), strict=True):
             for part, reward in zip(t.rounds, row, strict=False):
                 part.reward = None if reward != reward else reward
+        texts = [self._decoded([part.text_ids for part in t.rounds]) for t in walk.trajectories]
+        self._progress.told = tell_rounds(walk, own.start, texts, rewards[own], stood[own], advantages[own])
         told = rewards.masked_fill(~counted, torch.nan)
         self._note({"rounds/baseline": share, **_metrics(told, stood, acted, painted)})
+
+    def _observed(self, rows: Sequence[dict[str, Any]], advantages: Tensor) -> Generation:
+        """Describe the generation batch of all processes, with its rounds."""
+        observed = super()._observed(rows, advantages)
+        told, self._progress.told = self._progress.told, []
+        return with_rounds(observed, told or tell_edits(observed, rows))
 
     def _acts(self, walk: Walk) -> tuple[Tensor, Tensor]:
         """Mark the rounds (N, R) that have a text, and those that have painted an image."""
@@ -370,11 +380,10 @@ class RoundsTrainer(RunKeeping):
         """
         self._score_round(walk, number - 1)
         scores, args, group = walk.scores[-1], self.args, self.group_size
-        perfect = self._book.image_weights.sum().item()
         chosen = []
         for index, rewards in enumerate(self._total(scores).split(group)):
             generator = row_generator(args.seed, CHOICE, self.generation, index, number)
-            winner = credit.choose_image(rewards, args.round_select, generator, perfect, args.keep_perfect)
+            winner = credit.choose_image(rewards, args.round_select, generator, self._perfect, args.keep_perfect)
             chosen.append(index * group + winner)
         winners = torch.tensor(chosen, device=scores.device).repeat_interleave(group)
         first, count = self.accelerator.process_index * len(walk.inputs), len(walk.inputs)
@@ -382,6 +391,7 @@ class RoundsTrainer(RunKeeping):
         ended = self.accelerator.gather(ended)
         winners = torch.where(ended, torch.arange(len(scores), device=scores.device), winners)
         walk.stood.append(scores[winners])
+        walk.origins.append(winners[first : first + count].tolist())
         mine = [winner - first for winner in sorted(set(winners[~ended].tolist())) if first <= winner < first + count]
         self._show_images(walk, mine)
         found = {first + i: (walk.shown[i], walk.seen[i][-1]) for i in mine}

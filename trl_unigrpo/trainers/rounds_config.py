@@ -4,7 +4,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from .reflection import TEMPLATE, check_template
+from ..reflection import TEMPLATE, check_template
 
 
 @dataclass
@@ -34,6 +34,9 @@ class RoundsConfig:
             Whether a later round may keep the image: when all of the answer behind its thinking is `stop_text`.
         stop_text (`str`, *optional*, defaults to `"keep"`):
             That answer.
+        stop_warmup_steps (`int`, *optional*, defaults to `0`):
+            Optimizer steps at the beginning in which training neither offers nor takes it, so that the model learns to
+            mend before it learns to keep.
         train_rounds (`list[int]`, *optional*):
             Rounds that are trained, counted from 1; the images of others are painted by the ODE. By default all.
 
@@ -43,8 +46,8 @@ class RoundsConfig:
             Whether each trajectory goes on from its own image, or all of a group from one of theirs (`"tree"`), where
             each round is paid its own image.
         round_select (`str`, *optional*, defaults to `"worst"`):
-            Whose image a `"tree"` goes on from: `"worst"`, `"softmax"` (at random, bad ones rather) or `"spread"` (the
-            farthest from the group's mean).
+            Whose image a `"tree"` goes on from: `"worst"`, `"softmax"` (at random, bad ones rather), `"spread"` (the
+            farthest from the group's mean) or `"random"`.
         keep_perfect (`float`, *optional*, defaults to `0.15`):
             Probability that it goes on from a perfect image, whose reward is all that `reward_weights` give, if there
             is one: so that keeping can be learnt.
@@ -55,6 +58,9 @@ class RoundsConfig:
             least variance, a running mean of regressions.
         round_cost (`float`, *optional*, defaults to `0.0`):
             Taken from the reward for each image after the first.
+        stop_bonus (`float`, *optional*, defaults to `0.0`):
+            Added to what a round is paid that keeps a perfect image, one whose reward is all that `reward_weights`
+            give. R3 has 1; without, keeping is paid as much as an image that is no better.
         no_improve (`str`, *optional*, defaults to `"none"`):
             What a later round that does not improve on the image before is paid instead of its gain: nothing
             (`"clamp"`, AlphaGRPO's code), or the least of its group (`"min"`, its paper).
@@ -75,6 +81,9 @@ class RoundsConfig:
     max_reflection_length: int = field(default=256, metadata={"help": "Most tokens of a later round's text."})
     allow_stop: bool = field(default=True, metadata={"help": "Whether a later round may keep the image."})
     stop_text: str = field(default="keep", metadata={"help": "The answer that keeps it."})
+    stop_warmup_steps: int = field(
+        default=0, metadata={"help": "Optimizer steps at the beginning in which no round keeps the image."}
+    )
     train_rounds: list[int] | None = field(
         default=None, metadata={"help": "Rounds that are trained, counted from 1. None: all."}
     )
@@ -82,7 +91,8 @@ class RoundsConfig:
         default="independent", metadata={"help": "'independent', or 'tree': a group goes on from one image."}
     )
     round_select: str = field(
-        default="worst", metadata={"help": "Whose image a tree goes on from: 'worst', 'softmax' or 'spread'."}
+        default="worst",
+        metadata={"help": "Whose image a tree goes on from: 'worst', 'softmax', 'spread' or 'random'."},
     )
     keep_perfect: float = field(
         default=0.15, metadata={"help": "Probability that it goes on from a perfect image, if there is one."}
@@ -95,6 +105,7 @@ class RoundsConfig:
         metadata={"help": "How much of the reward of the image before is subtracted. None: by regression."},
     )
     round_cost: float = field(default=0.0, metadata={"help": "Cost of each image after the first."})
+    stop_bonus: float = field(default=0.0, metadata={"help": "Paid for keeping a perfect image. R3: 1."})
     no_improve: str = field(
         default="none", metadata={"help": "What no improvement is paid: 'none' (its gain), 'clamp' or 'min'."}
     )
@@ -108,7 +119,7 @@ class RoundsConfig:
     def scores_each_round(self) -> bool:
         """True where credit needs the reward of each image, not of the last alone."""
         final = self.round_reward == "final" and self.round_baseline == 0 and self.no_improve == "none"
-        return not final or self.round_group == "tree"
+        return not final or self.round_group == "tree" or self.stop_bonus > 0
 
     def trains_round(self, number: int) -> bool:
         """Say whether a round, counted from 0, is trained."""
@@ -119,7 +130,7 @@ _CHOICES = {
     "round_context": ("markov", "full"),
     "context_latents": ("reencode", "direct"),
     "round_group": ("independent", "tree"),
-    "round_select": ("worst", "softmax", "spread"),
+    "round_select": ("worst", "softmax", "spread", "random"),
     "round_reward": ("final", "own", "sum"),
     "no_improve": ("none", "clamp", "min"),
 }
@@ -133,7 +144,8 @@ def check_rounds(config: Any) -> None:
     for name in ("num_rounds", "eval_num_rounds", "max_reflection_length"):
         if (value := getattr(config, name)) is not None and value < 1:
             raise ValueError(f"{name}={value}: expected 1 or more.")
-    for name, high in {"keep_perfect": 1.0, "round_baseline": 1.0, "round_cost": float("inf")}.items():
+    endless = dict.fromkeys(("round_cost", "stop_bonus", "stop_warmup_steps"), float("inf"))
+    for name, high in {"keep_perfect": 1.0, "round_baseline": 1.0, **endless}.items():
         if (value := getattr(config, name)) is not None and not 0 <= value <= high:
             raise ValueError(f"{name}={value}: expected a number from 0 to {high:g}.")
     trained = config.train_rounds
@@ -145,6 +157,9 @@ def check_rounds(config: Any) -> None:
     check_template(config.reflection_template)
     if not config.stop_text.strip():
         raise ValueError(f"stop_text={config.stop_text!r}: expected a word. Set allow_stop=False for none.")
+    for name in ("stop_warmup_steps", "stop_bonus"):
+        if (value := getattr(config, name)) and not config.allow_stop:
+            raise ValueError(f"{name}={value} with allow_stop=False: no round ever stops. Leave it at 0, or allow it.")
     if config.most_rounds > 1:
         _check_together(config)
 

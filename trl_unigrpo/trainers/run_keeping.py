@@ -5,6 +5,7 @@ import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Progress:
         trajectories: of the rollout that is being rewarded.
         inputs: the dataset's rows that it is made of.
         walk: its rounds, where there are several.
+        told: of these rounds, for watchers.
         reading: trajectories whose texts are being read, where these show images.
         forward: of the micro-batch whose loss is being computed.
         metrics: of the image's objective, of the optimizer step's micro-batches.
@@ -55,6 +57,7 @@ class Progress:
     trajectories: list[Trajectory] = field(default_factory=list)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     walk: Any = None
+    told: list[Any] = field(default_factory=list)
     reading: Sequence[Trajectory] | None = None
     forward: TextAndVelocities | None = None
     metrics: dict[str, list[float]] = field(default_factory=dict)
@@ -135,18 +138,21 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
             callbacks = self.callback_handler.callbacks
             getattr(watcher, event)(self.args, self.state, self.control, model=self.model, callbacks=callbacks, **what)
 
-    def _tell_rollout(self, trajectories: list[Trajectory], windows: Tensor | None = None) -> None:
-        """Tell watchers of images that were painted; `windows` are those of all processes, where they are to agree."""
+    def _tell_rollout(self, trajectories: list[Trajectory], windows: Tensor | None = None, number: int = 0) -> None:
+        """
+        Tell watchers of images that were painted in a round; `windows` are those of all processes, where they are to
+        agree.
+        """
         objective = self._setup.objective
-        transition = objective.transition if objective.stochastic else None
+        transition = partial(objective.transition, rounds=number) if objective.stochastic else None
         self._tell("on_rollout", rollout=Rollout(trajectories, self.num_generations, transition, windows))
 
-    def _show(self, images: Sequence[Any], advantages: Tensor) -> None:
-        """Show the generation batch to watchers and to the log's tables."""
+    def _show(self, rows: Sequence[dict[str, Any]], advantages: Tensor) -> None:
+        """Show the generation batch, of which these are this process' rows, to watchers and to the log's tables."""
         logs_images = self.args.log_completions and (self.log_multimodal or self.args.log_completions_images)
         if not (logs_images or self._watchers):
             return
-        observed = self._observed(images, advantages)
+        observed = self._observed(rows, advantages)
         if logs_images:
             shown = list(observed.fetch(range(len(observed.prompts))).values())
             self._progress.images.extend(shown)
@@ -154,23 +160,23 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
                 self._logs["images"].extend([image] for image in shown)
         self._tell("on_generation", generation=observed, metrics=self._metrics[self.mode])
 
-    def _observed(self, images: Sequence[Any], advantages: Tensor) -> Generation:
+    def _observed(self, rows: Sequence[dict[str, Any]], advantages: Tensor) -> Generation:
         """Describe the generation batch of all processes."""
-        book, rows = self._book, gather_object(self._book.rows)
-        columns = sorted({name for row in rows for name in row["extra"]})
+        book, images, scored = self._book, [row["images"] for row in rows], gather_object(self._book.rows)
+        columns = sorted({name for row in scored for name in row["extra"]})
         names = self.reward_func_names
         return Generation(
             mode=self.mode,
             group_size=self.group_size,
-            prompts=[row["prompt"] for row in rows],
-            thinking=[row["thinking"] for row in rows],
+            prompts=[row["prompt"] for row in scored],
+            thinking=[row["thinking"] for row in scored],
             images=images,
             first=self.accelerator.process_index * len(images),
             statistics=gather_object([image_statistics(image) for image in images]),
             rewards={name: book.rewards[:, i].tolist() for i, name in enumerate(names)},
             weights={names[i]: book.weights[i].item() for i in (~book.is_process).nonzero()[:, 0]},
             advantages=self.accelerator.gather(advantages).tolist(),
-            extra={name: [row["extra"].get(name) for row in rows] for name in columns},
+            extra={name: [row["extra"].get(name) for row in scored] for name in columns},
         )
 
     # Metrics and logs
@@ -189,6 +195,7 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
         finally:  # an error leaves an update half done
             self._phases.stop()
             self._progress.forward = self._progress.reading = self._progress.walk = None
+            self._progress.told = []
             self._progress.metrics.clear()
 
     def evaluate(

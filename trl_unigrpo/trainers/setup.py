@@ -27,10 +27,10 @@ from ..models.reference import adapters_do_nothing_yet, trained_weights
 from ..models.registry import unified_model
 from ..models.sources import check_edits
 from ..models.tokenizer import never_sampled
+from ..rounds import check_sight
 from .arguments import (
     check_arguments,
     check_lengths,
-    check_sight,
     default_config,
     find_tokenizer,
     load_for_training,
@@ -150,7 +150,7 @@ def prepare_run(
 def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig, edits: bool) -> None:
     """Find out whether the model can be trained with these arguments, and on source images where there are some."""
     check_lengths(args, base)
-    check_sight(args, base)
+    check_sight(base, args.most_rounds)
     if edits:
         check_edits(base)
     if args.compile_layers:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
+from ..flow.per_round import PER_ROUND
 from .config_checks import check_choices, check_epochs, check_sampling, check_values, check_window
-from .config_numbers import read_numbers
+from .config_numbers import FloatOfRounds, IntOfRounds, RangeOfRounds, read_numbers
 from .evaluation_checks import whole_groups
 from .rounds_config import RoundsConfig, check_rounds
 from .trl_versions import check_options
@@ -29,6 +30,23 @@ SINGLE_GPU: dict[str, Any] = {
 EDITING: dict[str, Any] = {**SINGLE_GPU, "num_generations": 12, "max_completion_length": 256}
 """Settings of [`UniGRPOConfig.editing`]."""
 
+_TWO_ROUNDS = {**SINGLE_GPU, "num_rounds": 2, "round_group": "tree"}
+_TWO_ROUNDS |= {"num_generations": 12, "per_device_train_batch_size": 2}
+
+SELF_REFINEMENT: dict[str, Any] = {**_TWO_ROUNDS, "no_improve": "clamp", "allow_stop": False, "keep_perfect": 0.0}
+"""Settings of [`UniGRPOConfig.self_refinement`]."""
+
+REFLECT_UNTIL_GOOD: dict[str, Any] = {**_TWO_ROUNDS, "round_cost": 0.01, "eval_num_rounds": 4}
+"""Settings of [`UniGRPOConfig.reflect_until_good`]."""
+
+RECIPES = {
+    "single_gpu": SINGLE_GPU,
+    "editing": EDITING,
+    "self_refinement": SELF_REFINEMENT,
+    "reflect_until_good": REFLECT_UNTIL_GOOD,
+}
+"""Settings by the name of what makes a [`UniGRPOConfig`] of them."""
+
 
 @dataclass
 class UniGRPOConfig(RoundsConfig, GRPOConfig):
@@ -45,8 +63,9 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
 
         image_size (`int`, *optional*, defaults to `1024`):
             Side of the square images, in pixels. Edited images have about as many pixels, and their source's shape.
-        num_inference_steps (`int`, *optional*, defaults to `25`):
-            Denoising steps in training rollouts: evaluations of the model per image.
+        num_inference_steps (`int` or `list[int]`, *optional*, defaults to `25`):
+            Denoising steps in training rollouts: evaluations of the model per image. A list has one number for each
+            round, and its last one holds for all later ones; so it is with the other three that may be lists.
         eval_num_inference_steps (`int`, *optional*, defaults to `50`):
             Denoising steps in evaluation, which is a pure ODE.
         guidance_scale (`float`, *optional*, defaults to `1.0`):
@@ -72,11 +91,11 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
 
         sde_type (`str`, *optional*, defaults to `"sde"`):
             `"sde"` (Flow-SDE, the paper's) or `"cps"` (coefficients-preserving sampling).
-        noise_level (`float`, *optional*, defaults to `0.8`):
+        noise_level (`float` or `list[float]`, *optional*, defaults to `0.8`):
             Strength a of the noise, sigma_t = a sqrt(t / (1 - t)).
-        sde_window_range (`list[int]`, *optional*, defaults to `[0, 5]`):
+        sde_window_range (`list[int]` or `list[list[int]]`, *optional*, defaults to `[0, 5]`):
             Steps [low, high) among which stochastic ones are chosen, counted from 0 (pure noise).
-        sde_window_size (`int`, *optional*, defaults to `3`):
+        sde_window_size (`int` or `list[int]`, *optional*, defaults to `3`):
             Number of stochastic, trained steps K. All others are ODE steps without gradient.
         sde_window_mode (`str`, *optional*, defaults to `"contiguous"`):
             `"contiguous"` with a random start, `"scatter"` (random steps) or `"fixed"` (the first of the range).
@@ -202,9 +221,9 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
         default=1024,
         metadata={"help": "Side of the square images, in pixels. Paper: 1024."},
     )
-    num_inference_steps: int = field(
+    num_inference_steps: IntOfRounds = field(
         default=25,
-        metadata={"help": "Denoising steps in training rollouts. Paper: 25."},
+        metadata={"help": "Denoising steps in training rollouts, or those of each round. Paper: 25.", "nargs": "+"},
     )
     eval_num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps in evaluation. Paper: 50."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Guidance scale in training; 1: none. Paper: 1."})
@@ -226,12 +245,18 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
 
     # Parameters that control the stochastic steps
     sde_type: str = field(default="sde", metadata={"help": "'sde' (Flow-SDE, the paper's) or 'cps'."})
-    noise_level: float = field(default=0.8, metadata={"help": "Strength of the SDE's noise. Paper: 0.8."})
-    sde_window_range: list[int] = field(
-        default_factory=lambda: [0, 5],
-        metadata={"help": "Steps [low, high) that may be stochastic. Paper: 0 5."},
+    noise_level: FloatOfRounds = field(
+        default=0.8,
+        metadata={"help": "Strength of the SDE's noise, or that of each round. Paper: 0.8.", "nargs": "+"},
     )
-    sde_window_size: int = field(default=3, metadata={"help": "Stochastic, trained steps per image. Paper: 3."})
+    sde_window_range: RangeOfRounds = field(
+        default_factory=lambda: [0, 5],
+        metadata={"help": "Steps [low, high) that may be stochastic, or two numbers a round. Paper: 0 5."},
+    )
+    sde_window_size: IntOfRounds = field(
+        default=3,
+        metadata={"help": "Stochastic, trained steps per image, or those of each round. Paper: 3.", "nargs": "+"},
+    )
     sde_window_mode: str = field(default="contiguous", metadata={"help": "'contiguous', 'scatter' or 'fixed'."})
     sde_window_scope: str = field(
         default="generation",
@@ -321,7 +346,7 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
 
     def __post_init__(self) -> None:
         check_options()
-        read_numbers(self)
+        read_numbers(self, PER_ROUND)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.gradient_accumulation_steps is None:
@@ -362,6 +387,24 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
         trajectories, as each takes about twice the memory and time beside its source.
         """
         return cls(output_dir=output_dir, **{**EDITING, **kwargs})
+
+    @classmethod
+    def self_refinement(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
+        """
+        A second attempt at the worst image of each group, as in AlphaGRPO, on one large GPU with LoRA: as
+        [`single_gpu`], with half as many trajectories. The second round always paints, and an image that is no better
+        than the first one is paid as if it were the first one: right where a judge then picks the better of the two.
+        """
+        return cls(output_dir=output_dir, **{**SELF_REFINEMENT, **kwargs})
+
+    @classmethod
+    def reflect_until_good(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
+        """
+        A second attempt unless the image is good, as in R3, on one large GPU with LoRA: as [`single_gpu`], with half
+        as many trajectories. The model learns to stop: by perfect images among those that groups go on from, and by a
+        cost of each further image. Evaluation goes on for four rounds at most.
+        """
+        return cls(output_dir=output_dir, **{**REFLECT_UNTIL_GOOD, **kwargs})
 
     def _micro_batch(self) -> int:
         return self.per_device_train_batch_size * _world_size()

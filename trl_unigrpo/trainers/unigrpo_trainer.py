@@ -40,6 +40,7 @@ from ..monitoring.progress import Phases
 from ..monitoring.signals import SaveOnSignal
 from ..monitoring.trust import default_checks
 from ..reporting.gallery import Gallery
+from ..rounds import image_stream
 from ..sampling import decode, paint
 from ..seeding import EVAL, TRAIN, row_generator
 from ..trajectory import Round, Steps, Trajectory, has_steps, in_order
@@ -224,8 +225,7 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
             return []
         args = self.args
         key = (args.seed, TRAIN, self.generation) if self.mode == "train" else (args.seed, EVAL, 0)
-        # Later images of a trajectory have streams of their own.
-        seeds = [(*key, t.row, *range(1, 1 + len(list(t.painted())))) for t in trajectories]
+        seeds = [image_stream(t, *key) for t in trajectories]
         generators = [row_generator(*seed) for seed in seeds]
         with (
             unwrap_model_for_generation(
@@ -250,7 +250,8 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
         args, number, rows = self.args, trajectories[0].looks, [t.row for t in trajectories]
         noisy = self._trains_image and self._setup.objective.stochastic and args.trains_round(number)
         place = self.generation, self.accelerator.process_index
-        return rollout_plan(args, self.model.training, draw_windows(args, *place, rows, number) if noisy else None)
+        windows = draw_windows(args, *place, rows, number) if noisy else None
+        return rollout_plan(args, self.model.training, windows, number)
 
     # 3. Rewards
 
@@ -272,7 +273,7 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
         elif self.args.process_reward_weight > 0:
             process = self._book.process_advantages.split(len(inputs))[self.accelerator.process_index]
             outputs["text_advantages"] = outputs["advantages"] + self.args.process_reward_weight * process
-        self._show([row["images"] for row in inputs], outputs["advantages"])
+        self._show(inputs, outputs["advantages"])
         if self._trains_image:
             outputs["trajectories"] = trajectories
             with self._phases("old_and_reference"):
@@ -353,15 +354,15 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
         objective, place = self._setup.objective, (steps.row, steps.round)[: advantages.ndim]
         of_step = advantages[tuple(x.to(advantages.device) for x in place)].to(velocity.device)
         old_velocity, whole = velocity.detach() if old is None else old, steps.total / len(steps)
-        losses, metrics = objective.loss(velocity, old_velocity, steps.states, of_step, steps.image)
+        losses, metrics = objective.loss(velocity, old_velocity, steps.states, of_step, steps.image, steps.round)
         flow, regularizer = steps.mean(losses), None
         metrics["flow/loss"] = flow * whole  # logs average over the parts of a table
         loss = self.args.flow_weight * flow
         if reference is not None:
-            regularizer = steps.mean(objective.regularizer(velocity, reference, steps.states))
+            regularizer = steps.mean(objective.regularizer(velocity, reference, steps.states, steps.round))
             loss = loss + self._setup.regularizer_weight * regularizer
             metrics[f"flow/{self.args.flow_regularizer}"] = regularizer * whole
-        told = ImageLoss(velocity.detach(), steps.states, old is None, objective, regularizer, reference)
+        told = ImageLoss(velocity.detach(), steps.states, old is None, objective, regularizer, reference, steps.round)
         self._tell("on_image_loss", image_loss=told)
         for name, mean in gathered_means(self.accelerator, metrics).items():
             self._note({name: mean})

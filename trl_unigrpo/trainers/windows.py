@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..flow import flow_timesteps, sde_window
 from ..flow.guidance import Guidance
+from ..flow.per_round import of_round
 from ..flow.sampler import RolloutPlan
 from ..seeding import WINDOW
 from .unigrpo_config import UniGRPOConfig
@@ -24,11 +25,11 @@ def draw_windows(
         rows: places of their trajectories in the generation batch.
         round_index: number of their round, from 0; each has a draw of its own.
     """
-    low, high = args.sde_window_range
+    (low, high), size = (of_round(args, name, round_index) for name in ("sde_window_range", "sde_window_size"))
     key, later = (args.seed, WINDOW, generation), (round_index,) if round_index else ()
 
     def draw(*part: int) -> list[int]:
-        return list(sde_window((low, high), args.sde_window_size, args.sde_window_mode, (*key, *part, *later)))
+        return list(sde_window((low, high), size, args.sde_window_mode, (*key, *part, *later)))
 
     if args.sde_window_scope == "generation":
         return torch.tensor(draw())
@@ -44,15 +45,15 @@ def guidance_of(args: UniGRPOConfig, training: bool) -> Guidance | None:
     return Guidance(scale) if scale > 1 else None
 
 
-def rollout_plan(args: UniGRPOConfig, training: bool, windows: Tensor | None) -> RolloutPlan:
-    """Plan how images are sampled, in training or in evaluation; without windows by the ODE."""
-    steps = args.num_inference_steps if training else args.eval_num_inference_steps
+def rollout_plan(args: UniGRPOConfig, training: bool, windows: Tensor | None, round_index: int = 0) -> RolloutPlan:
+    """Plan how images of a round are sampled, in training or in evaluation; without windows by the ODE."""
+    steps = of_round(args, "num_inference_steps", round_index) if training else args.eval_num_inference_steps
     return RolloutPlan(
         timesteps=flow_timesteps(steps, args.timestep_shift),
         image_size=(args.image_size, args.image_size),
         windows=windows,
         sde_type=args.sde_type,
-        noise_level=args.noise_level,
+        noise_level=of_round(args, "noise_level", round_index),
         batch_size=args.image_batch_size,
         guidance=guidance_of(args, training),
     )

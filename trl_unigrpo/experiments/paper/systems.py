@@ -105,14 +105,16 @@ def matched_kl_weight() -> float:
     import torch
 
     from ...flow import flow_timesteps, latent_kl, transition
+    from ...flow.per_round import PER_ROUND, of_round
     from ...flow.schedule import window_steps
     from ...shapeworld.settings import demo_settings
     from ...trainers.unigrpo_config import UniGRPOConfig
 
     args = UniGRPOConfig(output_dir="", **demo_settings())
-    steps = torch.tensor(window_steps(args.sde_window_range, args.sde_window_size, args.sde_window_mode))
-    grid = flow_timesteps(args.num_inference_steps, args.timestep_shift)
-    coefficients = transition(args.sde_type, grid[steps], grid[steps + 1], args.noise_level, grid[1])
+    number, size, window, noise_level = (of_round(args, name, 0) for name in PER_ROUND)
+    steps = torch.tensor(window_steps(window, size, args.sde_window_mode))
+    grid = flow_timesteps(number, args.timestep_shift)
+    coefficients = transition(args.sde_type, grid[steps], grid[steps + 1], noise_level, grid[1])
     ones = torch.ones(len(steps), 1, dtype=torch.float64)
     return args.flow_regularizer_weight / latent_kl(ones, 0 * ones, coefficients, num_batch_dims=1).mean().item()
 

@@ -3,7 +3,7 @@
 from .curves import Curve, Panel, chart
 from .environment import page_environment, render_page, write_page
 from .images import data_uri, jpeg, png_uri
-from .text import prompt_text, readable, shown_text
+from .text import prompt_text, readable, shown_text, thinking_and_answer
 
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "readable",
     "render_page",
     "shown_text",
+    "thinking_and_answer",
     "write_page",
 ]

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ...monitoring.files import replace_file
 from .curves import chart
-from .text import prompt_text, readable, shown_text
+from .text import prompt_text, readable, shown_text, thinking_and_answer
 
 
 def page_environment() -> Environment:
@@ -16,7 +16,7 @@ def page_environment() -> Environment:
     Make an environment whose templates may extend `base.html.jinja` and import `parts.html.jinja`.
 
     All values are escaped; a name that is not given is an error. Filters: `text` (see [`shown_text`]), `prompt`
-    (see [`prompt_text`]), `readable` for attributes; function `chart` (see [`chart`]).
+    (see [`prompt_text`]), `readable` for attributes, `thinking_and_answer`; function `chart` (see [`chart`]).
     """
     environment = Environment(
         loader=PackageLoader("trl_unigrpo.reporting"),
@@ -26,6 +26,7 @@ def page_environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(text=shown_text, prompt=prompt_text, readable=readable, zip=partial(zip, strict=True))
+    environment.filters.update(thinking_and_answer=thinking_and_answer)
     environment.globals.update(chart=chart)
     return environment
 

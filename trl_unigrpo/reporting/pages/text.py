@@ -53,6 +53,12 @@ def shown_text(text: Any, fold: int = FOLD, limit: int = LIMIT) -> Markup:
     ).format(text[:fold], whole)
 
 
+def thinking_and_answer(text: str) -> tuple[str, str]:
+    """Split a text into its thinking, up to `</think>`, and the answer behind it; without one it is all answer."""
+    thinking, _, answer = text.rpartition("</think>")
+    return thinking.replace("<think>", "", 1).strip(), answer.strip()
+
+
 def prompt_text(prompt: Any) -> str:
     """Return what a dataset's prompt asks for (see [`user_text`]), or its JSON where it has no message of the user."""
     try:
