@@ -63,7 +63,7 @@ def slope(led_to: Tensor, earlier: Tensor, group_size: int) -> float | None:
     """
     y = led_to[:, led_to.shape[1] - earlier.shape[1] :]
     # In float64 the mean of equal numbers is that number: a group that began with one image varies by nothing.
-    y, x = (part.double().unflatten(0, (-1, group_size)) for part in (y, earlier))
+    y, x = (part.cpu().double().unflatten(0, (-1, group_size)) for part in (y, earlier))
     known = ~y.isnan()
     y, x = (part - part.where(known, torch.nan).nanmean(1, keepdim=True) for part in (y, x))
     variance = (x[known] ** 2).sum().item()

@@ -52,7 +52,8 @@ class RoundsConfig:
             Probability that it goes on from a perfect image, whose reward is all that `reward_weights` give, if there
             is one: so that keeping can be learnt.
         round_reward (`str`, *optional*, defaults to `"final"`):
-            What a round is paid: the last image (`"final"`), its own (`"own"`), or all from its own on (`"sum"`).
+            What a round is paid: the last image (`"final"`), its own (`"own"`), or all from its own on (`"sum"`, for
+            stories).
         round_baseline (`float`, *optional*):
             How much of the reward of the image before is subtracted from a later round's; by default what leaves the
             least variance, a running mean of regressions.

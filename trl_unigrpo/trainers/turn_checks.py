@@ -47,12 +47,12 @@ def check_turns(datasets: Mapping[str, Any], args: Any) -> bool:
 
 
 def _check_settings(args: Any) -> None:
-    for name, wanted, reason in (
-        ("reflection_template", TEMPLATE, "what is said to an image is the next turn"),
-        ("no_improve", "none", "each turn asks for something else, so that no image is to improve on the one before"),
-        ("remove_unused_columns", False, "it takes the turns away before they are asked for"),
+    for name, reason in (
+        ("reflection_template", "what is said to an image is the next turn"),
+        ("no_improve", "each turn asks for something else, so that no image is to improve on the one before"),
+        ("remove_unused_columns", "it takes the turns away before they are asked for"),
     ):
-        if getattr(args, name) != wanted:
+        if getattr(args, name) != getattr(type(args), name):
             raise ValueError(
                 f"{name}={getattr(args, name)!r} does not work with a column {TURN_COLUMN!r}: {reason}. Leave it at "
                 "its default, or rename the column."
