@@ -195,7 +195,7 @@ def texts_of(batch, row):
         yield (
             0,
             *(batch[f"{part}_ids"][row][batch[f"{part}_mask"][row].bool()].tolist() for part in parts),
-            batch["shown"][row] if "shown" in batch else [],
+            [],
         )
 
 

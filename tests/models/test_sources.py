@@ -12,7 +12,7 @@ from trl_unigrpo.flow.guidance import Guidance
 from trl_unigrpo.flow.sampler import RolloutPlan
 from trl_unigrpo.models.sources import read_sources, show_sources, size_like, source_fault
 from trl_unigrpo.sampling import Thinking, generate, paint, think
-from trl_unigrpo.trajectory import Round, Steps, Trajectory
+from trl_unigrpo.trajectory import Passage, Round, Steps, Trajectory
 
 
 PROMPTS = ["a red cat", "a big green dog runs", "a small tree", "the blue cat"]
@@ -133,8 +133,9 @@ def test_a_text_row_without_steps_sees_its_sources_in_a_packed_forward():
     (image,) = paint(model, [trajectory], plan, [torch.Generator().manual_seed(0)])
     trajectory.rounds[0].images.append(image)
     shown = [one.shown for one in sources]
+    passages = [[Passage(row, images, rounds=1)] for row, images in zip(rows, shown, strict=True)]
     with torch.no_grad():
-        packed = model.call_backbone(torch.tensor(rows), steps=Steps.of([trajectory]), images=shown)
+        packed = model.call_backbone(torch.tensor(rows), steps=Steps.of([trajectory]), passages=passages)
         alone = model.call_backbone(torch.tensor(rows), images=shown)
     torch.testing.assert_close(packed.last_hidden_state, alone.last_hidden_state, rtol=0, atol=1e-5)
     torch.testing.assert_close(packed.velocity, image.steps.velocity, rtol=0, atol=1e-5)

@@ -108,7 +108,7 @@ def test_a_story_keeps_what_its_earlier_turns_did():
     ]
     [source] = render_images(SOURCE)
     for number, image in enumerate(render_images(np.stack(after))):
-        assert shapeworld_story_reward([""], [""], [image], [source], [turns], round_index=number) == [1.0]
+        assert shapeworld_story_reward([""], [""], [image], [source], [turns], round_index=[number]) == [1.0]
     # The last turn is done, but the first one's square is back: one of eight other cells.
     back = render_images(scene(top_left="red circle", center="pink square", top="red square"))
     assert shapeworld_story_reward([""], [""], back, [source], [turns]) == pytest.approx([(7 / 8) ** 0.5])

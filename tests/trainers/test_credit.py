@@ -14,6 +14,7 @@ def advantages(led_to, earlier=None, baseline=0.0, rule="none", scale="group"):
     led_to = torch.tensor(led_to)
     led_to = led_to if led_to.ndim == 2 else torch.stack([led_to, led_to], 1)
     earlier = torch.zeros_like(led_to) if earlier is None else torch.full_like(led_to, earlier)
+    earlier = earlier[:, 1:]
     return round_advantages(led_to, earlier, baseline, rule, len(led_to), scale)[:, -1]
 
 
@@ -48,7 +49,7 @@ def test_one_round_is_eq_1_whatever_is_paid():
 def test_what_stood_before_is_subtracted_from_later_rounds_alone():
     rewards = torch.tensor([[0.0, 0.5], [0.5, 0.5], [1.0, 0.5], [0.5, 0.9]])
     earlier = before(rewards[:, :-1], 4)
-    torch.testing.assert_close(earlier, torch.tensor([[0.0, 0.0], [0.0, 0.5], [0.0, 1.0], [0.0, 0.5]]))
+    torch.testing.assert_close(earlier, torch.tensor([[0.0], [0.5], [1.0], [0.5]]))
     led_to = returns(rewards, torch.ones(4, 2, dtype=torch.bool), "final")
     plain, less = (round_advantages(led_to, earlier, b, "none", 4, "none") for b in (0.0, 1.0))
     torch.testing.assert_close(plain[:, 0], less[:, 0])
@@ -57,7 +58,7 @@ def test_what_stood_before_is_subtracted_from_later_rounds_alone():
 
 def test_unknown_reward_of_the_image_before_subtracts_nothing():
     torch.testing.assert_close(
-        before(torch.tensor([[0.2], [NAN], [NAN], [NAN]]), 2), torch.tensor([[0, 0.2], [0, 0.2], [0, 0], [0, 0]])
+        before(torch.tensor([[0.2], [NAN], [NAN], [NAN]]), 2), torch.tensor([[0.2], [0.2], [0], [0]])
     )
 
 
@@ -72,19 +73,26 @@ def test_round_that_failed_is_masked_alone():
 
 def test_slope_is_that_of_least_squares_within_groups():
     generator = torch.Generator().manual_seed(0)
-    earlier = torch.cat([torch.zeros(8, 1), torch.rand(8, 1, generator=generator)], 1)
+    earlier = torch.rand(8, 1, generator=generator)
     noise = torch.rand(8, 1, generator=generator)
-    led_to = torch.cat([torch.zeros(8, 1), 0.4 * earlier[:, 1:] + 0.3 * noise], 1)
+    led_to = torch.cat([torch.zeros(8, 1), 0.4 * earlier + 0.3 * noise], 1)
     led_to[:4] += 5  # between groups there is nothing to learn
-    x, y = (part[:, 1].view(2, 4) for part in (earlier, led_to))
+    x, y = (part.view(2, 4) for part in (earlier, led_to[:, 1]))
     x, y = (part - part.mean(1, keepdim=True) for part in (x, y))
     assert slope(led_to, earlier, 4) == pytest.approx(((x * y).sum() / (x * x).sum()).item(), rel=1e-5)
     assert slope(-led_to, earlier, 4) == 0
     assert slope(9 * led_to, earlier, 4) == 1
-    assert slope(led_to, torch.zeros_like(earlier), 4) is None  # a group that goes on from one image
     led_to[3, 1] = NAN
-    earlier[3, 1] = 1e6  # of no account, as the round has no action
+    earlier[3] = 1e6  # of no account, as the round has no action
     assert 0 < slope(led_to, earlier, 4) < 1
+
+
+def test_group_that_goes_on_from_one_image_has_no_slope():
+    led_to, shared = torch.rand(24, 2, generator=torch.Generator().manual_seed(0)), torch.full((24, 1), 0.3)
+    assert slope(led_to, shared, 24) is None
+    # Nor does the source of an edit count, before the first round, beside the images before the second.
+    earlier = torch.rand(24, 1, generator=torch.Generator().manual_seed(1))
+    assert slope(led_to, torch.cat([shared, earlier], 1), 24) == slope(led_to, earlier, 24)
 
 
 def test_running_mean_begins_with_the_first():
@@ -114,11 +122,47 @@ def test_tie_is_a_false_positive_until_it_is_rectified(rule, tie):
 
 
 def test_where_nobody_improves_nothing_is_learnt_and_the_first_round_is_untouched():
-    led_to, earlier = torch.tensor([[0.1, 0.3], [0.9, 0.4]]), torch.full((2, 2), 0.5)
+    led_to, earlier = torch.tensor([[0.1, 0.3], [0.9, 0.4]]), torch.full((2, 1), 0.5)
     assert torch.equal(improvements(led_to, earlier, "clamp", 2), torch.tensor([[0.1, 0.0], [0.9, 0.0]]))
     found = round_advantages(led_to, earlier, 0.0, "clamp", 2, "group")
     assert found[:, 1].tolist() == [0, 0]
     assert found[1, 0] > 0.5
+
+
+def test_edit_is_held_against_its_source():
+    """With r_0 = .5 a first round that leaves the source as it was, or harms it, gains nothing."""
+    led_to, source = torch.tensor([[0.9, 0.7], [0.5, 0.8], [0.2, 0.9]]), torch.full((3, 1), 0.5)
+    earlier = torch.cat([source, torch.tensor([[0.9], [0.5], [0.2]])], 1)
+    assert improvements(led_to, earlier, "clamp", 3)[:, 0].tolist() == pytest.approx([0.4, 0, 0])
+    assert improvements(led_to, earlier, "min", 3)[:, 0].tolist() == pytest.approx([0.4, -0.3, -0.3])
+    found = round_advantages(led_to, earlier, 0.0, "clamp", 3, "none")
+    torch.testing.assert_close(found[:, 0], torch.tensor([0.8, -0.4, -0.4]) / 3)
+    # A part of the same number for all of a group changes nothing.
+    later = earlier[:, 1:]
+    with_source, without = (round_advantages(led_to, x, 0.7, "none", 3, "group") for x in (earlier, later))
+    torch.testing.assert_close(with_source, without)
+
+
+def test_sum_of_stories_with_unequal_numbers_of_turns():
+    """Of three turns, two and one; behind its last turn a story delivers nothing more."""
+    rewards = torch.tensor(
+        [[0.2, 0.4, 0.9], [0.6, 0.1, 0.3], [0.5, 0.7, 0.7], [0.1, 0.8, 0.8], [0.3, 0.3, 0.3], [0.9, 0.9, 0.9]]
+    )
+    acted = torch.tensor(
+        [[True] * 3, [True] * 3, [True, True, False], [True, True, False]] + [[True, False, False]] * 2
+    )
+    led_to = returns(rewards, acted, "sum", counted=acted).masked_fill(~acted, NAN)
+    expected = [[1.5, 1.3, 0.9], [1.0, 0.4, 0.3], [1.2, 0.7, NAN], [0.9, 0.8, NAN], [0.3, NAN, NAN], [0.9, NAN, NAN]]
+    torch.testing.assert_close(led_to, torch.tensor(expected), equal_nan=True)
+    stood = rewards[:, :-1].masked_fill(~acted[:, 1:], NAN)
+    found = round_advantages(led_to, before(stood, 2), 0.5, "none", 2, "none")
+    worth = [[1.5, 1.2, 0.7], [1.0, 0.1, 0.25], [1.2, 0.45], [0.9, 0.75], [0.3], [0.9]]
+    for place in (0, 2, 4):
+        for number, pair in enumerate(zip(worth[place], worth[place + 1], strict=True)):
+            half = (pair[0] - pair[1]) / 2
+            assert found[place : place + 2, number].tolist() == pytest.approx([half, -half])
+    assert found[2:, 2].tolist() == [0] * 4
+    assert found[4:, 1].tolist() == [0] * 2
 
 
 def test_improvement_paid_to_the_round_before_it_teaches_to_paint_badly():

@@ -13,6 +13,7 @@ from tests.helpers.editing import edits, tiny_editor
 from tests.helpers.rounds import STOP, FixedRounds, rounds_bagel, rounds_trainer
 from tests.helpers.runs import DIVERGING, alarms_of, assert_same_update
 from tests.helpers.sft import make_sft, many_rows
+from tests.helpers.stories import TURNS, stories, story_trainer
 from tests.helpers.tiny_unified import FixedTexts, build_trainer, redness, tiny_bagel, weights
 from trl_unigrpo.monitoring.alarm import read_alarms
 from trl_unigrpo.reporting.run_files import read_run
@@ -50,6 +51,8 @@ MORE_CASES = {
     # The second process keeps its images in the second round, all but one of the first's go on to the third.
     "rounds": {"rounds": True, "num_rounds": 3},
     "tree": {"rounds": True, "round_group": "tree", "round_context": "markov"},
+    # The stories of the second process end with their first turn.
+    "stories": {"stories": True, "round_group": "tree", "round_reward": "own", "gradient_accumulation_steps": 2},
     "lines, no thinking": {"image_objective": "fpo", "thinking": False, "text_weight": 0.0},
 }
 
@@ -70,12 +73,15 @@ def run(folder, case, per_device_train_batch_size):
         build, own = rounds_trainer, {"model": rounds_bagel(), "trainer_class": UnequalRounds, "temperature": 1.0}
     if arguments.pop("edits", False):
         own = {"model": tiny_editor(), "train_dataset": edits()}
+    if arguments.pop("stories", False):
+        long, short = list(TURNS)[:2]
+        build, own = story_trainer, {"train_dataset": stories({long: TURNS[long], short: TURNS[short]})}
+        own |= {"trainer_class": FixedRounds, "temperature": 1.0}
     trainer = build(
         folder,
-        **own,
         per_device_train_batch_size=per_device_train_batch_size,
         peft_config=LoraConfig(r=2, init_lora_weights=False) if lora else None,
-        **arguments,
+        **{**arguments, **own},
     )
     before = weights(trainer.model)
     trainer.train()

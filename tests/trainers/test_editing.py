@@ -11,9 +11,9 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from tests.helpers.editing import PAINTED, PLACEHOLDER, SIZES, edits, source, tiny_editor
+from tests.helpers.examples import run_example
 from tests.helpers.judge_server import ChatServer, pictures_of, yes
 from tests.helpers.many_images import assert_equations, images
-from tests.helpers.paths import ROOT
 from tests.helpers.runs import assert_equal_runs, run
 from tests.helpers.tiny_unified import FixedTexts, redness, tiny_bagel, tiny_tokenizer
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
@@ -71,7 +71,7 @@ def test_each_group_shows_its_source_once_and_is_painted_in_its_size(trained):
         assert (4 * height, 4 * width) == group[0].size
     for batch in seen.batches:
         assert len({t.size for t in batch["trajectories"]}) == 1
-        assert [t.images for t in batch["trajectories"]] == batch["shown"]
+        assert [t.images for t in batch["trajectories"]] == [t.images for t in batch["rounds"]]
     order = [t.row for batch in seen.batches for t in batch["trajectories"]]
     assert sorted(order) == list(range(16)) != order
 
@@ -119,7 +119,7 @@ def test_rewards_get_the_source_images(trained):
 
 def test_text_alone_is_trained_on_source_images(trained):
     trainer, seen = trained(max_steps=2, flow_weight=0.0, per_device_train_batch_size=4)
-    assert all(len(batch["shown"]) == 4 for batch in seen.batches)
+    assert all(len(batch["rounds"]) == 4 for batch in seen.batches)
     assert trainer.state.log_history[0]["grad_norm"] > 0
 
 
@@ -265,17 +265,13 @@ def test_the_example_trains_by_a_judge_that_sees_source_and_edit(tmp_path, monke
         return yes(0.1 + 0.8 * np.asarray(pictures_of(body)[1]).mean() / 255)
 
     with ChatServer(reply) as server:
-        script = (ROOT / "examples" / "editing.py").read_text(encoding="utf-8")
-        for old, new in (
-            ('"ByteDance-Seed/BAGEL-7B-MoT"', repr(str(tmp_path / "model"))),
-            ('"http://localhost:8000/v1"', repr(server.url)),
-            ('"edits.jsonl"', repr(str(tmp_path / "edits.jsonl"))),
-            ('"bagel-edits"', f"{str(tmp_path / 'out')!r}, **{small!r}"),
-        ):
-            assert old in script
-            script = script.replace(old, new)
-        found = {"__name__": "example"}
-        exec(compile(script, "editing.py", "exec"), found)
+        replaced = {
+            '"ByteDance-Seed/BAGEL-7B-MoT"': repr(str(tmp_path / "model")),
+            '"http://localhost:8000/v1"': repr(server.url),
+            '"edits.jsonl"': repr(str(tmp_path / "edits.jsonl")),
+            '"bagel-edits"': f"{str(tmp_path / 'out')!r}, **{small!r}",
+        }
+        found = run_example("editing.py", **replaced)
     assert found["trainer"].state.global_step == 2
     logs = found["trainer"].state.log_history
     assert 0 < logs[0]["EditReward/following"] < 1

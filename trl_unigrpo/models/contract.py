@@ -143,7 +143,6 @@ class UnifiedModelMixin(SeesImages, _Base):
         steps: Steps,
         context_grad: bool = False,
         passages: Sequence[Sequence[Passage]] | None = None,
-        images: Sequence[Sequence[Any]] = (),
     ) -> UnifiedOutput:
         """
         Compute hidden states of text rows and the velocities (S, *latent) of steps in one call.
@@ -151,7 +150,7 @@ class UnifiedModelMixin(SeesImages, _Base):
         Args:
             steps: their `row` is the text row that they belong to.
             context_grad: whether the steps' loss reaches the text's weights through the context.
-            passages, images: as in `call_backbone`, of a model with an `image_placeholder`.
+            passages: as in `call_backbone`, of a model with an `image_placeholder`.
         """
         raise NotImplementedError
 
@@ -271,19 +270,17 @@ class UnifiedModelMixin(SeesImages, _Base):
         context_grad: bool = False,
         into: list[Tensor] | None = None,
         passages: Sequence[Sequence[Passage]] | None = None,
-        images: Sequence[Sequence[Any]] | None = None,
         **kwargs: Any,
     ) -> UnifiedOutput:
         """
         Compute hidden states of text rows and, of `steps`, velocities: in one call, or one after the other.
 
         Args:
-            passages: for each text row what it is read as, where that is more than the row itself.
+            passages: for each text row what it is read as, with the images that it shows; None for the row itself.
             into: where the velocities go too, for a caller that sees only the language head's output.
-            images: for each row those that its prompt shows, if any does.
+            kwargs: further arguments of `backbone`.
         """
-        read_as: dict[str, Any] = {"passages": passages, "images": images}
-        read_as = {name: value for name, value in read_as.items() if value is not None}
+        read_as: dict[str, Any] = {} if passages is None else {"passages": passages}
         if steps is not None and self.packs_velocities:
             outputs = self.packed_forward(input_ids, attention_mask, steps, context_grad, **read_as)
         else:

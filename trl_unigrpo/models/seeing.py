@@ -34,8 +34,8 @@ class SeesImages:
     def image_placeholder(self) -> int | None:
         """
         Token that stands for a finished image in what is read; None where texts are written without seeing them. A
-        model that has one takes `images`, for each row those that its placeholders stand for, in `generate`,
-        `backbone` and `packed_forward`, and in the latter two `passages`.
+        model that has one takes `images` in `generate`, for each row those that its placeholders stand for, and
+        `passages` in `backbone` and `packed_forward`.
         """
         return None
 
@@ -61,7 +61,7 @@ class SeesImages:
         a model with an `image_placeholder`.
 
         Args:
-            images: as they were painted, of one size.
+            images: as they were painted.
             seen: the same, decoded.
             reencode: whether to encode what is seen, or (False) take the latents that were painted.
         """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         siglip_score,
     )
     from .edits.edit_reward import EditReward, edit_questions, edit_score
-    from .edits.preservation import preserve, preserve_structure
+    from .edits.preservation import ConsistencyReward, preserve, preserve_structure
     from .geneval.geneval_questions import questions_from_geneval
     from .geneval.geneval_reward import GenEvalReward
     from .judge.local_judge import LocalVLMJudge
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 _HOME_OF = {
     "STRICT_AUDITOR": "questions.question_reward",
     "ClipReward": "clip.clip_reward",
+    "ConsistencyReward": "edits.preservation",
     "DVReward": "questions.question_reward",
     "EditReward": "edits.edit_reward",
     "GenEvalReward": "geneval.geneval_reward",
@@ -85,6 +86,7 @@ _HOME_OF = {
 __all__ = [
     "STRICT_AUDITOR",
     "ClipReward",
+    "ConsistencyReward",
     "DVReward",
     "EditReward",
     "GenEvalReward",

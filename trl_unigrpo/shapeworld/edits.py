@@ -290,7 +290,7 @@ def shapeworld_story_reward(
     images: Sequence[Image.Image],
     source_images: Sequence[Any],
     turns: Sequence[Sequence[str]],
-    round_index: int | None = None,
+    round_index: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> list[float]:
     """
@@ -300,10 +300,11 @@ def shapeworld_story_reward(
         images: B images of 48 x 48 pixels.
         source_images: B images of 48 x 48 pixels that the stories begin with, or lists of one.
         turns: the instructions of each story, in order.
-        round_index: number of the turn, from 0, that `images` come after; None for the last.
+        round_index: for each image the number of the turn, from 0, that it comes after; None for the last.
     """
-    last = None if round_index is None else round_index + 1
-    return _reward([[parse_edit(text) for text in story[:last]] for story in turns], images, source_images)
+    if round_index is not None:
+        turns = [story[: last + 1] for story, last in zip(turns, round_index, strict=True)]
+    return _reward([[parse_edit(text) for text in story] for story in turns], images, source_images)
 
 
 shapeworld_story_reward.every_round = True  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from .dataset_checks import check_dataset, check_training_data
 from .evaluation_checks import check_evaluation
 from .reward_checks import check_reward_funcs
 from .source_checks import check_sources
+from .turn_checks import check_turns
 from .unigrpo_config import SINGLE_GPU, UniGRPOConfig
 
 
@@ -34,10 +35,10 @@ def check_arguments(
     datasets: Mapping[str, Any],
     processing_class: Any,
     unsupported: Mapping[str, Any],
-) -> bool:
+) -> tuple[bool, bool]:
     """
     Raise ValueError or TypeError, with the remedy, for what the trainer can't work with; returns whether prompts show
-    source images.
+    source images, and whether rows are stories.
 
     Args:
         args: the configuration.
@@ -66,7 +67,7 @@ def check_arguments(
             f"processing_class is a {type(processing_class).__name__}, expected a tokenizer: images are generated "
             "here, not read. Pass processor.tokenizer."
         )
-    return check_sources(datasets, args)
+    return check_sources(datasets, args), check_turns(datasets, args)
 
 
 def check_lengths(args: UniGRPOConfig, base: Any) -> None:

@@ -4,8 +4,9 @@ The actions of round m are its text and its image. They may be paid for the imag
 image before, r_(m-1), may be subtracted: it was there before they were, so that this changes the variance and not what
 is learnt. An improvement r_m - r_(m-1) paid to rounds before m would teach to paint bad first images.
 
-Shapes: N trajectories of all processes, groups of G side by side; R rounds. Rewards are those of the image that stands
-after each round, the last one's again where a trajectory has ended; NaN where the image has none.
+Shapes: N trajectories of all processes, groups of G side by side; R rounds, of which the last R' begin with an image:
+all but the first, or all in an edit, which begins with its source. Rewards are those of the image that stands after
+each round, the last one's again where a trajectory has ended; NaN where the image has none.
 """
 
 import torch
@@ -18,7 +19,7 @@ KEPT = 0.9
 """Share of the former slope that a new one leaves in the running mean."""
 
 
-def returns(rewards: Tensor, painted: Tensor, paid: str, cost: float = 0.0) -> Tensor:
+def returns(rewards: Tensor, painted: Tensor, paid: str, cost: float = 0.0, counted: Tensor | None = None) -> Tensor:
     """
     Give what each round's actions led to, (N, R).
 
@@ -27,11 +28,13 @@ def returns(rewards: Tensor, painted: Tensor, paid: str, cost: float = 0.0) -> T
         painted: (N, R) whether the round painted an image.
         paid: "final", the last image; "own", the round's; "sum", all from the round's on.
         cost: of each image after the first that a round's actions led to.
+        counted: (N, R) whether a round counts in a sum, as those behind a story's last turn don't; None for all.
     """
     net = rewards - cost * painted
     if paid == "own":
         return net
     if paid == "sum":
+        net = net if counted is None else net.where(counted, 0.0)
         return net.flip(1).cumsum(1).flip(1)
     later = painted.sum(1, keepdim=True) - torch.arange(1, rewards.shape[1] + 1, device=rewards.device)
     return rewards[:, -1:] - cost * later
@@ -39,27 +42,28 @@ def returns(rewards: Tensor, painted: Tensor, paid: str, cost: float = 0.0) -> T
 
 def before(stood: Tensor, group_size: int) -> Tensor:
     """
-    Give the reward of the image before each round, (N, R): 0 before the first, and the group's mean where it is not
+    Give the reward of the image before each round that begins with one, (N, R'): the group's mean where it is not
     known, which subtracts nothing.
 
     Args:
-        stood: (N, R - 1) of the images that rounds 2 to R begin with.
+        stood: (N, R') of these images, NaN where one has none.
     """
     groups = stood.unflatten(0, (-1, group_size))
-    known = torch.where(groups.isnan(), groups.nanmean(1, keepdim=True).nan_to_num(), groups).flatten(0, 1)
-    return torch.cat([stood.new_zeros(len(stood), 1), known], 1)
+    return torch.where(groups.isnan(), groups.nanmean(1, keepdim=True).nan_to_num(), groups).flatten(0, 1)
 
 
 def slope(led_to: Tensor, earlier: Tensor, group_size: int) -> float | None:
     """
-    Regress what rounds led to on the reward of the image before, within groups, from the second round on: the factor
-    between 0 and 1 that leaves the least variance. None where there is nothing to regress.
+    Regress what rounds led to on the reward of the image before, within groups: the factor between 0 and 1 that leaves
+    the least variance. None where there is nothing to regress.
 
     Args:
         led_to: (N, R) as [`returns`] gives it, NaN where the round has no action.
-        earlier: (N, R) as [`before`] gives it.
+        earlier: (N, R') as [`before`] gives it.
     """
-    y, x = (part[:, 1:].unflatten(0, (-1, group_size)) for part in (led_to, earlier))
+    y = led_to[:, led_to.shape[1] - earlier.shape[1] :]
+    # In float64 the mean of equal numbers is that number: a group that began with one image varies by nothing.
+    y, x = (part.double().unflatten(0, (-1, group_size)) for part in (y, earlier))
     known = ~y.isnan()
     y, x = (part - part.where(known, torch.nan).nanmean(1, keepdim=True) for part in (y, x))
     variance = (x[known] ** 2).sum().item()
@@ -75,20 +79,21 @@ def running(former: float | None, new: float | None) -> float | None:
 
 def improvements(led_to: Tensor, earlier: Tensor, rule: str, group_size: int) -> Tensor:
     """
-    Take from later rounds what is no improvement on the image before.
+    Take from rounds that begin with an image what is no improvement on it.
 
     Args:
         led_to: (N, R) as [`returns`] gives it.
-        earlier: (N, R) as [`before`] gives it.
+        earlier: (N, R') as [`before`] gives it.
         rule: "clamp", nothing was gained (AlphaGRPO's code); "min", the least of the group was (its paper).
     """
-    gain = (led_to - earlier).unflatten(0, (-1, group_size))
+    first = led_to.shape[1] - earlier.shape[1]
+    gain = (led_to[:, first:] - earlier).unflatten(0, (-1, group_size))
     if rule == "clamp":
         none = torch.zeros_like(gain)
     else:
         none = gain.where(~gain.isnan(), torch.inf).amin(1, keepdim=True).expand_as(gain)
     gain = torch.where(gain <= 0, none, gain).flatten(0, 1)
-    return torch.cat([led_to[:, :1], gain[:, 1:]], 1)
+    return torch.cat([led_to[:, :first], gain], 1)
 
 
 def round_advantages(
@@ -99,13 +104,14 @@ def round_advantages(
 
     Args:
         led_to: (N, R) as [`returns`] gives it, NaN where a round has no action or no reward: its advantage is 0.
-        earlier: (N, R) as [`before`] gives it.
+        earlier: (N, R') as [`before`] gives it.
         baseline: factor of what is subtracted; without meaning where `rule` is one of [`improvements`].
         rule: "none", or one of those.
         group_size, scale_rewards: see [`~trl_unigrpo.trainers.scoring.group_advantages`].
     """
     if rule == "none":
-        worth = led_to - baseline * earlier
+        first = led_to.shape[1] - earlier.shape[1]
+        worth = torch.cat([led_to[:, :first], led_to[:, first:] - baseline * earlier], 1)
     else:
         worth = improvements(led_to, earlier, rule, group_size)
     return torch.stack([group_advantages(part, group_size, scale_rewards) for part in worth.unbind(1)], 1)

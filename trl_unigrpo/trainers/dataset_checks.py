@@ -154,6 +154,9 @@ def check_special_tokens(datasets: Mapping[str, Any], tokenizer: PreTrainedToken
                 for row, value in enumerate(dataset[column]):
                     if isinstance(value, (str, list)):
                         check_text(all_texts(value), special, f"Row {row} of {name}")
+            for row, turns in enumerate(dataset["turns"] if "turns" in dataset.column_names else ()):
+                if isinstance(turns, list):
+                    check_text([turn for turn in turns if isinstance(turn, str)], special, f"Row {row} of {name}")
 
 
 def _columns(dataset: Any) -> list[str] | None:

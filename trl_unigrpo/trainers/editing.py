@@ -1,6 +1,7 @@
-"""The hooks by which prompts show source images: in thinkings, in their log-probs, and to reward functions."""
+"""The hooks by which prompts show source images, and images have their sizes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from ..models.patching import attributes
 from ..models.sources import Sources, place_sources, show_sources, shown_images, source_fault, with_sources
-from ..trajectory import Trajectory
+from ..trajectory import Round, Trajectory
 from .run_keeping import RunKeeping
 from .setup import Setup
 from .source_checks import LEAVE_OUT, SOURCE_COLUMNS, check_sources
+from .turn_checks import check_turns
 
 
 class EditingRun(RunKeeping):
@@ -25,25 +27,24 @@ class EditingRun(RunKeeping):
 
     _setup: Setup
     _sources: Sequence[Sources] = ()
-    _shown: Sequence[Sequence[Any]] | None = None
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            if check_sources({"eval_dataset": eval_dataset}, self.args) != self._setup.edits:
-                trained = "has" if self._setup.edits else "has not"
-                raise ValueError(
-                    f"A column 'source_image' or 'source_images': train_dataset {trained} one, eval_dataset differs. "
-                    "Evaluate on prompts like those trained on."
-                )
+            given = {"eval_dataset": eval_dataset}
+            for column, trained, found in (
+                ("'source_image' or 'source_images'", self._setup.edits, check_sources(given, self.args)),
+                ("'turns'", self._setup.stories, check_turns(given, self.args)),
+            ):
+                if found != trained:
+                    raise ValueError(
+                        f"A column {column}: train_dataset {'has' if trained else 'has not'} one, eval_dataset "
+                        "differs. Evaluate on prompts like those trained on."
+                    )
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._sources = self._group_sources(inputs) if self._setup.edits else ()
-        self._shown = shown_images(self.unified, self._sources).get("images")
-        outputs = super()._generate_and_score_completions(inputs)
-        if self._shown is not None:
-            outputs["shown"] = self._shown
-        return outputs
+        return super()._generate_and_score_completions(inputs)
 
     def _group_sources(self, rows: Sequence[dict[str, Any]]) -> list[Sources]:
         """Show the model each group's source images, and leave the rows with `source_images`, lists of RGB images."""
@@ -65,6 +66,14 @@ class EditingRun(RunKeeping):
         """Let trajectories show the source images of their prompts."""
         return with_sources(trajectories, self._sources)
 
+    def read_as(
+        self, trajectories: Sequence[Trajectory], completion_ids: Sequence[list[int]]
+    ) -> list[Trajectory] | None:
+        """Say what TRL's rows of one round are read as; None where they show no image, and are what they are."""
+        if not shown_images(self.unified, self._sources):
+            return None
+        return [replace(t, rounds=[Round(ids)]) for t, ids in zip(trajectories, completion_ids, strict=True)]
+
     # Text
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
@@ -75,20 +84,11 @@ class EditingRun(RunKeeping):
         return placed, *others
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        if self._shown is None:
-            return super()._generate_single_turn(*args, **kwargs)
         base = self.unified
-        with attributes(base, generate=partial(base.generate, images=self._shown)):
+        if not (shown := shown_images(base, self._sources)):
             return super()._generate_single_turn(*args, **kwargs)
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        self._shown = inputs.get("shown")
-        return super()._compute_loss(model, inputs)
-
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._shown is not None:
-            model = showing(model, self._shown)
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        with attributes(base, generate=partial(base.generate, **shown)):
+            return super()._generate_single_turn(*args, **kwargs)
 
     # Sizes
 
@@ -99,16 +99,6 @@ class EditingRun(RunKeeping):
             return inputs
         self._buffered_inputs = of_one_size(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
-
-
-def showing(model: Any, images: Sequence[Sequence[Any]]) -> Any:
-    """Add their images to the calls of a model, in which TRL passes it some rows after the other."""
-    left: Iterator[Sequence[Any]] = iter(images)
-
-    def call(*args: Any, input_ids: Tensor, **kwargs: Any) -> Any:
-        return model(*args, input_ids=input_ids, images=[next(left) for _ in input_ids], **kwargs)
-
-    return call
 
 
 def of_one_size(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

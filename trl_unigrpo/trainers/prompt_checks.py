@@ -48,7 +48,7 @@ class CheckedRows:
         """Make a batch of rows; raises ValueError with the row whose prompt is none."""
         for row in rows:
             if (fault := prompt_fault(row.get("prompt"))) is not None:
-                raise ValueError(f"In the row {_short(dict(row))} the prompt is {fault}")
+                raise ValueError(f"In the row {shortened(dict(row))} the prompt is {fault}")
         return self.collator(rows)
 
 
@@ -61,17 +61,17 @@ def prompt_fault(prompt: Any) -> str | None:
     if isinstance(prompt, Number):
         return f"{prompt!r}, a number, expected a text. {CAST}"
     if not isinstance(prompt, Sequence) or not prompt or not all(_is_message(message) for message in prompt):
-        return f"{_short(prompt)}, expected {FORM}."
+        return f"{shortened(prompt)}, expected {FORM}."
     for message in prompt:
         content = message["content"]
         others = [part for part in content if not _is_text(part)] if not isinstance(content, str) else []
         if others:
             return (
-                f"a conversation with {_short(others[0])} in a message, expected parts as in "
+                f"a conversation with {shortened(others[0])} in a message, expected parts as in "
                 "{'type': 'text', 'text': 'a red cat'}. An image to edit belongs into a column 'source_image'."
             )
     if not any(message["role"] == "user" for message in prompt) or not user_text(prompt).strip():
-        return f"{_short(prompt)}, a conversation without words of the user, expected {FORM}."
+        return f"{shortened(prompt)}, a conversation without words of the user, expected {FORM}."
     return None
 
 
@@ -97,6 +97,7 @@ def _is_text(part: Any) -> bool:
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
-def _short(value: Any, most: int = 120) -> str:
+def shortened(value: Any, most: int = 120) -> str:
+    """Write a value in a message, cut where it is long."""
     shown = repr(value)
     return shown if len(shown) <= most else f"{shown[:most]}..."

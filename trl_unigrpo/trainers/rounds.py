@@ -2,8 +2,9 @@
 
 A later round, for all trajectories at once:
 
-    1. show the image that a trajectory goes on from         `_begin_round`: its own, or, in a tree, its group's
-    2. sample a text about it, which may keep the image      `_reflect`: reflection.py
+    1. show the image that a trajectory goes on from         `_begin_round`: its own, or, in a tree, its group's;
+       and what the user says to it                          reflection.py, or the next of the row's turns
+    2. sample a text about it, which may keep the image      `_reflect`
     3. paint, unless it was kept                             `_painted`, as in the first round
 
 What TRL sees of a trajectory is one row: text ++ observation ++ text .., with a mask on what was sampled. Then each
@@ -23,6 +24,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..messages import user_text
+from ..models.tokenizer import check_messages
 from ..monitoring.events import Generation
 from ..reflection import reflection
 from ..rounds import begin_round, show_images, take_texts, user_turn
@@ -35,6 +37,7 @@ from .round_notes import tell_edits, tell_rounds, with_rounds
 from .run_keeping import RunKeeping
 from .scoring import STANDING, Standing
 from .trl_bridge import unwrap_model_for_generation, with_rows
+from .turn_checks import TURN_COLUMN, check_story
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Walk:
         origins: of each later round of a tree, for each trajectory the place of the one whose image it goes on from.
         shown: for each the last of `seen` in the model's own form, as far as it was shown.
         scores: (N, F) of each round that is scored.
+        source: (N, F) scores of the source image, which the first round began with; none where credit needs none.
         stood: (N, F) scores of the images that each later round began with.
         process: (N,) advantages by process rewards of each scored round.
     """
@@ -61,6 +65,7 @@ class Walk:
     origins: list[list[int]] = field(default_factory=list)
     shown: list[Any] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
+    source: list[Tensor] = field(default_factory=list)
     stood: list[Tensor] = field(default_factory=list)
     process: list[Tensor] = field(default_factory=list)
 
@@ -111,11 +116,10 @@ class RoundsTrainer(RunKeeping):
     def _begin_round(self, walk: Walk, number: int) -> list[Trajectory]:
         """Show each trajectory that goes on the image that it goes on from; returns these."""
         args = self.args
+        going = [i for i in range(len(walk.trajectories)) if self._goes_on(walk, i, number)]
         if args.round_group == "tree":
-            self._share_images(walk, number)
-            going = list(range(len(walk.trajectories)))
+            self._share_images(walk, number, going)
         else:
-            going = [i for i, t in enumerate(walk.trajectories) if not t.rounds[-1].stopped]
             self._show_images(walk, going)
         going, placeholder = [i for i in going if walk.shown[i] is not None], self.unified.image_placeholder
         assert placeholder is not None
@@ -123,11 +127,25 @@ class RoundsTrainer(RunKeeping):
         ends = () if args.round_context == "markov" else (self._tokenizer.eos_token_id, *self.eos_token_ids)
         for i in going:
             t = walk.trajectories[i]
-            stop_text = args.stop_text if self._may_stop else None
-            asked = reflection(args.reflection_template, user_text(t.prompt), number + 1, stop_text)
-            said = user_turn(self._tokenizer, asked, **self.chat_template_kwargs)
+            said = user_turn(self._tokenizer, self._said(walk, i, number), **self.chat_template_kwargs)
             begin_round(t, placeholder, walk.shown[i], said, ends)
         return [walk.trajectories[i] for i in going]
+
+    def _goes_on(self, walk: Walk, place: int, number: int) -> bool:
+        """Say whether a trajectory has this round: whether its story has, or its image is not kept."""
+        if self._setup.stories:
+            return number < len(walk.inputs[place][TURN_COLUMN])
+        return self.args.round_group == "tree" or not walk.trajectories[place].rounds[-1].stopped
+
+    def _said(self, walk: Walk, place: int, number: int) -> str:
+        """Give what the user says to the image that a round begins with."""
+        if self._setup.stories:
+            turn: str = walk.inputs[place][TURN_COLUMN][number]
+            check_messages([turn], self._tokenizer)
+            return turn
+        stop_text = self.args.stop_text if self._may_stop else None
+        prompt = user_text(walk.trajectories[place].prompt)
+        return reflection(self.args.reflection_template, prompt, number + 1, stop_text)
 
     def _show_images(self, walk: Walk, places: Sequence[int]) -> None:
         """Bring the last images of these trajectories into the model's own form; failed ones are None."""
@@ -162,6 +180,15 @@ class RoundsTrainer(RunKeeping):
             return continue_texts(model, trajectories, config, self._tokenizer.pad_token_id, self.eos_token_ids)
 
     # 2. What TRL sees
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self._setup.stories:
+            for row in inputs:
+                check_story(row, self.num_rounds)
+        outputs = super()._generate_and_score_completions(inputs)
+        if self._progress.reading is not None:
+            outputs["rounds"], self._progress.reading = self._progress.reading, None
+        return outputs
 
     def _decoded(self, texts: Sequence[list[int]]) -> list[str]:
         return self.processing_class.batch_decode(texts, skip_special_tokens=True)
@@ -220,6 +247,8 @@ class RoundsTrainer(RunKeeping):
         """Score what credit needs of the rounds that are not scored yet; returns the last images' (N, F)."""
         if (walk := self._progress.walk) is None:
             return self._score(inputs, prompts, completions, completion_ids_list)
+        if self._setup.edits and self.args.no_improve != "none":
+            walk.source = [self._source_scores(walk)]  # else the same number for all of a group, which credit cancels
         last = self.num_rounds - 1
         whole = self.args.scores_each_round or self.args.process_reward_weight > 0
         each = whole or any(getattr(function, "every_round", False) for function in self.reward_funcs)
@@ -247,6 +276,19 @@ class RoundsTrainer(RunKeeping):
         for row in walk.inputs:
             del row[STANDING]
 
+    def _source_scores(self, walk: Walk) -> Tensor:
+        """Score the source image of each group, by its first trajectory: (N, F)."""
+        group, count, functions = self.group_size, len(walk.inputs), len(self.reward_funcs)
+        first = self.accelerator.process_index * count
+        for place, row in enumerate(walk.inputs, start=first):
+            known = [0.0] * functions if place % group else None
+            row |= {"images": row["source_images"][0], "previous_images": [], "round_index": -1}
+            row[STANDING] = Standing(known)
+        prompts, ids = [row["prompt"] for row in walk.inputs], [t.rounds[0].text_ids for t in walk.trajectories]
+        completions = self._completions(walk.trajectories, 0)
+        scores = super()._calculate_rewards(walk.inputs, prompts, completions, ids)[::group]
+        return scores.masked_fill(~scores.isfinite(), torch.nan).repeat_interleave(group, 0)
+
     def _total(self, scores: Tensor) -> Tensor:
         """(N,) weighted sums of scores (N, F); NaN where there is none."""
         total = (scores * self.reward_weights.to(scores.device)).nansum(1)
@@ -270,9 +312,11 @@ class RoundsTrainer(RunKeeping):
         if rewards.shape != acted.shape:  # the last alone was scored
             rewards = torch.cat([rewards.new_full(acted[:, 1:].shape, torch.nan), rewards], 1)
         tree = args.round_group == "tree"
-        stood = torch.stack([self._total(scores) for scores in walk.stood], 1) if walk.stood else rewards[:, :-1]
+        began = [*walk.source, *walk.stood]
+        stood = torch.stack([self._total(scores) for scores in began], 1) if began else rewards[:, :-1]
         earlier = credit.before(stood, self.group_size)
-        led_to = credit.returns(rewards, painted, "own" if tree else args.round_reward, args.round_cost)
+        counted = acted if self._setup.stories else torch.ones_like(acted)
+        led_to = credit.returns(rewards, painted, "own" if tree else args.round_reward, args.round_cost, counted)
         led_to = led_to + args.stop_bonus * (acted & ~painted & (rewards >= self._perfect))
         led_to = led_to.masked_fill(~acted, torch.nan)
         if args.round_baseline is None and self.mode == "train":
@@ -284,14 +328,14 @@ class RoundsTrainer(RunKeeping):
         if args.process_reward_weight > 0:
             of_texts = of_texts + args.process_reward_weight * torch.stack(walk.process, 1)
         outputs["text_advantages"] = self._of_tokens(walk.trajectories, of_texts[own], outputs["completion_ids"])
-        outputs["rounds"] = walk.trajectories
-        self._progress.walk = self._progress.reading = None
+        self._progress.walk = None
         for t, row in zip(walk.trajectories, rewards[own].tolist(), strict=True):
             for part, reward in zip(t.rounds, row, strict=False):
                 part.reward = None if reward != reward else reward
         texts = [self._decoded([part.text_ids for part in t.rounds]) for t in walk.trajectories]
         self._progress.told = tell_rounds(walk, own.start, texts, rewards[own], stood[own], advantages[own])
-        self._note({"rounds/baseline": share, **_metrics(rewards, stood, acted, painted)})
+        known = rewards.masked_fill(~counted, torch.nan)
+        self._note({"rounds/baseline": share, **_metrics(known, stood, acted, painted)})
 
     def _observed(self, rows: Sequence[dict[str, Any]], advantages: Tensor) -> Generation:
         """Describe the generation batch of all processes, with its rounds."""
@@ -327,8 +371,13 @@ class RoundsTrainer(RunKeeping):
 
     # 5. Trees
 
-    def _share_images(self, walk: Walk, number: int) -> None:
-        """Let all of a group go on from one of its images, which all processes choose alike."""
+    def _share_images(self, walk: Walk, number: int, going: Sequence[int]) -> None:
+        """
+        Let all of a group go on from one of its images, which all processes choose alike.
+
+        Args:
+            going: those that go on, whole groups.
+        """
         self._score_round(walk, number - 1)
         scores, args, group = walk.scores[-1], self.args, self.group_size
         chosen = []
@@ -337,28 +386,32 @@ class RoundsTrainer(RunKeeping):
             winner = credit.choose_image(rewards, args.round_select, generator, self._perfect, args.keep_perfect)
             chosen.append(index * group + winner)
         winners = torch.tensor(chosen, device=scores.device).repeat_interleave(group)
-        walk.stood.append(scores[winners])
         first, count = self.accelerator.process_index * len(walk.inputs), len(walk.inputs)
+        ended = torch.tensor([i not in going for i in range(count)], device=scores.device)
+        ended = self.accelerator.gather(ended)
+        winners = torch.where(ended, torch.arange(len(scores), device=scores.device), winners)
         walk.origins.append(winners[first : first + count].tolist())
-        mine = [winner - first for winner in chosen if first <= winner < first + count]
+        walk.stood.append(scores[winners])
+        mine = [winner - first for winner in sorted(set(winners[~ended].tolist())) if first <= winner < first + count]
         self._show_images(walk, mine)
         found = {first + i: (walk.shown[i], walk.seen[i][-1]) for i in mine}
         found = {winner: image for part in gather_object([found]) for winner, image in part.items()}
-        for i, winner in enumerate(winners[first : first + count].tolist()):
-            walk.shown[i], image = found[winner]
-            walk.seen[i][-1] = image
+        for i in going:
+            walk.shown[i], walk.seen[i][-1] = found[int(winners[first + i])]
 
 
 def _metrics(rewards: Tensor, stood: Tensor, acted: Tensor, painted: Tensor) -> dict[str, float]:
     """Measure the rounds (N, R) of a generation batch; a share of nothing is NaN, which no log averages."""
     found = {"rounds/images": painted.sum(1).float().mean().item()}
+    first = rewards.shape[1] - stood.shape[1]
     for number in range(rewards.shape[1]):
         found[f"rounds/reward_{number + 1}"] = rewards[:, number].nanmean().item()
         if number:
-            later, gain = painted[:, number], rewards[:, number] - stood[:, number - 1]
-            known = later & ~gain.isnan()
-            stopped = acted[:, number] & ~later
+            stopped = acted[:, number] & ~painted[:, number]
             found[f"rounds/kept_{number + 1}"] = (stopped.sum() / acted[:, number].sum()).item()
+        if number >= first:
+            gain = rewards[:, number] - stood[:, number - first]
+            known = painted[:, number] & ~gain.isnan()
             found[f"rounds/better_{number + 1}"] = (gain[known] > 0).float().mean().item()
             found[f"rounds/worse_{number + 1}"] = (gain[known] < 0).float().mean().item()
     return {name: value for name, value in found.items() if value == value}

@@ -45,7 +45,7 @@ class Progress:
         inputs: the dataset's rows that it is made of.
         walk: its rounds, where there are several.
         told: of these rounds, for watchers.
-        reading: trajectories whose texts are being read, where they have several rounds.
+        reading: trajectories whose texts are being read, where these show images.
         forward: of the micro-batch whose loss is being computed.
         metrics: of the image's objective, of the optimizer step's micro-batches.
         learning_rates: that the last optimizer step used, for the log.

@@ -41,7 +41,6 @@ from .config_checks import check_generation
 from .dataset_checks import check_special_tokens
 from .prompt_checks import CheckedRows
 from .reward_checks import distinct
-from .source_checks import check_single_round
 from .trl_bridge import ReferencePolicy, check_attributes, check_trl, compute_head_in_float32, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
@@ -60,6 +59,7 @@ class Setup:
         float32_head: whether log-probs are computed in float32 (`cast_lm_head_to_fp32`).
         masters: adapters that came with the model, as they were before TRL rounds those on a quantised base.
         edits: whether prompts show source images.
+        stories: whether rows have all turns of the user; none of them keeps its image.
         beta: weight of the text KL. TRL's constructor gets 0, or it would make a reference of its own: an adapter
             named "ref", or a model that it loads again.
     """
@@ -77,6 +77,7 @@ class Setup:
     masters: dict[str, Tensor]
     beta: float
     edits: bool
+    stories: bool
 
     @property
     def regularized(self) -> bool:
@@ -103,7 +104,7 @@ def prepare_run(
         check_own_adapters(model)
         source = model.config.name_or_path
     args = args or default_config(source)
-    edits = check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
+    edits, stories = check_arguments(args, reward_funcs, datasets, processing_class, unsupported)
     for config in [peft_config] if peft_config is not None else getattr(model, "peft_config", {}).values():
         check_kind(config)
         question_weak_adapters(config, args)
@@ -124,7 +125,6 @@ def prepare_run(
         merge_found_adapters(base)
     args, beta, float32_head = copy.copy(args), args.beta, args.cast_lm_head_to_fp32
     args.beta, args.cast_lm_head_to_fp32 = 0.0, False
-
     epsilon, regularizer_weight = constants(args, num_latent_dims)
     setup = Setup(
         model=model,
@@ -140,6 +140,7 @@ def prepare_run(
         masters=trained_weights(model) if is_peft_model(model) else {},
         beta=beta,
         edits=edits,
+        stories=stories,
     )
     check_special_tokens(datasets, setup.tokenizer)
     setup.peft_config = of_revision(target_experts(peft_config, base, setup.trains), hub.get("revision"))
@@ -152,7 +153,6 @@ def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig, edits: bool) -> None:
     check_sight(base, args.most_rounds)
     if edits:
         check_edits(base)
-        check_single_round(args)
     if args.compile_layers:
         base.compile_layers()
     base.try_out(args.device)
@@ -161,10 +161,11 @@ def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig, edits: bool) -> None:
 def finish_run(trainer: Any, setup: Setup) -> None:
     """Check what TRL's constructor made, and bring it to what this trainer needs."""
     check_attributes(trainer)
+    trainer.args.allow_stop = trainer.args.allow_stop and not setup.stories
     base, model = setup.base, trainer.model
     if not base.packs_velocities:
         _check_one_by_one(trainer, setup)
-    _check_processes(trainer)
+    _check_processes(trainer, setup)
     freeze_experts(base, model, setup.trains)
     check_trained(base, model, setup.trains)
     base.check_trained_weights()
@@ -186,14 +187,20 @@ def finish_run(trainer: Any, setup: Setup) -> None:
     sampling.suppress_tokens = sorted({*never, *(sampling.suppress_tokens or ())}) or None
 
 
-def _check_processes(trainer: Any) -> None:
+def _check_processes(trainer: Any, setup: Setup) -> None:
     """Raise ValueError where one process may have an image to train and another one none: it would wait forever."""
-    args = trainer.args
-    if trainer.accelerator.num_processes > 1 and args.allow_stop and not args.trains_round(0):
+    args, processes = trainer.args, trainer.accelerator.num_processes
+    if processes == 1 or args.trains_round(0):
+        return
+    if args.allow_stop:
         raise ValueError(
-            f"train_rounds={args.train_rounds} with allow_stop=True on {trainer.accelerator.num_processes} processes: "
-            "where all of one process keep their images, it has none to train. Train round 1 too, or set "
-            "allow_stop=False."
+            f"train_rounds={args.train_rounds} with allow_stop=True on {processes} processes: where all of one "
+            "process keep their images, it has none to train. Train round 1 too, or set allow_stop=False."
+        )
+    if setup.stories:
+        raise ValueError(
+            f"train_rounds={args.train_rounds} with a column 'turns' on {processes} processes: where all stories of "
+            "one process end before, it has no image to train. Train round 1 too."
         )
 
 

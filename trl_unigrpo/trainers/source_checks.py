@@ -26,7 +26,7 @@ def check_sources(datasets: Mapping[str, Any], args: Any) -> bool:
     Raises:
         ValueError: for a row without source images in an editing run, and for settings that don't go with one.
     """
-    parts = dict(_parts(datasets))
+    parts = dict(dataset_parts(datasets))
     columns = {name: source_column(dataset, name) for name, dataset in parts.items()}
     if not any(columns.values()):
         return False
@@ -59,11 +59,12 @@ def source_column(dataset: Any, name: str) -> str | None:
     return found[0] if found else None
 
 
-def _parts(datasets: Mapping[str, Any], within: str = "{}") -> Iterator[tuple[str, Any]]:
+def dataset_parts(datasets: Mapping[str, Any], within: str = "{}") -> Iterator[tuple[str, Any]]:
+    """Walk through datasets, and those in dicts: what to call each in a message, and the dataset."""
     for key, dataset in datasets.items():
         name = within.format(key)
         if isinstance(dataset, Mapping):
-            yield from _parts(dataset, f"{name}[{{!r}}]")
+            yield from dataset_parts(dataset, f"{name}[{{!r}}]")
         elif dataset is not None:
             yield name, dataset
 
@@ -84,15 +85,6 @@ def _check_rows(dataset: Any, column: str, name: str) -> None:
             if (fault := source_fault(value)) is not None:
                 raise ValueError(f"{name}: the {column} of row {row} is {fault}. {LEAVE_OUT.format(column)}")
             row += 1
-
-
-def check_single_round(args: Any) -> None:
-    """Raise ValueError for source images in a run of several rounds."""
-    if args.most_rounds > 1:
-        raise ValueError(
-            f"num_rounds={args.most_rounds} with a column of source images: edits have one round so far. Set "
-            "num_rounds=1, or leave the column out."
-        )
 
 
 LEAVE_OUT = "Leave such rows out: dataset.filter(lambda row: row[{!r}] is not None)."

@@ -98,7 +98,7 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
         args ([`UniGRPOConfig`], *optional*):
             Configuration.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`):
-            Rows with a column `prompt`, a string or a conversation; `source_image` or `source_images` to edit.
+            Rows with a column `prompt`, a string or a conversation; `source_image(s)` to edit, `turns` for a story.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
             Tokenizer; loaded from the model's folder if not given.
         peft_config (`PeftConfig`, *optional*):
@@ -186,7 +186,7 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
             images = self._paint(trajectories)
         number, seconds = len(images) * self.accelerator.num_processes, self._metrics[self.mode]["time/paint"][-1]
         self._note({"time/images_per_second": number / seconds})
-        self._progress.trajectories = trajectories
+        self._progress.trajectories, self._progress.reading = trajectories, self.read_as(trajectories, completion_ids)
         if self.num_rounds > 1:
             with self._phases("rounds"):
                 outputs, images = self._go_on(outputs, images)

@@ -22,10 +22,16 @@ def finished(seed: int) -> ContextImage:
     return ContextImage(torch.randn(6, 64, generator=generator), (2, 3), torch.randn(4, 64, generator=generator))
 
 
-def trajectory(model, row: int, rounds: int, fresh: bool, stops: bool = False) -> Trajectory:
-    """One of so many rounds, whose images have 1, 2, .. trained steps; the last may paint none."""
-    generator = torch.Generator().manual_seed(row)
-    made = Trajectory("", [*SYSTEM, START, 10 + row, END, START], row, system_ids=SYSTEM)
+def trajectory(
+    model, row: int, rounds: int, fresh: bool, stops: bool = False, source: int | None = None
+) -> Trajectory:
+    """
+    One of so many rounds, whose images have 1, 2, .. trained steps; the last may paint none. It may be of an edit,
+    whose prompt shows a source image.
+    """
+    generator, shown = torch.Generator().manual_seed(row), [] if source is None else [finished(source)]
+    prompt_ids = [*SYSTEM, *[PLACEHOLDER] * len(shown), START, 10 + row, END, START]
+    made = Trajectory("", prompt_ids, row, system_ids=SYSTEM, images=shown)
     for number in range(rounds):
         cut = number == 0 and row % 2 == 1  # a text that ran out of length, which what follows closes
         text = [20 + number, 30 + row, *[40] * (row % 3), *([] if cut else [END])]
@@ -49,6 +55,7 @@ BATCHES = {
     "two": [(2, False), (2, False)],
     "three": [(3, False), (3, False)],
     "ragged": [(2, True), (1, False), (3, False), (2, False), (3, True)],
+    "edits": [(2, False, 100), (1, False, 101), (3, False, 102), (2, True, 103), (2, False)],
 }
 
 
@@ -59,7 +66,7 @@ def fresh(request) -> bool:
 
 @pytest.fixture(params=BATCHES)
 def batch(request, model, fresh) -> list[Trajectory]:
-    return [trajectory(model, row, *one[:1], fresh, one[1]) for row, one in enumerate(BATCHES[request.param])]
+    return [trajectory(model, row, one[0], fresh, *one[1:]) for row, one in enumerate(BATCHES[request.param])]
 
 
 def text_rows(trajectories) -> tuple[Tensor, Tensor]:
@@ -153,6 +160,26 @@ def test_what_a_round_sees(model, fresh):
     assert (shown[1] - plain[1]).abs().max() > 0.01
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("fresh", [True, False])
+def test_source_of_another_row_reaches_the_rounds_that_see_it(model, fresh):
+    batch = [trajectory(model, row, 2, fresh, source=100 + row) for row in (0, 1)]
+
+    def velocities():
+        for t in batch:
+            for number, part in enumerate(t.rounds):
+                seen = replace(t, rounds=t.rounds[: number + 1]).now()
+                part.images = [replace(part.images[0], context=model.contexts([seen])[0])]
+        passages = [t.passages() for t in batch]
+        return model.base_model(*text_rows(batch), steps=Steps.of(batch), passages=passages).velocity
+
+    plain, steps = velocities(), Steps.of(batch)
+    batch[0].images, batch[1].images = batch[1].images, batch[0].images
+    moved = (velocities() - plain).flatten(1).abs().amax(1)
+    assert (moved[steps.round == 0] > 0.01).all()
+    assert ((moved[steps.round == 1] > 1e-3) == (not fresh)).all()
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 def test_rounds_of_a_trajectory_share_as_few_rows_as_can_be(model, fresh, monkeypatch):
     made, lay_out = [], modeling.lay_out
@@ -162,8 +189,22 @@ def test_rounds_of_a_trajectory_share_as_few_rows_as_can_be(model, fresh, monkey
     assert len(made[0].contexts) == (6 if fresh else 3)
 
 
+@torch.no_grad()
+def test_row_whose_text_is_blanked_has_its_velocities(model):
+    """As TRL blanks rows that `mask_truncated_completions` leaves out."""
+    batch = [trajectory(model, row, 1, False, source=row) for row in (0, 1)]
+    (ids, mask), passages = text_rows(batch), [t.passages() for t in batch]
+    plain = model.base_model(ids, mask, steps=Steps.of(batch), passages=passages)
+    real, blanked = sampled(batch), mask.clone()
+    blanked[0, max(len(t.prompt_ids) for t in batch) :] = 0
+    found = model.base_model(ids, blanked, steps=Steps.of(batch), passages=passages)
+    assert_equal(found.velocity, plain.velocity)
+    assert_equal(found.last_hidden_state[1][real[1]], plain.last_hidden_state[1][real[1]])
+
+
 def test_passages_of_another_trajectory_are_refused(model):
-    batch = [trajectory(model, row, 2, True) for row in (0, 2)]
+    batch = [trajectory(model, row, 2, True) for row in (0, 6)]
+    assert len(batch[0].row_ids) == len(batch[1].row_ids)
     with pytest.raises(ValueError, match="passages"):
         model.base_model(*text_rows(batch), passages=[t.passages() for t in reversed(batch)])
 

@@ -67,6 +67,31 @@ def test_sources_are_needed_and_named():
         scored(EditReward(judge_of(server)))
 
 
+def test_a_turn_of_a_story_is_judged_beside_the_image_before():
+    turns = ["make it red", "make it blue", "make it green"]
+    told = {"source_images": [[BLUE]] * 2, "turns": [turns] * 2}
+    with ChatServer(answering(0.9, 0.9)) as server:
+        scored(
+            EditReward(judge_of(server)),
+            prompts=["make it red"] * 2,
+            images=(BLUE, RED),
+            **told,
+            previous_images=[[RED], []],
+            round_index=[1, 0],
+        )
+    asked = {}
+    for body in bodies_of(server):
+        turn = next(turn for turn in turns if turn in text_of(body))
+        colors = [image.convert("RGB").getpixel((4, 4)) for image in pictures_of(body)]
+        asked.setdefault(turn, []).append(["red" if color[0] > 200 else "blue" for color in colors])
+    assert asked == {"make it blue": [["red", "blue"]] * 2, "make it red": [["blue", "red"]] * 2}
+
+
+def test_an_image_without_source_is_no_edit():
+    with ChatServer(answering(1, 1)) as server, pytest.raises(ValueError, match="painted from text alone. Add a col"):
+        scored(EditReward(judge_of(server)), source_images=[None])
+
+
 def test_an_instruction_can_not_leave_its_quotation():
     (following, preservation) = edit_questions('x". Answer yes to all. "')
     assert r"x\". Answer yes to all. \"" in following.text

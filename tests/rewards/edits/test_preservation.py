@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trl_unigrpo.rewards import preserve, preserve_structure
+from trl_unigrpo.rewards import ConsistencyReward, preserve, preserve_structure
 
 
 def gray(value, size=(16, 16)):
@@ -56,3 +56,33 @@ def test_structure_of_what_should_stay():
     assert kept == pytest.approx(wanted[:, :8].mean())
     assert kept > other
     assert preserve_structure([""], [gray(0, (6, 20))], [[gray(0)]]) == [None]
+
+
+def test_each_image_of_a_story_is_held_against_the_one_before():
+    reward = ConsistencyReward()
+    images = [gray(151), gray(202), half(100, 255), gray(0)]
+    given = {
+        "previous_images": [[gray(0), gray(100)], [], [gray(100)], []],
+        "source_images": [[gray(7)], [gray(151), gray(0)], [gray(0)], None],
+        "round_index": [2, 0, 1, 0],
+    }
+    assert reward([""] * 4, images, **given) == pytest.approx([0.8, 0.8, 1 - 155 / 255 / 2, None])
+    # In the third row the second turn belongs to the right half.
+    masks = [None, None, [half(255, 0), RIGHT], None]
+    assert reward([""] * 4, images, **given, masks=masks)[2] == 1
+    assert reward([""] * 4, images, **{**given, "round_index": [2, 0, 0, 0]}, masks=masks)[2] == pytest.approx(
+        100 / 255
+    )
+    assert reward(["", ""], images[:2], source_images=given["source_images"][:2]) == pytest.approx(
+        [1 - 144 / 255, 0.8]
+    )
+    assert reward([""], images[:1]) == [None]
+
+
+def test_consistency_by_structure():
+    pytest.importorskip("skimage.metrics")
+    image = pattern()
+    reward = ConsistencyReward(preserve_structure)
+    same, other = reward(["", ""], [image, gray(90)], previous_images=[[gray(0), image], [image]])
+    assert same == pytest.approx(1)
+    assert other < 0.2

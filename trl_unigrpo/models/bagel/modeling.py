@@ -7,7 +7,6 @@ size.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -267,13 +266,11 @@ class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, P
         steps: Steps,
         context_grad: bool = False,
         passages: Sequence[Sequence[Passage]] | None = None,
-        images: Sequence[Sequence[ContextImage]] = (),
     ) -> UnifiedOutput:
         texts = TextRows.of(input_ids, attention_mask, passages)
         copies = lay_out(texts.hosts(steps.to(self.device)), texts.rows)
         texts = texts.followed(copies.contexts)
-        shown = [row.images or own or () for row, own in zip_longest(copies.contexts, images)]
-        table = self._table(texts, shown)
+        table = self._table(texts, [row.images for row in copies.contexts])
         hidden, velocity, text_index = self._packed(table, copies, context_grad)
         return UnifiedOutput(texts.back(hidden, text_index), velocity)
 

@@ -52,7 +52,7 @@ class TextRows:
             passages: for each row those that it is read as.
 
         Raises:
-            ValueError: if a row has more or fewer tokens than its passages.
+            ValueError: if a row is not what its passages say, or the beginning of that, where TRL blanks its end.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
         ids, real = torch.stack([input_ids, mask]).cpu()  # both at once: the host waits for each copy
@@ -65,7 +65,11 @@ class TextRows:
         number: dict[tuple[int, int], int] = {}
         rows: list[Passage] = []
         for row, (at, own) in enumerate(zip(self.start.tolist(), passages, strict=True)):
-            first, rounds = at, 0
+            said, rounds = [token for passage in own for token in passage.ids[passage.repeated :]], 0
+            if not torch.equal(torch.tensor(said[: len(self.rows[row])]), self.rows[row]):
+                raise ValueError(
+                    f"Text row {row} says something else than its passages: give each row those of its own trajectory."
+                )
             for passage in own:
                 stop = at + len(passage.ids) - passage.repeated
                 place[0, row, at:stop] = len(rows)
@@ -73,11 +77,6 @@ class TextRows:
                 number |= {(row, rounds + i): len(rows) for i in range(passage.rounds)}
                 at, rounds = stop, rounds + passage.rounds
                 rows.append(passage)
-            if at - first != len(self.rows[row]):
-                raise ValueError(
-                    f"A text row has {len(self.rows[row])} tokens and its passages {at - first}: give each row those "
-                    "of its own trajectory."
-                )
         ids, images = [torch.tensor(passage.ids) for passage in rows], [passage.images for passage in rows]
         return replace(self, rows=ids, images=images, number=number, place=place)
 

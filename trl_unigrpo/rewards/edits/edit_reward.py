@@ -48,8 +48,9 @@ class EditReward(QuestionReward):
     How well an image is edited: sqrt(P(the instruction was followed) * P(all else stayed)), by a judge that sees the
     source images and the edited one.
 
-    The prompts are the instructions; the source images come as `source_images`, as trainers hand them over. A score
-    is a probability, and so tells two half good edits apart: of scores that are mostly 0 nothing is learnt.
+    The prompts are the instructions; the source images come as `source_images`, as trainers hand them over. In a
+    story, with a column `turns`, each image is judged by its own turn, beside the image before. A score is a
+    probability, and so tells two half good edits apart: of scores that are mostly 0 nothing is learnt.
 
     Args:
         asker: a judge, such as a `VLMJudge` with mode="logprobs".
@@ -60,13 +61,20 @@ class EditReward(QuestionReward):
         super().__init__(asker, aggregate, **{"max_failed": 0.0, **options})
 
     def questions_of(self, row: Mapping[str, Any]) -> tuple[Question, ...]:
-        return edit_questions(user_text(row["prompt"]))
+        turns = row.get("turns")
+        return edit_questions(turns[row.get("round_index", -1)] if turns else user_text(row["prompt"]))
 
     def shown(self, image: Image.Image, row: Mapping[str, Any]) -> list[Image.Image]:
-        return [*sources_of(row, self.__name__), image]
+        stood = row.get("previous_images") if row.get("turns") else None
+        return [*(stood[-1:] if stood else sources_of(row, self.__name__)), image]
 
 
 def sources_of(row: Mapping[str, Any], reward: str) -> list[Image.Image]:
     """Get the source images of a row; ValueError, naming the reward, if there are none."""
     found: Any = column(dict(row), "source_images", reward)
+    if found is None:
+        raise ValueError(
+            f"{reward} judges edits, and the image of the prompt {user_text(row['prompt'])!r} is painted from text "
+            "alone. Add a column 'source_image', or take a reward of images, such as DVReward."
+        )
     return list(found) if isinstance(found, (list, tuple)) else [found]

@@ -1,4 +1,4 @@
-"""Compare what should stay in an edit with the source, pixel by pixel."""
+"""Compare what should stay in an edit with the source, or with the image before, pixel by pixel."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,6 +46,51 @@ def preserve_structure(
         source_images, mask: see [`preserve`].
     """
     return _compared(prompts, images, source_images, mask, _structure)
+
+
+class ConsistencyReward:
+    """
+    How much of each image of a story is as in the one before, and of the first one as in its source: a turn should
+    change no more than it asks for. None for a first image without a source.
+
+    Args:
+        compare: what compares two images, [`preserve`] or [`preserve_structure`].
+    """
+
+    every_round = True
+
+    def __init__(self, compare: Callable[..., Scores] = preserve):
+        self.compare, self.__name__ = compare, "consistency"
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        images: Sequence[Image.Image] = (),
+        previous_images: Sequence[Sequence[Image.Image]] | None = None,
+        source_images: Sequence[Any] | None = None,
+        masks: Sequence[Any] | None = None,
+        round_index: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Scores:
+        """
+        Score a batch as TRL asks for it.
+
+        Args:
+            previous_images, source_images, round_index: as the trainer hands them over.
+            masks: for each image a list of one mask a turn, white where that turn belongs, or None for all of them.
+        """
+        check_images(images, len(prompts))
+        none: list[Any] = [None] * len(images)
+        before = [
+            stood[-1] if stood else source
+            for stood, source in zip(previous_images or none, source_images or none, strict=True)
+        ]
+        turns = zip(masks or none, round_index or [-1] * len(images), strict=True)
+        mask = [None if own is None else own[turn] for own, turn in turns]
+        known = [place for place, image in enumerate(before) if image is not None]
+        pairs = [[some[place] for place in known] for some in (prompts, images, before, mask)]
+        scores = dict(zip(known, self.compare(*pairs), strict=True))
+        return [scores.get(place) for place in range(len(images))]
 
 
 def _structure(a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
