@@ -11,11 +11,12 @@ from trl_unigrpo.reflection import TEMPLATE, check_template, reflection, stops
         ("<think> all is well </think> keep", True),
         ("all is well </think> keep", True),  # its opening was not sampled
         ("<think></think>\n  Keep. ", True),
+        (" keep", True),  # without a thinking
         ("<think> a </think> keep the cat", False),
+        ("keep the cat", False),
         ("<think> a </think> keeper", False),
         ("<think> keep </think> paint the cat red", False),
         ("<think> a </think>", False),
-        ("keep", False),  # no thinking
         ("<think> a keep", False),
         ("<think> a </think> <think> b </think> keep", False),
         ("<think> a </think> keep </think> keep", False),

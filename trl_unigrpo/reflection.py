@@ -40,12 +40,14 @@ def check_template(template: str) -> None:
 
 def stops(text: str, stop_text: str) -> bool:
     """
-    Say whether a text keeps the image: whether all of its answer, behind one closed thinking, is the word that does.
+    Say whether a text keeps the image: whether all of its answer is the word that does.
 
-    Case, space and the punctuation around the answer don't count. A text that is not of this form is no stop.
+    One closed thinking may stand before the answer. Case, space and the punctuation around it don't count. A text that
+    is not of this form is no stop.
     """
-    found = re.fullmatch(r"\s*(?:<think>)?((?:(?!</?think>).)*)</think>((?:(?!</?think>).)*)", text, re.DOTALL)
-    return found is not None and _plain(found[2]) == _plain(stop_text)
+    inner = r"(?:(?!</?think>).)*"
+    found = re.fullmatch(rf"(?:\s*(?:<think>)?{inner}</think>)?({inner})", text, re.DOTALL)
+    return found is not None and _plain(found[1]) == _plain(stop_text)
 
 
 def _plain(answer: str) -> str:

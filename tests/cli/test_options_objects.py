@@ -103,7 +103,9 @@ def test_demo(monkeypatch):
         assert result.exit_code == 0, result.output
         assert ("--steps is called --rollouts now" in result.stderr) == (name == "--steps")
     assert CliRunner().invoke(app, ["demo"]).exit_code == 0
-    assert calls == [("x", 3, 2, 7), ("x", 3, 2, 7), ("shapeworld-demo", 140, 0, 1050)]
+    assert CliRunner().invoke(app, ["demo", "--task", "edit"]).exit_code == 0
+    three = ("x", 3, 2, 7, "paint")
+    assert calls == [three, three, *(("shapeworld-demo", None, 0, 1050, task) for task in ("paint", "edit"))]
 
 
 def test_doctor_s_options_are_a_workload_s():

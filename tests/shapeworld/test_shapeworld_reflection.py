@@ -108,11 +108,13 @@ def test_any_of_several_repairs_counts():
 
 
 def test_the_diagnosis_reward_reads_the_image_before():
-    images = render_images(np.stack([scene(left="green circle"), scene(left="red circle")]))
+    green, red = render_images(np.stack([scene(left="green circle"), scene(left="red circle")]))
     said = "<think> left is green circle </think> left red circle"
-    completions = [[{"role": "assistant", "content": said}], said]
-    rewards = shapeworld_diagnosis_reward(["a red circle"] * 2, completions, previous_images=images)
-    assert rewards == [1.0, 0.0]
+    completions = [[{"role": "assistant", "content": said}], said, said]
+    seen = [[red, green], [red], []]
+    rewards = shapeworld_diagnosis_reward(["a red circle"] * 3, completions, previous_images=seen)
+    assert rewards == [1.0, 0.0, None]
+    assert shapeworld_diagnosis_reward.every_round
 
 
 def test_words_are_in_the_vocabulary():

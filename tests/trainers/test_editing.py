@@ -19,6 +19,8 @@ from tests.helpers.tiny_unified import FixedTexts, redness, tiny_bagel, tiny_tok
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.trainers.dataset_checks import check_rows
 from trl_unigrpo.trainers.editing import of_one_size
+from trl_unigrpo.trainers.source_checks import check_sources
+from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 from trl_unigrpo.trajectory import Trajectory
 
@@ -190,6 +192,23 @@ STREAM = [{"prompt": "a red cat", "source_image": source(0)}, {"prompt": "a smal
 def test_bad_sources_are_refused_before_a_model_is_loaded(make_trainer, dataset, settings, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(model="no/such-model", train_dataset=dataset, **settings)
+
+
+@pytest.mark.parametrize("column", ["source_image", "source_images"])
+def test_several_groups_share_an_update_where_all_sources_have_one_size(tmp_path, column):
+    def rows(*sizes):
+        images = [Image.new("RGB", size) for size in sizes]
+        return Dataset.from_dict(
+            {"prompt": ["a"] * len(images), column: images if column == "source_image" else [[one] for one in images]}
+        )
+
+    args = UniGRPOConfig(str(tmp_path), num_generations=2, per_device_train_batch_size=4, use_cpu=True, bf16=False)
+    assert check_sources({"train_dataset": rows((40, 30), (40, 30)), "eval_dataset": None}, args)
+    with pytest.raises(ValueError, match="or, where all source images have one size, a multiple"):
+        check_sources({"train_dataset": rows((40, 30), (30, 40))}, args)
+    streamed = rows((40, 30), (40, 30)).to_iterable_dataset()
+    with pytest.raises(ValueError, match="does not divide"):
+        check_sources({"train_dataset": streamed}, args)
 
 
 @pytest.mark.parametrize("column", ["source_image", "source_images"])

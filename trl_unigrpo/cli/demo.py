@@ -1,7 +1,7 @@
 """`trl-unigrpo demo`."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,9 +13,15 @@ class DemoOptions:
     output_dir: Annotated[str, typer.Option(help="Folder for the report, the numbers and the trained model.")] = (
         "shapeworld-demo"
     )
+    task: Annotated[
+        Literal["paint", "refine", "edit"],
+        typer.Option(help="Paint from a prompt, paint again after a second look, or edit images."),
+    ] = "paint"
     rollouts: Annotated[
-        int, typer.Option(min=1, help="Rollouts of 192 trajectories; each is trained on twice."), "--steps"
-    ] = 140
+        int | None,
+        typer.Option(min=1, help="Rollouts of 192 trajectories, each trained on twice. By default the task's number."),
+        "--steps",
+    ] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed of the training; held-out prompts stay the same.")] = 0
     num_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts scored before and after.")] = 1050
 
@@ -24,4 +30,4 @@ def demo_command(options: DemoOptions) -> None:
     """Train a tiny BAGEL on coloured shapes, on a CPU in minutes, and write report.html."""
     from ..experiments.demo.demo import run_demo
 
-    run_demo(options.output_dir, options.rollouts, options.seed, options.num_prompts)
+    run_demo(options.output_dir, options.rollouts, options.seed, options.num_prompts, options.task)

@@ -2,7 +2,8 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,23 +65,41 @@ def read_sources(value: Any) -> list[Image.Image]:
 
 def read_source(value: Any) -> Image.Image:
     """Read one source image, in RGB; ValueError if it can't be."""
-    if isinstance(value, dict):
-        value = value["path"] if value.get("bytes") is None else value["bytes"]
+    with _opened(value) as image:
+        return checked_rgb(image)
+
+
+def source_size(value: Any) -> tuple[int, int]:
+    """Give the width and height of one source image, from its header alone; ValueError if it can't be read."""
+    with _opened(value) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(value: Any) -> Iterator[Image.Image]:
+    value = _stored(value)
     if isinstance(value, Image.Image):
-        return checked_rgb(value)
+        yield value
+        return
     try:
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
-            return checked_rgb(image)
+            yield image
     except OSError as error:
         raise ValueError(f"A source image can't be read: {error}. Leave its row out, or mend the file.") from error
 
 
+def _stored(value: Any) -> Any:
+    """Take what `datasets` holds of an undecoded image: its bytes, or the path of its file."""
+    if not isinstance(value, dict):
+        return value
+    return value["path"] if value.get("bytes") is None else value["bytes"]
+
+
 def source_bytes(value: Any) -> bytes:
     """Give the bytes that tell one source image from another: those of its file, or its pixels."""
+    value = _stored(value)
     if isinstance(value, Image.Image):
         return value.tobytes()
-    if isinstance(value, dict):
-        value = value["path"] if value.get("bytes") is None else value["bytes"]
     return value if isinstance(value, bytes) else Path(value).read_bytes()
 
 

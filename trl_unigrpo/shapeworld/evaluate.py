@@ -73,6 +73,7 @@ def evaluate_model(
     do_sample: bool = True,
     batch_size: int = 210,
     guidance: Guidance | None = None,
+    noise_seed: int | None = None,
 ) -> Evaluation:
     """
     Paint `num_prompts` prompts of a split, balanced over categories, and score the images.
@@ -84,6 +85,7 @@ def evaluate_model(
         thinking: False paints from the prompt alone.
         do_sample: False for a greedy thinking.
         guidance: classifier-free guidance of the images; None for none.
+        noise_seed: of the thinkings and images, for other samples of the same prompts; by default `seed`.
     """
     dataset = shapeworld_dataset(split, num_prompts, seed=seed)
     prompts = list(dataset["prompt"])
@@ -98,7 +100,7 @@ def evaluate_model(
         image_size=IMAGE_SIZE,
         guidance=guidance,
         batch_size=batch_size,
-        seed=seed,
+        seed=seed if noise_seed is None else noise_seed,
     )
     images, texts = [sample.image for sample in samples], [sample.thinking for sample in samples]
     specs = [parse_prompt(prompt) for prompt in prompts]

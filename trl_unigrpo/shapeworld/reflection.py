@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..messages import content_text, user_text
+from ..rewards.thinking import thinking_reward
 from .grammar import parse_prompt
 from .verifier import images_to_array, read_cells
 from .world import (
@@ -207,21 +208,30 @@ def diagnosis_f1(spec: PromptSpec, cells: IntArray, text: str) -> float:
     return 2 * hits / (len(named) + len(wrong)) if named or wrong else 1.0
 
 
+@thinking_reward
 def shapeworld_diagnosis_reward(
     prompts: Sequence[str | list[dict[str, Any]]],
     completions: Sequence[Any],
-    previous_images: Sequence[Image.Image],
+    previous_images: Sequence[Sequence[Image.Image]],
     **kwargs: Any,
-) -> list[float]:
+) -> list[float | None]:
     """
-    Give the F1 of each diagnosis, in [0, 1]: a TRL reward function of second looks.
+    Give the F1 of each diagnosis, in [0, 1]; None before there is an image: a TRL reward function of second looks.
 
     Args:
         prompts: B prompts of the grammar, plain or conversational (the last user message counts).
         completions: what was said about the images, plain or conversational.
-        previous_images: B images of 48 x 48 pixels that were looked at.
+        previous_images: for each the images of 48 x 48 pixels so far, of which the last was looked at.
     """
-    cells, _ = read_cells(images_to_array(previous_images))
-    texts = [text if isinstance(text, str) else content_text(text[-1]["content"]) for text in completions]
-    specs = [parse_prompt(user_text(prompt)) for prompt in prompts]
-    return [diagnosis_f1(*row) for row in zip(specs, cells, texts, strict=True)]
+    found: list[float | None] = [None] * len(prompts)
+    looked = [row for row, images in enumerate(previous_images) if images]
+    if looked:
+        cells, _ = read_cells(images_to_array([previous_images[row][-1] for row in looked]))
+        for row, scene in zip(looked, cells, strict=True):
+            text = completions[row]
+            text = text if isinstance(text, str) else content_text(text[-1]["content"])
+            found[row] = diagnosis_f1(parse_prompt(user_text(prompts[row])), scene, text)
+    return found
+
+
+shapeworld_diagnosis_reward.every_round = True  # type: ignore[attr-defined]

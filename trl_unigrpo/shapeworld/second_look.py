@@ -20,7 +20,7 @@ from .plan import parse_plan, plan_cells
 from .reflection import REFLECTION_TEMPLATE, diagnosis_f1, parse_reflection
 from .render import IMAGE_SIZE, render_images
 from .second_corpus import DESCRIBE
-from .verifier import images_to_array, read_cells, score
+from .verifier import images_to_array, picture_error, read_cells, score
 from .world import EMPTY, MAX_OBJECTS
 
 
@@ -110,19 +110,50 @@ def evaluate_second_look(
     )
 
 
+@dataclass
+class Edited:
+    """
+    N drawings that a model edited.
+
+    Attributes:
+        instructions, categories: what it was told, and the verb of that.
+        sources, images: what it was shown, and what it made of it.
+        said: its thinkings.
+        scores: how well it did.
+        error: (N,) image errors.
+    """
+
+    instructions: list[str]
+    categories: list[str]
+    sources: list[Image.Image]
+    images: list[Image.Image]
+    said: list[str]
+    scores: EditScores
+    error: FloatArray
+
+
 def evaluate_edits(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     num_rows: int = 630,
     split: str = "test",
     seed: int = EVALUATION_SEED,
-) -> EditScores:
+) -> Edited:
     """Have a model edit drawings as instructions of a split say, and score the images."""
     dataset = shapeworld_edit_dataset(split, num_rows, seed)
     texts, sources = list(dataset["prompt"]), list(dataset["source_image"])
     samples = look_and_paint(model, tokenizer, texts, sources, seed)
-    before, after = (read_cells(images_to_array(some))[0] for some in (sources, [s.image for s in samples]))
-    return score_edits([parse_edit(text) for text in texts], before, after)
+    images = [sample.image for sample in samples]
+    before, after = (read_cells(images_to_array(some))[0] for some in (sources, images))
+    return Edited(
+        instructions=texts,
+        categories=list(dataset["category"]),
+        sources=sources,
+        images=images,
+        said=[sample.thinking for sample in samples],
+        scores=score_edits([parse_edit(text) for text in texts], before, after),
+        error=picture_error(images),
+    )
 
 
 def reading_accuracy(

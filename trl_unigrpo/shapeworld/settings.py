@@ -3,6 +3,7 @@
 from typing import Any
 
 from .evaluate import MAX_COMPLETION_LENGTH, NUM_INFERENCE_STEPS
+from .reflection import REFLECTION_TEMPLATE
 from .render import IMAGE_SIZE
 
 
@@ -33,3 +34,19 @@ def demo_settings(generations: int = 140) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
     }
+
+
+def refine_settings(rollouts: int = 60) -> dict[str, Any]:
+    """Give the settings of `demo --task refine`: the demo's, with a second round."""
+    return demo_settings(rollouts) | {
+        "system_prompt": "",
+        "num_rounds": 2,
+        "round_group": "tree",
+        "reflection_template": REFLECTION_TEMPLATE,
+        "max_reflection_length": MAX_COMPLETION_LENGTH,
+    }
+
+
+def edit_settings(rollouts: int = 90) -> dict[str, Any]:
+    """Give the settings of `demo --task edit`: the demo's, on rows with a source image."""
+    return demo_settings(rollouts) | {"system_prompt": ""}

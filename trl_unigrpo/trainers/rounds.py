@@ -334,8 +334,8 @@ class RoundsTrainer(RunKeeping):
                 part.reward = None if reward != reward else reward
         texts = [self._decoded([part.text_ids for part in t.rounds]) for t in walk.trajectories]
         self._progress.told = tell_rounds(walk, own.start, texts, rewards[own], stood[own], advantages[own])
-        known = rewards.masked_fill(~counted, torch.nan)
-        self._note({"rounds/baseline": share, **_metrics(known, stood, acted, painted)})
+        told = rewards.masked_fill(~counted, torch.nan)
+        self._note({"rounds/baseline": share, **_metrics(told, stood, acted, painted)})
 
     def _observed(self, rows: Sequence[dict[str, Any]], advantages: Tensor) -> Generation:
         """Describe the generation batch of all processes, with its rounds."""
@@ -390,8 +390,8 @@ class RoundsTrainer(RunKeeping):
         ended = torch.tensor([i not in going for i in range(count)], device=scores.device)
         ended = self.accelerator.gather(ended)
         winners = torch.where(ended, torch.arange(len(scores), device=scores.device), winners)
-        walk.origins.append(winners[first : first + count].tolist())
         walk.stood.append(scores[winners])
+        walk.origins.append(winners[first : first + count].tolist())
         mine = [winner - first for winner in sorted(set(winners[~ended].tolist())) if first <= winner < first + count]
         self._show_images(walk, mine)
         found = {first + i: (walk.shown[i], walk.seen[i][-1]) for i in mine}

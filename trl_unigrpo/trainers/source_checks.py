@@ -7,7 +7,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 
-from ..models.sources import source_fault
+from ..models.sources import source_fault, source_size
 
 
 SOURCE_COLUMNS = ("source_image", "source_images")
@@ -41,11 +41,12 @@ def check_sources(datasets: Mapping[str, Any], args: Any) -> bool:
         raise ValueError(
             "remove_unused_columns=True takes the source images away before the model sees them. Leave it False."
         )
-    if args.flow_weight > 0 and args.num_generations % args.per_device_train_batch_size:
+    batch, group = args.per_device_train_batch_size, args.num_generations
+    if args.flow_weight > 0 and group % batch and not (batch % group == 0 and _one_size(parts["train_dataset"])):
         raise ValueError(
-            f"per_device_train_batch_size={args.per_device_train_batch_size} does not divide num_generations="
-            f"{args.num_generations}: images of one update have one size, and each group's follows from its source "
-            f"image. Choose one that does, such as {_divisor(args.num_generations, args.per_device_train_batch_size)}."
+            f"per_device_train_batch_size={batch} does not divide num_generations={group}: images of one update have "
+            "one size, and each group's follows from its source image. Choose one that does, such as "
+            f"{_divisor(group, batch)}, or, where all source images have one size, a multiple."
         )
     return True
 
@@ -73,18 +74,30 @@ def _check_rows(dataset: Any, column: str, name: str) -> None:
     """Raise ValueError for the first row whose source images can't be read. No image is decoded."""
     if not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
         return
+    for row, value in enumerate(_undecoded(dataset, column)):
+        if (fault := source_fault(value)) is not None:
+            raise ValueError(f"{name}: the {column} of row {row} is {fault}. {LEAVE_OUT.format(column)}")
+
+
+def _one_size(dataset: Any) -> bool:
+    """Say whether the first source images of all rows are known to have one size; only their headers are read."""
+    column = source_column(dataset, "train_dataset")
+    if column is None or not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":
+        return False
+    first = (value[0] if isinstance(value, list) else value for value in _undecoded(dataset, column))
+    return len({source_size(value) for value in first}) == 1
+
+
+def _undecoded(dataset: Dataset, column: str) -> Iterator[Any]:
+    """Go through a column of images, or of lists of images, without decoding any."""
     undecoded = dataset.select_columns([column]).with_format(None)
     feature = undecoded.features[column]
     if isinstance(feature, ImageFeature):
         undecoded = undecoded.cast_column(column, ImageFeature(decode=False))
     elif isinstance(getattr(feature, "feature", None), ImageFeature):
         undecoded = undecoded.cast_column(column, ListFeature(ImageFeature(decode=False)))
-    row = 0
     for batch in undecoded.iter(batch_size=100):
-        for value in batch[column]:
-            if (fault := source_fault(value)) is not None:
-                raise ValueError(f"{name}: the {column} of row {row} is {fault}. {LEAVE_OUT.format(column)}")
-            row += 1
+        yield from batch[column]
 
 
 LEAVE_OUT = "Leave such rows out: dataset.filter(lambda row: row[{!r}] is not None)."

@@ -106,6 +106,6 @@ def test_the_seeing_base_reads_and_repairs():
     # Kept images are as they were; of the others, most keep what they were not to change.
     assert all((a is b) == bool(kept) for a, b, kept in zip(first.images, look.images, look.kept, strict=True))
     assert np.nanmean(look.harmed) < 0.35
-    edits = evaluate_edits(model, tokenizer, 70)
+    edits = evaluate_edits(model, tokenizer, 70).scores
     assert edits.kept.mean() > 0.8
     assert 0.2 < edits.reward.mean() < 0.8

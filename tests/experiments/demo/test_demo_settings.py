@@ -1,8 +1,6 @@
 """The demo's settings, for which alone the tables of docs/shapeworld.md hold."""
 
-import inspect
-
-from trl_unigrpo.experiments.demo import run_demo
+from trl_unigrpo.experiments.demo.paint import PaintTask
 from trl_unigrpo.shapeworld import demo_settings
 
 
@@ -12,4 +10,4 @@ def test_settings_are_those_that_were_measured():
     chosen |= {"num_generations": 16, "per_device_train_batch_size": 192, "num_inference_steps": 10}
     assert {name: settings[name] for name in chosen} == chosen
     assert not {"flow_epsilon", "flow_regularizer_weight", "num_iterations", "noise_level"} & set(settings)
-    assert inspect.signature(run_demo).parameters["steps"].default == 140
+    assert PaintTask.rollouts == 140

@@ -30,7 +30,7 @@ def base_scores(
     if model.vit_model is not None:
         look = evaluate_second_look(model, tokenizer, first)
         right = look.first_strict == 1
-        edits = evaluate_edits(model, tokenizer, num_prompts // 2, split)
+        edits = evaluate_edits(model, tokenizer, num_prompts // 2, split).scores
         scores |= {
             "gain of a second look": look.reward - look.first,
             "its gain, all checks": look.strict - look.first_strict,

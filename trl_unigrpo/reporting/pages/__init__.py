@@ -2,7 +2,7 @@
 
 from .curves import Curve, Panel, chart
 from .environment import page_environment, render_page, write_page
-from .images import data_uri, jpeg
+from .images import data_uri, jpeg, png_uri
 from .text import prompt_text, readable, shown_text, thinking_and_answer
 
 
@@ -13,6 +13,7 @@ __all__ = [
     "data_uri",
     "jpeg",
     "page_environment",
+    "png_uri",
     "prompt_text",
     "readable",
     "render_page",

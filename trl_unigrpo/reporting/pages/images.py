@@ -3,6 +3,7 @@
 import base64
 import io
 
+from markupsafe import Markup
 from PIL import Image
 
 
@@ -38,3 +39,10 @@ def jpeg(image: Image.Image, max_side: int = 256, quality: int = 80) -> bytes:
 def data_uri(image: bytes, kind: str = "jpeg") -> str:
     """Write an image file as a URL that holds it."""
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+
+
+def png_uri(image: Image.Image) -> Markup:
+    """Put the image, exact, inside of a URL."""
+    out = io.BytesIO()
+    image.save(out, format="PNG", optimize=True)
+    return Markup(data_uri(out.getvalue(), "png"))

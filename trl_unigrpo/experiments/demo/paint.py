@@ -1,0 +1,147 @@
+"""The demo's first task: think, and paint what a prompt asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from ...reporting.pages import png_uri
+from ...shapeworld.dataset import shapeworld_dataset
+from ...shapeworld.diversity import Diversity
+from ...shapeworld.evaluate import Evaluation, evaluate_model, group_diversity
+from ...shapeworld.grammar import CATEGORIES
+from ...shapeworld.settings import demo_settings
+from ...shapeworld.verifier import shapeworld_reward
+from ...statistics import Interval, mean_interval
+from .task import Task
+
+
+IMAGES_PER_CATEGORY = 2
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model: its samples on the held-out prompts, and how much those of one prompt differ."""
+
+    sampled: Evaluation
+    greedy: Evaluation
+    diversity: Diversity
+
+
+class PaintTask(Task[Measured]):
+    """Paint what a prompt asks for, after a thinking."""
+
+    rollouts = 140
+    num_rows = 1050
+    seeing = False
+    reward = staticmethod(shapeworld_reward)
+    template = "report.html.jinja"
+    panels: ClassVar = {
+        "reward": "Reward of the rollouts",
+        "flow/velocity_mse": "Velocity MSE to the reference",
+        "completions/mean_length": "Thinking, tokens",
+    }
+
+    def settings(self, rollouts: int) -> dict[str, Any]:
+        return demo_settings(rollouts)
+
+    def dataset(self, split: str, num_rows: int | None, seed: int) -> Dataset:
+        return shapeworld_dataset(split, num_rows, seed)
+
+    def measure(self, model: Any, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> Measured:
+        return Measured(
+            sampled=evaluate_model(model, tokenizer, num_rows),
+            greedy=evaluate_model(model, tokenizer, num_rows, do_sample=False),
+            diversity=group_diversity(model, tokenizer),
+        )
+
+    def save(self, measured: Measured, file: Path) -> None:
+        measured.sampled.save(file)
+
+    def summary(self, before: Measured, after: Measured) -> dict[str, Any]:
+        old, new, prompts = before.sampled, after.sampled, before.sampled.prompts
+        rewards = mean_interval(old.reward, prompts), mean_interval(new.reward, prompts)
+        gain = mean_interval(new.reward - old.reward, prompts)
+        greedy_gain = mean_interval(after.greedy.reward - before.greedy.reward, prompts)
+        return {
+            "reward_before": rewards[0].mean,
+            "reward_after": rewards[1].mean,
+            "ci95_before": [rewards[0].low, rewards[0].high],
+            "ci95_after": [rewards[1].low, rewards[1].high],
+            "gain": gain.mean,
+            "ci95_gain": [gain.low, gain.high],
+            "greedy_before": float(before.greedy.reward.mean()),
+            "greedy_after": float(after.greedy.reward.mean()),
+            "greedy_gain": greedy_gain.mean,
+            "ci95_greedy_gain": [greedy_gain.low, greedy_gain.high],
+            "strict_before": float(old.strict.mean()),
+            "strict_after": float(new.strict.mean()),
+            "n_eval": len(prompts),
+            "picture_error_before": float(old.error.mean()),
+            "picture_error_after": float(new.error.mean()),
+            "latent_drift": latent_drift(old, new),
+            "diversity_before": vars(before.diversity),
+            "diversity_after": vars(after.diversity),
+        }
+
+    def table(self, before: Measured, after: Measured) -> Table:
+        table = Table("category", "prompts", "before", "after", "gain (95 % interval)")
+        for name, old, new, gain in category_rows(before.sampled, after.sampled):
+            table.add_row(
+                name, str(old.n), f"{old.mean:.3f}", f"{new.mean:.3f}", str(gain), end_section=name == CATEGORIES[-1]
+            )
+        return table
+
+    def headline(self, summary: dict[str, Any]) -> str:
+        names = {"reward_before": "before", "reward_after": "after", "gain": "gain"}
+        old, new, gain = (
+            "{:.3f} [{:.3f}, {:.3f}]".format(summary[name], *summary[f"ci95_{ends}"]) for name, ends in names.items()
+        )
+        return f"Held-out reward {old} -> {new}, gain {gain}"
+
+    def page(self, before: Measured, after: Measured) -> dict[str, Any]:
+        sides = before.sampled, after.sampled
+        return {"categories": category_rows(*sides), "examples": examples(*sides)}
+
+
+def latent_drift(before: Evaluation, after: Evaluation) -> float:
+    """Say how far the spread of the latents moved: |std after / std before - 1|."""
+    return abs(float(after.latents.std() / before.latents.std()) - 1)
+
+
+def category_rows(before: Evaluation, after: Evaluation) -> list[tuple[str, Interval, Interval, Interval]]:
+    """List category, reward before, after, and the paired gain; the last row is all of them."""
+    categories, prompts = np.array(before.categories), np.array(before.prompts)
+    rows = []
+    for name in (*CATEGORIES, "all"):
+        chosen = np.ones(len(categories), dtype=bool) if name == "all" else categories == name
+        if chosen.any():
+            old, new, of = before.reward[chosen], after.reward[chosen], prompts[chosen]
+            rows.append((name, mean_interval(old, of), mean_interval(new, of), mean_interval(new - old, of)))
+    return rows
+
+
+def first_of_each(names: Sequence[str], number: int) -> list[int]:
+    """Take the places of the first few of each name, in the order in which names come."""
+    order = list(dict.fromkeys(names))
+    return [place for name in order for place in [i for i, other in enumerate(names) if other == name][:number]]
+
+
+def examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+    """Take the first prompts of each category, with the thinkings and images of before and after."""
+    rows = []
+    for i in first_of_each(before.categories, IMAGES_PER_CATEGORY):
+        sides = [
+            {"thinking": e.thinking[i], "image": png_uri(e.images[i]), "reward": float(e.reward[i])}
+            for e in (before, after)
+        ]
+        named = {"prompt": before.prompts[i], "category": before.categories[i]}
+        rows.append({**named, "before": sides[0], "after": sides[1]})
+    return rows
