@@ -9,7 +9,14 @@ from trl_unigrpo.cli import app
 from trl_unigrpo.evaluation import Guidance, Options
 from trl_unigrpo.evaluation import command as evaluation
 from trl_unigrpo.evaluation.benchmark import Painting
-from trl_unigrpo.evaluation.options import BaseOptions, BenchmarkOptions, Judging, ModelOptions, PaintingOptions
+from trl_unigrpo.evaluation.options import (
+    BaseOptions,
+    BenchmarkOptions,
+    Judging,
+    ModelOptions,
+    PaintingOptions,
+    RoundsOptions,
+)
 
 
 @pytest.fixture
@@ -30,9 +37,11 @@ def test_options_are_the_objects_of_the_evaluation(evaluated, tmp_path):
         *("--model", "a", "--base", "b", "--thinker", "c", "--painter", "d", "--dtype", "float32", "--device", "cpu"),
         *("--samples", 2, "--num-inference-steps", 3, "--seed", 5, "--guidance-scale", 4, "--no-thinking", "--greedy"),
         *("--judge-model", "j", "--judge-concurrency", 6, "--rewards", "m:a", "--rewards", "m:b", "--no-score"),
+        *("--rounds", 3, "--reflection-template", "{prompt}?", "--stop-text", "", "--round-context", "full"),
     )
     assert result.exit_code == 0, result.output
-    ((benchmark, model, base, painting, judging, folder, _),) = evaluated
+    ((benchmark, model, base, painting, judging, folder, _, rounds),) = evaluated
+    assert rounds == RoundsOptions(3, "{prompt}?", "", round_context="full")
     assert len(benchmark.items) == 14 and folder == tmp_path / "out"
     assert (model, base) == (ModelOptions("a", "float32", "cpu"), BaseOptions("b", "c", "d"))
     assert painting == PaintingOptions(
@@ -43,8 +52,9 @@ def test_options_are_the_objects_of_the_evaluation(evaluated, tmp_path):
 
 def test_without_options(evaluated):
     assert invoke("--benchmark", "shapeworld").exit_code == 0
-    ((_, model, base, painting, judging, folder, _),) = evaluated
+    ((_, model, base, painting, judging, folder, _, rounds),) = evaluated
     assert (model, base, painting, judging) == (ModelOptions(), BaseOptions(), PaintingOptions(), Judging())
+    assert rounds == RoundsOptions()
     assert folder == Path("eval-shapeworld")
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.helpers.editing import edits, source, tiny_editor
 from tests.helpers.rounds import FixedRounds, in_order_of_rows, rounds_trainer
+from tests.helpers.stories import TURNS, story_trainer
 from tests.helpers.tiny_unified import prompts_dataset
 from trl_unigrpo.monitoring.events import Watcher
 from trl_unigrpo.monitoring.image_statistics import image_distance
@@ -93,6 +94,20 @@ def test_a_trajectory_is_shown_round_by_round(tmp_path, train, group):
     assert sum("<b>kept</b>" in figure for figure in of_rounds) == sum(part.kept for part in told)
     assert ("goes on from #" in html) == (group == "tree")
     assert "Reward by round" in html
+
+
+def test_a_story_shows_each_turn_beside_what_was_made_of_it(tmp_path):
+    trainer = story_trainer(tmp_path, max_steps=1, gallery_steps=1)
+    trainer.train()
+    (shown,) = read_run(tmp_path).shown
+    assert len(shown.samples) == 12
+    for sample in shown.samples:
+        assert [part.asked for part in sample.rounds] == TURNS[sample.prompt]
+        assert len(sample.sources) == 1 and all(part.picture for part in sample.rounds)
+    html = (tmp_path / "gallery.html").read_text()
+    for turns in TURNS.values():
+        assert all(html.count(f'“<span class="text" dir="auto">{turn}</span>”') >= 4 for turn in turns)
+    assert html.count('<figcaption class="soft">source') == 12
 
 
 @pytest.mark.parametrize("column", ["source_image", "source_images"])

@@ -6,7 +6,14 @@ from typing import Annotated
 
 import typer
 
-from ..evaluation.options import BaseOptions, BenchmarkOptions, Judging, ModelOptions, PaintingOptions
+from ..evaluation.options import (
+    BaseOptions,
+    BenchmarkOptions,
+    Judging,
+    ModelOptions,
+    PaintingOptions,
+    RoundsOptions,
+)
 from .options import told_in_a_line
 
 
@@ -29,6 +36,7 @@ def eval_command(
     model: ModelOptions,
     base: BaseOptions,
     painting: PaintingOptions,
+    rounds: RoundsOptions,
     judging: Judging,
     options: EvalOptions,
 ) -> None:
@@ -50,7 +58,7 @@ def eval_command(
                 typer.echo(f"{options.write_prompts}: {number} prompts, none of them GenEval's.")
             else:
                 folder = Path(options.output_dir or f"eval-{prompts.name}")
-                evaluate(prepare(prompts, painting.seed), model, base, painting, judging, folder, console)
+                evaluate(prepare(prompts, painting.seed), model, base, painting, judging, folder, console, rounds)
     except KeyboardInterrupt:
         typer.echo("trl-unigrpo eval: stopped. The same command goes on where it stopped.", err=True)
         raise typer.Exit(130) from None

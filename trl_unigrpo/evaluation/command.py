@@ -14,8 +14,9 @@ from ..monitoring.files import replace_file
 from .benchmark import Benchmark, Painting, evenly_spread
 from .benchmarks import load_benchmark
 from .compare import compare_folders, comparison_table
-from .options import BaseOptions, BenchmarkOptions, Judging, ModelOptions, PaintingOptions
+from .options import BaseOptions, BenchmarkOptions, Judging, ModelOptions, PaintingOptions, RoundsOptions
 from .page import write_comparison, write_index
+from .round_table import round_tables
 from .scorers import (
     JudgeScorer,
     RewardScorer,
@@ -28,6 +29,7 @@ from .summary import plain, summarize, table
 
 
 if TYPE_CHECKING:
+    from .refining import Look
     from .runner import Options
 
 
@@ -109,21 +111,26 @@ def evaluate(
     judging: Judging,
     folder: Path,
     console: Console,
+    rounds: RoundsOptions | None = None,
 ) -> dict[str, Any]:
     """
-    Paint, score, and write `summary.json` and `index.html`.
+    Paint, score, and write `summary.json` and `index.html`; with several rounds `rounds.json` and `rounds.html`, too.
 
     Returns:
         The summary.
     """
     from .models import base_revision, fingerprint, load_model, parts_of
+    from .round_run import check_rounds_asked, run_rounds
     from .runner import run, without_unfit_prompts
 
-    options = run_options(painting, benchmark.painting)
+    rounds = rounds or RoundsOptions()
+    options = run_options(painting, benchmark.painting, rounds.rounds or 1)
     scorer = build_scorer(benchmark, judging)  # before the model, whose loading takes longer
     if benchmark.name == "shapeworld" and model.dtype == "auto":
         model = replace(model, dtype="float32")  # the demo's, on any hardware
     loaded, tokenizer = load_model(**vars(model), **vars(base))
+    if rounds.rounds is not None:
+        check_rounds_asked(loaded, scorer, options, rounds.rounds, look_of(rounds))
     benchmark = without_unfit_prompts(benchmark, loaded, tokenizer, options)
     for problem in benchmark.problems:
         console.print(plain(f"Left out: {problem}"), highlight=False, soft_wrap=True)
@@ -147,15 +154,34 @@ def evaluate(
             prints,
             lambda done, total: bar.update(task, completed=done, total=total),
         )
-    return finish(folder, benchmark, scorer, lines, console, " + ".join(parts.values()))
+    summary = finish(folder, benchmark, scorer, lines, console, " + ".join(parts.values()))
+    if rounds.rounds is not None and scorer is not None:
+        how = options, rounds.rounds, look_of(rounds)
+        for each in round_tables(run_rounds(loaded, tokenizer, benchmark, scorer, folder, *how, lines)):
+            console.print(each)
+        console.print(plain(str(folder / "rounds.html")), highlight=False, soft_wrap=True)
+    return summary
 
 
-def run_options(asked: PaintingOptions, painting: Painting) -> "Options":
-    """Settings of a run: the benchmark's own painting with what the user asks for."""
+def look_of(rounds: RoundsOptions) -> "Look":
+    """Say how the model looks again, by the options."""
+    from .refining import Look
+
+    return Look(
+        rounds.reflection_template or Look.reflection_template,
+        rounds.stop_text or None,
+        rounds.max_reflection_length,
+        rounds.round_context,
+    )
+
+
+def run_options(asked: PaintingOptions, painting: Painting, least: int = 1) -> "Options":
+    """Settings of a run: the benchmark's own painting with what the user asks for, of so many images at least."""
     from .runner import Options, with_changes
 
+    changed = with_changes(painting, **{each.name: getattr(asked, each.name) for each in fields(painting)})
     return Options(
-        with_changes(painting, **{each.name: getattr(asked, each.name) for each in fields(painting)}),
+        replace(changed, samples=max(least, changed.samples)),
         thinking=asked.thinking,
         do_sample=not asked.greedy,
         temperature=asked.temperature,

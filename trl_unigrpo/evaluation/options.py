@@ -72,6 +72,21 @@ class PaintingOptions:
 
 
 @dataclass(frozen=True)
+class RoundsOptions:
+    """Several rounds of each prompt, beside as many images painted alone."""
+
+    rounds: Annotated[
+        int | None, Option(min=2, help="Also look at each image and mend it, in so many rounds, and compare.")
+    ] = None
+    reflection_template: Annotated[
+        str | None, Option(help="What is said to the model's own image; fields {prompt}, {round}, {or_stop}.")
+    ] = None
+    stop_text: Annotated[str, Option(help="The answer that keeps an image; '' for none.")] = "keep"
+    max_reflection_length: Annotated[int, Option(min=1, help="Most tokens of a later round's text.")] = 256
+    round_context: Annotated[str, Option(help="What a later round sees: markov, the last image, or full.")] = "markov"
+
+
+@dataclass(frozen=True)
 class Judging:
     """The judge, detector or rewards that score the images; without any of them, what fits the benchmark."""
 

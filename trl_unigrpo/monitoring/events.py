@@ -32,6 +32,7 @@ class RoundNote:
         change: how far its own image is from that one, see [`image_distance`]; None where it has none, or began with
             none.
         origin: place of the sample whose image it began with, where that is another one's.
+        asked: the user's turn that the round answers, in a story.
     """
 
     text: str
@@ -41,6 +42,7 @@ class RoundNote:
     kept: bool = False
     change: float | None = None
     origin: int | None = None
+    asked: str = ""
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,16 @@ def _rounds(notes: Sequence[RoundNote], index: int, series: Series, files: _File
         file = None if image is None else files.add(index, image, "" if m == last else f"-round{m + 1}")
         before = None if note.origin is None or begun is None else files.add(note.origin, begun, f"-begun{m + 1}")
         rounds.append(
-            ShownRound(note.text, note.reward, _finite(note.advantage) or 0.0, note.kept, file, note.origin, before)
+            ShownRound(
+                note.text,
+                note.reward,
+                _finite(note.advantage) or 0.0,
+                note.kept,
+                file,
+                note.origin,
+                before,
+                note.asked,
+            )
         )
     return rounds
 

@@ -36,6 +36,7 @@ class ShownRound:
         picture: file of the image that it painted, in the folder `gallery`; None where it painted none.
         origin: index of the sample whose image it began with, where that is another one's.
         begun: file of that image.
+        asked: the user's turn that the round answers, in a story.
     """
 
     text: str
@@ -45,6 +46,7 @@ class ShownRound:
     picture: str | None = None
     origin: int | None = None
     begun: str | None = None
+    asked: str = ""
 
 
 @dataclass(frozen=True)

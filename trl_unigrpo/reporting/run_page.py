@@ -160,7 +160,7 @@ def _size(run: Run, samples: Iterable[ShownSample]) -> int:
     size = 0
     for sample in samples:
         texts = [sample.prompt, sample.thinking, *(str(value) for value in sample.extra.values())]
-        texts += [part.text for part in sample.rounds]
+        texts += [text for part in sample.rounds for text in (part.text, part.asked)]
         size += 600 * (1 + len(sample.rounds)) + sum(min(TEXT, len(text)) for text in texts)
         for name in sample.files:
             if (file := run.folder / FOLDER / name).is_file():
@@ -201,6 +201,7 @@ def _sample(run: Run, shown: Shown, sample: ShownSample) -> dict[str, Any]:
                 "kept": part.kept,
                 "origin": part.origin,
                 "begun": _image(run, part.begun),
+                "asked": part.asked,
             }
             for part in sample.rounds
         ],

@@ -15,6 +15,7 @@ from ..images import has_failed
 from ..monitoring.events import Generation, RoundNote, Series
 from ..monitoring.image_statistics import image_distance
 from ..monitoring.thinking_alarms import plain_text
+from .turn_checks import TURN_COLUMN
 
 
 Told = tuple[list[RoundNote], Series]
@@ -40,6 +41,7 @@ def tell_rounds(
     told = []
     for i, t in enumerate(walk.trajectories):
         sources, notes = list(walk.inputs[i].get("source_images") or []), []
+        turns = walk.inputs[i].get(TURN_COLUMN) or ()
         origins = [None, *(places[i] if places[i] != first + i else None for places in walk.origins)]
         origins += [None] * len(t.rounds)
         begun = [_alone(sources), *walk.seen[i]]
@@ -47,7 +49,8 @@ def tell_rounds(
         for m, part in enumerate(t.rounds):
             numbers = _known(rewards[i, m]), _known(before[i, m]), advantages[i, m].item()
             change = _change(painted[m], begun[m])
-            notes.append(RoundNote(texts[i][m], *numbers, part.stopped, change, origins[m]))
+            asked = turns[m] if m < len(turns) else ""
+            notes.append(RoundNote(texts[i][m], *numbers, part.stopped, change, origins[m], asked))
         foreign = [None if n.origin is None else image for n, image in zip(notes, begun, strict=False)]
         told.append((notes, Series(sources, painted, foreign)))
     return told
