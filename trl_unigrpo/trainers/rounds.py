@@ -69,6 +69,11 @@ class RoundsTrainer(RunKeeping):
         return args.num_rounds if self.mode == "train" or args.eval_num_rounds is None else args.eval_num_rounds
 
     @property
+    def _tree(self) -> bool:
+        """True where all of a group go on from one image: in training, as a user has but one trajectory."""
+        return self.args.round_group == "tree" and self.mode == "train"
+
+    @property
     def _may_stop(self) -> bool:
         """True where a round may keep the image now."""
         warm = self.mode == "eval" or self.state.global_step >= self.args.stop_warmup_steps
@@ -103,7 +108,7 @@ class RoundsTrainer(RunKeeping):
     def _begin_round(self, walk: Walk, number: int) -> list[Trajectory]:
         """Show each trajectory that goes on the image that it goes on from; returns these."""
         args = self.args
-        if args.round_group == "tree":
+        if self._tree:
             self._share_images(walk, number)
             going = list(range(len(walk.trajectories)))
         else:
@@ -213,7 +218,7 @@ class RoundsTrainer(RunKeeping):
         if (walk := self._progress.walk) is None:
             return self._score(inputs, prompts, completions, completion_ids_list)
         last = self.num_rounds - 1
-        whole = self.args.scores_each_round or self.args.process_reward_weight > 0
+        whole = self.mode == "eval" or self.args.scores_each_round or self.args.process_reward_weight > 0
         each = whole or any(getattr(function, "every_round", False) for function in self.reward_funcs)
         for number in range(len(walk.scores) if each else last, last + 1):
             if len(walk.stood) < number <= len(walk.scores):
@@ -261,10 +266,9 @@ class RoundsTrainer(RunKeeping):
         rewards = torch.stack([self._total(scores) for scores in walk.scores], 1)
         if rewards.shape != acted.shape:  # the last alone was scored
             rewards = torch.cat([rewards.new_full(acted[:, 1:].shape, torch.nan), rewards], 1)
-        tree = args.round_group == "tree"
         stood = torch.stack([self._total(scores) for scores in walk.stood], 1) if walk.stood else rewards[:, :-1]
         earlier = credit.before(stood, self.group_size)
-        led_to = credit.returns(rewards, painted, "own" if tree else args.round_reward, args.round_cost)
+        led_to = credit.returns(rewards, painted, "own" if self._tree else args.round_reward, args.round_cost)
         led_to = led_to + args.stop_bonus * (acted & ~painted & (rewards >= self._perfect))
         led_to = led_to.masked_fill(~acted, torch.nan)
         if args.round_baseline is None and self.mode == "train":
@@ -335,6 +339,9 @@ class RoundsTrainer(RunKeeping):
 def _metrics(rewards: Tensor, stood: Tensor, acted: Tensor, painted: Tensor) -> dict[str, float]:
     """Measure the rounds (N, R) of a generation batch; a share of nothing is NaN, which no log averages."""
     found = {"rounds/images": painted.sum(1).float().mean().item()}
+    if not rewards.isnan().all(0).any():  # each round is scored
+        best = rewards.nan_to_num(nan=-torch.inf).amax(1)
+        found["rounds/best"] = best[best.isfinite()].mean().item()
     for number in range(rewards.shape[1]):
         found[f"rounds/reward_{number + 1}"] = rewards[:, number].nanmean().item()
         if number:
