@@ -2,8 +2,9 @@
 
     python benchmarks/flops.py
 
-A tiny BAGEL with random weights, 2 prompts x 8 trajectories, 10 denoising steps, K = 3, two passes, full fine-tuning,
-no activation checkpointing: a backward pass costs two forwards. The floor computes each prompt once, each decoded
+A tiny BAGEL, 2 prompts x 8 trajectories, 10 denoising steps, K = 3, two passes, full fine-tuning, no activation
+checkpointing: a backward pass costs two forwards. One round with random weights; two rounds, each with an image of its
+own, with those of ShapeWorld's base that sees. The floor computes each prompt once, each decoded
 token once, each trajectory's context once, N velocities, one reference pass and two updates, attention over visible
 pairs alone, and the VAE's decoder as counted. One multiply-add is two FLOPs.
 """
@@ -28,9 +29,11 @@ from trl_unigrpo.experiments.base.build import untrained_model
 from trl_unigrpo.experiments.demo.demo import quiet
 from trl_unigrpo.models.bagel import BagelConfig, BagelForUnifiedGeneration, LatentCodec
 from trl_unigrpo.models.patch_autoencoder import PatchAutoencoderKL
+from trl_unigrpo.shapeworld import load_base
 from trl_unigrpo.shapeworld.tokenizer import shapeworld_tokenizer
 
 
+LOOK = "repair the image"
 PROMPTS = ("a red circle and a blue square", "a green cross and a pink ring")
 GROUP, STEPS, WINDOW, EPOCHS, COMPLETION, IMAGE_SIZE = 8, 10, 3, 2, 20, 48
 RESULTS = Path(__file__).parent / "results" / "flops.json"
@@ -44,9 +47,15 @@ def model_and_tokenizer() -> tuple[BagelForUnifiedGeneration, Any]:
     return model, shapeworld_tokenizer()
 
 
-def workload(config: BagelConfig, prompt_length: int) -> Workload:
+def workload(
+    config: BagelConfig, prompt_length: int, num_rounds: int = 1, look_length: int = 1, round_context: str = "markov"
+) -> Workload:
     return Workload(
         config,
+        num_rounds=num_rounds,
+        look_length=look_length,
+        round_context=round_context,
+        reflection_length=COMPLETION,
         image_size=IMAGE_SIZE,
         prompt_length=prompt_length,
         completion_length=COMPLETION,
@@ -61,12 +70,16 @@ def workload(config: BagelConfig, prompt_length: int) -> Workload:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    quiet()
-    model, tokenizer = model_and_tokenizer()
+def tokens(tokenizer: Any, text: str) -> int:
+    """Count those of a user's turn, and of what opens the answer."""
+    messages = [{"role": "user", "content": text}]
+    return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"])
+
+
+def counted(
+    model: BagelForUnifiedGeneration, tokenizer: Any, num_rounds: int, round_context: str = "markov"
+) -> tuple[Workload, int]:
+    """Run a generation and its passes; returns the workload, and the FLOPs that were counted."""
     lengths: list[int] = []
 
     def reward(
@@ -85,6 +98,11 @@ def main() -> None:
             generation_kwargs={"min_new_tokens": COMPLETION},
             image_size=IMAGE_SIZE,
             num_inference_steps=STEPS,
+            num_rounds=num_rounds,
+            round_context=round_context,
+            max_reflection_length=COMPLETION,
+            reflection_template=LOOK,
+            allow_stop=False,
             learning_rate=1e-4,
             image_learning_rate=1e-4,
             gradient_checkpointing=False,
@@ -97,22 +115,32 @@ def main() -> None:
         trainer.remove_callback(PrinterCallback)
         with count_flops() as counter:
             trainer.train()
-    trajectories = GROUP * len(PROMPTS)
-    if lengths != [COMPLETION] * trajectories:
-        raise RuntimeError(f"thinkings have lengths {lengths}, the floor is for {COMPLETION}")
-    messages = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"]
-    parts = floor_flops(workload(model.config, len(ids[0])))
-    lowest, counted = sum(parts.values()), counter.get_total_flops()
-    table = Table("part", "MFLOP")
-    for name, value in parts.items():
-        table.add_row(name, f"{value / 1e6:.1f}")
-    table.add_row("floor", f"{lowest / 1e6:.1f}", style="bold")
-    table.add_row("counted", f"{counted / 1e6:.1f}", style="bold")
-    table.add_row("counted / floor", f"{counted / lowest:.3f}", style="bold")
+    if lengths != [COMPLETION] * GROUP * len(PROMPTS) * num_rounds:
+        raise RuntimeError(f"texts have lengths {lengths}, the floor is for {COMPLETION}")
+    lengths = [tokens(tokenizer, text) for text in (PROMPTS[0], LOOK)]
+    return workload(model.config, lengths[0], num_rounds, lengths[1], round_context), counter.get_total_flops()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    quiet()
+    runs = {"one round": counted(*model_and_tokenizer(), 1), "two rounds": counted(*load_base(seeing=True), 2)}
+    results = {name: (floor_flops(load), total) for name, (load, total) in runs.items()}
+    table = Table("part", *(f"{name}, MFLOP" for name in results))
+    columns = [{**parts, "floor": sum(parts.values()), "counted": found} for parts, found in results.values()]
+    for name in columns[-1]:
+        table.add_row(name, *(f"{column[name] / 1e6:.1f}" if name in column else "" for column in columns))
+    ratios = [column["counted"] / column["floor"] for column in columns]
+    table.add_row("counted / floor", *(f"{ratio:.3f}" for ratio in ratios), style="bold")
     Console().print(table)
-    result = {"date": str(date.today()), "floor": parts, "counted": counted, "ratio": counted / lowest}
-    arguments.results.write_text(json.dumps({**result, "torch": torch.__version__}, indent=2) + "\n")
+    found = {
+        name: {"floor": parts, "counted": total, "ratio": ratio}
+        for (name, (parts, total)), ratio in zip(results.items(), ratios, strict=True)
+    }
+    written = {"date": str(date.today()), "torch": torch.__version__, **found}
+    arguments.results.write_text(json.dumps(written, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers.benchmarks import load
-from trl_unigrpo.estimate import floor_flops
+from trl_unigrpo.estimate import floor_flops, overhead_flops
 from trl_unigrpo.estimate.counting import count_flops
 from trl_unigrpo.estimate.flops import text_forward
 from trl_unigrpo.monitoring.events import Watcher
+from trl_unigrpo.shapeworld import load_base
 
 
 def test_attention_is_counted_forward_and_backward():
@@ -39,12 +40,27 @@ def test_causal_attention_counts_visible_pairs():
 def test_floor_of_one_token_models_by_hand():
     flops = load("flops")
     model, _ = flops.model_and_tokenizer()
-    work = replace(flops.workload(model.config, prompt_length=1), completion_length=1)
+    work = replace(flops.workload(model.config, 1), completion_length=1)
     parts = floor_flops(work)
     token = 2 * 4 * (64 * 16 * 16 + 3 * 64 * 192)  # 4 layers: q, k, v, o of 64 x 64, and three matrices of 64 x 192
     word = 2 * 64 * 74
     assert parts["prefill"] == 2 * (token + 4 * 64 * 4 + word)
     assert parts["decode"] == 0
+
+
+@pytest.mark.parametrize(("context", "tolerance"), [("markov", 0.02), ("full", 0.04)])
+def test_two_rounds_cost_the_closed_form(context, tolerance):
+    """
+    The looks, too: beside the floor there is what `overhead_flops` names, and little else. In one row small copies of
+    both images are computed together, as if they saw as much as the second.
+    """
+    script = load("flops")
+    work, counted = script.counted(*load_base(seeing=True), 2, context)
+    floor = sum(floor_flops(work).values())
+    assert work.shown == (11, 11)
+    assert work.seen(1) == (30 if context == "full" else 0) + 22 + 6 + 20
+    assert counted == pytest.approx(floor + sum(overhead_flops(work).values()), rel=tolerance)
+    assert counted < 1.1 * floor or context == "full"
 
 
 @pytest.fixture(scope="module")

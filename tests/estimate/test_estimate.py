@@ -365,6 +365,24 @@ def test_levers_act_on_the_phases_they_should():
         assert lower == expected - {"VAE decode"} if name == "completion_length" else lower == expected
 
 
+def test_rounds_have_the_tokens_of_what_they_see():
+    """By hand: 512 pixels are 1,024 latents and 37 x 37 patches, with two markers each."""
+    load = released(512, num_rounds=3, look_length=100, reflection_length=50)
+    assert load.shown == (1026, 1371)
+    later = 1026 + 1371 + 100 + 50
+    assert [load.seen(number) for number in range(3)] == [512, later, later]
+    assert load.clean == (512 + 2 * (later - 1024), 2 * 1024)
+    whole = replace(load, round_context="full", with_tower=False)
+    assert [whole.seen(number) for number in range(3)] == [512, 512 + 1176, 512 + 2 * 1176]
+    assert whole.clean == (512 + 2 * (1176 - 1024), 2 * 1024)
+    assert load.texts == 511 + 2 * 50
+    one, peaks = estimate_memory(released(512)).peaks, estimate_memory(load).peaks
+    assert all(peaks[phase] > one[phase] for phase in one)
+    parts = floor_flops(load)
+    assert parts["VAE decode"] == 3 * floor_flops(released(512))["VAE decode"]
+    assert parts["denoising"] == 24 * 25 * sum(image_forward(load, number).total for number in range(3))
+
+
 # Settings that no run can have
 
 WRONG = [
@@ -378,6 +396,8 @@ WRONG = [
     ({"lora_ranks": (0, 0)}, "at least one of them above 0"),
     ({"lora_ranks": (-1, 8)}, "expected two ranks"),
     ({"completion_length": 250}, "262 tokens .* positions for 256"),
+    ({"num_rounds": 0}, "num_rounds=0: expected at least 1"),
+    ({"round_context": "none"}, "round_context='none': expected 'markov' or 'full'"),
 ]
 
 

@@ -13,6 +13,7 @@ from tests.helpers.many_images import assert_equations
 from tests.helpers.rounds import PLACEHOLDER, STOP, WORD, FixedRounds, in_order_of_rows, rounds_bagel, rounds_trainer
 from tests.helpers.runs import assert_equal_runs, run
 from tests.helpers.tiny_unified import (
+    PROMPTS,
     OneByOne,
     build_trainer,
     prompts_dataset,
@@ -349,19 +350,28 @@ def test_one_round_is_the_plain_trainer(tmp_path):
     assert_equal_runs(plain, one, 0)
 
 
-def test_evaluation_has_its_own_number_of_rounds(tmp_path, monkeypatch):
+def test_evaluation_has_rounds_of_its_own_without_trees_and_scores_each(tmp_path, monkeypatch):
+    scored = []
+
+    def reward(images, **columns):
+        scored.append(redness(None, None, images))
+        return scored[-1]
+
+    settings = {"num_rounds": 1, "eval_num_rounds": 3, "round_group": "tree", "round_baseline": 0.0}
+    settings |= {"num_generations_eval": 4, "per_device_eval_batch_size": 4}
     trainer = rounds_trainer(
-        tmp_path,
-        eval_num_rounds=3,
-        num_rounds=1,
-        eval_dataset=prompts_dataset(copies=1),
-        per_device_eval_batch_size=4,
-        num_generations_eval=1,
+        tmp_path, reward_funcs=reward, eval_dataset=prompts_dataset(PROMPTS[:2], copies=1), **settings
     )
     calls = spy_paint(monkeypatch)
     found = trainer.evaluate()
-    assert {"eval_rounds/reward_3", "eval_rounds/kept_2"} <= found.keys()
-    assert [len(trajectories) for trajectories, _, _ in calls] == [4, 3, 3]
+    assert [len(trajectories) for trajectories, _, _ in calls] == list(map(len, scored)) == [4, 3, 3] * 2
+    assert {"eval_rounds/kept_2", "eval_rounds/better_3", "eval_rounds/worse_3"} <= found.keys()
+    rows = []
+    for first, second, third in (scored[:3], scored[3:]):  # the last of each group keeps its first image
+        rows += zip(first, [*second, first[3]], [*third, first[3]], strict=True)
+    means = [found[f"eval_rounds/reward_{number}"] for number in (1, 2, 3)]
+    assert means == pytest.approx(np.mean(rows, 0).tolist(), rel=1e-5)
+    assert found["eval_rounds/best"] == pytest.approx(np.max(rows, 1).mean(), rel=1e-5)
     calls.clear()
     trainer.train()
     assert all(len(trajectories) == 8 for trajectories, _, _ in calls)

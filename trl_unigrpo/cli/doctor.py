@@ -37,6 +37,12 @@ class WorkloadOptions:
     image_batch_size: Annotated[int, typer.Option(help="Images denoised at once.")] = 8
     lora_rank: Annotated[int, typer.Option(help="Rank of the adapters; 0: full fine-tuning.")] = 32
     quantization: Annotated[str, typer.Option(help="Of the frozen experts: none, nf4 or nf4-double.")] = "none"
+    num_rounds: Annotated[int, typer.Option(help="Rounds of a trajectory, each with an image.")] = 1
+    look_length: Annotated[int, typer.Option(help="Tokens said to the model's own image, system prompt included.")] = (
+        128
+    )
+    reflection_length: Annotated[int, typer.Option(help="Tokens of its answer.")] = 256
+    round_context: Annotated[str, typer.Option(help="What a later round sees: markov or full.")] = "markov"
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again in the update.")] = True
 
     def settings(self) -> dict[str, Any]:

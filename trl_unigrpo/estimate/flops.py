@@ -8,6 +8,7 @@ adapters, the text's old log-probs, logits again in the backward pass.
 from typing import Any, NamedTuple
 
 from ..models.bagel.layers import BagelTimeEmbedder, head_size
+from .sight import look_flops
 from .sizes import linear_bytes, linear_parameters, lora_parameters
 from .vae import vae_decode
 from .workload import Workload
@@ -51,18 +52,47 @@ def text_forward(load: Workload, length: int, start: int = 0) -> Forward:
     )
 
 
-def image_forward(load: Workload) -> Forward:
-    """Count one velocity of one image: its two markers and N latents over the context and themselves."""
+def image_forward(load: Workload, number: int = 0) -> Forward:
+    """Count one velocity of the image of a round: its two markers and N latents over the context and themselves."""
+    clean = latents_forward(load, load.seen(number))
+    return clean._replace(exit=2 * load.latents * load.config.latent_channels * load.config.llm_config.hidden_size)
+
+
+def latents_forward(load: Workload, start: int) -> Forward:
+    """Count two markers and N latents behind so many tokens, each over all before it and the whole block."""
     llm, width, latents = load.config.llm_config, load.config.llm_config.hidden_size, load.latents
     tokens, (text, image) = latents + 2, load.lora_ranks or (0, 0)
-    projection = 2 * latents * load.config.latent_channels * width
     return Forward(
         linear=2 * linear_parameters(llm) * tokens,
-        attention=_pair(llm) * tokens * (load.context + tokens),
-        entry=projection + 2 * (BagelTimeEmbedder.frequencies * width + width * width),
-        exit=projection,
+        attention=_pair(llm) * tokens * (start + tokens),
+        entry=2 * (latents * load.config.latent_channels + BagelTimeEmbedder.frequencies + width) * width,
         adapters=2 * (2 * lora_parameters(llm, text) + latents * lora_parameters(llm, image)),
     )
+
+
+def look_forward(load: Workload, number: int) -> Forward:
+    """Count what a later round begins with: the image that it is shown, in all its forms, and what is said to it."""
+    llm, start = load.config.llm_config, load.seen_before(number)
+    found, *others = load.shown
+    seen = latents_forward(load, start)
+    for tokens in others:  # of the understanding tower, for the text expert
+        block = text_forward(load, tokens)
+        seen = seen.plus(block._replace(attention=_pair(llm) * tokens * (start + found + tokens)))
+        found += tokens
+    return seen.plus(text_forward(load, load.look_length, start + found))
+
+
+def context_forward(load: Workload, number: int) -> Forward:
+    """Count all that the image of a round sees before it."""
+    if not number:
+        return text_forward(load, load.context)
+    before = context_forward(load, number - 1) if load.seen_before(number) else Forward()
+    return before.plus(look_forward(load, number)).plus(reflection_forward(load, number, load.reflection_length))
+
+
+def reflection_forward(load: Workload, number: int, length: int) -> Forward:
+    """Count so many tokens of what a later round answers."""
+    return text_forward(load, length, load.seen(number) - load.reflection_length)
 
 
 def logits_forward(load: Workload) -> int:
@@ -76,8 +106,21 @@ def _pair(llm: Any) -> int:
 
 
 def packed_forward(load: Workload) -> Forward:
-    """Count a trajectory's text and its K noisy images in one pass, without logits."""
-    return text_forward(load, load.context).plus(image_forward(load), load.sde_window_size)
+    """Count a trajectory's rounds, each with K noisy copies of its image, in one pass, without logits."""
+    found = texts_read(load)
+    for number in range(load.num_rounds):
+        found = found.plus(image_forward(load, number), load.sde_window_size)
+    return found
+
+
+def texts_read(load: Workload) -> Forward:
+    """Count the contexts of all rounds of a trajectory, without logits: in one row, or one for each."""
+    if load.round_context == "full":
+        return context_forward(load, load.num_rounds - 1)
+    found = Forward()
+    for number in range(load.num_rounds):
+        found = found.plus(context_forward(load, number))
+    return found
 
 
 def update_flops(load: Workload) -> tuple[int, int]:
@@ -94,45 +137,59 @@ def update_flops(load: Workload) -> tuple[int, int]:
         + once.attention * again
         + once.entry * (1 + trained)
         + once.exit * (2 + trained)
-        + load.completion_length * logits_forward(load) * (2 + trained)
+        + load.texts * logits_forward(load) * (2 + trained)
     )
     return base, once.adapters * (3 + again)
 
 
 def floor_flops(load: Workload) -> dict[str, int]:
     """Count the FLOPs of each part of a generation that no implementation with these settings avoids."""
-    count, steps = load.trajectories, load.completion_length - 1
-    return {
+    count, steps, rounds = load.trajectories, load.completion_length - 1, range(load.num_rounds)
+    parts = {
         "prefill": load.num_prompts * (text_forward(load, load.prompt_length).total + logits_forward(load)),
         "decode": count * (text_forward(load, steps, load.prompt_length).total + steps * logits_forward(load)),
-        "contexts": count * text_forward(load, load.context).total,
-        "denoising": count * load.num_inference_steps * image_forward(load).total,
-        "VAE decode": count * vae_decode(load.config, load.image_size)[0],
+        "contexts": count * sum(context_forward(load, number).total for number in rounds),
+        "denoising": count * load.num_inference_steps * sum(image_forward(load, number).total for number in rounds),
+        "VAE decode": count * load.num_rounds * vae_decode(load.config, load.image_size)[0],
         "reference pass": count * packed_forward(load).total if load.reference else 0,
         "update": load.num_iterations * count * update_flops(load)[0],
     }
+    if later := rounds[1:]:
+        steps = load.reflection_length - 1
+        look = look_flops(load.config, load.image_size, load.with_tower)
+        parts["looks"] = count * sum(look + look_forward(load, n).total + logits_forward(load) for n in later)
+        decoded = sum(reflection_forward(load, number, steps).total for number in later)
+        parts["decode"] += count * (decoded + len(later) * steps * logits_forward(load))
+    return parts
 
 
 def overhead_flops(load: Workload) -> dict[str, int]:
     """Count the FLOPs beyond the floor that a run of these settings computes."""
-    count = load.trajectories
-    text, image = text_forward(load, load.context), image_forward(load)
+    count, rounds = load.trajectories, range(load.num_rounds)
+    text = texts_read(load)
     thinking = load.num_prompts * text_forward(load, load.prompt_length).adapters
     thinking += count * text_forward(load, load.completion_length - 1, load.prompt_length).adapters
+    for number in rounds[1:]:
+        later = look_forward(load, number).plus(reflection_forward(load, number, load.reflection_length - 1))
+        thinking += count * later.adapters
     again = load.num_iterations > 1  # the first pass spans all micro-batches of a step
+    denoising = load.num_inference_steps * sum(image_forward(load, number).adapters for number in rounds)
+    contexts = sum(context_forward(load, number).adapters for number in rounds)
     return {
         "adapters": thinking
-        + count * (text.adapters * (1 + again) + load.num_inference_steps * image.adapters)
+        + count * (contexts + text.adapters * again + denoising)
         + load.num_iterations * count * update_flops(load)[1],
-        "old log-probs": again * count * (text.total + load.completion_length * logits_forward(load)),
-        "logits again": load.num_iterations * count * load.completion_length * logits_forward(load),
+        "old log-probs": again * count * (text.total + load.texts * logits_forward(load)),
+        "logits again": load.num_iterations * count * load.texts * logits_forward(load),
+        "earlier rounds again": count * sum(context_forward(load, n - 1).total for n in rounds if load.seen_before(n)),
     }
 
 
 def decode_read_bytes(load: Workload) -> int:
     """Count the bytes of weights that sampling the thinkings reads at least: text expert and head, once per token."""
     head = load.weight_bytes * load.config.llm_config.hidden_size * load.config.llm_config.vocab_size
-    return (load.completion_length - 1) * (linear_bytes(load.config, load.quantization, load.weight_bytes) + head)
+    tokens = load.texts - load.num_rounds
+    return tokens * (linear_bytes(load.config, load.quantization, load.weight_bytes) + head)
 
 
 def floor_seconds(load: Workload, flops_per_second: float, bytes_per_second: float) -> dict[str, float]:

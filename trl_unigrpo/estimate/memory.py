@@ -78,12 +78,15 @@ def saved_per_token(load: Workload, rank: int) -> int:
 
 def saved_by_layer(load: Workload) -> int:
     """Count the bytes that one layer saves in the packed forward of one micro-batch."""
-    llm, images = load.config.llm_config, load.sde_window_size
+    llm, copies = load.config.llm_config, load.sde_window_size
+    images, (texts, shown) = load.num_rounds * copies, load.clean
     text_rank, image_rank = load.lora_ranks or (0, 0)
     # Each image keeps the context's keys and values beside its own.
-    contexts = 2 * images * load.context * key_value_heads(llm) * head_size(llm) * load.activation_bytes
-    text = (load.context + 2 * images) * saved_per_token(load, text_rank)
-    return load.scored_at_once * (text + images * load.latents * saved_per_token(load, image_rank) + contexts)
+    seen = sum(load.seen(number) for number in range(load.num_rounds))
+    contexts = 2 * copies * seen * key_value_heads(llm) * head_size(llm) * load.activation_bytes
+    text = (texts + 2 * images) * saved_per_token(load, text_rank)
+    latents = (shown + images * load.latents) * saved_per_token(load, image_rank)
+    return load.scored_at_once * (text + latents + contexts)
 
 
 def workspace(load: Workload, tokens: int) -> int:
@@ -111,10 +114,12 @@ def estimate_memory(load: Workload) -> Memory:
     width, layers = llm.hidden_size, llm.num_hidden_layers
     trained, weights = trained_parameter_count(load), weight_memory(load)
     cached = 2 * layers * key_value_heads(llm) * head_size(llm) * a  # per token
-    packed = load.context + load.sde_window_size * (load.latents + 2)
+    copies, clean = load.num_rounds * load.sde_window_size, sum(load.clean)
+    packed = clean + copies * (load.latents + 2)
+    longest = max(load.context, load.seen(load.num_rounds - 1))
     numbers = 4 * load.latents * load.config.latent_channels  # one latent state in float32
-    rollout_states, update_states = 1 + 3 * load.sde_window_size, (4 + load.reference) * load.sde_window_size
-    tile = min(load.scored_at_once * load.completion_length, TILE_TOKENS) * min(llm.vocab_size, TILE_WORDS) * a
+    rollout_states, update_states = load.num_rounds + 3 * copies, (4 + load.reference) * copies
+    tile = min(load.scored_at_once * load.texts, TILE_TOKENS) * min(llm.vocab_size, TILE_WORDS) * a
     layer = saved_by_layer(load)
     inputs = load.scored_at_once * packed * width * a * layers
     full = load.lora_ranks is None
@@ -129,10 +134,10 @@ def estimate_memory(load: Workload) -> Memory:
         cast: 2 * trained if load.half else 0,
         "saved activations": inputs + layer if load.gradient_checkpointing else layers * layer,
         "update's workspace": backward_workspace(load, load.scored_at_once * packed),
-        "logits' tile": tile + 4 * load.scored_at_once * load.completion_length * width,
+        "logits' tile": tile + 4 * load.scored_at_once * load.texts * width,
         "sampling's logits": count * 4 * 4 * llm.vocab_size,
-        "thinking's cache": count * load.context * cached,
-        "contexts' cache": load.denoised_at_once * load.context * cached,
+        "thinking's cache": count * longest * cached,
+        "contexts' cache": load.denoised_at_once * longest * cached,
         "reference's workspace": workspace(load, load.scored_at_once * packed),
         "denoising's workspace": workspace(load, load.denoised_at_once * (load.latents + 2)),
         "rollout records": count * rollout_states * numbers,

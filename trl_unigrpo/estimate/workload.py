@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
+from ..flow.per_round import of_round
 from ..models.bagel.configuration import BagelConfig
+from ..models.bagel.processing import vit_rule
 
 
 QUANTIZATIONS = (None, "nf4", "nf4-double")
 _AT_LEAST_ONE = (
     *("image_size", "prompt_length", "completion_length", "num_generations", "num_prompts", "num_inference_steps"),
     *("sde_window_size", "num_iterations", "micro_batch_size", "image_batch_size"),
+    *("num_rounds", "look_length", "reflection_length"),
 )
 
 
@@ -35,6 +38,10 @@ class Workload:
         gradient_checkpointing: the update keeps only the inputs of layers and computes the rest again.
         reference: the regulariser keeps reference velocities, and full fine-tuning a copy of the weights at the start.
         with_tower: the understanding tower is loaded.
+        num_rounds: rounds of a trajectory, R, each with an image, and all trained.
+        look_length, reflection_length: tokens of what is said to the model's own image (the system prompt included),
+            and of its answer.
+        round_context: "markov" or "full", see [`UniGRPOConfig`].
 
     Raises:
         ValueError: for a size that no run can have.
@@ -57,6 +64,10 @@ class Workload:
     gradient_checkpointing: bool = True
     reference: bool = True
     with_tower: bool = True
+    num_rounds: int = 1
+    look_length: int = 128
+    reflection_length: int = 256
+    round_context: str = "markov"
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
@@ -80,6 +91,8 @@ class Workload:
             raise ValueError(f"quantization={self.quantization!r} trains adapters only: give lora_ranks, such as 32.")
         if self.lora_ranks is not None and (min(self.lora_ranks) < 0 or max(self.lora_ranks) == 0):
             raise ValueError(f"lora_ranks={self.lora_ranks}: expected two ranks, at least one of them above 0.")
+        if self.round_context not in ("markov", "full"):
+            raise ValueError(f"round_context={self.round_context!r}: expected 'markov' or 'full'.")
         longest = self.config.llm_config.max_position_embeddings
         if self.context > longest:
             raise ValueError(
@@ -102,8 +115,39 @@ class Workload:
 
     @property
     def context(self) -> int:
-        """L, tokens that an image sees before it."""
+        """L, tokens that the first image sees before it."""
         return self.prompt_length + self.completion_length
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """Tokens, their two markers included, of each form in which a finished image is shown."""
+        rule = vit_rule(self.config) if self.with_tower else None
+        if rule is None:
+            return (self.latents + 2,)
+        height, width = rule.size(self.image_size, self.image_size)
+        return self.latents + 2, (height // rule.stride) * (width // rule.stride) + 2
+
+    def seen_before(self, number: int) -> int:
+        """Tokens before what a round, counted from 0, begins with: all of the rounds before, or none."""
+        return self.seen(number - 1) if number and self.round_context == "full" else 0
+
+    def seen(self, number: int) -> int:
+        """Tokens that the image of a round sees before it."""
+        if not number:
+            return self.context
+        return self.seen_before(number) + sum(self.shown) + self.look_length + self.reflection_length
+
+    @property
+    def clean(self) -> tuple[int, int]:
+        """Tokens of all contexts of a trajectory, as an update reads them: the text and the image expert's."""
+        later, rounds = self.num_rounds - 1, range(self.num_rounds)
+        whole = self.seen(later) if self.round_context == "full" else sum(self.seen(number) for number in rounds)
+        return whole - later * self.latents, later * self.latents
+
+    @property
+    def texts(self) -> int:
+        """Tokens that a trajectory samples, of all rounds."""
+        return self.completion_length + (self.num_rounds - 1) * self.reflection_length
 
     @property
     def latents(self) -> int:
@@ -122,7 +166,7 @@ class Workload:
     @classmethod
     def of_run(cls, model: Any, args: Any, prompt_length: int = 128) -> "Workload":
         """
-        Read the workload off a loaded BAGEL, adapters included, and a `UniGRPOConfig`.
+        Read the workload off a loaded BAGEL, adapters included, and a `UniGRPOConfig`; of settings by round the first.
 
         Args:
             prompt_length: tokens of a prompt, which the arguments don't say.
@@ -141,8 +185,10 @@ class Workload:
             completion_length=args.max_completion_length if args.thinking else 1,
             num_generations=args.num_generations,
             num_prompts=max(1, args.per_device_train_batch_size * args.steps_per_generation // args.num_generations),
-            num_inference_steps=args.num_inference_steps,
-            sde_window_size=args.sde_window_size if args.image_objective == "flow_grpo" else args.matching_samples,
+            num_inference_steps=of_round(args, "num_inference_steps", 0),
+            sde_window_size=of_round(args, "sde_window_size", 0)
+            if args.image_objective == "flow_grpo"
+            else args.matching_samples,
             num_iterations=args.num_iterations,
             micro_batch_size=args.per_device_train_batch_size,
             image_batch_size=args.image_batch_size or 1,  # where it is free, the rollout takes what memory is left
@@ -152,4 +198,7 @@ class Workload:
             gradient_checkpointing=args.gradient_checkpointing,
             reference=args.flow_regularizer != "none" and args.flow_regularizer_weight > 0,
             with_tower=model.vit_model is not None,
+            num_rounds=args.num_rounds,
+            reflection_length=args.max_reflection_length,
+            round_context=args.round_context,
         )

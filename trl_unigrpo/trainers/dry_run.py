@@ -128,12 +128,12 @@ def random_trainer(
         lengths: of the trajectories' thinkings, at most `completion_length` each; None for all of it.
 
     Raises:
-        ValueError: for more than one prompt, or one too short for its markers.
+        ValueError: for more than one prompt or round, or a prompt too short for its markers.
     """
-    if load.num_prompts != 1 or load.prompt_length <= MARKERS:
+    if load.num_prompts != 1 or load.prompt_length <= MARKERS or load.num_rounds != 1:
         raise ValueError(
-            f"num_prompts={load.num_prompts}, prompt_length={load.prompt_length}: a dry run takes one prompt of more "
-            f"than {MARKERS} tokens."
+            f"num_prompts={load.num_prompts}, prompt_length={load.prompt_length}, num_rounds={load.num_rounds}: a dry "
+            f"run takes one prompt of more than {MARKERS} tokens, and one round."
         )
     tokenizer = word_tokenizer(load.config)
     torch.manual_seed(0)

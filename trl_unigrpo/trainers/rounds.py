@@ -80,6 +80,11 @@ class RoundsTrainer(RunKeeping):
         return args.num_rounds if self.mode == "train" or args.eval_num_rounds is None else args.eval_num_rounds
 
     @property
+    def _tree(self) -> bool:
+        """True where all of a group go on from one image: in training, as a user has but one trajectory."""
+        return self.args.round_group == "tree" and self.mode == "train"
+
+    @property
     def _may_stop(self) -> bool:
         """True where a round may keep the image now."""
         warm = self.mode == "eval" or self.state.global_step >= self.args.stop_warmup_steps
@@ -117,7 +122,7 @@ class RoundsTrainer(RunKeeping):
         """Show each trajectory that goes on the image that it goes on from; returns these."""
         args = self.args
         going = [i for i in range(len(walk.trajectories)) if self._goes_on(walk, i, number)]
-        if args.round_group == "tree":
+        if self._tree:
             self._share_images(walk, number, going)
         else:
             self._show_images(walk, going)
@@ -135,7 +140,7 @@ class RoundsTrainer(RunKeeping):
         """Say whether a trajectory has this round: whether its story has, or its image is not kept."""
         if self._setup.stories:
             return number < len(walk.inputs[place][TURN_COLUMN])
-        return self.args.round_group == "tree" or not walk.trajectories[place].rounds[-1].stopped
+        return self._tree or not walk.trajectories[place].rounds[-1].stopped
 
     def _said(self, walk: Walk, place: int, number: int) -> str:
         """Give what the user says to the image that a round begins with."""
@@ -250,7 +255,7 @@ class RoundsTrainer(RunKeeping):
         if self._setup.edits and self.args.no_improve != "none":
             walk.source = [self._source_scores(walk)]  # else the same number for all of a group, which credit cancels
         last = self.num_rounds - 1
-        whole = self.args.scores_each_round or self.args.process_reward_weight > 0
+        whole = self.mode == "eval" or self.args.scores_each_round or self.args.process_reward_weight > 0
         each = whole or any(getattr(function, "every_round", False) for function in self.reward_funcs)
         for number in range(len(walk.scores) if each else last, last + 1):
             if len(walk.stood) < number <= len(walk.scores):
@@ -311,12 +316,12 @@ class RoundsTrainer(RunKeeping):
         rewards = torch.stack([self._total(scores) for scores in walk.scores], 1)
         if rewards.shape != acted.shape:  # the last alone was scored
             rewards = torch.cat([rewards.new_full(acted[:, 1:].shape, torch.nan), rewards], 1)
-        tree = args.round_group == "tree"
         began = [*walk.source, *walk.stood]
         stood = torch.stack([self._total(scores) for scores in began], 1) if began else rewards[:, :-1]
         earlier = credit.before(stood, self.group_size)
         counted = acted if self._setup.stories else torch.ones_like(acted)
-        led_to = credit.returns(rewards, painted, "own" if tree else args.round_reward, args.round_cost, counted)
+        paid = "own" if self._tree else args.round_reward
+        led_to = credit.returns(rewards, painted, paid, args.round_cost, counted)
         led_to = led_to + args.stop_bonus * (acted & ~painted & (rewards >= self._perfect))
         led_to = led_to.masked_fill(~acted, torch.nan)
         if args.round_baseline is None and self.mode == "train":
@@ -404,6 +409,9 @@ def _metrics(rewards: Tensor, stood: Tensor, acted: Tensor, painted: Tensor) -> 
     """Measure the rounds (N, R) of a generation batch; a share of nothing is NaN, which no log averages."""
     found = {"rounds/images": painted.sum(1).float().mean().item()}
     first = rewards.shape[1] - stood.shape[1]
+    if not rewards.isnan().all(0).any():  # each round is scored
+        best = rewards.nan_to_num(nan=-torch.inf).amax(1)
+        found["rounds/best"] = best[best.isfinite()].mean().item()
     for number in range(rewards.shape[1]):
         found[f"rounds/reward_{number + 1}"] = rewards[:, number].nanmean().item()
         if number:

@@ -6,7 +6,6 @@ from typing import Any
 from datasets import Dataset
 
 from ..messages import user_text
-from ..reflection import TEMPLATE
 from .prompt_checks import shortened
 from .source_checks import dataset_parts
 

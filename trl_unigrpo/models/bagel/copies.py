@@ -39,6 +39,21 @@ class Copies:
         empty = self.states.new_zeros(*self.timesteps.shape, *self.states.shape[1:])
         return empty.index_put(tuple(place), self.states)
 
+    def of(self, rows: Sequence[int]) -> tuple[Tensor, "Copies"]:
+        """Give the numbers (S',) of the steps in some rows, and their copies, in rows that are numbered anew."""
+        numbers = {row: number for number, row in enumerate(rows)}
+        steps = torch.tensor([step for step, row in enumerate(self.place[0].tolist()) if row in numbers]).long()
+        row, column = self.place[:, steps]
+        width = int(column.max()) + 1 if len(steps) else 0
+        return steps, Copies(
+            contexts=[self.contexts[i] for i in rows],
+            visible=[self.visible[i][:width] for i in rows],
+            states=self.states[steps.to(self.states.device)],
+            timesteps=self.timesteps[list(rows), :width],
+            image_size=self.image_size,
+            place=torch.stack([torch.tensor([numbers[i] for i in row.tolist()]).long(), column]),
+        )
+
 
 @dataclass
 class _Row:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ...trajectory import Passage, Steps, Trajectory
+from ...trajectory import Passage, Steps, Trajectory, in_order
 from ..contract import ContextRow, UnifiedModelMixin, UnifiedOutput
 from ..recording import Recorded
 from .attention import Context, Layout, causal_mask
@@ -27,6 +27,7 @@ from .layers import BagelPositionTable, BagelRMSNorm, BagelTimeEmbedder
 from .loading import load_checkpoint
 from .pixels import BagelPixels
 from .segments import ContextImage, Segments, guided_trajectory, segments, text_segments
+from .sight import by_sight, together
 from .text_rows import TextRows
 from .training import BagelTraining
 from .vision import BagelPerceptron, BagelVisionTower
@@ -255,9 +256,10 @@ class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, P
                 "The backbone has no cache: call it with use_cache=False, or the model itself to generate."
             )
         texts = TextRows.of(input_ids, attention_mask, passages)
-        table, _ = self._table(texts, images or ()).moved(self.device)
-        hidden, _, _, _ = self._read(table)
-        return UnifiedOutput(texts.back(hidden, table.text_index))
+        rows = texts.with_images(images or ())
+        groups = by_sight(rows)
+        parts = [self._texts([rows[i] for i in some]) for some in groups]
+        return UnifiedOutput(texts.back(*together(groups, parts)))
 
     def packed_forward(
         self,
@@ -270,8 +272,8 @@ class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, P
         texts = TextRows.of(input_ids, attention_mask, passages)
         copies = lay_out(texts.hosts(steps.to(self.device)), texts.rows)
         texts = texts.followed(copies.contexts)
-        table = self._table(texts, [row.images for row in copies.contexts])
-        hidden, velocity, text_index = self._packed(table, copies, context_grad)
+        shown = [row.images for row in copies.contexts]
+        hidden, velocity, text_index = self._packed(texts.with_images(shown), copies, context_grad)
         return UnifiedOutput(texts.back(hidden, text_index), velocity)
 
     # Images
@@ -302,7 +304,7 @@ class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, P
         rows = steps.row.unique(return_inverse=True)[1]
         no_texts = [torch.empty(0, dtype=torch.long)] * (int(rows.max()) + 1)
         copies = lay_out(replace(steps.to(self.device), row=rows), no_texts)
-        _, velocity, _ = self._packed(self._segments(copies.contexts), copies, context_grad)
+        _, velocity, _ = self._packed(copies.contexts, copies, context_grad)
         return velocity
 
     def _read(self, table: Segments) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
@@ -311,11 +313,37 @@ class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, P
         layout = Layout(table.ids.shape[1], segments=table)
         return self.language_model.model(und, gen, table.positions, table.image_positions, layout)
 
-    def _packed(self, table: Segments, copies: Copies, context_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _texts(self, rows: Sequence[ContextRow]) -> tuple[Tensor, Tensor | None]:
+        """Hidden states (R, U, H) of the text stream of rows, and their tokens' places in it."""
+        table, _ = self._table(rows).moved(self.device)
+        return self._read(table)[0], table.text_index
+
+    def _packed(
+        self, rows: Sequence[ContextRow], copies: Copies, context_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """
-        Hidden states (R, U, H) of the contexts' text stream, the velocities (S, N, C) of the copies, and the table's
-        `text_index` on the device.
+        Hidden states (R, U, H) of the text stream of R rows, the velocities (S, N, C) of the copies, and the tokens'
+        places in the stream; rows that show no image apart from those that do.
         """
+        groups = by_sight(rows)
+        if len(groups) == 1:
+            return self._packed_alike(self._table(rows), copies, context_grad)
+        parts, velocities = [], []
+        for some in groups:
+            steps, own = copies.of(some)
+            if not len(steps):
+                parts.append(self._texts([rows[i] for i in some]))
+                continue
+            hidden, velocity, index = self._packed_alike(self._table([rows[i] for i in some]), own, context_grad)
+            parts.append((hidden, index))
+            velocities.append((steps, velocity))
+        hidden, index = together(groups, parts)
+        return hidden, in_order(velocities), index
+
+    def _packed_alike(
+        self, table: Segments, copies: Copies, context_grad: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute the same of the rows of one table."""
         prefixes = list(zip(copies.visible, table.prefix_lengths, table.prefix_positions, strict=True))
         # All tokens of a copy share the position behind what it sees.
         at = torch.tensor([[positions[n] for n in seen] for seen, _, positions in prefixes])
@@ -336,10 +364,10 @@ class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, P
         velocity = self.llm2vae(gen[:, layout.num_latents :]).float().unflatten(1, (number, tokens))
         return und[:, :num_text], velocity[tuple(place)], table.text_index
 
-    def _table(self, texts: TextRows, images: Sequence[Sequence[ContextImage]]) -> Segments:
-        if any(images) or any(self.config.image_token_id in row for row in texts.rows):
-            return self._segments(texts.with_images(images))
-        return text_segments(texts.rows)
+    def _table(self, rows: Sequence[ContextRow]) -> Segments:
+        if any(row.images or self.config.image_token_id in row.ids for row in rows):
+            return self._segments(rows)
+        return text_segments([row.ids for row in rows])
 
     def _segments(self, contexts: Sequence[ContextRow]) -> Segments:
         config = self.config
