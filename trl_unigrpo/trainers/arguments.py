@@ -70,21 +70,28 @@ def check_arguments(
     return check_sources(datasets, args), check_turns(datasets, args)
 
 
-def check_lengths(args: UniGRPOConfig, base: Any) -> None:
-    """Raise ValueError if what is read as one row may be longer than the model has positions for."""
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)  # not all models have one
-    if limit is None or args.max_completion_length is None:
-        return
+def check_lengths(args: Any, base: Any) -> None:
+    """Raise ValueError if a thinking may be longer than the model has positions for."""
+    if args.max_completion_length is not None:
+        _check_room(base, f"max_completion_length={args.max_completion_length}", args.max_completion_length)
+
+
+def check_round_lengths(args: UniGRPOConfig, base: Any) -> None:
+    """Raise ValueError if what later rounds are read as may be longer than the model has positions for."""
     first, later, looks = args.max_completion_length, args.max_reflection_length, args.most_rounds - 1
-    rows = {f"max_completion_length={first}": first}
-    if looks and args.round_context == "markov":
-        rows[f"max_reflection_length={later}"] = 1 + later  # behind an image, which takes a position at least
-    elif looks:
+    if not looks or first is None:
+        return
+    if args.round_context == "markov":  # behind an image, which takes a position at least
+        _check_room(base, f"max_reflection_length={later}", 1 + later)
+    else:
         names = f"max_completion_length={first} and max_reflection_length={later} of {looks + 1} rounds in one context"
-        rows[names] = first + looks * (1 + later)
-    for names, length in rows.items():
-        if length >= limit:
-            raise ValueError(f"{names} leaves no room for a prompt: the model has {limit} positions. Lower it.")
+        _check_room(base, names, first + looks * (1 + later))
+
+
+def _check_room(base: Any, names: str, length: int) -> None:
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)  # not all models have one
+    if limit is not None and length >= limit:
+        raise ValueError(f"{names} leaves no room for a prompt: the model has {limit} positions. Lower it.")
 
 
 def question_weak_adapters(peft_config: PeftConfig, args: UniGRPOConfig) -> None:

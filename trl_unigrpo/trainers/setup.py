@@ -31,6 +31,7 @@ from ..rounds import check_sight
 from .arguments import (
     check_arguments,
     check_lengths,
+    check_round_lengths,
     default_config,
     find_tokenizer,
     load_for_training,
@@ -150,6 +151,7 @@ def prepare_run(
 def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig, edits: bool) -> None:
     """Find out whether the model can be trained with these arguments, and on source images where there are some."""
     check_lengths(args, base)
+    check_round_lengths(args, base)
     check_sight(base, args.most_rounds)
     if edits:
         check_edits(base)
