@@ -20,14 +20,14 @@ from trl_unigrpo.shapeworld.verifier import score
 from trl_unigrpo.shapeworld.world import UNREADABLE, cell_code
 
 
-LOOK = "<think> left is green circle top is unclear </think> left red circle top empty"
+LOOK = "<think> green circle left unclear top </think> left red circle top empty"
 
 
 def test_a_reflection_is_read_as_it_is_written():
     look = parse_reflection(LOOK)
     assert look == Reflection({3: cell_code("green", "circle"), 1: UNREADABLE}, {3: cell_code("red", "circle"), 1: 0})
     assert look.text == LOOK
-    for kept in ("keep", "<think> left is red circle </think> keep"):
+    for kept in ("keep", "<think> red circle left </think> keep"):
         assert parse_reflection(kept).text == kept
         assert not parse_reflection(kept).fixes
 
@@ -39,14 +39,16 @@ def test_a_reflection_is_read_as_it_is_written():
         "keep keep",
         "keep it",
         "<think> </think>",
-        "<think> left is red </think> left red circle",
+        "<think> red left </think> left red circle",
         "<think> left red circle </think> left red circle",
-        "<think> left is red circle left red circle",
-        "left is red circle </think> left red circle",
-        "<think> left is red circle </think> left red circle left empty",
-        "<think> left is red circle </think> keep left empty",
-        "<think> left is",
-        "<think> left is red circle </think> left",
+        "<think> red circle left left red circle",
+        "red circle left </think> left red circle",
+        "<think> red circle left </think> left red circle left empty",
+        "<think> red circle left green circle left </think> keep",
+        "<think> red circle left </think> keep left empty",
+        "<think> red circle top-leftmost </think> keep",
+        "<think> red circle",
+        "<think> red circle left </think> left",
     ],
 )
 def test_other_texts_are_no_reflections(text):
@@ -89,13 +91,13 @@ def test_f1_by_hand():
     spec = parse_prompt("a red circle and a blue square")
     cells = scene(left="green circle", top="blue ring", right="red cross")  # the cross is too many
     named = {
-        "left is green circle top is blue ring right is red cross": 1.0,
-        "left is green circle": 2 * 1 / (1 + 3),
-        "left is red circle": 0.0,  # it is named, but isn't what is there
-        "left is green circle bottom is empty": 2 * 1 / (2 + 3),
+        "left red circle top blue square right empty": 1.0,
+        "left red circle": 2 * 1 / (1 + 3),
+        "left green circle": 0.0,  # this is there already
+        "left red circle bottom red circle": 2 * 1 / (2 + 3),
     }
-    for found, expected in named.items():
-        assert diagnosis_f1(spec, cells, f"<think> {found} </think> left red circle") == pytest.approx(expected)
+    for fixes, expected in named.items():
+        assert diagnosis_f1(spec, cells, f"<think> green circle left </think> {fixes}") == pytest.approx(expected)
     assert diagnosis_f1(spec, cells, "keep") == 0.0
     assert diagnosis_f1(spec, closest_scene(spec, cells), "keep") == 1.0
     assert diagnosis_f1(spec, cells, "left") == 0.0
@@ -104,13 +106,13 @@ def test_f1_by_hand():
 def test_any_of_several_repairs_counts():
     three, spec = scene(left="red circle", top="red circle", right="red circle"), parse_prompt("two red circles")
     for place in ("left", "top", "right"):
-        assert diagnosis_f1(spec, three, f"<think> {place} is red circle </think> {place} empty") == 1.0
+        assert diagnosis_f1(spec, three, f"<think> red circle {place} </think> {place} empty") == 1.0
 
 
 def test_the_diagnosis_reward_reads_the_image_before():
     green, red = render_images(np.stack([scene(left="green circle"), scene(left="red circle")]))
-    said = "<think> left is green circle </think> left red circle"
-    completions = [[{"role": "assistant", "content": said}], said, said]
+    said = "<think> green circle left </think> left red circle"
+    completions = [[{"role": "assistant", "content": said}], said.replace("red", "blue"), said]
     seen = [[red, green], [red], []]
     rewards = shapeworld_diagnosis_reward(["a red circle"] * 3, completions, previous_images=seen)
     assert rewards == [1.0, 0.0, None]

@@ -1,12 +1,13 @@
 """A second look at an image of ShapeWorld: what is wrong in it, how it is said, and how well.
 
-    <think> left is green circle top is empty </think> left red circle top blue square      or      keep
+    <think> green circle left red cross top </think> left red circle      or      <think> .. </think> keep
 
-The thinking says what cells look like that are not as they should be; what follows says what to paint there.
+The thinking says what is seen, in the words of a plan; what follows says what to paint in which cells.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -43,6 +44,8 @@ REFLECTION_TEMPLATE = "request {prompt} repair the image or keep"
 """Words that the model is told behind its image, before it looks at it again."""
 KEEP = "keep"
 """The answer that leaves an image as it is."""
+MAX_REFLECTION_LENGTH = 32
+"""Tokens that what is said of an image has at most."""
 
 Cells = Mapping[int, int]
 """Cell index (0 to 8) -> code."""
@@ -63,21 +66,21 @@ class Reflection:
     What a second look says.
 
     Attributes:
-        found: what cells are said to look like.
-        fixes: what is to be painted there; nothing where the image is to be kept.
+        seen: what cells are said to look like: all that are not empty, or those that an edit is about.
+        fixes: what is to be painted in which cells; nothing where the image is to be kept.
     """
 
-    found: Cells
+    seen: Cells
     fixes: Cells
 
     @property
     def text(self) -> str:
-        """The words; of an image without fault, the single word `keep`."""
-        if not self.found and not self.fixes:
+        """The words; where nothing is said about the image, the single word `keep`."""
+        if not self.seen and not self.fixes:
             return KEEP
-        found = [f"{PLACES[cell]} is {_NAMES[code]}" for cell, code in self.found.items()]
+        seen = [f"{_NAMES[code]} {PLACES[cell]}" for cell, code in self.seen.items()]
         fixes = [f"{PLACES[cell]} {_NAMES[code]}" for cell, code in self.fixes.items()]
-        return " ".join([THINK_START, *found, THINK_END, *(fixes or [KEEP])])
+        return " ".join([THINK_START, *seen, THINK_END, *(fixes or [KEEP])])
 
 
 def parse_reflection(text: str) -> Reflection | None:
@@ -88,35 +91,30 @@ def parse_reflection(text: str) -> Reflection | None:
     if words[:1] != [THINK_START] or words.count(THINK_END) != 1:
         return None
     end = words.index(THINK_END)
-    found, fixes = _read(words[1:end], "is"), _read(words[end + 1 :], None)
+    seen, fixes = _read(_SEEN, words[1:end]), _read(_FIX, words[end + 1 :])
     if words[end + 1 :] == [KEEP]:
         fixes = {}
     elif not fixes:
         return None
-    return None if found is None or fixes is None else Reflection(found, fixes)
+    return None if seen is None or fixes is None else Reflection(seen, fixes)
 
 
-def _read(words: list[str], between: str | None) -> dict[int, int] | None:
-    """Read "place [between] color shape", "place [between] empty" or "unclear", any number of times."""
-    cells: dict[int, int] = {}
-    words = words[::-1]
-    while words:
-        place = words.pop()
-        if place not in PLACES or (between is not None and (not words or words.pop() != between)) or not words:
+_CODES = {name: code for code, name in _NAMES.items()}
+_SEEN, _FIX = (
+    re.compile(pattern.format(name=f"(?P<name>{'|'.join(_CODES)})", place=f"(?P<place>{'|'.join(PLACES)})"))
+    for pattern in ("{name} {place}(?: |$)", "{place} {name}(?: |$)")
+)
+
+
+def _read(one: re.Pattern[str], words: Sequence[str]) -> dict[int, int] | None:
+    """Read what is said of cells, each in words of one form; None for other words, or two of one cell."""
+    text, cells = " ".join(words), dict[int, int]()
+    at = 0
+    while at < len(text):
+        found = one.match(text, at)
+        if found is None or (cell := PLACES.index(found["place"])) in cells:
             return None
-        name = words.pop()
-        if name in COLORS:
-            if not words or words[-1] not in SHAPES:
-                return None
-            code = cell_code(name, words.pop())
-        elif name in ("empty", "unclear"):
-            code = EMPTY if name == "empty" else UNREADABLE
-        else:
-            return None
-        cell = PLACES.index(place)
-        if cell in cells:
-            return None
-        cells[cell] = code
+        cells[cell], at = _CODES[found["name"]], found.end()
     return cells
 
 
@@ -193,19 +191,17 @@ def _assign(counts: tuple[int, ...], empty: list[int], filled: list[list[int]]) 
 
 def diagnosis_f1(spec: PromptSpec, cells: IntArray, text: str) -> float:
     """
-    Score what a second look found in a scene (9,): F1 between the cells that it names and those that are wrong.
+    Score what a second look found in a scene (9,): F1 between the cells that it would change and those that are wrong.
 
-    A cell counts as found if it is said to look as it does. Where the image can be mended in several ways, the one
-    that is nearest to the diagnosis counts. Keeping a right image scores 1, a text that can't be read 0.
+    Where the image can be mended in several ways, the one that is nearest to the diagnosis counts. Keeping a right
+    image scores 1, a text that can't be read 0.
     """
     reflection = parse_reflection(text)
     if reflection is None:
         return 0.0
-    target = closest_scene(spec, cells, blamed=reflection.found)
-    wrong = set(np.flatnonzero(target != cells).tolist())
-    named = reflection.found
-    hits = sum(cell in wrong and code == cells[cell] for cell, code in named.items())
-    return 2 * hits / (len(named) + len(wrong)) if named or wrong else 1.0
+    named = {cell for cell, code in reflection.fixes.items() if code != cells[cell]}
+    wrong = set(np.flatnonzero(closest_scene(spec, cells, blamed=named) != cells).tolist())
+    return 2 * len(named & wrong) / (len(named) + len(wrong)) if named or wrong else 1.0
 
 
 @thinking_reward

@@ -14,10 +14,10 @@ from ..sampling import Sample, generate
 from ..statistics import FloatArray
 from .dataset import shapeworld_edit_dataset
 from .edits import EditScores, draw_scene, parse_edit, score_edits
-from .evaluate import EVALUATION_SEED, MAX_COMPLETION_LENGTH, NUM_INFERENCE_STEPS, Evaluation
+from .evaluate import EVALUATION_SEED, NUM_INFERENCE_STEPS, Evaluation
 from .grammar import parse_prompt
 from .plan import parse_plan, plan_cells
-from .reflection import REFLECTION_TEMPLATE, diagnosis_f1, parse_reflection
+from .reflection import MAX_REFLECTION_LENGTH, REFLECTION_TEMPLATE, diagnosis_f1, parse_reflection
 from .render import IMAGE_SIZE, render_images
 from .second_corpus import DESCRIBE
 from .verifier import images_to_array, picture_error, read_cells, score
@@ -41,7 +41,7 @@ def look_and_paint(
         instructions,
         tokenizer,
         do_sample=do_sample,
-        max_completion_length=MAX_COMPLETION_LENGTH,
+        max_completion_length=MAX_REFLECTION_LENGTH,
         num_inference_steps=NUM_INFERENCE_STEPS,
         image_size=IMAGE_SIZE,
         system_prompt="",

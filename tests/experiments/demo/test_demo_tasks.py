@@ -75,7 +75,7 @@ def test_numbers_of_a_second_round():
     )  # the faults that were kept are one prompt's, so that there is no interval
     after = means(summary, "after")
     assert (after["damage"], after["round_gain"]) == (0.25, pytest.approx(0.1875))
-    assert summary["change"]["mean"] == pytest.approx(0.3125) and summary["change"]["n"] == 3  # prompts
+    assert summary["change"]["mean"] == pytest.approx(0.1875) and summary["change"]["n"] == 3  # prompts
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
@@ -96,7 +96,7 @@ def edited(done, kept):
 @pytest.mark.parametrize(
     ("task", "before", "after", "says"),
     [
-        (RefineTask(), BEFORE, AFTER, ["a second round adds to the first moved by +0.312", "&lt;look&gt;", "kept"]),
+        (RefineTask(), BEFORE, AFTER, ["the reward of the last image moved by +0.188", "&lt;look&gt;", "kept"]),
         (EditTask(), edited([0.25, 0], [1, 1]), edited([1, 1], [1, 1]), ["the reward of an edit moved by +0.750"]),
     ],
 )
@@ -109,7 +109,7 @@ def test_page_and_files_of_a_task(tmp_path, task, before, after, says):
     assert 'src="http' not in page
     task.save(after, tmp_path / "samples.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [row["reward"] for row in rows] == ([0.5, 1.0, 0.25, 0.5] if task.main == "round_gain" else [1, 1])
+    assert [row["reward"] for row in rows] == ([0.5, 1.0, 0.25, 0.5] if task.main == "second" else [1, 1])
     assert f"{summary['change']['mean']:.3f}" in task.headline(summary)
 
 

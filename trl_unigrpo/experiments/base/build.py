@@ -14,7 +14,7 @@ from ...shapeworld.corpus import pretraining_corpus
 from ...shapeworld.dataset import shapeworld_dataset
 from ...shapeworld.evaluate import MAX_COMPLETION_LENGTH, NUM_INFERENCE_STEPS
 from ...shapeworld.render import CELL_SIZE, IMAGE_SIZE
-from ...shapeworld.second_corpus import OwnImages, second_corpus
+from ...shapeworld.second_corpus import FAULTLESS, OwnImages, SecondRates, second_corpus
 from ...shapeworld.tokenizer import shapeworld_tokenizer
 from ...shapeworld.world import GRID_SIDE
 from ...trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
@@ -156,7 +156,8 @@ def build_seeing_base(
     base: BagelForUnifiedGeneration,
     output_dir: str | Path,
     seed: int = 0,
-    sft_steps: int = 900,
+    sft_steps: int = 1000,
+    mistaken_steps: int = 120,
     num_own: int = 3150,
     **overrides: Any,
 ) -> BagelForUnifiedGeneration:
@@ -166,17 +167,22 @@ def build_seeing_base(
     Args:
         base: the model to go on from.
         seed: of its images, the corpus and its mistakes, the new weights and the order.
-        sft_steps: optimizer steps.
+        sft_steps, mistaken_steps: optimizer steps on the corpus without mistakes, then on the one with them.
         num_own: images of the base's own that the corpus looks at again.
         overrides: other values for [`UnifiedSFTConfig`].
     """
     own = own_images(base, num_own, seed)
     model, tokenizer = with_eyes(base, seed), shapeworld_tokenizer(seeing=True)
     model.freeze_understanding(False)
-    settings = {"warmup_steps": 50, **overrides}
-    args = UnifiedSFTConfig(**sft_settings(output_dir, sft_steps, seed, **settings))
-    corpus = second_corpus(args.max_steps * args.per_device_train_batch_size, own, seed)
-    UnifiedSFTTrainer(model=model, args=args, train_dataset=corpus, processing_class=tokenizer).train()
+    stages: list[tuple[int, SecondRates, dict[str, Any]]] = [
+        (sft_steps, FAULTLESS, {"noise_draws": 1}),
+        (mistaken_steps, SecondRates(), {"learning_rate": 1e-3}),
+    ]
+    for stage, (steps, rates, settings) in enumerate(stages):
+        settings = {"warmup_steps": 50, **settings, **overrides}
+        args = UnifiedSFTConfig(**sft_settings(output_dir, steps, seed, **settings))
+        corpus = second_corpus(args.max_steps * args.per_device_train_batch_size, own, seed + 100 * stage, rates)
+        UnifiedSFTTrainer(model=model, args=args, train_dataset=corpus, processing_class=tokenizer).train()
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     return model

@@ -24,7 +24,7 @@ TRAINED_ROWS = 4000
 class EditTask(RoundsTask[Edited]):
     """Change an image as an instruction says."""
 
-    rollouts = 90
+    rollouts = 45
     num_rows = 1050
     reward = staticmethod(shapeworld_edit_reward)
     panels: ClassVar = {

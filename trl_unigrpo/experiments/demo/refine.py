@@ -41,7 +41,7 @@ class Refined:
 class RefineTask(RoundsTask[Refined]):
     """Paint, look, say what is wrong, and paint again or keep the image."""
 
-    rollouts = 60
+    rollouts = 40
     num_rows = 1050
     reward = staticmethod(shapeworld_reward)
     panels: ClassVar = {
@@ -55,8 +55,8 @@ class RefineTask(RoundsTask[Refined]):
         "A tiny BAGEL thinks and paints, looks at its own image, says what is wrong in it, and paints it again or "
         "keeps it. All of it was trained from one reward on images."
     )
-    main, what = "round_gain", "what a second round adds to the first"
-    led_by = "first", "second", "damage", "false_stop"
+    main, what = "second", "the reward of the last image"
+    led_by = "first", "second", "round_gain", "damage", "false_stop"
 
     def settings(self, rollouts: int) -> dict[str, Any]:
         return refine_settings(rollouts)
@@ -74,10 +74,10 @@ class RefineTask(RoundsTask[Refined]):
         right = look.first_strict == 1
         return [
             MeasuredRow("first", "first image", look.first),
-            MeasuredRow("second", "second image", look.reward),
+            MeasuredRow("second", "last image", look.reward),
             MeasuredRow("round_gain", "gain of the second round", look.reward - look.first),
             MeasuredRow("best_of_two", "the better of two first images, by the rule", best),
-            MeasuredRow("above_best_of_two", "second image above that", look.reward - best),
+            MeasuredRow("above_best_of_two", "last image above that", look.reward - best),
             MeasuredRow("damage", "images that got worse", (look.reward < look.first).astype(float)),
             MeasuredRow("false_stop", "images with faults that were kept", np.where(right, np.nan, look.kept)),
             MeasuredRow("true_stop", "images without that were kept", np.where(right, look.kept, np.nan)),
