@@ -57,4 +57,8 @@ def refine_settings(rollouts: int = 40) -> dict[str, Any]:
 
 def edit_settings(rollouts: int = 45) -> dict[str, Any]:
     """Give the settings of `demo --task edit`: the demo's, on rows with a source image."""
-    return demo_settings(rollouts) | {"system_prompt": "", "max_completion_length": MAX_REFLECTION_LENGTH}
+    return demo_settings(rollouts) | {
+        "system_prompt": "",
+        "max_completion_length": MAX_REFLECTION_LENGTH,
+        "image_learning_rate": 5e-5,
+    }
