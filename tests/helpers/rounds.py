@@ -37,6 +37,7 @@ class FixedRounds(FixedTexts):
             number = len(t.rounds) - 1
             random = np.random.default_rng((self.generation, t.row, number))
             words = random.integers(len(SPECIAL), len(SPECIAL) + len(WORDS), random.integers(1, 5)).tolist()
+            words = [WORD["cat"]] if words == [WORD["tree"]] else words  # the word alone would keep the image
             texts.append(STOP if number == 1 and t.row % 4 == 3 else [*words, 2] if len(words) < 4 else words)
         return texts
 

@@ -40,18 +40,19 @@ def refine_settings(rollouts: int = 40) -> dict[str, Any]:
     """
     Give the settings of `demo --task refine`: the demo's, with a second round.
 
-    All trajectories of a prompt go on from one image, seldom a perfect one. Of perfect images keeping is learnt sooner
-    than mending is of others: more of them, and every image is kept after a few updates.
+    All trajectories of a prompt go on from one image. Where too many of these are perfect, or the second image is
+    painted with much noise, which a kept one is spared, all images are kept after a few updates.
     """
     return demo_settings(rollouts) | {
         "system_prompt": "",
         "num_rounds": 2,
         "round_group": "tree",
         "round_select": "random",
-        "keep_perfect": 0.08,
+        "keep_perfect": 0.2,
         "reflection_template": REFLECTION_TEMPLATE,
         "max_reflection_length": MAX_REFLECTION_LENGTH,
         "image_learning_rate": 5e-5,
+        "noise_level": [0.7, 0.15],
     }
 
 
