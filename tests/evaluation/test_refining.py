@@ -20,7 +20,7 @@ from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 PROMPTS = list(shapeworld_dataset("test", 8)["prompt"])
 PAINTING = {"num_inference_steps": 10, "image_size": 48, "system_prompt": ""}
 GREEDY = Thinking(do_sample=False, max_completion_length=30)
-STOP = "center cyan circle"  # what the model says about one of its images
+STOP = "keep"  # what the model says about some of its images
 LOOK = Look(REFLECTION_TEMPLATE, STOP, max_reflection_length=30)
 
 
@@ -64,7 +64,7 @@ def test_rounds_are_those_of_the_trainer_s_evaluation(base, tmp_path, context):
     look = replace(LOOK, round_context=context)
     prompts = seen[0][0]  # in TRL's order
     found = refine(base[0], prompts, base[1], rounds=3, look=look, thinking=GREEDY, seed=3, **PAINTING)
-    assert (sum(one.stopped for one in found) == 1) == (context == "markov")
+    assert any(one.stopped for one in found) and max(len(one.texts) - one.stopped for one in found) > 1
     assert len(seen) == 3
     for number, (_, texts, images) in enumerate(seen):
         painted = [one for one in found if len(one.texts) - one.stopped > number]
