@@ -152,7 +152,7 @@ def refine(
 
 @dataclass
 class _Refiner:
-    """What rounds of some prompts are made with: see [`refine`]."""
+    """Settings of the rounds of some prompts: see [`refine`]."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""Whether later rounds are worth it: what each does to the images, and other images at equal compute."""
+"""Worth of later rounds: what each does to the images, and other images at equal compute."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What watchers are told of rounds: notes and images of each sample.
+"""Notes on rounds for watchers: words, scores and images of each sample.
 
 Shapes: B trajectories of this process, R rounds.
 """
