@@ -14,7 +14,7 @@ from trl import GRPOConfig, TrlParser
 
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_unified import tiny_config
-from trl_unigrpo.reflection import TEMPLATE
+from trl_unigrpo.sampling.reflection import TEMPLATE
 from trl_unigrpo.trainers import config_checks, unigrpo_config
 from trl_unigrpo.trainers.evaluation_checks import whole_groups
 from trl_unigrpo.trainers.refl_trainer import ReFLConfig

@@ -18,10 +18,8 @@ from ..models.contract import UnifiedModelMixin
 from ..models.prompts import as_messages, choose_system_prompt
 from ..models.registry import unified_model
 from ..models.sources import Sources, show_sources
-from ..reflection import TEMPLATE, check_template, reflection
 from ..rewards.common import finite
-from ..rounds import begin_round, check_sight, image_stream, show_images, take_texts, user_turn
-from ..sampling import (
+from ..sampling.generation import (
     Thinking,
     check_guidance,
     checked_sources,
@@ -33,6 +31,8 @@ from ..sampling import (
     tokenizer_of,
     with_systems,
 )
+from ..sampling.reflection import TEMPLATE, check_template, reflection
+from ..sampling.rounds import begin_round, check_sight, image_stream, show_images, take_texts, user_turn
 from ..seeding import EVAL, THINK, row_generator
 from ..trajectory import Trajectory
 from .scorers import called

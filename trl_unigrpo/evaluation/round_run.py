@@ -14,10 +14,10 @@ from ..images import has_failed
 from ..models.registry import unified_model
 from ..monitoring.files import replace_file
 from ..monitoring.image_statistics import image_distance
-from ..reflection import check_template
 from ..reporting.pages import data_uri, jpeg, render_page, write_page
-from ..rounds import check_sight
 from ..sampling import Thinking
+from ..sampling.reflection import check_template
+from ..sampling.rounds import check_sight
 from .benchmark import Benchmark, evenly_spread
 from .page import MAX_IMAGES, SIDE
 from .refining import Look, Refinement, refine

@@ -26,9 +26,9 @@ from torch import Tensor
 from ..messages import user_text
 from ..models.tokenizer import check_messages
 from ..monitoring.events import Generation
-from ..reflection import reflection
-from ..rounds import begin_round, show_images, take_texts, user_turn
 from ..sampling import continue_texts
+from ..sampling.reflection import reflection
+from ..sampling.rounds import begin_round, show_images, take_texts, user_turn
 from ..seeding import CHOICE, row_generator
 from ..trajectory import Trajectory
 from . import credit

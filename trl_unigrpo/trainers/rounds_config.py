@@ -4,7 +4,7 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..reflection import TEMPLATE, check_template
+from ..sampling.reflection import TEMPLATE, check_template
 
 
 @dataclass

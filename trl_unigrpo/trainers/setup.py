@@ -27,7 +27,7 @@ from ..models.reference import adapters_do_nothing_yet, trained_weights
 from ..models.registry import unified_model
 from ..models.sources import check_edits
 from ..models.tokenizer import never_sampled
-from ..rounds import check_sight
+from ..sampling.rounds import check_sight
 from .arguments import (
     check_arguments,
     check_lengths,

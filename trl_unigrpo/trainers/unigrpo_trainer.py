@@ -40,8 +40,8 @@ from ..monitoring.progress import Phases
 from ..monitoring.signals import SaveOnSignal
 from ..monitoring.trust import default_checks
 from ..reporting.gallery import Gallery
-from ..rounds import image_stream
 from ..sampling import decode, paint
+from ..sampling.rounds import image_stream
 from ..seeding import EVAL, TRAIN, row_generator
 from ..trajectory import Round, Steps, Trajectory, has_steps, in_order
 from .editing import EditingRun

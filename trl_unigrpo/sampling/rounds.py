@@ -9,10 +9,10 @@ from typing import Any
 from PIL import Image as PILImage
 from transformers import PreTrainedTokenizerBase
 
-from .images import has_failed
-from .models.contract import UnifiedModelMixin
+from ..images import has_failed
+from ..models.contract import UnifiedModelMixin
+from ..trajectory import Image, Round, Trajectory
 from .reflection import stops
-from .trajectory import Image, Round, Trajectory
 
 
 def check_sight(model: UnifiedModelMixin, num_rounds: int) -> None:

@@ -10,15 +10,15 @@ from PIL import Image as PILImage
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .flow import flow_timesteps
-from .flow.guidance import Guidance, guided_velocity
-from .flow.sampler import RolloutPlan, draw_noise, sample_latents
-from .images import alike_together, mark_failed
-from .models.contract import UnifiedModelMixin
-from .models.memory import in_fitting_batches
-from .models.prompts import as_messages, choose_system_prompt, system_ids
-from .models.registry import unified_model
-from .models.sources import (
+from ..flow import flow_timesteps
+from ..flow.guidance import Guidance, guided_velocity
+from ..flow.sampler import RolloutPlan, draw_noise, sample_latents
+from ..images import alike_together, mark_failed
+from ..models.contract import UnifiedModelMixin
+from ..models.memory import in_fitting_batches
+from ..models.prompts import as_messages, choose_system_prompt, system_ids
+from ..models.registry import unified_model
+from ..models.sources import (
     Sources,
     check_edits,
     place_sources,
@@ -27,9 +27,9 @@ from .models.sources import (
     source_fault,
     with_sources,
 )
-from .models.tokenizer import check_messages, never_sampled, prepare_tokenizer, read_tokenizer
-from .seeding import EVAL, rewound_on_error, row_generator
-from .trajectory import Image, Round, Trajectory
+from ..models.tokenizer import check_messages, never_sampled, prepare_tokenizer, read_tokenizer
+from ..seeding import EVAL, rewound_on_error, row_generator
+from ..trajectory import Image, Round, Trajectory
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trl_unigrpo.reflection import TEMPLATE, check_template, reflection, stops
+from trl_unigrpo.sampling.reflection import TEMPLATE, check_template, reflection, stops
 
 
 @pytest.mark.parametrize(
