@@ -17,6 +17,7 @@ from trl_unigrpo.shapeworld.edits import (
     parse_edit,
     score_edits,
     split_of_edit,
+    untouched_cells,
 )
 from trl_unigrpo.shapeworld.render import render_images
 from trl_unigrpo.shapeworld.tokenizer import shapeworld_tokenizer
@@ -112,6 +113,17 @@ def test_a_story_keeps_what_its_earlier_turns_did():
     # The last turn is done, but the first one's square is back: one of eight other cells.
     back = render_images(scene(top_left="red circle", center="pink square", top="red square"))
     assert shapeworld_story_reward([""], [""], back, [source], [turns]) == pytest.approx([(7 / 8) ** 0.5])
+
+
+def test_untouched_cells_are_those_of_no_turn():
+    story = [parse_edit(text) for text in ("make the red circle green", "move the green circle up")]
+    target = scene(top_left="green circle", center="blue square", top="red square")  # two cells were touched
+    wrong = scene(top_left="pink ring", left="pink ring", center="blue square", top="red square", bottom="pink ring")
+    assert untouched_cells([story] * 3, np.stack([SOURCE] * 3), np.stack([target, wrong, SOURCE])).tolist() == [
+        1.0,
+        pytest.approx(6 / 7),
+        1.0,
+    ]
 
 
 def test_instructions_of_one_meaning_share_a_split():

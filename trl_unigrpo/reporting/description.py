@@ -38,6 +38,28 @@ SETTINGS = (
 )
 
 
+ROUND_SETTINGS = (
+    "num_rounds",
+    "round_context",
+    "round_group",
+    "round_select",
+    "keep_perfect",
+    "round_reward",
+    "round_baseline",
+    "round_cost",
+    "no_improve",
+    "allow_stop",
+    "max_reflection_length",
+)
+"""Settings that count where a trajectory has several rounds."""
+
+
+def shown_settings(args: TrainingArguments) -> dict[str, Any]:
+    """Give the settings of a run that pages and cards show."""
+    names = SETTINGS + (ROUND_SETTINGS if getattr(args, "num_rounds", 1) > 1 else ())
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
 def describe_run(model: Any, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
     """Describe what is trained, and with which settings, in JSON's types."""
     return {
@@ -46,7 +68,7 @@ def describe_run(model: Any, args: TrainingArguments, state: TrainerState) -> di
         "trained": trained_parameters(model),
         "max_steps": state.max_steps,
         "alarms": getattr(args, "alarms", "off"),
-        "settings": {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)},
+        "settings": shown_settings(args),
         "versions": versions(),
     }
 

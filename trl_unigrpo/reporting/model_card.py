@@ -15,10 +15,10 @@ from ..flow.per_round import of_round
 from ..models.registry import unified_model
 from ..sampling import generate
 from .description import (
-    SETTINGS,
     base_models,
     is_folder,
     short_name,
+    shown_settings,
     trained_parameters,
 )
 from .pages import readable
@@ -99,7 +99,7 @@ def rewrite_card(
         change=change(run),
         alarms=len(run.alarms or []),
         training=sections.get("Training procedure", "## Training procedure\n"),
-        settings={name: getattr(args, name) for name in SETTINGS if hasattr(args, name)},
+        settings=shown_settings(args),
         framework=sections.get("Framework versions", ""),
         citations=sections.get("Citations", ""),
     )

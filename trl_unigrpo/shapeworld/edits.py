@@ -245,7 +245,25 @@ def score_stories(stories: Sequence[Sequence[Edit]], sources: IntArray, cells: I
         sources: (B, 9) the scenes before the first.
         cells: (B, 9) those of the images after the last.
     """
-    targets, asked = sources.copy(), np.zeros_like(sources, dtype=bool)
+    targets, asked, _ = follow_stories(stories, sources)
+    return score_cells(targets, asked, cells)
+
+
+def untouched_cells(stories: Sequence[Sequence[Edit]], sources: IntArray, cells: IntArray) -> ScoreArray:
+    """Give the share (B,) of the cells that no instruction of a story was to change that are as in its source."""
+    _, _, touched = follow_stories(stories, sources)
+    return ((cells == sources) & ~touched).sum(1) / (~touched).sum(1)
+
+
+def follow_stories(stories: Sequence[Sequence[Edit]], sources: IntArray) -> tuple[IntArray, BoolArray, BoolArray]:
+    """
+    Follow each story's instructions in its scene: the scenes (B, 9) that they lead to, the cells (B, 9) that the last
+    one changes, and those that any does.
+
+    Raises:
+        ValueError: for an instruction that its scene can't follow.
+    """
+    targets, asked, touched = sources.copy(), *(np.zeros_like(sources, dtype=bool) for _ in range(2))
     for row, edits in enumerate(stories):
         for edit in edits:
             changes = changes_of(edit, targets[row])
@@ -255,8 +273,8 @@ def score_stories(stories: Sequence[Sequence[Edit]], sources: IntArray, cells: I
                     "such object, or no room for it. Take instructions and images from the same row of the dataset."
                 )
             targets[row], asked[row] = apply_changes(targets[row], changes), False
-            asked[row, list(changes)] = True
-    return score_cells(targets, asked, cells)
+            asked[row, list(changes)] = touched[row, list(changes)] = True
+    return targets, asked, touched
 
 
 def first_images(source_images: Sequence[Any]) -> list[Image.Image]:

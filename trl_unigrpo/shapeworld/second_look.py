@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..sampling import Sample, generate
 from ..statistics import FloatArray
-from .dataset import shapeworld_edit_dataset
-from .edits import EditScores, draw_scene, parse_edit, score_edits
+from .dataset import shapeworld_edit_dataset, shapeworld_story_dataset
+from .edits import EditScores, draw_scene, parse_edit, score_edits, score_stories, untouched_cells
 from .evaluate import EVALUATION_SEED, NUM_INFERENCE_STEPS, Evaluation
 from .grammar import parse_prompt
 from .plan import parse_plan, plan_cells
@@ -154,6 +154,40 @@ def evaluate_edits(
         scores=score_edits([parse_edit(text) for text in texts], before, after),
         error=picture_error(images),
     )
+
+
+@dataclass
+class StoryScores:
+    """
+    N stories of three edits, which a model made one after the other, each of its own image before.
+
+    Attributes:
+        turns: the instructions of each.
+        scores: of the last images: done as the last turn says, all else as the turns before should have left it.
+        untouched: (N,) share of the cells that no turn was to change that are as in the first image.
+    """
+
+    turns: list[list[str]]
+    scores: EditScores
+    untouched: FloatArray
+
+
+def evaluate_stories(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    num_rows: int = 210,
+    split: str = "test",
+    seed: int = EVALUATION_SEED,
+) -> StoryScores:
+    """Have a model follow stories of a split, turn by turn."""
+    dataset = shapeworld_story_dataset(split, num_rows, seed)
+    turns, sources = [list(story) for story in dataset["turns"]], list(dataset["source_image"])
+    images = sources
+    for number, texts in enumerate(zip(*turns, strict=True)):
+        images = [sample.image for sample in look_and_paint(model, tokenizer, texts, images, seed + number)]
+    before, after = (read_cells(images_to_array(some))[0] for some in (sources, images))
+    stories = [[parse_edit(text) for text in story] for story in turns]
+    return StoryScores(turns, score_stories(stories, before, after), untouched_cells(stories, before, after))
 
 
 def reading_accuracy(

@@ -13,7 +13,7 @@ from trl_unigrpo.shapeworld import load_base
 from trl_unigrpo.shapeworld.base import BASE, SEEING_BASE
 from trl_unigrpo.shapeworld.evaluate import evaluate_model
 from trl_unigrpo.shapeworld.render import render_images
-from trl_unigrpo.shapeworld.second_look import evaluate_edits, evaluate_second_look, reading_accuracy
+from trl_unigrpo.shapeworld.second_look import evaluate_edits, evaluate_second_look, evaluate_stories, reading_accuracy
 from trl_unigrpo.shapeworld.tokenizer import shapeworld_tokenizer
 
 
@@ -109,3 +109,7 @@ def test_the_seeing_base_reads_and_repairs():
     edits = evaluate_edits(model, tokenizer, 70).scores
     assert edits.kept.mean() > 0.8
     assert 0.2 < edits.reward.mean() < 0.8
+    # Each turn of a story edits the image that the turn before left.
+    told = evaluate_stories(model, tokenizer, 35)
+    assert told.scores.reward.mean() < edits.reward.mean()
+    assert 0.6 < told.untouched.mean() < 1

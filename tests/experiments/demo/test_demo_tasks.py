@@ -11,11 +11,14 @@ from PIL import Image
 from trl_unigrpo.cli.demo import DemoOptions
 from trl_unigrpo.experiments.demo import run_demo
 from trl_unigrpo.experiments.demo.demo import DEMOS
-from trl_unigrpo.experiments.demo.edit import EditTask
+from trl_unigrpo.experiments.demo.edit import Editing, EditTask
 from trl_unigrpo.experiments.demo.refine import Refined, RefineTask
+from trl_unigrpo.reporting.description import ROUND_SETTINGS, shown_settings
+from trl_unigrpo.shapeworld.base import load_base
 from trl_unigrpo.shapeworld.edits import EditScores
-from trl_unigrpo.shapeworld.evaluate import Evaluation
-from trl_unigrpo.shapeworld.second_look import Edited, SecondLook
+from trl_unigrpo.shapeworld.evaluate import EVALUATION_SEED, Evaluation, evaluate_model
+from trl_unigrpo.shapeworld.second_look import Edited, SecondLook, StoryScores
+from trl_unigrpo.shapeworld.settings import edit_settings, refine_settings
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
 
@@ -88,9 +91,19 @@ def test_what_has_no_value_is_left_out():
 def edited(done, kept):
     scores = EditScores(np.array(done), np.array(kept))
     n = len(done)
-    return Edited(
-        ["make it red", "make it blue"], ["make"] * n, [RED] * n, [BLUE] * n, ["<said>"] * n, scores, np.zeros(n)
-    )
+    told = ["make it red", "make it blue"]
+    edits = Edited(told, ["make"] * n, [RED] * n, [BLUE] * n, ["<said>"] * n, scores, np.zeros(n))
+    turns = [["a", "b", "c"], ["d", "e", "f"], ["g", "h", "i"]]
+    half = EditScores(np.full(3, 0.5), np.full(3, 0.5))
+    return Editing(edits, StoryScores(turns, half, np.array([1.0, 0.5, 0.75])))
+
+
+def test_numbers_of_edits_and_of_stories_which_are_other_rows():
+    summary = EditTask().summary(edited([0.25, 0], [1, 1]), edited([1, 0.25], [1, 1]))
+    expected = {"reward": 0.25, "done": 0.125, "kept": 1.0, "picture_error": 0.0, "story": 0.5, "untouched": 0.75}
+    assert means(summary, "before") == pytest.approx(expected)
+    assert summary["untouched_before"]["n"] == 3 and summary["reward_before"]["n"] == 2
+    assert summary["change"]["mean"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +121,34 @@ def test_page_and_files_of_a_task(tmp_path, task, before, after, says):
     assert all(word in page for word in says)
     assert 'src="http' not in page
     task.save(after, tmp_path / "samples.jsonl")
+    assert "num_rounds" not in page  # one, by these arguments
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row["reward"] for row in rows] == ([0.5, 1.0, 0.25, 0.5] if task.main == "second" else [1, 1])
     assert f"{summary['change']['mean']:.3f}" in task.headline(summary)
+
+
+def test_settings_of_refine_and_edit_are_those_that_were_measured():
+    settings = refine_settings(3)
+    chosen = {"max_steps": 6, "num_rounds": 2, "round_group": "tree", "round_select": "random", "keep_perfect": 0.2}
+    chosen |= {"noise_level": [0.7, 0.15], "image_learning_rate": 5e-5, "max_reflection_length": 32}
+    assert {name: settings[name] for name in chosen} == chosen
+    chosen = {"max_steps": 6, "image_learning_rate": 5e-5, "max_completion_length": 32, "system_prompt": ""}
+    assert {name: edit_settings(3)[name] for name in chosen} == chosen
+    assert (RefineTask.rollouts, EditTask.rollouts) == (40, 45)  # docs/shapeworld.md has what comes of them
+
+
+def test_a_page_s_settings_have_those_of_rounds_where_there_are_several(tmp_path):
+    plain = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    one, two = (shown_settings(UniGRPOConfig(**plain, num_rounds=number)) for number in (1, 2))
+    assert set(two) - set(one) == set(ROUND_SETTINGS) and two["num_rounds"] == 2
+
+
+def test_another_noise_of_the_same_prompts():
+    model, tokenizer = load_base(seeing=True)
+    first, same = (evaluate_model(model, tokenizer, 7, noise_seed=seed) for seed in (None, EVALUATION_SEED))
+    other = evaluate_model(model, tokenizer, 7, noise_seed=EVALUATION_SEED + 2)
+    assert first.prompts == other.prompts
+    assert torch.equal(first.latents, same.latents) and not (first.latents == other.latents).all((1, 2)).any()
 
 
 def test_tasks_by_name(tmp_path):

@@ -55,6 +55,10 @@ class RefineTask(RoundsTask[Refined]):
         "A tiny BAGEL thinks and paints, looks at its own image, says what is wrong in it, and paints it again or "
         "keeps it. All of it was trained from one reward on images."
     )
+    shown = (
+        "The first held-out prompts of each category whose first image had a fault before training; same noise on "
+        "both sides."
+    )
     main, what = "second", "the reward of the last image"
     led_by = "first", "second", "round_gain", "damage", "false_stop"
 
@@ -97,7 +101,7 @@ class RefineTask(RoundsTask[Refined]):
     def examples(self, before: Refined, after: Refined) -> list[Example]:
         """Take the first prompts of each category whose first image, before training, has a fault."""
 
-        def steps(side: Refined, i: int) -> list[Painted]:
+        def rounds(side: Refined, i: int) -> list[Painted]:
             first, look = side.first, side.look
             return [
                 Painted(first.images[i], first.thinking[i], float(look.first[i])),
@@ -106,4 +110,4 @@ class RefineTask(RoundsTask[Refined]):
 
         faulty = [i for i, right in enumerate(before.look.first_strict) if not right]
         places = [faulty[i] for i in first_of_each([before.first.categories[i] for i in faulty], _SHOWN)]
-        return [Example(before.first.prompts[i], steps(before, i), steps(after, i)) for i in places]
+        return [Example(before.first.prompts[i], [], rounds(before, i), rounds(after, i)) for i in places]

@@ -21,26 +21,32 @@ WHEN = ("before", "after")
 
 
 class MeasuredRow(NamedTuple):
-    """A number of a model: its key in the summary, what it is, and (N,) values, NaN where there is none."""
+    """
+    A number of a model: its key in the summary, what it is, and (N,) values, NaN where there is none.
+
+    `clusters` are N labels of what is alike, where these are no rows of the task's own.
+    """
 
     key: str
     title: str
     values: FloatArray
+    clusters: list[str] | None = None
 
 
 class Painted(NamedTuple):
-    """An image of an example, the text before it, and its reward, if it has one."""
+    """The image of a round, the text before it, and its reward."""
 
     image: Image.Image
     text: str
-    reward: float | None
+    reward: float
     kept: bool = False
 
 
 class Example(NamedTuple):
-    """A row of the page: the images of a prompt before and after training."""
+    """A row of the page: what a prompt shows to be edited, and its rounds before and after training."""
 
     title: str
+    sources: list[Image.Image]
     before: list[Painted]
     after: list[Painted]
 
@@ -51,6 +57,7 @@ class RoundsTask(Task[MeasuredT]):
 
     Attributes:
         title, lead: of the page.
+        shown: which rows the page shows.
         main, what: key of the number that tells whether it worked, and what that is.
         led_by: keys of the numbers that the page leads with.
     """
@@ -58,6 +65,7 @@ class RoundsTask(Task[MeasuredT]):
     template = "rounds_report.html.jinja"
     title: ClassVar[str]
     lead: ClassVar[str]
+    shown: ClassVar[str]
     main: ClassVar[str]
     what: ClassVar[str]
     led_by: ClassVar[tuple[str, ...]]
@@ -84,8 +92,9 @@ class RoundsTask(Task[MeasuredT]):
 
     def numbers(self, before: MeasuredT, after: MeasuredT) -> list[tuple[MeasuredRow, Interval, Interval]]:
         """List what is measured, before and after; of what only some rows have, nothing that is one prompt's alone."""
-        prompts, found = np.array(self.clusters(before)), []
+        found = []
         for old, new in zip(self.rows(before), self.rows(after), strict=True):
+            prompts = np.array(old.clusters or self.clusters(before))
             known = [~np.isnan(row.values) for row in (old, new)]
             if all(one.all() or len(set(prompts[one])) > 1 for one in known):
                 first, second = (
@@ -111,17 +120,22 @@ class RoundsTask(Task[MeasuredT]):
             "title": self.title,
             "lead": self.lead,
             "what": self.what,
+            "shown": self.shown,
             "numbers": [(row.title, old, new) for row, old, new in numbers],
             "led_by": [(row.title, old, new) for row, old, new in numbers if row.key in self.led_by],
             "examples": [
-                {"title": title, "sides": list(zip(WHEN, map(_shown, sides), strict=True))}
-                for title, *sides in self.examples(before, after)
+                {
+                    "title": title,
+                    "sources": [png_uri(image) for image in sources],
+                    "sides": list(zip(WHEN, map(_shown, sides), strict=True)),
+                }
+                for title, sources, *sides in self.examples(before, after)
             ],
         }
 
 
 def _shown(steps: Sequence[Painted]) -> list[dict[str, Any]]:
-    return [step._asdict() | {"image": png_uri(step.image)} for step in steps]
+    return [step._asdict() | {"image": png_uri(step.image), "credit": None} for step in steps]
 
 
 def write_rows(columns: Mapping[str, Sequence[Any]], file: Path) -> None:

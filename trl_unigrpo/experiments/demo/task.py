@@ -11,7 +11,7 @@ from datasets import Dataset
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from ...reporting.description import SETTINGS
+from ...reporting.description import shown_settings
 from ...reporting.pages import Curve, Panel, render_page, write_page
 from ...reporting.run_files import NoRunError, read_run
 from ...reporting.run_page import trust
@@ -93,7 +93,7 @@ class Task(ABC, Generic[MeasuredT]):
             self.template,
             summary=summary,
             panels=curves(history, self.panels),
-            settings={name: getattr(args, name) for name in SETTINGS},
+            settings=shown_settings(args),
             trust=trust(run) if run is not None else None,
             gallery="gallery.html" if (file.parent / "gallery.html").is_file() else None,
             **self.page(before, after),
