@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from tests.helpers.tiny_unified import moved, weights
-from trl_unigrpo.experiments.base.build import build_base, build_seeing_base, with_eyes
+from trl_unigrpo.experiments.base.build import STAGES, build_base, build_seeing_base, with_eyes
 from trl_unigrpo.models.contract import ContextRow
 from trl_unigrpo.shapeworld import load_base
 from trl_unigrpo.shapeworld.base import BASE, SEEING_BASE
 from trl_unigrpo.shapeworld.evaluate import evaluate_model
 from trl_unigrpo.shapeworld.render import render_images
+from trl_unigrpo.shapeworld.second_corpus import FAULTLESS, SecondRates
 from trl_unigrpo.shapeworld.second_look import evaluate_edits, evaluate_second_look, evaluate_stories, reading_accuracy
 from trl_unigrpo.shapeworld.tokenizer import shapeworld_tokenizer
 
@@ -69,11 +70,17 @@ def test_new_eyes_change_nothing_for_who_is_shown_nothing():
     assert (shown.latents.shape, shown.features.shape, shown.grid) == ((9, 8), (9, 64), (3, 3))
 
 
+def test_a_seeing_base_learns_to_compare_before_it_learns_mistakes():
+    assert [(stage.steps, stage.rates) for stage in STAGES] == [(1000, FAULTLESS), (120, SecondRates())]
+
+
 @pytest.mark.slow
 def test_a_seeing_base_is_built_from_one_that_does_not_see(tmp_path):
     base, before = load_base()[0], weights(with_eyes(load_base()[0]))
     settings = {"per_device_train_batch_size": 8, "warmup_steps": 1, "disable_tqdm": True}
-    model = build_seeing_base(base, tmp_path, sft_steps=3, num_own=7, **settings)
+    model = build_seeing_base(
+        base, tmp_path, stages=[stage._replace(steps=2) for stage in STAGES], num_own=7, **settings
+    )
     changed = moved(before, weights(model))
     assert {"connector.fc1.weight", "vit_model.vision_model.embeddings.patch_embedding.weight"} <= changed
     loaded = type(model).from_pretrained(tmp_path)

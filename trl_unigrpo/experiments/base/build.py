@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import set_seed
@@ -152,12 +153,23 @@ def own_images(base: BagelForUnifiedGeneration, number: int, seed: int = 0) -> O
     return OwnImages.of(prompts, [sample.image for sample in samples])
 
 
+class Stage(NamedTuple):
+    """Optimizer steps on a corpus with such rates, and values for [`UnifiedSFTConfig`]."""
+
+    steps: int
+    rates: SecondRates
+    settings: dict[str, Any]
+
+
+STAGES = (Stage(1000, FAULTLESS, {"noise_draws": 1}), Stage(120, SecondRates(), {"learning_rate": 1e-3}))
+"""First a model learns to see and to compare, then mistakes."""
+
+
 def build_seeing_base(
     base: BagelForUnifiedGeneration,
     output_dir: str | Path,
     seed: int = 0,
-    sft_steps: int = 1000,
-    mistaken_steps: int = 120,
+    stages: Sequence[Stage] = STAGES,
     num_own: int = 3150,
     **overrides: Any,
 ) -> BagelForUnifiedGeneration:
@@ -167,21 +179,18 @@ def build_seeing_base(
     Args:
         base: the model to go on from.
         seed: of its images, the corpus and its mistakes, the new weights and the order.
-        sft_steps, mistaken_steps: optimizer steps on the corpus without mistakes, then on the one with them.
+        stages: of the training.
         num_own: images of the base's own that the corpus looks at again.
         overrides: other values for [`UnifiedSFTConfig`].
     """
     own = own_images(base, num_own, seed)
     model, tokenizer = with_eyes(base, seed), shapeworld_tokenizer(seeing=True)
     model.freeze_understanding(False)
-    stages: list[tuple[int, SecondRates, dict[str, Any]]] = [
-        (sft_steps, FAULTLESS, {"noise_draws": 1}),
-        (mistaken_steps, SecondRates(), {"learning_rate": 1e-3}),
-    ]
-    for stage, (steps, rates, settings) in enumerate(stages):
-        settings = {"warmup_steps": 50, **settings, **overrides}
-        args = UnifiedSFTConfig(**sft_settings(output_dir, steps, seed, **settings))
-        corpus = second_corpus(args.max_steps * args.per_device_train_batch_size, own, seed + 100 * stage, rates)
+    for number, stage in enumerate(stages):
+        settings = {"warmup_steps": 50, **stage.settings, **overrides}
+        args = UnifiedSFTConfig(**sft_settings(output_dir, stage.steps, seed, **settings))
+        rows = args.max_steps * args.per_device_train_batch_size
+        corpus = second_corpus(rows, own, seed + 100 * number, stage.rates)
         UnifiedSFTTrainer(model=model, args=args, train_dataset=corpus, processing_class=tokenizer).train()
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
