@@ -68,7 +68,7 @@ def begin_round(
         shown: the image, in the model's own form.
         said: tokens of what the user says, and of what opens the answer.
         ends: tokens that end a text, where the round sees all that came before it: the first of them closes one that
-            ran out of length. None where it stands behind the system message alone.
+            ran out of length. Empty where it stands behind the system message alone.
     """
     observation = [placeholder, *said]
     if ends and trajectory.rounds[-1].text_ids[-1] not in ends:
