@@ -71,8 +71,10 @@ class SeesImages:
         """
         Compute the log-probs (T,) of each text's tokens behind an image each: how well it can be read off the image.
 
+        Asked with no images too, by those who want to know whether the model can.
+
         Args:
-            images: finished images in the model's own form.
+            images: finished images as [`read_images`] gives them.
             texts: tokens, none of them a special one, as the model would write them after its own start marker.
 
         Raises:

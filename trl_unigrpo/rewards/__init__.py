@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         weighted_mean,
     )
     from .questions.question_reward import STRICT_AUDITOR, DVReward, QuestionReward
+    from .readback.read_back_reward import ReadBackReward
     from .remote.remote_reward import RemoteReward
     from .rules import (
         jpeg_size,
@@ -57,6 +58,7 @@ _HOME_OF = {
     "OCRReward": "ocr",
     "Question": "questions.question",
     "QuestionReward": "questions.question_reward",
+    "ReadBackReward": "readback.read_back_reward",
     "RemoteReward": "remote.remote_reward",
     "VLMJudge": "judge.vlm_judge",
     "aesthetic_score": "clip.clip_reward",
@@ -95,6 +97,7 @@ __all__ = [
     "OCRReward",
     "Question",
     "QuestionReward",
+    "ReadBackReward",
     "RemoteReward",
     "VLMJudge",
     "aesthetic_score",

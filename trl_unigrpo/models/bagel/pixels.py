@@ -22,6 +22,11 @@ from .segments import ContextImage
 from .vision import UNDERSTANDING_MODULES, BagelPerceptron, BagelVisionTower
 
 
+NO_TOWER = (
+    "This model can't read images: it has no understanding tower. Load a checkpoint that holds `vit_model`, `connector` "
+    "and `vit_pos_embed`, with a `vit_config` that describes them."
+)
+
 # What the mixin is mixed into; a base class in the eyes of the type checker alone.
 _Base: Any = PreTrainedModel if TYPE_CHECKING else object
 
@@ -75,10 +80,7 @@ class BagelPixels(_Base):
             ValueError: if the model has no understanding tower, or can't read an image of this size.
         """
         if self.vit_model is None or self.connector is None or self.vit_pos_embed is None:
-            raise ValueError(
-                "This model can't read images: it has no understanding tower. Load a checkpoint that holds "
-                "`vit_model`, `connector` and `vit_pos_embed`, with a `vit_config` that describes them."
-            )
+            raise ValueError(NO_TOWER)
         tokens = self.connector(self.vit_model(pixels))
         return tokens + self.vit_pos_embed(self.vit_model.grid(pixels)).to(tokens)
 
@@ -100,6 +102,10 @@ class BagelPixels(_Base):
 
     def read_back(self, images: Sequence[ContextImage], texts: Sequence[Sequence[int]]) -> list[Tensor]:
         config = self.config
+        if self.vit_model is None:
+            raise ValueError(NO_TOWER)
+        if not texts:
+            return []
         before = [config.image_token_id, config.im_start_token_id]
         ids = pad_sequence([torch.tensor([*before, *text]) for text in texts], batch_first=True).to(self.device)
         lengths = torch.tensor([len(before) + len(text) for text in texts], device=self.device)

@@ -1,0 +1,1 @@
+"""A reward without a judge: how well a model reads the prompt back from the image."""
