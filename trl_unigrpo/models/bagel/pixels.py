@@ -23,8 +23,8 @@ from .vision import UNDERSTANDING_MODULES, BagelPerceptron, BagelVisionTower
 
 
 NO_TOWER = (
-    "This model can't read images: it has no understanding tower. Load a checkpoint that holds `vit_model`, `connector` "
-    "and `vit_pos_embed`, with a `vit_config` that describes them."
+    "This model can't read images: it has no understanding tower. Load a checkpoint that holds `vit_model`, "
+    "`connector` and `vit_pos_embed`, with a `vit_config` that describes them."
 )
 
 # What the mixin is mixed into; a base class in the eyes of the type checker alone.

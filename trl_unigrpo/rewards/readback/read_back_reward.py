@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from PIL import Image
 
 from ..common import ImageReward, Scores
 from .reading import READ_BACK, Reader, Reading
 
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ...models.contract import UnifiedModelMixin
-    from .self_reader import Autocast
 
 SELF = "self"
 JUDGES = ("reference", "policy")
@@ -79,22 +73,9 @@ class ReadBackReward(ImageReward):
             )
         return self._reader
 
-    def attach(
-        self, model: UnifiedModelMixin, tokenizer: PreTrainedTokenizerBase, autocast: Autocast | None = None
-    ) -> None:
-        """
-        Tell who paints; trainers and evaluations do. A reward with a reader of its own has no use for it.
-
-        Args:
-            autocast: makes the context of the precision that the model computes in; None for its own.
-
-        Raises:
-            ValueError: if the model can't read.
-        """
-        if self.reads_itself:
-            from .self_reader import SelfReader
-
-            self._reader = SelfReader(model, tokenizer, self.judge, autocast)
+    def attach(self, reader: Reader) -> None:
+        """Take the model that paints as the reader: trainers and evaluations bring it, for `reads_itself`."""
+        self._reader = reader
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any]) -> Scores:
         readings: list[Reading | None] = [None] * len(prompts)

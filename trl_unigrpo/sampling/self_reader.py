@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from ...models.contract import UnifiedModelMixin
-from ...models.memory import in_fitting_batches
-from ...models.reference import adapted_layers
-from .reading import Reading, pieces
+from ..models.contract import UnifiedModelMixin
+from ..models.memory import in_fitting_batches
+from ..models.reference import adapted_layers
+from ..rewards.readback.reading import Reading, pieces
 
 
-Autocast = Callable[[], AbstractContextManager[object]]
 AT_ONCE = 64
 """Images read at once, to begin with."""
-PLACES = 4
+_AROUND = 4
 """Positions that an image, a start marker and an end marker take."""
 
 
@@ -41,7 +41,7 @@ class SelfReader:
         model: UnifiedModelMixin,
         tokenizer: PreTrainedTokenizerBase,
         judge: str = "reference",
-        autocast: Autocast | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] | None = None,
     ):
         model.read_back([], [])  # raises where it reads none
         self.model, self.tokenizer, self.judge = model, tokenizer, judge
@@ -72,7 +72,7 @@ class SelfReader:
     def _fits(self, tokens: Sequence[int]) -> bool:
         """Say whether a text fits into the context behind an image; why, if it does not."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        fits = limit is None or len(tokens) + PLACES <= limit
+        fits = limit is None or len(tokens) + _AROUND <= limit
         if not fits:
             self.last_error = f"A prompt of {len(tokens)} tokens does not fit into the reader's context of {limit}."
         return fits
