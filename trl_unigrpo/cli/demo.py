@@ -17,6 +17,10 @@ class DemoOptions:
         Literal["paint", "refine", "edit"],
         typer.Option(help="Paint from a prompt, paint again after a second look, or edit images."),
     ] = "paint"
+    reward: Annotated[
+        Literal["rule", "readback"],
+        typer.Option(help="The rule, or how well the model reads the prompt back from its image (paint alone)."),
+    ] = "rule"
     rollouts: Annotated[
         int | None,
         typer.Option(min=1, help="Rollouts of 192 trajectories, each trained on twice. By default the task's number."),
@@ -30,4 +34,4 @@ def demo_command(options: DemoOptions) -> None:
     """Train a tiny BAGEL on coloured shapes, on a CPU in minutes, and write report.html."""
     from ..experiments.demo.demo import run_demo
 
-    run_demo(options.output_dir, options.rollouts, options.seed, options.num_prompts, options.task)
+    run_demo(options.output_dir, options.rollouts, options.seed, options.num_prompts, options.task, options.reward)

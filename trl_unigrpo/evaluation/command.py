@@ -129,6 +129,7 @@ def evaluate(
     if benchmark.name == "shapeworld" and model.dtype == "auto":
         model = replace(model, dtype="float32")  # the demo's, on any hardware
     loaded, tokenizer = load_model(**vars(model), **vars(base))
+    bring_model(scorer, loaded, tokenizer)
     if rounds.rounds is not None:
         check_rounds_asked(loaded, scorer, options, rounds.rounds, look_of(rounds))
     benchmark = without_unfit_prompts(benchmark, loaded, tokenizer, options)
@@ -161,6 +162,15 @@ def evaluate(
             console.print(each)
         console.print(plain(str(folder / "rounds.html")), highlight=False, soft_wrap=True)
     return summary
+
+
+def bring_model(scorer: Scorer | None, model: Any, tokenizer: Any) -> None:
+    """Give the evaluated model to the rewards that read its images by it."""
+    from ..models.registry import unified_model
+    from ..sampling.self_reader import bring_readers
+
+    if isinstance(scorer, RewardScorer):
+        bring_readers(scorer.rewards.values(), unified_model(model), tokenizer)
 
 
 def look_of(rounds: RoundsOptions) -> "Look":

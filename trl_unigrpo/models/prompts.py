@@ -29,7 +29,7 @@ def as_messages(prompt: str | list[dict[str, Any]], system_prompt: str | None) -
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [{**message, "content": content_text(message["content"])} for message in messages]
-    if system_prompt and messages[0]["role"] != "system":
+    if system_prompt and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": system_prompt})
     return messages
 
@@ -44,7 +44,10 @@ def system_ids(
     Args:
         template: further arguments of `apply_chat_template`.
     """
-    heads = [prompt[:1] if not isinstance(prompt, str) and prompt[0]["role"] == "system" else [] for prompt in prompts]
+    heads = [
+        prompt[:1] if prompt and not isinstance(prompt, str) and prompt[0]["role"] == "system" else []
+        for prompt in prompts
+    ]
     return [
         tokenizer.apply_chat_template(head, tokenize=True, return_dict=False, **template) if head else []
         for head in heads

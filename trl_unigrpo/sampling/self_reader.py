@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..models.contract import UnifiedModelMixin
 from ..models.memory import in_fitting_batches
 from ..models.reference import adapted_layers
+from ..rewards.readback.read_back_reward import ReadBackReward
 from ..rewards.readback.reading import Reading, pieces
 
 
@@ -20,6 +22,23 @@ AT_ONCE = 64
 """Images read at once, to begin with."""
 _AROUND = 4
 """Positions that an image, a start marker and an end marker take."""
+
+
+def read_by_painter(reward_funcs: Iterable[Any]) -> list[ReadBackReward]:
+    """Find the rewards that read by the model that paints, `functools.partial` of them included."""
+    inner = [function.func if isinstance(function, partial) else function for function in reward_funcs]
+    return [reward for reward in inner if isinstance(reward, ReadBackReward) and reward.reads_itself]
+
+
+def bring_readers(
+    reward_funcs: Iterable[Any],
+    model: UnifiedModelMixin,
+    tokenizer: PreTrainedTokenizerBase,
+    autocast: Callable[[], AbstractContextManager[Any]] | None = None,
+) -> None:
+    """Give the rewards that read by the model that paints this model; see [`SelfReader`]."""
+    for reward in read_by_painter(reward_funcs):
+        reward.attach(SelfReader(model, tokenizer, reward.judge, autocast))
 
 
 class SelfReader:

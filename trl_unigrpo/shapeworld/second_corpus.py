@@ -52,6 +52,7 @@ class SecondRates:
     Attributes:
         refine, perfect, edit, describe: shares of second looks at images with faults, of those at images without, of
             edits, and of images that are described and copied; the rest paints from a prompt.
+        caption: share of drawings that follow a prompt, which is read back from them without any instruction.
         own: share of second looks that see an image of the base model's own.
         overlooked: chance that a wrong cell is not named.
         content, doubtful: chance that a faulty image is kept, and that one without fault is not.
@@ -63,6 +64,7 @@ class SecondRates:
     perfect: float = 0.12
     edit: float = 0.2
     describe: float = 0.05
+    caption: float = 0.0
     own: float = 0.6
     overlooked: float = 0.3
     content: float = 0.2
@@ -216,15 +218,18 @@ def second_corpus(
         split: of prompts and instructions. Only "train" keeps the other splits unseen.
 
     Returns:
-        Columns `prompt`, `completion`, `category` (str), `image` and `source_image` (PIL; None where there is none).
+        Columns `prompt` (str; [] where there are no words), `completion`, `category` (str), `image` and
+        `source_image` (PIL; None where there is none).
     """
     rates = rates or SecondRates()
     rng = np.random.default_rng([seed, 2])
-    shares = [rates.refine, rates.perfect, rates.edit, rates.describe]
-    paint, refine, perfect, edit, describe = rng.multinomial(num_rows, [1 - sum(shares), *shares])
+    shares, captions = [rates.refine, rates.perfect, rates.edit, rates.describe], round(num_rows * rates.caption)
+    paint, refine, perfect, edit, describe = rng.multinomial(num_rows - captions, [1 - sum(shares), *shares])
     rows = _second_looks(refine, perfect, own, rates, rng, split)
     rows += [_edited(rates, rng, split) for _ in range(edit)]
     rows += [_described(rng) for _ in range(describe)]
+    drawn = _drawn(captions, rng, split) if captions else []
+    rows += [_Row("", text, scene, scene, "caption") for text, _, scene in drawn]
     first = corpus_columns(paint, seed + 1, split=split)
     none = np.full(NUM_CELLS, -1)
     columns: dict[str, list[Any]] = {
@@ -250,19 +255,25 @@ def _second_looks(
     own_cells, _ = read_cells(images_to_array([Image.fromarray(image) for image in own.pixels]))
     own_specs = [prompts[prompt] for prompt in own.prompts]
     strict = score(own_specs, own_cells).strict == 1
-    texts, specs = list(prompts), list(prompts.values())
     rows = []
     for number, right in ((refine, False), (perfect, True)):
         known = np.flatnonzero(strict == right)
         from_own = min(number, round(number * rates.own)) if len(known) else 0
         for i in rng.choice(known, from_own) if from_own else ():
             rows.append(_look_again(own.prompts[i], own_specs[i], own_cells[i], rates, rng, int(i)))
-        drawn = rng.choice(len(texts), number - from_own, p=sampling_weights(specs))
-        scenes = painted_cells(draw_plans(encode_specs([specs[i] for i in drawn]), rng), NO_ERRORS, rng)
-        for i, scene in zip(drawn, scenes, strict=True):
-            cells = scene if right else corrupted(scene, rng)
-            rows.append(_look_again(texts[i], specs[i], cells, rates, rng, -1))
+        for text, spec, scene in _drawn(number - from_own, rng, split):
+            shown = scene if right else corrupted(scene, rng)
+            rows.append(_look_again(text, spec, shown, rates, rng, -1))
     return rows
+
+
+def _drawn(number: int, rng: np.random.Generator, split: str) -> list[tuple[str, PromptSpec, IntArray]]:
+    """Draw prompts, and for each a scene (9,) that follows it."""
+    prompts = check_split(split)
+    texts, specs = list(prompts), list(prompts.values())
+    drawn = rng.choice(len(texts), number, p=sampling_weights(specs))
+    scenes = painted_cells(draw_plans(encode_specs([specs[i] for i in drawn]), rng), NO_ERRORS, rng)
+    return [(texts[i], specs[i], scene) for i, scene in zip(drawn, scenes, strict=True)]
 
 
 @dataclass
@@ -274,6 +285,8 @@ class _Drawing:
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = ("prompt", "completion", "category")
         columns: dict[str, list[Any]] = {name: batch[name] for name in texts if name in batch}
+        if "prompt" in columns:
+            columns["prompt"] = [prompt or [] for prompt in columns["prompt"]]
         if "cells" not in batch:
             return columns
         target, source = (render_images(np.maximum(np.array(batch[name]), 0)) for name in ("cells", "source"))

@@ -56,6 +56,11 @@ def refine_settings(rollouts: int = 40) -> dict[str, Any]:
     }
 
 
+def read_back_settings(rollouts: int = 45) -> dict[str, Any]:
+    """Give the settings of `demo --reward readback`: the demo's, by the base that sees."""
+    return demo_settings(rollouts)
+
+
 def edit_settings(rollouts: int = 45) -> dict[str, Any]:
     """Give the settings of `demo --task edit`: the demo's, on rows with a source image."""
     return demo_settings(rollouts) | {

@@ -63,7 +63,7 @@ def check_rows(
                 f"{part} has a column {sources[0]!r}, which this trainer does not show to the model. Train edits with "
                 f"UniGRPOTrainer, or leave the column out: dataset.remove_columns({sources[0]!r})."
             )
-    check_prompts(dataset, name)
+    check_prompts(dataset, name, captions=bool(shown))
     if args is not None and args.dataloader_drop_last:
         _check_length(dataset, args, args.train_batch_size * args.world_size)
     return columns

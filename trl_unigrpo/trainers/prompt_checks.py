@@ -14,7 +14,7 @@ DROP = "Leave such rows out: dataset.filter(lambda row: row['prompt'] and row['p
 CAST = "Make texts of them: dataset.cast_column('prompt', datasets.Value('string'))."
 
 
-def check_prompts(dataset: Any, name: str) -> None:
+def check_prompts(dataset: Any, name: str, captions: bool = False) -> None:
     """
     Raise ValueError for the first prompt of a dataset that is none, with its row.
 
@@ -23,12 +23,15 @@ def check_prompts(dataset: Any, name: str) -> None:
     Args:
         dataset: a `datasets` dataset, or a dict of them.
         name: what to call it in the message.
+        captions: whether rows may be without words, [], as those that show an image are.
     """
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():
-            check_prompts(part, f"{name}[{key!r}]")
+            check_prompts(part, f"{name}[{key!r}]", captions)
         return
     for row, prompt in enumerate(_prompts(dataset)):
+        if captions and prompt == []:
+            continue
         if (fault := prompt_fault(prompt)) is not None:
             raise ValueError(f"{name}: the prompt of row {row} is {fault}")
 
@@ -39,14 +42,17 @@ class CheckedRows:
 
     Args:
         collator: what makes a batch of the rows.
+        shown: column of an image that may stand without words, []; None where prompts are words alone.
     """
 
-    def __init__(self, collator: Callable[[Sequence[Any]], Any]):
-        self.collator = collator
+    def __init__(self, collator: Callable[[Sequence[Any]], Any], shown: str | None = None):
+        self.collator, self.shown = collator, shown
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """Make a batch of rows; raises ValueError with the row whose prompt is none."""
         for row in rows:
+            if self.shown and row.get("prompt") == [] and row.get(self.shown) is not None:
+                continue
             if (fault := prompt_fault(row.get("prompt"))) is not None:
                 raise ValueError(f"In the row {shortened(dict(row))} the prompt is {fault}")
         return self.collator(rows)

@@ -27,7 +27,9 @@ from ..models.reference import adapters_do_nothing_yet, trained_weights
 from ..models.registry import unified_model
 from ..models.sources import check_edits
 from ..models.tokenizer import never_sampled
+from ..rewards.readback.read_back_reward import ReadBackReward
 from ..sampling.rounds import check_sight
+from ..sampling.self_reader import bring_readers, read_by_painter
 from .arguments import (
     check_arguments,
     check_lengths,
@@ -61,6 +63,7 @@ class Setup:
         masters: adapters that came with the model, as they were before TRL rounds those on a quantised base.
         edits: whether prompts show source images.
         stories: whether rows have all turns of the user; none of them keeps its image.
+        readers: rewards that the model itself reads back for.
         beta: weight of the text KL. TRL's constructor gets 0, or it would make a reference of its own: an adapter
             named "ref", or a model that it loads again.
     """
@@ -79,6 +82,7 @@ class Setup:
     beta: float
     edits: bool
     stories: bool
+    readers: Sequence[ReadBackReward] = ()
 
     @property
     def regularized(self) -> bool:
@@ -120,7 +124,7 @@ def prepare_run(
             peft_config, source = None, model.config.name_or_path
             hub.pop("revision", None)  # of the adapters, not of what they were trained on
     base = unified_model(model)
-    _try_out(base, args, edits)
+    _try_out(base, args, edits, reads=bool(read_by_painter(reward_funcs)))
     num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
     if not is_peft_model(model):
         merge_found_adapters(base)
@@ -142,19 +146,22 @@ def prepare_run(
         beta=beta,
         edits=edits,
         stories=stories,
+        readers=read_by_painter(reward_funcs),
     )
     check_special_tokens(datasets, setup.tokenizer)
     setup.peft_config = of_revision(target_experts(peft_config, base, setup.trains), hub.get("revision"))
     return setup
 
 
-def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig, edits: bool) -> None:
-    """Find out whether the model can be trained with these arguments, and on source images where there are some."""
+def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig, edits: bool, reads: bool) -> None:
+    """Find out whether the model can be trained with these arguments; whether it can edit and read, where it is to."""
     check_lengths(args, base)
     check_round_lengths(args, base)
     check_sight(base, args.most_rounds)
     if edits:
         check_edits(base)
+    if reads:
+        base.read_back([], [])  # raises if it can't
     if args.compile_layers:
         base.compile_layers()
     base.try_out(args.device)
@@ -179,6 +186,7 @@ def finish_run(trainer: Any, setup: Setup) -> None:
         compute_head_in_float32(base, trainer.temperature)
     return_velocity(base)
     _keep_reference(trainer, setup)
+    bring_readers(setup.readers, base, setup.tokenizer, trainer.accelerator.autocast)
     if trainer.accelerator.is_main_process:
         print(describe_trained(base, model), flush=True)
     check_optimizer(base, model, trainer.optimizer)
@@ -214,7 +222,8 @@ def _keep_reference(trainer: Any, setup: Setup) -> None:
     if outside:
         raise ValueError(f"Weights outside of the unified model are trained: {outside[0]!r}. It paints without them.")
     base.release_reference()  # of an earlier run
-    if (setup.regularized or setup.beta != 0) and not adapters_do_nothing_yet(base):
+    judged = any(reward.judge == "reference" for reward in setup.readers)
+    if (setup.regularized or setup.beta != 0 or judged) and not adapters_do_nothing_yet(base):
         base.keep_reference()
     trainer.beta = trainer.args.beta = setup.beta
     if setup.beta != 0:

@@ -113,6 +113,7 @@ class UnifiedCollator:
     """
     Makes batches of rows with `prompt`, `completion` (the thinking; empty or None for none), `image` (PIL) and, where
     the prompt shows a finished image, `source_image` (PIL; None for none), which goes before the prompt's own words.
+    A prompt that shows one may have no words, []: its completion is then a caption.
 
     Returns `input_ids`, `attention_mask` and `labels` (B, T), right-padded, labels -100 off the thinking; `prompts`
     (conversations with their system message), `prompt_ids` and `completion_ids`, lists; `source_images`, a list of
@@ -220,7 +221,7 @@ class UnifiedSFTTrainer(TrainingLoop):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            data_collator=CheckedRows(UnifiedCollator(tokenizer, system, base.image_placeholder)),
+            data_collator=CheckedRows(UnifiedCollator(tokenizer, system, base.image_placeholder), SOURCE_IMAGE),
             **kwargs,
         )
         base.check_trained_weights()

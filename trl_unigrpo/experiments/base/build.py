@@ -161,8 +161,12 @@ class Stage(NamedTuple):
     settings: dict[str, Any]
 
 
-STAGES = (Stage(1000, FAULTLESS, {"noise_draws": 1}), Stage(120, SecondRates(), {"learning_rate": 1e-3}))
-"""First a model learns to see and to compare, then mistakes."""
+STAGES = (
+    Stage(1000, FAULTLESS, {"noise_draws": 1}),
+    Stage(120, SecondRates(), {"learning_rate": 1e-3}),
+    Stage(150, SecondRates(caption=0.4), {"learning_rate": 1e-3, "noise_draws": 1}),
+)
+"""First a model learns to see and to compare, then mistakes, then to read prompts back."""
 
 
 def build_seeing_base(

@@ -21,11 +21,13 @@ from ...trainers.unigrpo_config import UniGRPOConfig
 from ...trainers.unigrpo_trainer import UniGRPOTrainer
 from .edit import EditTask
 from .paint import PaintTask
+from .read_back import ReadBackTask
 from .refine import RefineTask
 from .task import Task
 
 
 DEMOS: dict[str, type[Task[Any]]] = {"paint": PaintTask, "refine": RefineTask, "edit": EditTask}
+REWARDS = ("rule", "readback")
 WATCHED_ROWS = 48
 
 
@@ -61,12 +63,22 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
+def choose_task(task: str, reward: str) -> Task[Any]:
+    """Make the task of a demo; ValueError if there is none."""
+    if task not in DEMOS:
+        raise ValueError(f"task={task!r}: expected one of {', '.join(map(repr, DEMOS))}.")
+    if reward not in REWARDS or (reward == "readback" and task != "paint"):
+        raise ValueError(f"reward={reward!r} with task={task!r}: expected 'rule', or 'readback' with 'paint'.")
+    return ReadBackTask() if reward == "readback" else DEMOS[task]()
+
+
 def run_demo(
     output_dir: str | Path = "shapeworld-demo",
     steps: int | None = None,
     seed: int = 0,
     num_prompts: int | None = None,
     task: str = "paint",
+    reward: str = "rule",
 ) -> dict[str, Any]:
     """
     Train a base model on a task. Writes `summary.json`, `samples_before.jsonl`, `samples_after.jsonl`, `report.html`,
@@ -77,13 +89,12 @@ def run_demo(
         seed: of the training. The held-out prompts and their noise are the same for every seed.
         num_prompts: held-out prompts scored before and after; by default the task's number.
         task: "paint" what a prompt asks for, "refine" it in a second round, or "edit" images.
+        reward: the "rule", or "readback", the model's own reading of what it paints.
 
     Returns:
         The numbers of `summary.json`.
     """
-    if task not in DEMOS:
-        raise ValueError(f"task={task!r}: expected one of {', '.join(map(repr, DEMOS))}.")
-    chosen = DEMOS[task]()
+    chosen = choose_task(task, reward)
     rollouts, number = chosen.rollouts if steps is None else steps, num_prompts or chosen.num_rows
     if rollouts < 1:
         raise ValueError(f"steps={steps}: expected at least 1.")
@@ -106,6 +117,7 @@ def run_demo(
 
     summary = chosen.summary(before, after) | {
         "task": task,
+        "reward": reward,
         "train_seconds": train_seconds,
         "steps": rollouts,
         "seed": seed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,13 +36,25 @@ class Measured:
 
 
 class PaintTask(Task[Measured]):
-    """Paint what a prompt asks for, after a thinking."""
+    """
+    Paint what a prompt asks for, after a thinking.
+
+    Attributes:
+        title, lead: of the page.
+        verdict: what it says of a gain.
+    """
 
     rollouts = 140
     num_rows = 1050
     seeing = False
-    reward = staticmethod(shapeworld_reward)
+    reward: Callable[..., Any] = staticmethod(shapeworld_reward)
     template = "report.html.jinja"
+    title: ClassVar[str] = "UniGRPO on ShapeWorld"
+    lead: ClassVar[str] = (
+        "A tiny BAGEL thinks in words, paints coloured shapes and is scored by a rule on the image alone. Both of its "
+        "experts were trained from that one reward."
+    )
+    verdict: ClassVar[str] = "It works:"
     panels: ClassVar = {
         "reward": "Reward of the rollouts",
         "flow/velocity_mse": "Velocity MSE to the reference",
@@ -108,7 +120,8 @@ class PaintTask(Task[Measured]):
 
     def page(self, before: Measured, after: Measured) -> dict[str, Any]:
         sides = before.sampled, after.sampled
-        return {"categories": category_rows(*sides), "examples": examples(*sides)}
+        words = {"title": self.title, "lead": self.lead, "verdict": self.verdict}
+        return {**words, "categories": category_rows(*sides), "examples": examples(*sides)}
 
 
 def latent_drift(before: Evaluation, after: Evaluation) -> float:

@@ -39,7 +39,7 @@ class Task(ABC, Generic[MeasuredT]):
     rollouts: ClassVar[int]
     num_rows: ClassVar[int]
     seeing: ClassVar[bool] = True
-    reward: ClassVar[Callable[..., list[float]]]
+    reward: Callable[..., Any]
     template: ClassVar[str]
     panels: ClassVar[dict[str, str]]
 
