@@ -125,12 +125,11 @@ def prepare_run(
             hub.pop("revision", None)  # of the adapters, not of what they were trained on
     base = unified_model(model)
     _try_out(base, args, edits, reads=bool(read_by_painter(reward_funcs)))
-    num_latent_dims = math.prod(base.latent_shape((args.image_size, args.image_size)))
     if not is_peft_model(model):
         merge_found_adapters(base)
     args, beta, float32_head = copy.copy(args), args.beta, args.cast_lm_head_to_fp32
     args.beta, args.cast_lm_head_to_fp32 = 0.0, False
-    epsilon, regularizer_weight = constants(args, num_latent_dims)
+    epsilon, regularizer_weight = constants(args, math.prod(base.latent_shape((args.image_size, args.image_size))))
     setup = Setup(
         model=model,
         base=base,

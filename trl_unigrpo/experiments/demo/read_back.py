@@ -34,8 +34,8 @@ class ReadBackTask(PaintTask):
     seeing = True
     title = "UniGRPO without a judge"
     lead = (
-        "A tiny BAGEL thinks in words, paints coloured shapes, and reads its prompt back from the image. Its only reward "
-        "is how likely the model that training starts from finds the prompt; the rule has no part in the training."
+        "A tiny BAGEL thinks in words, paints coloured shapes, and reads its prompt back from the image. Its only "
+        "reward is how likely the prompt is to the model that training starts from; the rule has no part in the training."
     )
     verdict = "Trained without any judge, verified by the rule:"
     panels: ClassVar = {**PaintTask.panels, "reward": "Log-likelihood of the prompts, per token"}
