@@ -35,7 +35,7 @@ class ReadBackTask(PaintTask):
     title = "UniGRPO without a judge"
     lead = (
         "A tiny BAGEL thinks in words, paints coloured shapes, and reads its prompt back from the image. Its only "
-        "reward is how likely the prompt is to the model that training starts from; the rule has no part in the training."
+        "reward is how likely the prompt is to the model that training starts from; the rule has no part in it."
     )
     verdict = "Trained without any judge, verified by the rule:"
     panels: ClassVar = {**PaintTask.panels, "reward": "Log-likelihood of the prompts, per token"}
