@@ -70,8 +70,9 @@ def test_new_eyes_change_nothing_for_who_is_shown_nothing():
     assert (shown.latents.shape, shown.features.shape, shown.grid) == ((9, 8), (9, 64), (3, 3))
 
 
-def test_a_seeing_base_learns_to_compare_before_it_learns_mistakes():
-    assert [(stage.steps, stage.rates) for stage in STAGES] == [(1000, FAULTLESS), (120, SecondRates())]
+def test_a_seeing_base_learns_to_compare_then_mistakes_then_to_read_back():
+    rates = FAULTLESS, SecondRates(), SecondRates(caption=0.4)
+    assert [(stage.steps, stage.rates) for stage in STAGES] == list(zip((1000, 120, 150), rates, strict=True))
 
 
 @pytest.mark.slow

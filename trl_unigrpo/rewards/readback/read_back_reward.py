@@ -81,7 +81,7 @@ class ReadBackReward(ImageReward):
         readings: list[Reading | None] = [None] * len(prompts)
         places = [place for place, prompt in enumerate(prompts) if prompt.strip()]
         if len(places) < len(prompts):
-            self.last_error = f"Row {next(i for i in range(len(prompts)) if i not in places)} has an empty prompt."
+            self.last_error = f"The prompt of row {min({*range(len(prompts))} - {*places})} is empty."
         reader = self.reader
         found = reader.read([images[place] for place in places], [prompts[place] for place in places])
         for place, reading in zip(places, found, strict=True):

@@ -1,0 +1,49 @@
+"""A run whose reward is the model's own reading: by the weights that it started from, and never by the rule."""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from tests.helpers.rounds import rounds_bagel
+from tests.helpers.tiny_unified import moved, tiny_bagel, tiny_tokenizer
+from trl_unigrpo.rewards import ReadBackReward
+from trl_unigrpo.sampling.self_reader import SelfReader
+
+
+class Kept(ReadBackReward):
+    """Keeps what it scored."""
+
+    def score(self, images, prompts, columns):
+        scores = super().score(images, prompts, columns)
+        self.seen = list(images), list(prompts), scores
+        return scores
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=2), LoraConfig(r=2, init_lora_weights=False)])
+def test_scores_are_readings_of_the_weights_that_training_started_from(make_trainer, peft_config):
+    reward, model = Kept(), rounds_bagel()
+    trainer = make_trainer(model=model, reward_funcs=reward, peft_config=peft_config, max_steps=3)
+    start = {name: weight.clone() for name, weight in trainer.unified.state_dict().items()}
+    trainer.train()
+    assert moved(start, trainer.unified.state_dict())
+    images, prompts, scores = reward.seen
+    trainer.unified.load_state_dict(start)
+    with trainer.unified.reference() if peft_config == LoraConfig(r=2) else torch.no_grad():
+        found = SelfReader(trainer.unified, tiny_tokenizer(), "policy").read(images, prompts)
+    assert scores == pytest.approx([reading.score for reading in found], abs=1e-5)
+    logged = [row for row in trainer.state.log_history if "rewards/Kept/mean" in row]
+    assert all(row["rewards/Kept/mean"] < 0 and row["rewards/Kept/std"] > 0 for row in logged)
+
+
+def test_policy_as_its_own_judge(make_trainer):
+    reward = Kept(judge="policy")
+    trainer = make_trainer(model=rounds_bagel(), reward_funcs=reward, num_iterations=1, max_steps=2)
+    trainer.train()
+    images, prompts, scores = reward.seen
+    now = ReadBackReward(SelfReader(trainer.unified, tiny_tokenizer(), "policy"))(prompts, images=images)
+    assert max(abs(a - b) for a, b in zip(scores, now, strict=True)) > 1e-6  # it has made a step since
+
+
+def test_model_that_can_not_read_is_refused_when_the_trainer_is_made(make_trainer):
+    with pytest.raises(ValueError, match="can't read images: it has no understanding tower"):
+        make_trainer(model=tiny_bagel(), reward_funcs=ReadBackReward())
