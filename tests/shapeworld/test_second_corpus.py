@@ -70,6 +70,17 @@ def test_without_mistakes_every_row_is_right(own):
         assert changed == look.fixes
 
 
+def test_captions_are_prompts_of_the_split_that_their_image_follows(own):
+    rows = rows_of(own, SecondRates(caption=0.4))
+    captions = [row for row in rows if row[2] == "caption"]
+    assert len(captions) == round(0.4 * len(rows))
+    specs = prompts_by_split()["train"]
+    for prompt, text, _, source, image in captions:
+        assert prompt == []  # the image alone stands before it, as where prompts are read back
+        assert score([specs[text]], image[None]).strict.all()
+        assert (image == source).all()
+
+
 def test_mistakes_are_as_frequent_as_said(own):
     looks = Counter()
     harmed, objects = 0, 0

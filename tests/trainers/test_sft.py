@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
+from datasets import List as ListFeature
 from transformers import TrainerCallback
 
 from tests.helpers.runs import assert_same_update
@@ -357,6 +358,32 @@ def test_a_source_image_is_shown_before_the_prompt(tmp_path):
     assert log["loss/flow"] == pytest.approx(torch.stack(squares).mean().item(), rel=1e-4)
     for name in ("connector.fc2.weight", "vit_model.vision_model.embeddings.patch_embedding.weight"):
         assert gradients[name].abs().sum() > 0
+
+
+def wordless(*rows):
+    """Rows whose prompts are conversations, [] where there are no words."""
+    message = {"role": Value("string"), "content": Value("string")}
+    features = {**FEATURES, "prompt": ListFeature(message), "source_image": ImageFeature()}
+    return Dataset.from_list(list(rows), features=Features(features))
+
+
+def test_a_caption_is_learnt_as_it_is_read_back(tmp_path):
+    """The loss of a completion behind an image without words is that of reading it back, and of the end marker."""
+    model, words = bagel_with_tower(), tiny_tokenizer()
+    caption = {"prompt": [], "completion": "the cat sits", "image": picture(0), "source_image": picture(4)}
+    trainer = make_sft(tmp_path, model=model, rows=wordless(*[caption] * 4), learning_rate=0.0, system_prompt="")
+    trainer.train()
+    ids = [*words("the cat sits")["input_ids"], words.eos_token_id]
+    [expected] = model.read_back(model.read_images([caption["source_image"]]), [ids])
+    log = next(log for log in trainer.state.log_history if "loss/text" in log)
+    assert log["loss/text"] == pytest.approx(-expected.mean().item(), rel=1e-4)
+
+
+def test_a_row_without_words_needs_an_image(tmp_path):
+    rows = [{"prompt": [], "completion": "a cat", "image": picture(0), "source_image": None}]
+    trainer = make_sft(tmp_path, model=bagel_with_tower(), rows=wordless(*rows * 4), system_prompt="")
+    with pytest.raises(ValueError, match=r"the prompt is \[\], expected a text"):
+        trainer.train()
 
 
 class PaintsFromTextAlone(BagelForUnifiedGeneration):

@@ -39,11 +39,15 @@ SELF_REFINEMENT: dict[str, Any] = {**_TWO_ROUNDS, "no_improve": "clamp", "allow_
 REFLECT_UNTIL_GOOD: dict[str, Any] = {**_TWO_ROUNDS, "round_cost": 0.01, "eval_num_rounds": 4}
 """Settings of [`UniGRPOConfig.reflect_until_good`]."""
 
+SELF_REWARDED: dict[str, Any] = SINGLE_GPU
+"""Settings of [`UniGRPOConfig.self_rewarded`]."""
+
 RECIPES = {
     "single_gpu": SINGLE_GPU,
     "editing": EDITING,
     "self_refinement": SELF_REFINEMENT,
     "reflect_until_good": REFLECT_UNTIL_GOOD,
+    "self_rewarded": SELF_REWARDED,
 }
 """Settings by the name of what makes a [`UniGRPOConfig`] of them."""
 
@@ -405,6 +409,14 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
         cost of each further image. Evaluation goes on for four rounds at most.
         """
         return cls(output_dir=output_dir, **{**REFLECT_UNTIL_GOOD, **kwargs})
+
+    @classmethod
+    def self_rewarded(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
+        """
+        The model's own reading as the reward ([`~trl_unigrpo.rewards.ReadBackReward`]), on one large GPU with LoRA: no
+        other model, no server. The settings of [`single_gpu`]; the reward goes to the trainer.
+        """
+        return cls(output_dir=output_dir, **{**SELF_REWARDED, **kwargs})
 
     def _micro_batch(self) -> int:
         return self.per_device_train_batch_size * _world_size()
