@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,6 +27,7 @@ from trl_unigrpo.estimate.flops import (
     image_forward,
     logits_forward,
     packed_forward,
+    read_back_flops,
     text_forward,
 )
 from trl_unigrpo.estimate.memory import saved_by_layer, weight_memory
@@ -34,6 +36,9 @@ from trl_unigrpo.estimate.vae import vae_decode, vae_parameters
 from trl_unigrpo.models.adapters import keep_adapters_in_float32
 from trl_unigrpo.models.bagel import BagelConfig
 from trl_unigrpo.models.contract import ContextRow
+from trl_unigrpo.sampling.self_reader import SelfReader
+from trl_unigrpo.shapeworld.base import load_base
+from trl_unigrpo.shapeworld.render import render_images
 from trl_unigrpo.trainers.dry_run import random_trainer
 from trl_unigrpo.trajectory import Steps
 
@@ -206,6 +211,26 @@ def test_packed_forward_is_counted_to_the_last_product():
     with count_flops() as counter, torch.no_grad():
         model.predict_velocities(steps(load))
     assert counter.get_total_flops() == packed_forward(load).total * load.micro_batch_size
+
+
+def test_reading_back_is_counted_as_the_closed_form():
+    model, tokenizer = load_base(seeing=True)
+    text, images = "two red circles and a blue ring", render_images(np.arange(36).reshape(4, 9) % 7)
+    length = 1 + len(tokenizer(text)["input_ids"])
+    load = small(model.config, image_size=48, prompt_length=length)
+    with count_flops() as counter:
+        SelfReader(model, tokenizer).read(images, [text] * 4)
+    assert counter.get_total_flops() == pytest.approx(read_back_flops(load), rel=2e-4)
+
+
+def test_reading_back_is_a_small_part_of_a_generation():
+    """The figures of docs/readback.md, at 512 pixels and G = 24."""
+    load = replace(released(512), prompt_length=64)
+    parts = floor_flops(load)
+    rollout = sum(parts[name] for name in ("prefill", "decode", "contexts", "denoising", "VAE decode"))
+    assert read_back_flops(load) / load.trajectories / 1e12 == pytest.approx(36.5, rel=0.01)
+    assert read_back_flops(load) / rollout == pytest.approx(0.099, rel=0.01)
+    assert read_back_flops(load) / sum(parts.values()) == pytest.approx(0.050, rel=0.01)
 
 
 def steps(load: Workload) -> Steps:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset, Features
+from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 from transformers import TrainerCallback

@@ -70,16 +70,31 @@ def latents_forward(load: Workload, start: int) -> Forward:
     )
 
 
-def look_forward(load: Workload, number: int) -> Forward:
-    """Count what a later round begins with: the image that it is shown, in all its forms, and what is said to it."""
-    llm, start = load.config.llm_config, load.seen_before(number)
+def seen_forward(load: Workload, start: int) -> Forward:
+    """Count a finished image that is shown behind so many tokens, in all its forms."""
     found, *others = load.shown
     seen = latents_forward(load, start)
     for tokens in others:  # of the understanding tower, for the text expert
         block = text_forward(load, tokens)
-        seen = seen.plus(block._replace(attention=_pair(llm) * tokens * (start + found + tokens)))
+        seen = seen.plus(block._replace(attention=_pair(load.config.llm_config) * tokens * (start + found + tokens)))
         found += tokens
-    return seen.plus(text_forward(load, load.look_length, start + found))
+    return seen
+
+
+def look_forward(load: Workload, number: int) -> Forward:
+    """Count what a later round begins with: the image that it is shown, and what is said to it."""
+    start = load.seen_before(number)
+    return seen_forward(load, start).plus(text_forward(load, load.look_length, start + sum(load.shown)))
+
+
+def read_back_flops(load: Workload) -> int:
+    """
+    Count reading the prompts of a generation, their start marker included, back from its images
+    ([`~trl_unigrpo.rewards.ReadBackReward`]). Beside the floor, as is any reward.
+    """
+    read = seen_forward(load, 0).plus(text_forward(load, load.prompt_length, sum(load.shown)))
+    look = look_flops(load.config, load.image_size, load.with_tower)
+    return load.trajectories * (look + read.total + (load.prompt_length - 1) * logits_forward(load))
 
 
 def context_forward(load: Workload, number: int) -> Forward:

@@ -38,7 +38,11 @@ class ReadBackTask(PaintTask):
         "reward is how likely the prompt is to the model that training starts from; the rule has no part in it."
     )
     verdict = "Trained without any judge, verified by the rule:"
-    panels: ClassVar = {**PaintTask.panels, "reward": "Log-likelihood of the prompts, per token"}
+    panels: ClassVar = {
+        "reward": "Log-likelihood of the prompts, per token",
+        "completions/mean_length": "Thinking, tokens",
+        "images/twins": "Images that repeat another of their prompt, share",
+    }
 
     def __init__(self) -> None:
         self.reward = ReadBackReward()
