@@ -8,12 +8,14 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from tests.helpers.judge_server import ChatServer, pictures_of, text_of, yes
 from trl_unigrpo.cli import app
 from trl_unigrpo.rewards import read_questions
-from trl_unigrpo.shapeworld import SEEING_BASE, evaluate_model, shapeworld_edit_dataset
+from trl_unigrpo.sampling.self_reader import SelfReader
+from trl_unigrpo.shapeworld import SEEING_BASE, evaluate_model, load_base, shapeworld_edit_dataset
 
 
 SMALL = [
@@ -97,6 +99,22 @@ def test_a_judge_of_whole_prompts_and_a_reward(tmp_path):
     )
     both = invoke("--compare", tmp_path / "a", tmp_path / "b", "--output-dir", tmp_path / "c")
     assert both.exit_code == 0 and (tmp_path / "c" / "compare.html").is_file(), both.output
+
+
+def test_the_evaluated_model_reads_for_its_own_reward(tmp_path):
+    file = tmp_path / "plain.txt"
+    file.write_text("a red circle\na blue square\n")
+    common = ("--prompts", file, "--samples", 1, *SMALL, "--rewards", "trl_unigrpo.rewards:ReadBackReward")
+    result = invoke(*common, "--model", SEEING_BASE, "--output-dir", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (tmp_path / "a" / "results.jsonl").read_text().splitlines()]
+    model, tokenizer = load_base(seeing=True)
+    images = [Image.open(tmp_path / "a" / line["image"]) for line in lines]
+    readings = SelfReader(model, tokenizer).read(images, [line["prompt"] for line in lines])
+    assert [line["reward"] for line in lines] == pytest.approx([reading.score for reading in readings], abs=1e-5)
+    blind = invoke(*common, "--model", "shapeworld", "--output-dir", tmp_path / "b")
+    assert blind.exit_code != 0 and "can't read images" in blind.output
+    assert not (tmp_path / "b").exists()  # nothing was painted
 
 
 def test_own_edits_are_scored_by_a_reward_that_asks_the_judge(tmp_path):

@@ -146,6 +146,12 @@ def test_editing(tmp_path):
     assert UniGRPOConfig.editing(str(tmp_path), use_cpu=True, num_generations=8).num_generations == 8
 
 
+def test_self_rewarded(tmp_path):
+    config = UniGRPOConfig.self_rewarded(str(tmp_path), use_cpu=True)
+    assert (config.image_size, config.image_objective, config.matching_samples) == (512, "nft", 3)
+    assert UniGRPOConfig.self_rewarded(str(tmp_path), use_cpu=True, image_objective="awm").image_objective == "awm"
+
+
 @pytest.mark.parametrize("recipe", ["self_refinement", "reflect_until_good"])
 def test_recipes_of_two_rounds(tmp_path, recipe):
     make = getattr(UniGRPOConfig, recipe)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from tests.helpers.examples import run_example
 from tests.helpers.rounds import rounds_bagel
-from tests.helpers.tiny_unified import moved, tiny_bagel, tiny_tokenizer
+from tests.helpers.tiny_unified import moved, prompts_dataset, tiny_bagel, tiny_tokenizer
 from trl_unigrpo.rewards import ReadBackReward
 from trl_unigrpo.sampling.self_reader import SelfReader
 
@@ -47,3 +48,18 @@ def test_policy_as_its_own_judge(make_trainer):
 def test_model_that_can_not_read_is_refused_when_the_trainer_is_made(make_trainer):
     with pytest.raises(ValueError, match="can't read images: it has no understanding tower"):
         make_trainer(model=tiny_bagel(), reward_funcs=ReadBackReward())
+
+
+def test_the_example_needs_no_other_reward(tmp_path):
+    rounds_bagel().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    prompts_dataset().to_csv(tmp_path / "prompts.csv")
+    small = {"image_size": 8, "num_inference_steps": 4, "num_generations": 4, "max_completion_length": 4}
+    small |= {"max_steps": 1, "gallery_steps": 0, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    names = {
+        '"ByteDance-Seed/BAGEL-7B-MoT"': repr(str(tmp_path / "model")),
+        '"prompts.csv"': repr(str(tmp_path / "prompts.csv")),
+        '"bagel-self-rewarded"': f"{str(tmp_path / 'out')!r}, **{small!r}",
+    }
+    log = run_example("self_rewarded_bagel.py", **names)["trainer"].state.log_history[0]
+    assert log["rewards/ReadBackReward/mean"] == log["reward"] < 0

@@ -39,7 +39,7 @@ SELF_REFINEMENT: dict[str, Any] = {**_TWO_ROUNDS, "no_improve": "clamp", "allow_
 REFLECT_UNTIL_GOOD: dict[str, Any] = {**_TWO_ROUNDS, "round_cost": 0.01, "eval_num_rounds": 4}
 """Settings of [`UniGRPOConfig.reflect_until_good`]."""
 
-SELF_REWARDED: dict[str, Any] = SINGLE_GPU
+SELF_REWARDED: dict[str, Any] = {**SINGLE_GPU, "image_objective": "nft", "matching_samples": 3}
 """Settings of [`UniGRPOConfig.self_rewarded`]."""
 
 RECIPES = {
@@ -413,8 +413,9 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
     @classmethod
     def self_rewarded(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
         """
-        The model's own reading as the reward ([`~trl_unigrpo.rewards.ReadBackReward`]), on one large GPU with LoRA: no
-        other model, no server. The settings of [`single_gpu`]; the reward goes to the trainer.
+        The model's own reading as the reward, [`~trl_unigrpo.rewards.ReadBackReward`], on one large GPU with LoRA: no
+        other model, no server. As [`single_gpu`], with DiffusionNFT for the images, the best of three objectives on
+        ShapeWorld's validation prompts (docs/readback.md). The reward itself goes to the trainer.
         """
         return cls(output_dir=output_dir, **{**SELF_REWARDED, **kwargs})
 
