@@ -8,7 +8,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from tests.helpers.runs import assert_same_update
+from tests.helpers.runs import alarms_of, assert_same_update
 from tests.helpers.tiny_unified import PROMPTS, moved, prompts_dataset, spy_paint, weights
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
@@ -220,6 +220,16 @@ def test_averages_of_another_model_are_refused(make_trainer, tmp_path):
         ValueError, match=r"averaged weights in the checkpoint are not those of this model: '?.* differs"
     ):
         make_trainer(tmp_path / "on", max_steps=2, ema_decay=0.9).train(resume_from_checkpoint=str(file.parent))
+
+
+@pytest.mark.parametrize("lags", [False, True])
+def test_alarms_know_that_the_old_policy_lags(make_trainer, lags):
+    trainer = make_trainer(image_objective="awm", image_old_policy_decay=0.9 if lags else None, max_steps=4)
+    trainer.train()
+    logs = [log["flow/log_ratio_std"] for log in trainer.state.log_history if "flow/log_ratio_std" in log]
+    series = alarms_of(trainer).state()["attributes"]["memory"]["tripwire"]["series"]
+    assert max(logs) > 1e-7 and "flow/velocity_mse" in series
+    assert ("flow/log_ratio_std" in series) != lags
 
 
 @pytest.mark.parametrize(
