@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from tests.helpers.runs import alarms_of, assert_same_update
-from tests.helpers.tiny_unified import PROMPTS, moved, prompts_dataset, spy_paint, weights
+from tests.helpers.tiny_unified import PROMPTS, moved, prompts_dataset, redness, spy_paint, weights
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
 
@@ -125,9 +125,10 @@ def test_no_lag_is_no_average(make_trainer):
     after = []
     for decay in (None, 0.0):
         trainer = make_trainer(max_steps=4, image_old_policy_decay=decay, **plain)
-        before = weights(trainer.unified)
+        before, recorded = weights(trainer.unified), Recorded(trainer)
         trainer.train()
         after.append(weights(trainer.unified))
+    assert not moved(recorded.old[3], recorded.trained[2])
     assert_same_update(before, *after)
 
 
@@ -172,9 +173,14 @@ def test_the_average_is_evaluated_and_saved(make_trainer, tmp_path, monkeypatch,
 
 
 def test_the_best_model_is_the_average_that_was_evaluated(make_trainer, tmp_path):
-    rising = iter(range(100))
+    calls = iter(range(100))
+
+    def falling(images, **columns):
+        before = next(calls)  # so that the first evaluation is the best
+        return [score - before for score in redness(images=images, **columns)]
+
     trainer = make_trainer(
-        reward_funcs=lambda prompts, **_: [-float(next(rising))] * len(prompts),  # the first evaluation is the best
+        reward_funcs=falling,
         eval_dataset=prompts_dataset(PROMPTS[:1], 1),
         eval_strategy="steps",
         eval_steps=1,
@@ -190,6 +196,7 @@ def test_the_best_model_is_the_average_that_was_evaluated(make_trainer, tmp_path
     assert trainer.state.best_global_step == 1
     last = weights(trainer.unified)
     assert_weights({name: last[name] for name in recorded.ema[1]}, recorded.ema[1])
+    assert moved(recorded.ema[1], recorded.ema[3])
 
 
 def test_resuming_with_other_averages(make_trainer, tmp_path):

@@ -75,13 +75,12 @@ class Averages(TrainerCallback):
         state: dict[str, Any] = {name: average.weights for name, average in self._of.items()}
         if self.ema is not None:
             state["trained"] = trained_weights(self._base)
-        return state | {"step": self._step} if state else {}
+        return state
 
     def restore(self, state: Mapping[str, Any], checkpoint: str) -> None:
         """Take over what [`state`] gave. An average that the checkpoint lacks starts from its weights."""
         own = trained_weights(self._base)
         copy_weights(own, state.get("trained", own))
-        self._step = state.get("step", 0)
         for name, average in self._of.items():
             if name not in state:
                 option = {"old": "image_old_policy_decay", "ema": "ema_decay"}[name]
