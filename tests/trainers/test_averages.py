@@ -200,11 +200,14 @@ def test_the_best_model_is_the_average_that_was_evaluated(make_trainer, tmp_path
 
 
 def test_resuming_with_other_averages(make_trainer, tmp_path):
-    """The trained weights go on; an average that the checkpoint lacks starts from them."""
+    """A finished run holds its average; the trained weights go on; an average that is missing starts from them."""
     trainer = make_trainer(tmp_path / "whole", max_steps=2, **CHECKPOINTS, ema_decay=0.9)
     recorded = Recorded(trainer)
     trainer.train()
     checkpoint = str(tmp_path / "whole" / "checkpoint-2")
+    finished = make_trainer(tmp_path / "finished", max_steps=2, ema_decay=0.9)
+    finished.train(resume_from_checkpoint=checkpoint)
+    assert not moved(recorded.ema[2], weights(finished.unified))
     without = make_trainer(tmp_path / "without", max_steps=3, **CHECKPOINTS)
     other = Recorded(without)
     without.train(resume_from_checkpoint=checkpoint)
