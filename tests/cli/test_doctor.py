@@ -100,6 +100,15 @@ def test_dry_run_trains_the_sizes_of_a_folder():
     assert "thinkings of 2 to 4 tokens" in result.output
 
 
+def test_doctor_knows_averages():
+    result = doctor("--memory", "139", "--tflops", "790", "--bandwidth", "4.8", "--ema", "--image-old-policy")
+    assert result.exit_code == 0, result.output
+    adapters = estimate_memory(Workload(released_config(), 512)).parts["adapters"]
+    assert row(result.output, "averaged weights") == [f"{1.5 * adapters / GIB:.2f}", "all the time"]
+    tiny = doctor("--model", str(TINY), *SMALL, "--dry-run", "--ema", "--image-old-policy")
+    assert tiny.exit_code == 0 and "Dry run with random weights" in tiny.output, tiny.output
+
+
 def test_dry_run_makes_every_optimizer_step(tmp_path):
     load = tiny_load(num_iterations=3)
     trainer = random_trainer(load, torch.device("cpu"), str(tmp_path))
@@ -177,6 +186,11 @@ def test_no_advice_where_it_fits_and_adapters_first_where_all_is_trained():
     assert advise(Workload(released_config(), 512), 139 * GIB) == []
     full = advise(Workload(released_config(), 512, lora_ranks=None), 139 * GIB)
     assert [item.setting for item in full] == ["adapters instead of full fine-tuning: LoraConfig(r=32, lora_alpha=64)"]
+
+
+def test_an_average_that_does_not_fit_is_given_up_after_the_adapters():
+    load = Workload(released_config(), 512, lora_ranks=None, ema=True, image_old_policy=True, image_batch_size=1)
+    assert [item.setting for item in advise(load, 1)][1] == "ema_decay=None"
 
 
 # Rates

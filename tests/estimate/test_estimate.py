@@ -39,6 +39,7 @@ from trl_unigrpo.models.contract import ContextRow
 from trl_unigrpo.sampling.self_reader import SelfReader
 from trl_unigrpo.shapeworld.base import load_base
 from trl_unigrpo.shapeworld.render import render_images
+from trl_unigrpo.trainers.averages import Averages
 from trl_unigrpo.trainers.dry_run import random_trainer
 from trl_unigrpo.trajectory import Steps
 
@@ -188,16 +189,18 @@ def test_vae_is_counted_as_it_runs():
 # Not in the closed form: on a CPU, TRL scores the prompt's tokens, too; with frozen weights the first layer needs no
 # input gradient; with it, checkpointing stops before the image expert's last product, whose result nobody needs.
 @pytest.mark.parametrize(
-    ("ranks", "checkpointing", "tolerance"),
+    ("ranks", "checkpointing", "averages", "tolerance"),
     [
-        (None, False, 0.002),
-        pytest.param(None, True, 0.03, marks=pytest.mark.slow),
-        pytest.param((16, 16), False, 0.02, marks=pytest.mark.slow),
-        pytest.param((16, 16), True, 0.02, marks=pytest.mark.slow),
+        (None, False, {}, 0.002),
+        (None, False, {"image_old_policy": True, "ema": True}, 0.002),
+        pytest.param(None, True, {}, 0.03, marks=pytest.mark.slow),
+        pytest.param((16, 16), False, {}, 0.02, marks=pytest.mark.slow),
+        pytest.param((16, 16), True, {}, 0.02, marks=pytest.mark.slow),
+        pytest.param((16, 16), False, {"image_old_policy": True}, 0.02, marks=pytest.mark.slow),
     ],
 )
-def test_counted_generation_is_the_closed_form(tmp_path, ranks, checkpointing, tolerance):
-    load = small(lora_ranks=ranks, gradient_checkpointing=checkpointing)
+def test_counted_generation_is_the_closed_form(tmp_path, ranks, checkpointing, averages, tolerance):
+    load = small(lora_ranks=ranks, gradient_checkpointing=checkpointing, **averages)
     trainer = random_trainer(load, CPU, str(tmp_path))
     with count_flops() as counter:
         trainer.train()
@@ -302,6 +305,18 @@ def test_trained_weights_gradients_and_optimizer_to_the_byte(tmp_path, ranks):
     assert parts["rollout records"] == sum(x.nbytes for x in latents + states)
     share = load.scored_at_once / load.trajectories
     assert parts["records of a micro-batch"] == share * sum(x.nbytes for x in states + others)
+
+
+@pytest.mark.parametrize("ranks", [None, (2, 4)])
+@pytest.mark.parametrize("on", [{"ema": True}, {"image_old_policy": True}, {"ema": True, "image_old_policy": True}])
+def test_averages_are_copies_of_what_is_trained(tmp_path, ranks, on):
+    load = small(lora_ranks=ranks, **on)
+    trainer = random_trainer(load, CPU, str(tmp_path))
+    averages = Averages(trainer.unified, trainer.args)
+    held = [weight for average in (averages.old, averages.ema) if average for weight in average.weights.values()]
+    assert estimate_memory(load).parts["averaged weights"] == sum(weight.nbytes for weight in held) > 0
+    read = Workload.of_run(trainer.unified, trainer.args)
+    assert (read.ema, read.image_old_policy) == (load.ema, load.image_old_policy)
 
 
 def saved_bytes(load: Workload) -> int:

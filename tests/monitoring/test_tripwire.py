@@ -9,13 +9,13 @@ from trl_unigrpo.monitoring.events import Update
 from trl_unigrpo.monitoring.tripwire import SKIPPED, Tripwire, growth
 
 
-def first_alarm(norms, signals=None, metrics=None, rates=None):
+def first_alarm(norms, signals=None, metrics=None, rates=None, lags=False):
     """The step of the first alarm and the alarm, fed to the tripwire as a run would; None if there is none."""
     wire = Tripwire()
     for step, norm in enumerate(norms):
         signal = 1.0 if signals is None else float(signals[step])
         update = Update({"image": float(norm)}, {} if metrics is None else metrics[step])
-        if alarms := wire.update(update, signal):
+        if alarms := wire.update(update, signal, lags=lags):
             return step, alarms[0]
         wire.stepped(1e-4 if rates is None else rates[step], signal)
     return None
@@ -116,6 +116,20 @@ def test_ratios_spread_as_far_as_their_learning_rate_allows():
     step, alarm = first_alarm(np.ones(80), metrics=growing)
     assert 52 < step <= 58
     assert alarm.name == "update/log_ratio_std"
+
+
+def test_an_average_that_falls_behind_is_no_growth():
+    """A policy that moves by 1 a step, and its average of decay .98, moved after every second step."""
+    old, spreads = 0.0, []
+    for step in range(80):
+        if step % 2 == 0:
+            old = 0.98 * old + 0.02 * step
+        spreads.append({"flow/log_ratio_std": 1e-5 * (step - old)})
+    step, alarm = first_alarm(np.ones(80), metrics=spreads)
+    assert alarm.name == "update/log_ratio_std"  # what it would be without an average
+    assert first_alarm(np.ones(80), metrics=spreads, lags=True) is None
+    both = [spread | moved for spread, moved in zip(spreads, drift(1e-2 * 1.5 ** np.arange(80)), strict=True)]
+    assert first_alarm(np.ones(80), metrics=both, lags=True)[1].name == "update/velocity_mse"
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])

@@ -16,6 +16,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny_unified import tiny_config
 from trl_unigrpo.sampling.reflection import TEMPLATE
 from trl_unigrpo.trainers import config_checks, unigrpo_config
+from trl_unigrpo.trainers.averages_config import AveragesConfig
 from trl_unigrpo.trainers.evaluation_checks import whole_groups
 from trl_unigrpo.trainers.refl_trainer import ReFLConfig
 from trl_unigrpo.trainers.rounds_config import RoundsConfig
@@ -96,6 +97,9 @@ DEFAULTS = {
     "round_baseline": None,
     "round_cost": 0.0,
     "no_improve": "none",
+    "image_old_policy_decay": None,
+    "image_old_policy_warmup_steps": 0,
+    "ema_decay": None,
 }
 
 
@@ -104,7 +108,7 @@ def test_every_field_of_this_project_has_its_default_here():
         {"bf16", "dataloader_pin_memory"},
         {"gradient_accumulation_steps", "per_device_eval_batch_size"},
     )
-    own = {*UniGRPOConfig.__annotations__, *RoundsConfig.__annotations__}
+    own = {*UniGRPOConfig.__annotations__, *RoundsConfig.__annotations__, *AveragesConfig.__annotations__}
     assert own - of_the_machine - below <= set(DEFAULTS)
 
 

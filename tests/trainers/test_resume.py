@@ -11,8 +11,14 @@ from tests.helpers.tiny_unified import tiny_bagel
 @pytest.mark.parametrize("stop", [2, 3], ids=["between-generations", "between-passes"])
 @pytest.mark.parametrize(
     ("adapted", "settings"),
-    [(False, {}), (True, {}), (False, {"image_objective": "fpo"}), (False, {"guidance_scale": 2.0})],
-    ids=["full", "lora", "lines", "guidance"],
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"image_objective": "fpo"}),
+        (False, {"guidance_scale": 2.0}),
+        (True, {"image_objective": "nft", "image_old_policy_decay": 0.5, "ema_decay": 0.8}),
+    ],
+    ids=["full", "lora", "lines", "guidance", "averages"],
 )
 def test_resume_is_exact(make_trainer, tmp_path, stop, adapted, settings):
     def arguments():

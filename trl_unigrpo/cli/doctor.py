@@ -36,6 +36,10 @@ class WorkloadOptions:
     micro_batch_size: Annotated[int, typer.Option(help="Trajectories per forward of the update.")] = 4
     image_batch_size: Annotated[int, typer.Option(help="Images denoised at once.")] = 8
     lora_rank: Annotated[int, typer.Option(help="Rank of the adapters; 0: full fine-tuning.")] = 32
+    ema: Annotated[bool, typer.Option(help="Hold an average of all trained weights: ema_decay.")] = False
+    image_old_policy: Annotated[
+        bool, typer.Option(help="Hold one of the image expert's as the old policy: image_old_policy_decay.")
+    ] = False
     quantization: Annotated[str, typer.Option(help="Of the frozen experts: none, nf4 or nf4-double.")] = "none"
     num_rounds: Annotated[int, typer.Option(help="Rounds of a trajectory, each with an image.")] = 1
     look_length: Annotated[int, typer.Option(help="Tokens said to the model's own image, system prompt included.")] = (

@@ -42,6 +42,7 @@ def _changes(load: Workload) -> list[tuple[str, dict]]:
             ("adapters instead of full fine-tuning: LoraConfig(r=32, lora_alpha=64)", {"lora_ranks": (32, 32)})
         )
     changes += [
+        ("ema_decay=None", {"ema": False}),
         ("gradient_checkpointing=True", {"gradient_checkpointing": True}),
         ("image_batch_size=1", {"image_batch_size": 1}),
         ("per_device_train_batch_size=1", {"micro_batch_size": 1}),

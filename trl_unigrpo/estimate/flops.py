@@ -167,6 +167,7 @@ def floor_flops(load: Workload) -> dict[str, int]:
         "denoising": count * load.num_inference_steps * sum(image_forward(load, number).total for number in rounds),
         "VAE decode": count * load.num_rounds * vae_decode(load.config, load.image_size)[0],
         "reference pass": count * packed_forward(load).total if load.reference else 0,
+        "old policy's pass": count * packed_forward(load).total if load.image_old_policy else 0,
         "update": load.num_iterations * count * update_flops(load)[0],
     }
     if later := rounds[1:]:
@@ -187,12 +188,13 @@ def overhead_flops(load: Workload) -> dict[str, int]:
     for number in rounds[1:]:
         later = look_forward(load, number).plus(reflection_forward(load, number, load.reflection_length - 1))
         thinking += count * later.adapters
+    old = packed_forward(load).adapters * load.image_old_policy
     again = load.num_iterations > 1  # the first pass spans all micro-batches of a step
     denoising = load.num_inference_steps * sum(image_forward(load, number).adapters for number in rounds)
     contexts = sum(context_forward(load, number).adapters for number in rounds)
     return {
         "adapters": thinking
-        + count * (contexts + text.adapters * again + denoising)
+        + count * (contexts + text.adapters * again + denoising + old)
         + load.num_iterations * count * update_flops(load)[1],
         "old log-probs": again * count * (text.total + load.texts * logits_forward(load)),
         "logits again": load.num_iterations * count * load.texts * logits_forward(load),

@@ -20,7 +20,7 @@ from .workload import Workload
 
 # TRL's language head works on tiles of at most so many tokens and words.
 TILE_TOKENS, TILE_WORDS = 4096, 32768
-RESIDENT = ("weights", "VAE", "reference copy", "adapters", "optimizer state")
+RESIDENT = ("weights", "VAE", "reference copy", "averaged weights", "adapters", "optimizer state")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,14 @@ def weight_memory(load: Workload) -> int:
     return experts + plain * load.weight_bytes
 
 
-def trained_parameter_count(load: Workload) -> int:
+def trained_parameter_counts(load: Workload) -> tuple[int, int]:
+    """Count the trained weights of the text and of the image expert."""
     if load.lora_ranks is not None:
-        return sum(lora_parameters(load.config.llm_config, rank) for rank in load.lora_ranks)
+        text, image = (lora_parameters(load.config.llm_config, rank) for rank in load.lora_ranks)
+        return text, image
     counts = parameter_counts(load.config)
     table = load.config.max_latent_size**2 * load.config.llm_config.hidden_size
-    return sum(counts.values()) - counts["understanding tower"] - table
+    return counts["text expert"] + counts["embeddings"], counts["image expert"] + counts["image ends"] - table
 
 
 def saved_per_token(load: Workload, rank: int) -> int:
@@ -112,7 +114,8 @@ def estimate_memory(load: Workload) -> Memory:
     """Add up the memory by part, and the peak of each phase."""
     llm, a, count = load.config.llm_config, load.activation_bytes, load.trajectories
     width, layers = llm.hidden_size, llm.num_hidden_layers
-    trained, weights = trained_parameter_count(load), weight_memory(load)
+    trained_of_image, weights = trained_parameter_counts(load)[1], weight_memory(load)
+    trained = sum(trained_parameter_counts(load))
     cached = 2 * layers * key_value_heads(llm) * head_size(llm) * a  # per token
     copies, clean = load.num_rounds * load.sde_window_size, sum(load.clean)
     packed = clean + copies * (load.latents + 2)
@@ -128,6 +131,7 @@ def estimate_memory(load: Workload) -> Memory:
         "weights": weights,
         "VAE": 4 * vae_parameters(load.config),
         "reference copy": 4 * trained if full and load.reference else 0,
+        "averaged weights": 4 * (load.ema * trained + load.image_old_policy * trained_of_image),
         "adapters": 0 if full else 4 * trained,
         "optimizer state": 8 * trained,
         "gradients": 4 * trained,

@@ -37,6 +37,8 @@ class Workload:
             float32.
         gradient_checkpointing: the update keeps only the inputs of layers and computes the rest again.
         reference: the regulariser keeps reference velocities, and full fine-tuning a copy of the weights at the start.
+        ema: an average of all trained weights is held for evaluation.
+        image_old_policy: one of the image expert's is held as the old policy, which computes velocities of its own.
         with_tower: the understanding tower is loaded.
         num_rounds: rounds of a trajectory, R, each with an image, and all trained.
         look_length, reflection_length: tokens of what is said to the model's own image (the system prompt included),
@@ -63,6 +65,8 @@ class Workload:
     half: bool = True
     gradient_checkpointing: bool = True
     reference: bool = True
+    ema: bool = False
+    image_old_policy: bool = False
     with_tower: bool = True
     num_rounds: int = 1
     look_length: int = 128
@@ -197,6 +201,8 @@ class Workload:
             half=bool(args.bf16 or args.fp16),
             gradient_checkpointing=args.gradient_checkpointing,
             reference=args.flow_regularizer != "none" and args.flow_regularizer_weight > 0,
+            ema=args.ema_decay is not None,
+            image_old_policy=args.image_old_policy_decay is not None,
             with_tower=model.vit_model is not None,
             num_rounds=args.num_rounds,
             reflection_length=args.max_reflection_length,

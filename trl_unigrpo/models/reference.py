@@ -22,7 +22,7 @@ def weights_in_place(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
     own = {name: parameters[name].data for name in weights}
     try:
         for name, weight in weights.items():
-            parameters[name].data = weight.to(own[name].device)
+            parameters[name].data = weight.to(own[name])
         yield
     finally:
         for name, weight in own.items():

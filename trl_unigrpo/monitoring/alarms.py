@@ -130,7 +130,8 @@ class Alarms(Watcher, ExportableState):
         **kwargs: Any,
     ) -> None:
         self._updates_told = state.global_step + 1
-        found = self._tripwire.update(update, self._signal, scaled=args.fp16)
+        lags = getattr(args, "image_old_policy_decay", None) is not None
+        found = self._tripwire.update(update, self._signal, scaled=args.fp16, lags=lags)
         if any(alarm.name == NOT_FINITE for alarm in found):
             model.zero_grad(set_to_none=True)  # optimizers skip what has none, momentum and weight decay included
         self._give(found, args, state, control)

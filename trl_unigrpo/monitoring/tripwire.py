@@ -80,7 +80,7 @@ class Tripwire:
         self.rate = rate
         self.travelled += rate if signal > 0 else 0
 
-    def update(self, update: Update, signal: float, scaled: bool = False) -> list[Alarm]:
+    def update(self, update: Update, signal: float, scaled: bool = False, lags: bool = False) -> list[Alarm]:
         """
         Look at an update before it is taken.
 
@@ -88,6 +88,7 @@ class Tripwire:
             signal: root mean square of the advantages that it was made from. Gradients are proportional to them, so
                 that groups without a signal make them small, and groups that begin to have one make them large.
             scaled: whether fp16's loss scaling is at work, which skips non-finite gradients on its own.
+            lags: whether the image's old policy is an average of many steps' weights, which falls behind at first.
         """
         broken = _not_finite(update)
         self.skipped = self.skipped + 1 if broken and scaled else 0
@@ -103,16 +104,18 @@ class Tripwire:
                     stops=True,
                 )
             ]
-        return [alarm for name, value in self._normalized(update, signal).items() for alarm in self._add(name, value)]
+        return [
+            alarm for name, value in self._normalized(update, signal, lags).items() for alarm in self._add(name, value)
+        ]
 
-    def _normalized(self, update: Update, signal: float) -> Mapping[str, float]:
+    def _normalized(self, update: Update, signal: float, lags: bool) -> Mapping[str, float]:
         """Return the numbers that should be stationary in a sound run, and are positive."""
         found = {}
         if signal > 0:
             found = {f"grad_norm/{name}": norm / signal for name, norm in update.grad_norm.items()}
         # One step apart, policies differ by as much as the step was long; after many, by no more than all steps were.
         spread, distance = update.metrics.get("flow/log_ratio_std"), update.metrics.get("flow/velocity_mse")
-        if spread is not None and self.rate > 0:
+        if spread is not None and self.rate > 0 and not lags:
             found["flow/log_ratio_std"] = spread / self.rate
         if distance is not None and distance > LEAST_DISTANCE and self.travelled > 0:
             found["flow/velocity_mse"] = math.sqrt(distance) / self.travelled

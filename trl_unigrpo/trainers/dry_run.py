@@ -107,6 +107,10 @@ def dry_config(load: Workload, device: torch.device, folder: str) -> UniGRPOConf
         max_completion_length=load.completion_length,
         system_prompt="",
         flow_regularizer="velocity_mse" if load.reference else "none",
+        ema_decay=0.9 if load.ema else None,
+        image_old_policy_decay=0.5 if load.image_old_policy else None,
+        image_objective="nft" if load.image_old_policy else "flow_grpo",
+        matching_samples=load.sde_window_size,
         gradient_checkpointing=load.gradient_checkpointing,
         trust_checks="off",  # random weights prove nothing
         alarms="off",

@@ -14,10 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 
-from ..models.contract import UnifiedModelMixin
-from ..models.registry import unified_model
 from ..monitoring.events import Generation, Rollout, Watcher
 from ..monitoring.image_statistics import image_statistics
 from ..monitoring.progress import Phases
@@ -25,12 +22,12 @@ from ..reporting.completion_images import write_completion_images
 from ..reporting.gallery import Gallery
 from ..reporting.model_card import rewrite_card
 from ..trajectory import Trajectory
+from .averages import AveragedRun
 from .checkpoint import load_rollouts, save_rollouts
 from .dataset_checks import check_dataset
 from .kept import KeptVelocities
 from .scoring import RewardBook
 from .setup import Setup
-from .training_loop import TrainingLoop
 from .trl_bridge import TextAndVelocities
 from .unigrpo_config import UniGRPOConfig
 
@@ -73,7 +70,7 @@ def gathered_means(accelerator: Accelerator, metrics: Mapping[str, Tensor]) -> d
     return dict(zip(metrics, accelerator.gather(own[None]).mean(0).tolist(), strict=True))
 
 
-class RunKeeping(TrainingLoop, GRPOTrainer):
+class RunKeeping(AveragedRun):
     """The hooks of `GRPOTrainer` that are not the algorithm. [`UniGRPOTrainer`] sets the attributes."""
 
     args: UniGRPOConfig
@@ -86,11 +83,6 @@ class RunKeeping(TrainingLoop, GRPOTrainer):
     _progress: Progress
     _setup: Setup
     _baseline: float | None = None  # of later rounds' rewards: see credit.py
-
-    @property
-    def unified(self) -> UnifiedModelMixin:
-        """The unified model, out of any wrapper."""
-        return unified_model(self.accelerator.unwrap_model(self.model))
 
     @property
     def mode(self) -> str:

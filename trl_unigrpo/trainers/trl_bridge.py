@@ -83,6 +83,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
     "_save_checkpoint": ("self", "model", "trial"),
     "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    "_load_best_model": ("self",),
     "_clip_grad_norm": ("self", "model"),
     "_get_learning_rate": ("self",),
     "create_optimizer": ("self", "model"),

@@ -9,6 +9,7 @@ import torch
 from trl import GRPOConfig
 
 from ..flow.per_round import PER_ROUND
+from .averages_config import AveragesConfig, check_averages
 from .config_checks import check_choices, check_epochs, check_sampling, check_values, check_window
 from .config_numbers import FloatOfRounds, IntOfRounds, RangeOfRounds, read_numbers
 from .evaluation_checks import whole_groups
@@ -53,13 +54,14 @@ RECIPES = {
 
 
 @dataclass
-class UniGRPOConfig(RoundsConfig, GRPOConfig):
+class UniGRPOConfig(RoundsConfig, AveragesConfig, GRPOConfig):
     r"""
     Configuration of [`UniGRPOTrainer`]. Where a field's help says "Paper", its default is that of Table 3 (arXiv
     2603.23500); the others are ours. The batch of 32 prompts is [`UniGRPOConfig.paper`]'s.
 
     Only the parameters that UniGRPO adds, or gives another default, are listed. Those of [`~trl.GRPOConfig`] are there
-    too, and those of several rounds, [`~trl_unigrpo.trainers.rounds_config.RoundsConfig`].
+    too, and those of several rounds, [`~trl_unigrpo.trainers.rounds_config.RoundsConfig`], and of averaged weights,
+    [`~trl_unigrpo.trainers.averages_config.AveragesConfig`].
     `epsilon`, `loss_type`, `beta`, `temperature` and the other options of TRL speak of the thinking tokens.
 
     Parameters:
@@ -369,6 +371,7 @@ class UniGRPOConfig(RoundsConfig, GRPOConfig):
         check_window(self)
         check_epochs(self)
         check_rounds(self)
+        check_averages(self)
 
     @classmethod
     def paper(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":

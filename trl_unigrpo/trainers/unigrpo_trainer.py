@@ -228,6 +228,7 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
         seeds = [image_stream(t, *key) for t in trajectories]
         generators = [row_generator(*seed) for seed in seeds]
         with (
+            self._old_policy(),
             unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
@@ -292,12 +293,14 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
             with self.unified.reference() as reference:
                 for steps in tables:
                     self._kept.keep("reference", steps, self._velocities(reference, steps))
+        averaged = args.image_old_policy_decay is not None
         for steps in tables:
             if args.flow_old_source == "rollout":
                 self._kept.keep("old", steps, steps.states.velocity)
-            elif args.gradient_accumulation_steps % args.steps_per_generation:
-                # The first pass over this generation spans optimizer steps: it can't be its own old policy.
-                self._kept.keep("old", steps, self._velocities(self.unified, steps))
+            elif averaged or args.gradient_accumulation_steps % args.steps_per_generation:
+                # It is an average, or the first pass spans optimizer steps: that can't be its own old policy.
+                with self._old_policy():
+                    self._kept.keep("old", steps, self._velocities(self.unified, steps))
 
     @torch.no_grad()
     def _velocities(self, model: UnifiedModelMixin, steps: Steps) -> Tensor:

@@ -143,6 +143,12 @@ def test_a_page_s_settings_have_those_of_rounds_where_there_are_several(tmp_path
     assert set(two) - set(one) == set(ROUND_SETTINGS) and two["num_rounds"] == 2
 
 
+def test_a_page_s_settings_have_averages_where_they_are_on(tmp_path):
+    plain = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
+    off, on = shown_settings(UniGRPOConfig(**plain)), shown_settings(UniGRPOConfig(**plain, ema_decay=0.9))
+    assert set(on) - set(off) == {"ema_decay"} and on["ema_decay"] == 0.9
+
+
 def test_another_noise_of_the_same_prompts():
     model, tokenizer = load_base(seeing=True)
     first, same = (evaluate_model(model, tokenizer, 7, noise_seed=seed) for seed in (None, EVALUATION_SEED))
