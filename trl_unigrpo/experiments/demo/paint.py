@@ -42,6 +42,7 @@ class PaintTask(Task[Measured]):
     Attributes:
         title, lead: of the page.
         verdict: what it says of a gain.
+        score: what it calls the rule's numbers.
     """
 
     rollouts = 140
@@ -55,6 +56,7 @@ class PaintTask(Task[Measured]):
         "experts were trained from that one reward."
     )
     verdict: ClassVar[str] = "It works:"
+    score: ClassVar[str] = "reward"
     panels: ClassVar = {
         "reward": "Reward of the rollouts",
         "flow/velocity_mse": "Velocity MSE to the reference",
@@ -120,7 +122,7 @@ class PaintTask(Task[Measured]):
 
     def page(self, before: Measured, after: Measured) -> dict[str, Any]:
         sides = before.sampled, after.sampled
-        words = {"title": self.title, "lead": self.lead, "verdict": self.verdict}
+        words = {"title": self.title, "lead": self.lead, "verdict": self.verdict, "score": self.score}
         return {**words, "categories": category_rows(*sides), "examples": examples(*sides)}
 
 

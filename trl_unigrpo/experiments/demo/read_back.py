@@ -38,6 +38,7 @@ class ReadBackTask(PaintTask):
         "reward is how likely the prompt is to the model that training starts from; the rule has no part in it."
     )
     verdict = "Trained without any judge, verified by the rule:"
+    score = "score of the rule"
     panels: ClassVar = {
         "reward": "Log-likelihood of the prompts, per token",
         "completions/mean_length": "Thinking, tokens",
