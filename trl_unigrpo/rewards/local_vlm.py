@@ -155,7 +155,7 @@ def load_vlm(name: str, processor: Any, dtype: str | torch.dtype) -> tuple[Any, 
         kind = type(AutoConfig.from_pretrained(name))
         found = kind.model_type if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else ""
     except ValueError as error:  # the classes of unified models may be registered, or not
-        found = str(error)
+        found = str(error).partition(". ")[0]
     if found:
         raise ValueError(
             f"{name!r} is no image-text-to-text model of transformers ({found}): expected one such as "

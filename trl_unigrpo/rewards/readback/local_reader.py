@@ -20,6 +20,15 @@ class Target(NamedTuple):
     pieces: list[str]
 
 
+class Batch(NamedTuple):
+    """Those texts that can be read: their places among all, their tokens, where these end, and the model's inputs."""
+
+    places: list[int]
+    targets: list[Target]
+    ends: list[int]
+    inputs: Any
+
+
 class LocalReader(LocalVLM):
     """
     Reads by an image-text-to-text model of transformers: the image is the user's turn, the text what the assistant
@@ -93,53 +102,57 @@ class LocalReader(LocalVLM):
             )
         self.model.to(self.device)
         images = [to_image(image) for image in pixels.detach()]
-        places, targets, inputs = self._inputs(images, [prompt.strip() for prompt in prompts])
+        batch = self._batch(images, [prompt.strip() for prompt in prompts])
         scores = [pixels.new_tensor(torch.nan)] * len(pixels)
-        if places:
-            for place, row in zip(places, self._log_probs(self.see(inputs, pixels[places]), targets), strict=True):
+        if batch is not None:
+            self.see(batch.inputs, pixels[batch.places])
+            for place, row in zip(batch.places, self._log_probs(batch), strict=True):
                 scores[place] = (row[1:] if len(row) > 1 else row).mean().to(pixels)
         return torch.stack(scores)
 
     def _readings(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Reading | None]:
         readings: list[Reading | None] = [None] * len(texts)
-        places, targets, inputs = self._inputs([to_rgb(image, self.max_side) for image in images], texts)
-        rows = self._log_probs(inputs, targets) if places else []
-        for place, target, row in zip(places, targets, rows, strict=True):
+        batch = self._batch([to_rgb(image, self.max_side) for image in images], texts)
+        if batch is None:
+            return readings
+        for place, target, row in zip(batch.places, batch.targets, self._log_probs(batch), strict=True):
             if row.isfinite().all():
                 readings[place] = Reading(target.pieces, row.tolist())
             else:
                 self.last_error = f"The model reads NaN in {self.model.dtype}: try another dtype."
         return readings
 
-    def _inputs(self, images: Sequence[Image.Image], texts: Sequence[str]) -> tuple[list[int], list[Target], Any]:
-        """
-        Prepare the model's inputs for those texts that can be read.
-
-        Returns:
-            Places of these texts; their tokens, which are the last ones of each row; the inputs, None without a text.
-        """
+    def _batch(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Batch | None:
+        """Prepare those texts that can be read; None, with the reason, if none can."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
         found = {place: target for place, text in enumerate(texts) if (target := self._target(images[place], text))}
         while found:
             rows = [(images[place], self.instruction, self.system_prompt, texts[place]) for place in found]
             inputs = self.tokenized([conversation(*row) for row in rows])
-            lengths = dict(zip(found, inputs["attention_mask"].sum(1).tolist(), strict=True))
-            for place, ids in zip(found, inputs["input_ids"].tolist(), strict=True):
-                own = found[place].ids
-                if ids[lengths[place] - len(own) : lengths[place]] != own:
-                    raise ValueError(
-                        f"{type(self.processor).__name__} ends a conversation otherwise than its chat template: "
-                        "expected that what the assistant says comes last."
-                    )
-            limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
-            fitting = {place: target for place, target in found.items() if lengths[place] <= limit}
-            if fitting.keys() == found.keys():
-                return list(found), list(found.values()), inputs
+            lengths = inputs["attention_mask"].sum(1).tolist()
+            fitting = [length <= limit for length in lengths]
+            if all(fitting):
+                real = [ids[:length] for ids, length in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
+                ends = [self._end(ids, target) for ids, target in zip(real, found.values(), strict=True)]
+                return Batch(list(found), list(found.values()), ends, inputs)
             self.last_error = (
-                f"An image and a prompt of {max(lengths.values())} tokens do not fit into the reader's context of "
-                f"{limit}. Lower max_side={self.max_side}, or leave such prompts out."
+                f"An image and a prompt of {max(lengths)} tokens do not fit into the reader's context of {limit}. Lower "
+                f"max_side={self.max_side}, or leave such prompts out."
             )
-            found = fitting
-        return [], [], None
+            found = {place: found[place] for place, fits in zip(found, fitting, strict=True) if fits}
+        return None
+
+    def _end(self, ids: list[int], target: Target) -> int:
+        """Find the end of a text among the tokens of its conversation, behind which a processor may close it."""
+        end = len(ids)
+        while end and ids[end - 1] in self._special:
+            end -= 1
+        if ids[max(0, end - len(target.ids)) : end] != target.ids:
+            raise ValueError(
+                f"{type(self.processor).__name__} ends a conversation otherwise than its chat template: expected that "
+                "what the assistant says comes last."
+            )
+        return end
 
     def _target(self, image: Image.Image, text: str) -> Target | None:
         """Find the tokens of a text where the assistant says it; None, with the reason, if it can't be read."""
@@ -190,16 +203,15 @@ class LocalReader(LocalVLM):
         added = {token for token, word in tokenizer.added_tokens_decoder.items() if word.special}
         return added.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
-    def _log_probs(self, inputs: Any, targets: Sequence[Target]) -> list[Tensor]:
-        """Compute the log-probs (T,) of each row's last tokens."""
-        ids, lengths = inputs["input_ids"], inputs["attention_mask"].sum(1).tolist()
-        counts = [len(target.ids) for target in targets]
-        spans = [torch.arange(end - count, end) for end, count in zip(lengths, counts, strict=True)]
+    def _log_probs(self, batch: Batch) -> list[Tensor]:
+        """Compute the log-probs (T,) of each text's tokens."""
+        ids, counts = batch.inputs["input_ids"], [len(target.ids) for target in batch.targets]
+        spans = [torch.arange(end - count, end) for end, count in zip(batch.ends, counts, strict=True)]
         kept, places = torch.cat(spans).unique(return_inverse=True)
-        logits = self.model(**inputs, logits_to_keep=kept.to(ids.device) - 1, use_cache=False).logits
+        logits = self.model(**batch.inputs, logits_to_keep=kept.to(ids.device) - 1, use_cache=False).logits
         rows = []
-        for row, (span, at) in enumerate(zip(spans, places.split(counts), strict=True)):
+        for row, (target, at) in enumerate(zip(batch.targets, places.split(counts), strict=True)):
             own = logits[row, at.to(logits.device)]
             own = own if own.dtype == torch.float64 else own.float()
-            rows.append(own.log_softmax(-1).gather(-1, ids[row, span.to(ids.device), None].to(own.device))[:, 0])
+            rows.append(own.log_softmax(-1).gather(-1, torch.tensor(target.ids, device=own.device)[:, None])[:, 0])
         return rows

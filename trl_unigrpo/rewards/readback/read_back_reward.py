@@ -88,7 +88,7 @@ class ReadBackReward(ImageReward):
         """
         found: Callable[[Tensor, Sequence[str]], Tensor] | None = getattr(self._reader, "differentiable", None)
         if found is None:
-            name = "the model that paints" if self._reader is None else f"a {type(self._reader).__name__}"
+            name = "the model that paints" if self._reader is None else f"its {type(self._reader).__name__}"
             raise TypeError(
                 f"ReadBackReward reads by {name}, which gives no gradient to the pixels. ReFL needs a model in this "
                 "process: ReadBackReward('Qwen/Qwen3-VL-8B-Instruct'), or a LocalReader."
