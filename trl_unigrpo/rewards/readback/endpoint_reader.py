@@ -109,10 +109,10 @@ def to_reading(body: Any, text: str) -> Reading:
         NoAnswer: if the answer has none, or they are of another text.
     """
     try:
-        rows = body.get("prompt_logprobs") or body["choices"][0].get("prompt_logprobs")
-        if not rows or not all(rows[1:]):  # nothing stands before the first token
+        rows = (body.get("prompt_logprobs") or [])[1:]  # nothing stands before the first token
+        if not rows or not all(rows):
             raise NoAnswer(_NO_LOG_PROBS)
-        found = [next(iter(row.values())) for row in rows[1:]]  # the prompt's own token comes first
+        found = [next(iter(row.values())) for row in rows]  # the prompt's own token comes first
         tokens = [token["decoded_token"] or "" for token in found]
         first = spelled(text, tokens)
         if first is None:

@@ -85,6 +85,8 @@ def cut(text: str, tokens: Sequence[str]) -> list[str]:
     ends = [0]
     for token in tokens:
         word = token.strip()
+        while len(ends) == 1 and not text.startswith(word):  # the first one may be merged with what stands before
+            word = word[1:]
         at = text.find(word, ends[-1]) if word and UNREADABLE not in word else -1
         ends.append(ends[-1] if at < 0 else at + len(word))
     ends[-1] = len(text)
