@@ -21,7 +21,7 @@ MERGED = [":a", ":the", ":dog"]
 
 
 def tiny_llava(seed=0, dtype=torch.float64, merges=False):
-    """The model and its processor; with `merges`, a tokenizer that joins an answer's first word to the colon before."""
+    """The model and its processor; with `merges`, one that joins an answer's first word to the colon before."""
     torch.manual_seed(seed)
     words = [*WORDS, *MERGED] if merges else WORDS
     vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}

@@ -94,8 +94,7 @@ def test_score_starts_behind_the_token_that_is_merged_with_the_template():
 class SlowWords(PythonBackend):
     """A tokenizer in Python, which tells no offsets."""
 
-    vocab_files_names = {}
-    model_input_names = ["input_ids", "attention_mask"]
+    model_input_names = ("input_ids", "attention_mask")
 
     def __init__(self, **options):
         self.words = {word: index for index, word in enumerate(WORDS)}
@@ -268,7 +267,8 @@ def test_pixels_without_their_prompts(reader):
 
 
 @pytest.mark.parametrize(
-    ("reader", "name"), [("self", "the model that paints"), (EndpointReader("m", "http://localhost:9/v1"), "its EndpointReader")]
+    ("reader", "name"),
+    [("self", "the model that paints"), (EndpointReader("m", "http://localhost:9/v1"), "its EndpointReader")],
 )
 def test_readers_without_a_gradient_are_named_before_training(reader, name):
     with pytest.raises(TypeError, match=f"ReadBackReward reads by {name}.*ReFL needs a model in this process"):

@@ -20,7 +20,7 @@ class Target(NamedTuple):
     pieces: list[str]
 
 
-class Batch(NamedTuple):
+class Prepared(NamedTuple):
     """Those texts that can be read: their places among all, their tokens, where these end, and the model's inputs."""
 
     places: list[int]
@@ -102,27 +102,27 @@ class LocalReader(LocalVLM):
             )
         self.model.to(self.device)
         images = [to_image(image) for image in pixels.detach()]
-        batch = self._batch(images, [prompt.strip() for prompt in prompts])
+        ready = self._prepared(images, [prompt.strip() for prompt in prompts])
         scores = [pixels.new_tensor(torch.nan)] * len(pixels)
-        if batch is not None:
-            self.see(batch.inputs, pixels[batch.places])
-            for place, row in zip(batch.places, self._log_probs(batch), strict=True):
+        if ready is not None:
+            self.see(ready.inputs, pixels[ready.places])
+            for place, row in zip(ready.places, self._log_probs(ready), strict=True):
                 scores[place] = (row[1:] if len(row) > 1 else row).mean().to(pixels)
         return torch.stack(scores)
 
     def _readings(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Reading | None]:
         readings: list[Reading | None] = [None] * len(texts)
-        batch = self._batch([to_rgb(image, self.max_side) for image in images], texts)
-        if batch is None:
+        ready = self._prepared([to_rgb(image, self.max_side) for image in images], texts)
+        if ready is None:
             return readings
-        for place, target, row in zip(batch.places, batch.targets, self._log_probs(batch), strict=True):
+        for place, target, row in zip(ready.places, ready.targets, self._log_probs(ready), strict=True):
             if row.isfinite().all():
                 readings[place] = Reading(target.pieces, row.tolist())
             else:
                 self.last_error = f"The model reads NaN in {self.model.dtype}: try another dtype."
         return readings
 
-    def _batch(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Batch | None:
+    def _prepared(self, images: Sequence[Image.Image], texts: Sequence[str]) -> Prepared | None:
         """Prepare those texts that can be read; None, with the reason, if none can."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
         found = {place: target for place, text in enumerate(texts) if (target := self._target(images[place], text))}
@@ -134,10 +134,10 @@ class LocalReader(LocalVLM):
             if all(fitting):
                 real = [ids[:length] for ids, length in zip(inputs["input_ids"].tolist(), lengths, strict=True)]
                 ends = [self._end(ids, target) for ids, target in zip(real, found.values(), strict=True)]
-                return Batch(list(found), list(found.values()), ends, inputs)
+                return Prepared(list(found), list(found.values()), ends, inputs)
             self.last_error = (
-                f"An image and a prompt of {max(lengths)} tokens do not fit into the reader's context of {limit}. Lower "
-                f"max_side={self.max_side}, or leave such prompts out."
+                f"An image and a prompt of {max(lengths)} tokens do not fit into the reader's context of {limit}. "
+                f"Lower max_side={self.max_side}, or leave such prompts out."
             )
             found = {place: found[place] for place, fits in zip(found, fitting, strict=True) if fits}
         return None
@@ -203,14 +203,14 @@ class LocalReader(LocalVLM):
         added = {token for token, word in tokenizer.added_tokens_decoder.items() if word.special}
         return added.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
-    def _log_probs(self, batch: Batch) -> list[Tensor]:
+    def _log_probs(self, ready: Prepared) -> list[Tensor]:
         """Compute the log-probs (T,) of each text's tokens."""
-        ids, counts = batch.inputs["input_ids"], [len(target.ids) for target in batch.targets]
-        spans = [torch.arange(end - count, end) for end, count in zip(batch.ends, counts, strict=True)]
+        ids, counts = ready.inputs["input_ids"], [len(target.ids) for target in ready.targets]
+        spans = [torch.arange(end - count, end) for end, count in zip(ready.ends, counts, strict=True)]
         kept, places = torch.cat(spans).unique(return_inverse=True)
-        logits = self.model(**batch.inputs, logits_to_keep=kept.to(ids.device) - 1, use_cache=False).logits
+        logits = self.model(**ready.inputs, logits_to_keep=kept.to(ids.device) - 1, use_cache=False).logits
         rows = []
-        for row, (target, at) in enumerate(zip(batch.targets, places.split(counts), strict=True)):
+        for row, (target, at) in enumerate(zip(ready.targets, places.split(counts), strict=True)):
             own = logits[row, at.to(logits.device)]
             own = own if own.dtype == torch.float64 else own.float()
             rows.append(own.log_softmax(-1).gather(-1, torch.tensor(target.ids, device=own.device)[:, None])[:, 0])

@@ -51,8 +51,8 @@ def pieces(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
     return [text[start:end] for start, end in pairwise(ends)]
 
 
-UNREADABLE = "\ufffd"
-"""How a token is decoded that is a part of a character alone."""
+PARTIAL = "\ufffd"
+"""How a part of a character is decoded alone."""
 
 
 def spelled(text: str, tokens: Sequence[str]) -> int | None:
@@ -69,13 +69,13 @@ def spelled(text: str, tokens: Sequence[str]) -> int | None:
     while left and place:
         place -= 1
         for sign in reversed("".join(tokens[place].split())):
-            if sign == UNREADABLE:
+            if sign == PARTIAL:
                 left |= {at - 1 for at in left if not letters[at - 1].isascii()}
             else:
                 left = {at - 1 for at in left if letters[at - 1] == sign}
             if 0 in left:
                 first, left = place, left - {0}
-    while first and (UNREADABLE in tokens[first - 1] or not tokens[first - 1]):  # parts of the first character
+    while first and (PARTIAL in tokens[first - 1] or not tokens[first - 1]):  # parts of the first character
         first -= 1
     return first
 
@@ -87,7 +87,7 @@ def cut(text: str, tokens: Sequence[str]) -> list[str]:
         word = token.strip()
         while len(ends) == 1 and not text.startswith(word):  # the first one may be merged with what stands before
             word = word[1:]
-        at = text.find(word, ends[-1]) if word and UNREADABLE not in word else -1
+        at = text.find(word, ends[-1]) if word and PARTIAL not in word else -1
         ends.append(ends[-1] if at < 0 else at + len(word))
     ends[-1] = len(text)
     return [text[start:end] for start, end in pairwise(ends)]
