@@ -24,7 +24,5 @@ def test_served_scores_are_those_of_the_reader_here():
 
 
 def test_a_server_has_no_model_that_paints():
-    with pytest.raises(
-        ValueError, match=r"which only a trainer and `trl-unigrpo eval` know\. Elsewhere name"
-    ):
+    with pytest.raises(ValueError, match=r"which only a trainer and `trl-unigrpo eval` know\. Elsewhere name"):
         load_rewards(["trl_unigrpo.rewards:ReadBackReward"])
