@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from tests.helpers.models_page import toy_module
 from trl_unigrpo.models.contract import UnifiedOutput
@@ -226,6 +227,61 @@ class SavesSomethingElse(Toy):
         super().save_pretrained(folder, state_dict=state, **kwargs)
 
 
+class ReadsBack(Toy):
+    """Breaks none: a toy that reads the colour of an image, and starts with token 0."""
+
+    def read_images(self, images):
+        return [torch.tensor(image.resize((1, 1)).getpixel((0, 0))) / 255 for image in images]
+
+    def read_back(self, images, texts):
+        if not texts:
+            return []
+        ids = pad_sequence([torch.tensor([0, *text]) for text in texts], batch_first=True)
+        hidden = self.backbone(ids, self.seen(ids, texts)).last_hidden_state
+        log_probs = self.words(hidden * (1 + 5 * self.colours(images)[:, None, :1]))
+        found = log_probs[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        return [row[: len(text)] for row, text in zip(found, texts, strict=True)]
+
+    def seen(self, ids, texts):
+        lengths = torch.tensor([len(text) + 1 for text in texts])
+        return (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+    def words(self, hidden):
+        return self.lm_head(hidden).log_softmax(-1)
+
+    def colours(self, images):
+        return torch.stack(list(images))
+
+
+class BlindReader(ReadsBack):
+    def colours(self, images):
+        return torch.ones(len(images), 3)
+
+
+class ReadsAllImages(ReadsBack):
+    def colours(self, images):
+        weights = torch.arange(1.0, len(images) + 1)[:, None]
+        return (torch.stack(list(images)) * weights).mean(0).expand(len(images), 3)
+
+
+class ReadsAhead(ReadsBack):
+    def backbone(self, input_ids, attention_mask=None, use_cache=False):
+        hidden = super().backbone(input_ids, attention_mask).last_hidden_state
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        own = hidden * mask[..., None]
+        return UnifiedOutput(hidden + own.sum(1, keepdim=True) / mask.sum(1)[:, None, None])
+
+
+class GivesLogits(ReadsBack):
+    def words(self, hidden):
+        return self.lm_head(hidden)
+
+
+class GivesNothingForNothing(ReadsBack):
+    def read_back(self, images, texts):
+        return super().read_back(images, texts) or None
+
+
 BROKEN = {
     "text_rows_do_not_see_padding": [BlindToPadding],
     "head_gives_the_logits": [OtherHidden],
@@ -234,6 +290,9 @@ BROKEN = {
     "contexts_are_data": [OpaqueContexts, ClosesThinkings],
     "contexts_hold_prompt_and_thinking": [ForgetsThinkings],
     "branches_of_guidance_are_contexts": [EmptyBranches],
+    "texts_are_read_back_from_their_images": [
+        *(BlindReader, ReadsAllImages, ReadsAhead, GivesLogits, GivesNothingForNothing)
+    ],
     "velocity_is_float32_of_the_latents_shape": [HalfVelocity, FlatVelocity],
     "velocity_is_float32_under_autocast": [FollowsAutocast],
     "velocity_sees_state_and_time": [Timeless, Stateless],

@@ -17,22 +17,27 @@ TEMPLATE = (
 )
 
 
-def tiny_llava(seed=0, dtype=torch.float64):
-    """The model and its processor."""
+MERGED = [":a", ":the", ":dog"]
+
+
+def tiny_llava(seed=0, dtype=torch.float64, merges=False):
+    """The model and its processor; with `merges`, one that joins an answer's first word to the colon before."""
     torch.manual_seed(seed)
+    words = [*WORDS, *MERGED] if merges else WORDS
     vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     text = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = LlavaConfig(
         vision_config={**vision, "num_attention_heads": 2, "image_size": IMAGE_SIZE, "patch_size": PATCH},
-        text_config={**text, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(WORDS)},
+        text_config={**text, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(words)},
         image_token_index=WORDS.index("<image>"),
         vision_feature_layer=-1,
     )
     model = LlavaForConditionalGeneration(config).to(dtype).eval()
     for weight in model.parameters():  # far from uniform, and far from blind to the picture
         torch.nn.init.normal_(weight, std=0.3) if weight.ndim > 1 else None
-    tokens = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokens.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    tokens = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    splits = [pre_tokenizers.WhitespaceSplit(), *([] if merges else [pre_tokenizers.Punctuation()])]
+    tokens.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokens,
         unk_token="<unk>",
@@ -48,6 +53,6 @@ def tiny_llava(seed=0, dtype=torch.float64):
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
+        chat_template=TEMPLATE.replace(" : {%", " :{%") if merges else TEMPLATE,
     )
     return model, processor

@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import PreTrainedModel
 
-from tests.helpers.broken_toys import BROKEN
+from tests.helpers.broken_toys import BROKEN, ReadsBack
 from tests.helpers.models_page import toy_module
 from tests.helpers.tiny_cosmos3 import tiny_cosmos3
 from tests.helpers.tiny_pipelines import FAMILIES, qwen3, tokenizer
-from tests.helpers.tiny_unified import moved, tiny_bagel, tiny_tokenizer, weights
+from tests.helpers.tiny_unified import bagel_with_tower, moved, tiny_bagel, tiny_tokenizer, weights
 from trl_unigrpo import (
     ReFLConfig,
     ReFLTrainer,
@@ -87,6 +87,17 @@ def test_cosmos3_keeps_all_promises_but_one():
         )
 
 
+READS = "texts_are_read_back_from_their_images"
+
+
+def test_models_that_read_keep_that_promise_too():
+    (check,) = [check for check in CHECKS if check.__name__ == READS]
+    check(contract_case(TOY.toy(ReadsBack), TOY.tokenizer, SIZE))
+    model = bagel_with_tower()
+    assert model.read_back([], []) == []
+    check(contract_case(model, tiny_tokenizer(), (8, 12), **BAGEL))
+
+
 # Models that break a promise
 
 
@@ -121,7 +132,7 @@ def test_all_broken_promises_are_named_at_once():
     skip = ["adapters_go_to_their_expert", "context_grad_is_followed"]  # they tell experts apart, too
     with pytest.raises(ContractError) as error:
         contract_tests(TOY.toy(TwoFaults), TOY.tokenizer, SIZE, skip=skip)
-    assert "TwoFaults breaks 2 of 24 promises" in str(error.value)
+    assert "TwoFaults breaks 2 of 25 promises" in str(error.value)
     assert "`encode_images` gives (2, 3, 8, 8), expected (2, 64, 3)." in str(error.value)
     assert "`is_image_parameter` gives [False] alone: one expert has no weights." in str(error.value)
 

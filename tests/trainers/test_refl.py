@@ -13,12 +13,13 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from tests.helpers.tiny_llava import tiny_llava
 from tests.helpers.tiny_unified import IMAGE_SIZE, PROMPTS, moved, prompts_dataset, tiny_bagel, tiny_tokenizer, weights
 from trl_unigrpo import ReFLConfig, ReFLTrainer
 from trl_unigrpo.evaluation import generate
 from trl_unigrpo.models.contract import ContextRow
 from trl_unigrpo.monitoring.metrics import REFL_METRICS
-from trl_unigrpo.rewards import ClipReward, LocalVLMJudge
+from trl_unigrpo.rewards import ClipReward, LocalReader, LocalVLMJudge, ReadBackReward
 from trl_unigrpo.shapeworld import (
     evaluate_model,
     load_base,
@@ -556,6 +557,20 @@ def test_what_is_no_reward(reward, message):
 def test_rewards_of_another_form(tmp_path, reward, message):
     with pytest.raises(TypeError, match=message):
         make_refl(tmp_path, reward=reward).train()
+
+
+def test_images_are_painted_that_are_read_back_better(tmp_path):
+    """By a reader in this process; one that gives no gradient is named at the door."""
+    reader, model = LocalReader(*tiny_llava(), device="cpu"), tiny_bagel()
+    with pytest.raises(TypeError, match="ReadBackReward reads by the model that paints, which gives no gradient"):
+        make_refl(tmp_path, model, ReadBackReward())
+    before = weights(model)
+    trainer = make_refl(tmp_path, model, ReadBackReward(reader), prompts_dataset(["a red cat"]))
+    (gradients,) = train(trainer)
+    changed = moved(before, weights(trainer.model))
+    assert changed and all(trainer.unified.is_image_parameter(name) for name in changed)
+    assert any(gradient is not None and gradient.any() for gradient in gradients.values())
+    assert logs(trainer)[0]["reward"] < 0
 
 
 # Evaluation and logs

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
         weighted_mean,
     )
     from .questions.question_reward import STRICT_AUDITOR, DVReward, QuestionReward
+    from .readback.endpoint_reader import EndpointReader
+    from .readback.local_reader import LocalReader
     from .readback.read_back_reward import ReadBackReward
     from .remote.remote_reward import RemoteReward
     from .rules import (
@@ -52,8 +54,10 @@ _HOME_OF = {
     "ConsistencyReward": "edits.preservation",
     "DVReward": "questions.question_reward",
     "EditReward": "edits.edit_reward",
+    "EndpointReader": "readback.endpoint_reader",
     "GenEvalReward": "geneval.geneval_reward",
     "LLMDecomposer": "questions.llm_decomposer",
+    "LocalReader": "readback.local_reader",
     "LocalVLMJudge": "judge.local_judge",
     "OCRReward": "ocr",
     "Question": "questions.question",
@@ -91,8 +95,10 @@ __all__ = [
     "ConsistencyReward",
     "DVReward",
     "EditReward",
+    "EndpointReader",
     "GenEvalReward",
     "LLMDecomposer",
+    "LocalReader",
     "LocalVLMJudge",
     "OCRReward",
     "Question",

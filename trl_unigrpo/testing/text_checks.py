@@ -6,7 +6,9 @@ broken.
 
 import io
 
+import numpy as np
 import torch
+from PIL import Image
 
 from ..models.contract import UnifiedModelMixin
 from ..models.tokenizer import never_sampled
@@ -120,6 +122,37 @@ def branches_of_guidance_are_contexts(case: Case) -> None:
         expect(not torch.equal(found, known), "branch_contexts", f"leaves nothing out for the branch {branch!r}.")
 
 
+# Reading
+
+
+@torch.no_grad()
+def texts_are_read_back_from_their_images(case: Case) -> None:
+    """`read_back`, where a model brings it, gives the log-probs of each text's tokens behind its own image."""
+    model = case.model
+    try:
+        none = model.read_back([], [])
+    except ValueError:  # it says that it can't
+        return
+    expect(none == [], "read_back", f"gives {none!r} for no images.")
+    shape, texts = (2, *case.image_size, 3), [t.text_ids[:-1] for t in case.trajectories()]
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    shown = model.read_images([Image.fromarray(pixels) for pixels in noise])
+    found, swapped = model.read_back(shown, texts), model.read_back(shown[::-1], texts)
+    for image, text, row, other in zip(shown, texts, found, swapped, strict=True):
+        (alone,) = model.read_back([image], [text])
+        expect(case.same(row, alone), "read_back", "gives a text other log-probs beside others than alone.")
+        expect(not case.same(row, other), "read_back", "gives the same log-probs behind another image.")
+        (first,) = model.read_back([image], [text[:1]])
+        expect(case.same(first, row[:1]), "read_back", "lets a token see those behind it.")
+    special = {*case.tokenizer.all_special_ids, model.image_placeholder}
+    words = [token for token in range(min(len(case.tokenizer), MOST_WORDS)) if token not in special]
+    total = torch.cat(model.read_back([shown[0]] * len(words), [[word] for word in words])).exp().sum().item()
+    expect(0 < total <= 1 + case.tolerance, "read_back", f"gives words that have {total:.3g} of the probability.")
+
+
+MOST_WORDS = 1000
+"""Words whose probabilities are added up."""
+
 TEXT_CHECKS = (
     text_rows_do_not_see_padding,
     head_gives_the_logits,
@@ -128,4 +161,5 @@ TEXT_CHECKS = (
     contexts_are_data,
     contexts_hold_prompt_and_thinking,
     branches_of_guidance_are_contexts,
+    texts_are_read_back_from_their_images,
 )

@@ -12,8 +12,9 @@ from tests.helpers.tiny_llava import IMAGE_SIZE, WORDS, tiny_llava
 from trl_unigrpo.rewards import LocalVLMJudge
 from trl_unigrpo.rewards.common import DeadRewardError
 from trl_unigrpo.rewards.judge import local_judge
-from trl_unigrpo.rewards.judge.local_judge import answer_ids, to_image
+from trl_unigrpo.rewards.judge.local_judge import answer_ids
 from trl_unigrpo.rewards.judge.prompts import MIN_ANSWER_SHARE
+from trl_unigrpo.rewards.local_vlm import to_image
 from trl_unigrpo.rewards.pixels import differentiable_pixels
 
 
@@ -239,7 +240,7 @@ def test_memory_that_runs_out_is_no_score(judge, monkeypatch):
     monkeypatch.setattr(judge, "_next_token", hungry)
     scores = judge(["cat", "dog", "red"], images=IMAGES)
     assert [score is None for score in scores] == [False, True, False]
-    assert "20 GiB. Lower batch_size=1" in judge.last_error
+    assert "20 GiB. Lower max_side=768" in judge.last_error
     monkeypatch.setattr(judge, "_next_token", lambda inputs: torch.full((1, len(WORDS)), torch.nan))
     for _ in range(2):
         assert judge(["cat"], images=IMAGES[:1]) == [None]

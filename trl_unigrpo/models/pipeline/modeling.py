@@ -27,6 +27,7 @@ from .checks import check_pipeline, check_thinker
 from .configuration import PipelineUnifiedConfig
 from .editing import edits_images, side_step
 from .encodings import EditPrompt, Encodings
+from .eyes import PipelineEyes
 from .gradients import check_gradients
 from .latents import LatentMap
 from .loading import (
@@ -46,7 +47,7 @@ END_OF_THINKING = "</think>"
 MEDIA = ("image", "video", "vision", "audio")
 
 
-class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, GenerationMixin):
+class PipelineForUnifiedGeneration(PipelineEyes, UnifiedModelMixin, PreTrainedModel, GenerationMixin):
     """
     Any causal language model and any flow-matching text-to-image pipeline of diffusers.
 
@@ -176,6 +177,8 @@ class PipelineForUnifiedGeneration(UnifiedModelMixin, PreTrainedModel, Generatio
         folder = Path(save_directory)
         self.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder)
         if not self.config.shared_encoder:
             self.thinker.save_pretrained(folder / "thinker", state_dict=whole_state(self.thinker))
             self.tokenizer.save_pretrained(folder / "thinker")

@@ -1,9 +1,7 @@
 """A vision-language model in this process as the judge of images."""
 
 import asyncio
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from ..common import (
     images_of,
     to_rgb,
 )
-from ..pixels import differentiable_pixels
+from ..local_vlm import LocalVLM, conversation, to_image
 from .prompts import (
     MIN_ANSWER_SHARE,
     QUESTIONS,
@@ -31,7 +29,7 @@ from .prompts import (
 )
 
 
-class LocalVLMJudge(ImageReward):
+class LocalVLMJudge(LocalVLM, ImageReward):
     """
     Scores images by P(yes) / (P(yes) + P(no)) of a transformers image-text-to-text model: one forward, no sampling.
     Where these two have no more than half of the next token's probability, the model has not answered: no score.
@@ -44,20 +42,14 @@ class LocalVLMJudge(ImageReward):
     ```
 
     Args:
-        model: folder or hub id of an image-text-to-text model, or the model itself. Its weights are frozen.
-        processor: needed with a model that is no name.
+        model, processor, dtype, device, batch_size, max_side, offload: see [`LocalVLM`].
         template: what is asked about an image, with the place `{prompt}`.
         question_template: how [`ask`] puts a question, with the place `{question}`.
         system_prompt: "" for none.
-        dtype: of the weights, as "bfloat16" or `torch.bfloat16`; "auto" for the checkpoint's.
-        device: where it computes; by default the GPU if there is one.
-        batch_size: images at once.
-        max_side: larger images are scaled down to so many pixels before the model's own processor; None for never.
-        offload: keep the weights in the CPU's memory between uses.
         name, max_dead_batches: see [`ImageReward`].
 
     Raises:
-        ValueError: if an argument is wrong, or the vocabulary has no token for yes or for no.
+        ValueError: if an argument is wrong, the model reads no images, or its vocabulary has no token for yes or no.
     """
 
     def __init__(
@@ -76,32 +68,25 @@ class LocalVLMJudge(ImageReward):
         name: str | None = None,
         max_dead_batches: int = 3,
     ):
-        super().__init__(name, max_dead_batches)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected at least 1.")
+        ImageReward.__init__(self, name, max_dead_batches)
         for argument, text, place in (
             ("template", template, "prompt"),
             ("question_template", question_template, "question"),
         ):
             if places(text) != {place}:
                 raise ValueError(f"{argument}={text!r}: expected the place {{{place}}} alone.")
-        if isinstance(model, str):
-            from transformers import AutoModelForImageTextToText, AutoProcessor
-
-            processor = processor or AutoProcessor.from_pretrained(model)
-            model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
-        elif processor is None:
-            raise ValueError("processor is missing: pass the model's processor with the model, or the model's name.")
-        elif dtype != "auto":
-            model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        self.model, self.processor = model.eval().requires_grad_(False), processor
+        LocalVLM.__init__(
+            self,
+            model,
+            processor,
+            dtype=dtype,
+            device=device,
+            batch_size=batch_size,
+            max_side=max_side,
+            offload=offload,
+        )
         self.template, self.question_template, self.system_prompt = template, question_template, system_prompt
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.batch_size, self.max_side, self.offload = batch_size, max_side, offload
-        self._words = answer_ids(processor.tokenizer)
-        self._turn = threading.Lock()
-        if not offload:
-            self.model.to(self.device)
+        self._words = answer_ids(self.processor.tokenizer)
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any]) -> Scores:
         return self._probabilities(images, [fill(self.template, {"prompt": prompt}) for prompt in prompts])
@@ -139,66 +124,22 @@ class LocalVLMJudge(ImageReward):
         self.model.to(self.device)
         # The processor lays out the text and says what the model expects to see; the pixels take another way.
         inputs = self._inputs([to_image(image) for image in pixels.detach()], self._questions(questions))
-        seen = differentiable_pixels(pixels, self.processor.image_processor)
-        expected = inputs["pixel_values"].shape
-        if seen.shape != expected:
-            raise ValueError(
-                f"The model reads pixels of shape {tuple(expected)}, not {tuple(seen.shape)}: its image processor "
-                f"({type(self.processor.image_processor).__name__}) cuts images into pieces: no gradient through that."
-            )
-        inputs["pixel_values"] = seen.to(self.device, self.model.dtype)
-        return self._yes_probabilities(inputs).to(pixels)
-
-    def release(self) -> None:
-        """Move the weights back to the CPU, with `offload=True`."""
-        if self.offload and self.device.type != "cpu":
-            self.model.to("cpu")
-            torch.cuda.empty_cache()
-
-    @contextmanager
-    def _loaded(self) -> Iterator[None]:
-        with self._turn:
-            self.model.to(self.device)
-            try:
-                yield
-            finally:
-                self.release()
+        return self._yes_probabilities(self.see(inputs, pixels)).to(pixels)
 
     def _questions(self, questions: Sequence[str]) -> list[str]:
         return [fill(self.question_template, {"question": question}) for question in questions]
 
     def _probabilities(self, images: Sequence[Seen], texts: Sequence[str]) -> Scores:
-        scores: Scores = []
-        with self._loaded(), torch.no_grad():
-            for start in range(0, len(images), self.batch_size):
-                batch = slice(start, start + self.batch_size)
-                shown = [[to_rgb(image, self.max_side) for image in images_of(row)] for row in images[batch]]
-                try:
-                    scores += map(finite, self._yes_probabilities(self._inputs(shown, texts[batch])).tolist())
-                except torch.OutOfMemoryError as error:  # another batch may fit
-                    self.last_error = f"{error} Lower batch_size={self.batch_size} or max_side={self.max_side}."
-                    scores += [None] * len(shown)
-        return scores
+        def some(part: slice) -> Scores:
+            shown = [[to_rgb(image, self.max_side) for image in images_of(row)] for row in images[part]]
+            return list(map(finite, self._yes_probabilities(self._inputs(shown, texts[part])).tolist()))
+
+        with self.loaded(), torch.no_grad():
+            return self.in_batches(len(images), some)
 
     def _inputs(self, images: Sequence[Seen], texts: Sequence[str]) -> Any:
-        """Prepare the model's inputs, padded on the right: positions are then those of a row alone."""
-        messages: list[list[dict[str, Any]]] = []
-        for shown, text in zip(images, texts, strict=True):
-            content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images_of(shown)]
-            content.append({"type": "text", "text": text})
-            messages.append([{"role": "user", "content": content}])
-            if self.system_prompt:
-                system = {"role": "system", "content": [{"type": "text", "text": self.system_prompt}]}
-                messages[-1].insert(0, system)
-        inputs = self.processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "right"},
-        )
-        return inputs.to(self.device, self.model.dtype)
+        rows = zip(images, texts, strict=True)
+        return self.tokenized([conversation(shown, text, self.system_prompt) for shown, text in rows])
 
     def _yes_probabilities(self, inputs: Any) -> Tensor:
         """Compute P(yes) / (P(yes) + P(no)) of the next token, (B,); NaN, with the reason, where it is no answer."""
@@ -244,9 +185,3 @@ def answer_ids(tokenizer: Any) -> dict[str, list[int]]:
             "asked for one."
         )
     return ids
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """Turn pixels (3, H, W) in [0, 1] into an image of 8 bits."""
-    rows = (pixels.float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    return Image.fromarray(rows.cpu().numpy())

@@ -117,27 +117,15 @@ class VLMJudge:
         name: str = "VLMJudge",
         max_dead_batches: int = 3,
     ):
-        if not model:
-            raise ValueError("model is empty: expected the name under which the endpoint serves the model.")
+        check_requests(model, image_format, max_side, concurrency, max_retries, timeout)
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}.")
-        if image_format not in ("jpeg", "png"):
-            raise ValueError(f"image_format={image_format!r}: expected 'jpeg' or 'png'.")
         if (reference is None) == (mode == "pairwise"):
             raise ValueError(
                 f"reference={reference!r} with mode={mode!r}: 'pairwise' needs a reference, no other does."
             )
         if not score_range[0] < score_range[1]:
             raise ValueError(f"score_range={score_range}: expected (low, high) with low < high.")
-        for argument, value, least in (
-            ("max_side", max_side, 1),
-            ("concurrency", concurrency, 1),
-            ("max_retries", max_retries, 0),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{argument}={value}: expected at least {least}.")
-        if not timeout > 0:
-            raise ValueError(f"timeout={timeout}: expected seconds above 0.")
         self.model, self.mode, self.reference = model, mode, reference
         self.system_prompt, self.score_range, self.options = system_prompt, score_range, options or {}
         self.template = template or TEMPLATES[mode]
@@ -269,6 +257,25 @@ class VLMJudge:
 
     def _read(self, body: Any) -> float:
         return verdict_score(body, *self.score_range) if self.mode == "score" else yes_probability(body)
+
+
+def check_requests(
+    model: str, image_format: str, max_side: int | None, concurrency: int, max_retries: int, timeout: float
+) -> None:
+    """Raise ValueError for an argument of requests that is out of its range."""
+    if not model:
+        raise ValueError("model is empty: expected the name under which the endpoint serves the model.")
+    if image_format not in ("jpeg", "png"):
+        raise ValueError(f"image_format={image_format!r}: expected 'jpeg' or 'png'.")
+    for argument, value, least in (
+        ("max_side", max_side, 1),
+        ("concurrency", concurrency, 1),
+        ("max_retries", max_retries, 0),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{argument}={value}: expected at least {least}.")
+    if not timeout > 0:
+        raise ValueError(f"timeout={timeout}: expected seconds above 0.")
 
 
 def data_url(image: Image.Image, max_side: int | None = 768, image_format: str = "jpeg") -> str:

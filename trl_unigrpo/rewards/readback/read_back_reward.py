@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from PIL import Image
+from torch import Tensor
 
 from ..common import ImageReward, Scores
 from .reading import READ_BACK, Reader, Reading
@@ -28,7 +29,7 @@ class ReadBackReward(ImageReward):
 
     Args:
         reader: who reads: "self", the model that paints; the folder or hub id of an image-text-to-text model; or a
-            [`Reader`], which has settings of its own.
+            [`Reader`] with settings of its own: a [`LocalReader`], an [`EndpointReader`].
         judge: of "self", the weights that read: "reference", those that training starts from, or "policy", those of
             the time, as published; a judge that is trained can drift with the policy.
         name, max_dead_batches: see [`ImageReward`].
@@ -76,6 +77,23 @@ class ReadBackReward(ImageReward):
     def attach(self, reader: Reader) -> None:
         """Take the model that paints as the reader: trainers and evaluations bring it, for `reads_itself`."""
         self._reader = reader
+
+    @property
+    def differentiable(self) -> Callable[[Tensor, Sequence[str]], Tensor]:
+        """
+        Score pixels (B, 3, H, W) in [0, 1], with a gradient to them, for ReFL: see [`LocalReader.differentiable`].
+
+        Raises:
+            TypeError: for a reader that gives no gradient: all but a [`LocalReader`].
+        """
+        found: Callable[[Tensor, Sequence[str]], Tensor] | None = getattr(self._reader, "differentiable", None)
+        if found is None:
+            name = "the model that paints" if self._reader is None else f"its {type(self._reader).__name__}"
+            raise TypeError(
+                f"ReadBackReward reads by {name}, which gives no gradient to the pixels. ReFL needs a model in this "
+                "process: ReadBackReward('Qwen/Qwen3-VL-8B-Instruct'), or a LocalReader."
+            )
+        return found
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any]) -> Scores:
         readings: list[Reading | None] = [None] * len(prompts)

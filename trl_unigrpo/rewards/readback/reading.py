@@ -45,9 +45,51 @@ class Reading:
 def pieces(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
     """Cut a text into what each of its tokens stands for, white space before it included."""
     if not getattr(tokenizer, "is_fast", False):
-        return [tokenizer.decode([token]) for token in ids]
+        return cut(text, [tokenizer.decode([token]) for token in ids])
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     ends = [0, *(end for _, end in offsets)]
+    return [text[start:end] for start, end in pairwise(ends)]
+
+
+PARTIAL = "\ufffd"
+"""How a part of a character is decoded alone."""
+
+
+def spelled(text: str, tokens: Sequence[str]) -> int | None:
+    """
+    Find the place of the first of those last tokens that spell a text, white space apart; None if they do not.
+
+    The first one may hold letters of what stands before the text, which its tokenizer has merged with it.
+
+    Args:
+        tokens: each decoded alone: a part of a character is unreadable, or empty.
+    """
+    letters, place, first = "".join(text.split()), len(tokens), None
+    left = {len(letters)}  # how many may be left to spell: a part of a character may be the last one, or not
+    while left and place:
+        place -= 1
+        for sign in reversed("".join(tokens[place].split())):
+            if sign == PARTIAL:
+                left |= {at - 1 for at in left if not letters[at - 1].isascii()}
+            else:
+                left = {at - 1 for at in left if letters[at - 1] == sign}
+            if 0 in left:
+                first, left = place, left - {0}
+    while first and (PARTIAL in tokens[first - 1] or not tokens[first - 1]):  # parts of the first character
+        first -= 1
+    return first
+
+
+def cut(text: str, tokens: Sequence[str]) -> list[str]:
+    """Cut a text into what each of its tokens stands for, as [`pieces`] does, by what each is decoded to alone."""
+    ends = [0]
+    for token in tokens:
+        word = token.strip()
+        while len(ends) == 1 and not text.startswith(word):  # the first one may be merged with what stands before
+            word = word[1:]
+        at = text.find(word, ends[-1]) if word and PARTIAL not in word else -1
+        ends.append(ends[-1] if at < 0 else at + len(word))
+    ends[-1] = len(text)
     return [text[start:end] for start, end in pairwise(ends)]
 
 

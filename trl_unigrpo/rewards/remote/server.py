@@ -119,6 +119,8 @@ def load_rewards(paths: Sequence[str]) -> dict[str, RewardFunction]:
     rewards: dict[str, RewardFunction] = {}
     for path in paths:
         reward = load_reward(path)
+        if getattr(reward, "reads_itself", False):
+            _ = reward.reader  # type: ignore[attr-defined]  # raises: no model paints here
         name = reward_name(reward)
         if name in rewards:
             raise ValueError(f"{path!r} is called {name!r}, as another reward is. Give one another __name__.")
