@@ -132,10 +132,10 @@ def generation(rewards, weights, group_size=4, mode="train"):
     )
 
 
-def evaluations(trained, held_out, count=4, prompts=32):
-    """The alarm of the last of some evaluations on the same prompts; slopes are per evaluation."""
+def evaluations(trained, held_out, count=4, prompts=32, level=0.0):
+    """The alarm of the last of some evaluations on the same prompts; slopes are per evaluation, rewards at a level."""
     random, watching = np.random.default_rng(0), RewardWatch()
-    easy = random.uniform(0, 1, (2, prompts))  # prompts differ by far more than anything changes
+    easy = random.uniform(0, 1, (2, prompts)) + [[level], [0.0]]  # prompts differ by far more than anything changes
     for i in range(count):
         now = easy + i * np.array([[trained], [held_out]]) + random.normal(0, 0.01, easy.shape)
         for part in np.split(now, 4, axis=1):
@@ -150,6 +150,30 @@ def test_evaluations_are_compared_prompt_by_prompt():
     assert alarm.name == "reward/held_out"
     assert {"the reward in evaluation, now", "held_out in evaluation, before"} <= set(alarm.values)
     assert evaluations(0.02, 0.01) == evaluations(0.0, -0.01) == evaluations(0.02, 0.0) == []
+
+
+def test_rewards_below_zero_are_held_against_a_held_out_score():
+    (alarm,) = evaluations(0.02, -0.01, level=-9.0)
+    assert alarm.name == "reward/held_out" and alarm.values["the reward in evaluation, now"] < -8
+    assert evaluations(0.02, 0.01, level=-9.0) == evaluations(-0.02, -0.01, level=-9.0) == []
+    # A sample without a score is neither the best nor the worst.
+    random, watching, found = np.random.default_rng(0), RewardWatch(), []
+    for step in range(12):
+        rewards = {"read": (step - 30 + random.normal(0, 0.1, 32)).tolist(), "held_out": [-float(step)] * 32}
+        rewards["held_out"] = [value - 0.01 * place for place, value in enumerate(rewards["held_out"])]
+        rewards["read"][4:8] = [math.nan] * 4
+        found += watching.look(generation(rewards, {"read": 1.0, "held_out": 0.0}))
+    gap = [alarm for alarm in found if alarm.name == "reward/held_out"]
+    assert gap and all(len(alarm.indices) == 8 and not {4, 5, 6, 7} & set(alarm.indices) for alarm in gap)
+
+
+def test_flat_and_falling_rewards_below_zero_are_told_of():
+    random, watching, names = np.random.default_rng(0), RewardWatch(), []
+    for step in range(12):
+        values = np.repeat(-9.0 - step, 32) if step < 6 else -15 - step + random.normal(0, 0.1, 32)
+        names += [(step, alarm.name) for alarm in watching.look(generation({"a": values.tolist()}, {"a": 1.0}))]
+    assert (4, "reward/zero_variance") in names and (11, "reward/zero_variance") not in names
+    assert (11, "reward/fallen") in names
 
 
 def test_datasets_of_evaluation_are_told_apart():

@@ -139,6 +139,12 @@ def test_a_reward_of_another_scale_is_perfect_at_its_best():
     assert "rounds/kept" not in alarms([keep] * 4)  # for all that is known, nothing is better
 
 
+@pytest.mark.parametrize(("reward", "given"), [(-1.0, False), (-1.1, False), (-1.5, True)])
+def test_keeping_is_judged_alike_where_rewards_are_below_zero(reward, given):
+    keep, others = [note(reward), note(reward, reward, kept=True)], [[note(-1.0)], [note(-3.0)]]
+    assert ("rounds/kept" in alarms([keep] * 4 + others)) == given
+
+
 @pytest.mark.parametrize(
     ("changes", "given"),
     [([0.0, 0.0, 0.5], True), ([0.0, 0.5], False), ([0.019, 0.02], False), ([0.019, None], True), ([None] * 2, False)],

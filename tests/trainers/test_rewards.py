@@ -7,10 +7,11 @@ from PIL import Image
 from trl.rewards import think_format_reward
 
 from tests.helpers.tiny_unified import IMAGE_SIZE, images_of, prompts_dataset, redness
+from trl_unigrpo.images import mark_failed
 from trl_unigrpo.reporting.run_files import read_run
 from trl_unigrpo.sampling import decode
 from trl_unigrpo.trainers.reward_checks import distinct
-from trl_unigrpo.trainers.scoring import mask_failed_rewards
+from trl_unigrpo.trainers.scoring import mask_failed_rewards, with_names
 
 
 CONVERSATION = [[{"role": "user", "content": "a red cat"}], [{"role": "user", "content": "a small tree"}]]
@@ -58,6 +59,20 @@ def test_rewards_that_share_a_name_are_numbered(make_trainer, tmp_path):
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "Channel_2" in card and "Channel" in card.replace("Channel_2", "")
+
+
+def test_columns_of_rewards_that_share_a_name_are_kept_apart():
+    def judge(prompts, images, log_extra, **_):
+        log_extra("seen", [image.size for image in images])
+        log_extra("twice", [0, 1])
+        return [1.0] * len(images)
+
+    images = mark_failed([Image.new("RGB", (8 * place, 8)) for place in (1, 2, 3)], [True, False, True])
+    logged = {}
+    for reward in with_names([judge, judge]):
+        assert reward(prompts=["a", "b", "c"], images=images, log_extra=logged.__setitem__) == [1.0, None, 1.0]
+    rows = [(8, 8), None, (24, 8)]  # one that failed was not seen
+    assert logged["seen"] == logged["seen_2"] == rows and logged["twice"] == logged["twice_2"] == [0, None, 1]
 
 
 def test_numbers_of_names_meet_no_other_name():

@@ -2,8 +2,10 @@
 
 import logging
 import math
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,13 @@ from ..models.registry import unified_model
 from .alarm import Alarm, append_alarm, forget_alarms
 from .events import Generation, Update, Watcher
 from .image_alarms import ImageWatch
+from .letters_alarms import LettersWatch
 from .memory import revive
 from .reward_alarms import RewardWatch
 from .round_alarms import RoundWatch, round_metrics
 from .thinking_alarms import ThinkingWatch, plain_text, repetition
 from .tripwire import NOT_FINITE, Tripwire
+from .understanding_alarms import CAPTIONS_FOLDER, EVERY, MakeReader, UnderstandingWatch, policy_reader
 
 
 logger = logging.getLogger(__name__)
@@ -36,7 +40,8 @@ def default_alarms(mode: str) -> list["Alarms"]:
 
 class Alarms(Watcher, ExportableState):
     """
-    A watcher of updates, images, rewards, rounds and thinkings. An alarm is a line in the log and in `alarms.jsonl` in
+    A watcher of updates, images, rewards, rounds, thinkings and, where a reward reads back, of what that may cost. An
+    alarm is a line in the log and in `alarms.jsonl` in
     the output folder (see [`append_alarm`]).
 
     What it knows of the start of the run is saved in the checkpoint's `trainer_state.json` and comes back on resuming.
@@ -49,6 +54,8 @@ class Alarms(Watcher, ExportableState):
         self.mode = mode
         self._remember({})
         self._updates_told = 0
+        self._metrics: MutableMapping[str, list[float]] = {}
+        self._tokenizer: Any = None
 
     # Memory, which survives a checkpoint
 
@@ -58,6 +65,8 @@ class Alarms(Watcher, ExportableState):
         self._rewards = revive(RewardWatch, memory.get("rewards", {}))
         self._rounds = revive(RoundWatch, memory.get("rounds", {}))
         self._thinking = revive(ThinkingWatch, memory.get("thinking", {}))
+        self._letters = revive(LettersWatch, memory.get("letters", {}))
+        self._understanding = revive(UnderstandingWatch, memory.get("understanding", {}))
         self._said: dict[str, int] = dict(memory.get("said", {}))  # alarm -> step
         self._signal: float = memory.get("signal", 1.0)  # root mean square of the advantages that are trained on
 
@@ -68,19 +77,34 @@ class Alarms(Watcher, ExportableState):
             "rewards": asdict(self._rewards),
             "rounds": asdict(self._rounds),
             "thinking": asdict(self._thinking),
+            "letters": asdict(self._letters),
+            "understanding": asdict(self._understanding),
             "said": dict(self._said),
             "signal": self._signal,
         }
         return {"args": {"mode": self.mode}, "attributes": {"memory": memory}}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        processing_class: Any = None,
+        **kwargs: Any,
     ) -> None:
+        self._tokenizer = processing_class
         # Trainer restores callbacks only if told to, and fails to save one that the checkpoint did not have.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self._remember(saved["attributes"]["memory"] if state.global_step else {})
         if state.is_world_process_zero:
             forget_alarms(args.output_dir, state.global_step)
+        if not self._understanding.restore(Path(args.output_dir) / CAPTIONS_FOLDER, state.is_world_process_zero):
+            self._understanding = UnderstandingWatch()
+            logger.warning(
+                "%s does not hold the images whose captions were read before: understanding is compared with what it "
+                "is now.",
+                Path(args.output_dir) / CAPTIONS_FOLDER,
+            )
 
     # Events
 
@@ -91,6 +115,7 @@ class Alarms(Watcher, ExportableState):
         control: TrainerControl,
         generation: Generation,
         metrics: MutableMapping[str, list[float]],
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
         texts = [plain_text(thinking) for thinking in generation.thinking]
@@ -107,13 +132,36 @@ class Alarms(Watcher, ExportableState):
         of_rounds = [note.advantage for notes in generation.rounds for note in notes]
         self._signal = math.sqrt(float(np.square(of_rounds or generation.advantages).mean()))
         clipped = metrics["completions/clipped_ratio"][-1] if "completions/clipped_ratio" in metrics else None
+        letters = self._letters.shares(generation)
+        if letters:
+            metrics.setdefault("read_back/letters", []).append(float(np.mean([*letters.values()])))
+        self._metrics = metrics
+        if self._understanding.take(generation, Path(args.output_dir) / CAPTIONS_FOLDER, self._policy(model, args)):
+            self._note_understanding(self._understanding.before)
         found = [
             *self._images.look(images, generation.group_size),
             *self._rewards.look(generation),
             *self._rounds.look(generation),
             *self._thinking.look(texts, repeated, generation.group_size, clipped),
+            *self._letters.look(letters),
         ]
         self._give(found, args, state, control)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        last = state.global_step >= state.max_steps
+        if self._understanding.complete and (last or state.global_step % EVERY == 0):
+            log_probs = self._understanding.read(self._policy(model, args))
+            self._note_understanding(log_probs)
+            control.should_log = control.should_log or last
+            self._give(self._understanding.look(log_probs), args, state, control)
+
+    def _policy(self, model: Any, args: TrainingArguments) -> MakeReader:
+        return partial(policy_reader, model, self._tokenizer, args)
+
+    def _note_understanding(self, log_probs: Sequence[float]) -> None:
+        self._metrics.setdefault("understanding/caption_log_prob", []).append(float(np.mean(log_probs)))
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

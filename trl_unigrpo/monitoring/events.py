@@ -122,9 +122,13 @@ class Generation:
 
     @cached_property
     def reward(self) -> NDArray[np.float64]:
-        """(N,) the weighted sum of the image's rewards that the advantages come from, NaN where there is none."""
-        rewards = np.array([self.rewards[name] for name in self.weights], dtype=np.float64)
-        total = np.nansum(rewards * np.array([*self.weights.values()])[:, None], axis=0)
+        """
+        (N,) the weighted sum of the image's rewards that the advantages come from, NaN where there is none: a held-out
+        score alone, of weight 0, makes no reward of 0.
+        """
+        counted = {name: weight for name, weight in self.weights.items() if weight} or self.weights
+        rewards = np.array([self.rewards[name] for name in counted], dtype=np.float64)
+        total = np.nansum(rewards * np.array([*counted.values()])[:, None], axis=0)
         return np.where(np.isnan(rewards).all(axis=0), np.nan, total)
 
 

@@ -22,6 +22,8 @@ LOGGED_METRICS = {
     "images/twins": "share of images that nearly repeat another one of their prompt",
     "images/twins_across": "share of images that nearly repeat one of another prompt, here or a generation before",
     "thinking/repetition": "share of a thinking's four-word phrases that stood in it before, 0 to 1",
+    "read_back/letters": "share of a prompt that OCR reads in its best image, where a reward reads back; 0 to 1",
+    "understanding/caption_log_prob": "log-prob per token of captions of fixed images, as the policy reads them",
     "reward/frac_none": "share of samples that no reward function scored, or that one failed on",
     "process/reward": "mean of the process rewards' weighted sum, where there are process rewards",
     "process/frac_none": "share of thinkings without a process reward, or that one failed on",

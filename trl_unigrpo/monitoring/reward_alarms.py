@@ -183,8 +183,9 @@ def _places(chosen: FloatArray) -> tuple[int, ...]:
 
 def _worst(scores: Mapping[str, FloatArray]) -> tuple[int, ...]:
     """Find samples of high reward and low held-out scores, by rank; none without a held-out score."""
+    known = np.flatnonzero(~np.isnan([*scores.values()]).any(0))
     if len(scores) < 2:
         return ()
-    ranks = {name: np.nan_to_num(values, nan=0.0).argsort().argsort() for name, values in scores.items()}
+    ranks = {name: values[known].argsort().argsort() for name, values in scores.items()}
     gap = ranks[REWARD] * len(ranks) - np.sum(list(ranks.values()), axis=0)
-    return tuple(sorted(int(i) for i in np.argsort(-gap, kind="stable")[:MOST_INDICES]))
+    return tuple(sorted(known[np.argsort(-gap, kind="stable")[:MOST_INDICES]].tolist()))

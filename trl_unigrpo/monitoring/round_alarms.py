@@ -50,7 +50,7 @@ class RoundWatch:
         unchanged: images that look like the ones before, among those that were painted.
         gains: of the last generations, means of each group of 1 for an image that got better and -1 for one that got
             worse.
-        best: the highest reward of an image so far.
+        best, lowest: the highest and the lowest reward of an image so far; 0 where none was lower.
     """
 
     kept: dict[str, Ratio] = field(default_factory=dict)
@@ -58,6 +58,7 @@ class RoundWatch:
     unchanged: dict[str, Ratio] = field(default_factory=dict)
     gains: dict[str, list[list[float]]] = field(default_factory=dict)
     best: float | None = None
+    lowest: float = 0.0
 
     def __post_init__(self) -> None:
         for ratios in (self.kept, self.reward, self.unchanged):
@@ -67,7 +68,10 @@ class RoundWatch:
         """Look at a training generation. Of each kind of alarm the first round speaks for all."""
         known = [note.reward for notes in generation.rounds for note in notes if note.reward is not None]
         self.best = max([*known, *([] if self.best is None else [self.best])], default=None)
-        perfect = max([sum(generation.weights.values()), *([] if self.best is None else [self.best])])
+        self.lowest = min([*known, self.lowest])
+        perfect = sum(generation.weights.values()) if self.best is None else self.best
+        if perfect >= 0:  # log-probs and the like are below 0: of these nothing but the best is known
+            perfect = max(perfect, sum(generation.weights.values()))
         alarms: dict[str, Alarm] = {}
         for number, places, notes in by_round(generation):
             for alarm in (
@@ -83,7 +87,7 @@ class RoundWatch:
         rewards = [note.reward for note in notes if note.kept and note.reward is not None]
         share = self.kept.setdefault(number, Ratio()).add(kept.sum(), len(notes))
         reward = self.reward.setdefault(number, Ratio()).add(sum(rewards), len(rewards))
-        if share > KEPT and reward < NEARLY_PERFECT * perfect:
+        if share > KEPT and reward < perfect - (1 - NEARLY_PERFECT) * (perfect - self.lowest):
             message = (
                 f"{share:.0%} of the looks in round {number} keep the image, whose mean reward is {reward:.3g}, a "
                 f"perfect one's {perfect:.3g}. Keeping has been learnt in place of mending: go on from an earlier "

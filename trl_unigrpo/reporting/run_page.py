@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from .pages import data_uri, render_page, write_page
+from .read_back import readings, shaded_words, worst_words
 from .run_files import (
     FOLDER,
     Run,
@@ -39,7 +40,8 @@ def run_page(run: Run) -> str:
     view = _view(run, evaluated, ROWS, MOST_EVALUATIONS)
     budget = _Budget(BUDGET * 3 // 5 + evaluated.left)
     several = any(sample.rounds for shown in run.shown for sample in shown.samples)
-    values = {"panels": panels(run), "generations": _generations(run, budget), "several_rounds": several}
+    generations = _generations(run, budget)
+    values = {"panels": panels(run), "generations": generations, "several_rounds": several, "worst": worst_words(run)}
     return render_page("run.html.jinja", view=view, **values)
 
 
@@ -159,9 +161,10 @@ def _size(run: Run, samples: Iterable[ShownSample]) -> int:
     """Estimate the bytes that samples take in a page."""
     size = 0
     for sample in samples:
-        texts = [sample.prompt, sample.thinking, *(str(value) for value in sample.extra.values())]
+        texts = [sample.prompt, sample.thinking, *(str(value) for value in _plain_extra(sample).values())]
         texts += [text for part in sample.rounds for text in (part.text, part.asked)]
         size += 600 * (1 + len(sample.rounds)) + sum(min(TEXT, len(text)) for text in texts)
+        size += sum(map(len, _shaded(sample).values()))
         for name in sample.files:
             if (file := run.folder / FOLDER / name).is_file():
                 size += math.ceil(file.stat().st_size * 4 / 3)
@@ -189,7 +192,8 @@ def _sample(run: Run, shown: Shown, sample: ShownSample) -> dict[str, Any]:
         "reward": sample.reward,
         "advantage": sample.advantage,
         "rewards": sample.rewards,
-        "extra": {name: value for name, value in sample.extra.items() if value not in (None, "")},
+        "extra": _plain_extra(sample),
+        "read_back": _shaded(sample),
         "image": _image(run, sample.picture),
         "sources": [_image(run, name) for name in sample.sources],
         "rounds": [
@@ -208,6 +212,17 @@ def _sample(run: Run, shown: Shown, sample: ShownSample) -> dict[str, Any]:
         "tiny": shown.side <= 96,
         "alarms": [alarm.name for alarm in alarms if sample.index in alarm.indices],
     }
+
+
+def _shaded(sample: ShownSample) -> dict[str, Markup]:
+    """Show what was read back of a sample's prompt, by each reward that reads."""
+    return {name: shaded_words(reading) for name, reading in readings(sample.extra).items()}
+
+
+def _plain_extra(sample: ShownSample) -> dict[str, Any]:
+    """Return all else that reward functions logged of it."""
+    read = readings(sample.extra)
+    return {name: value for name, value in sample.extra.items() if value not in (None, "") and name not in read}
 
 
 def _image(run: Run, name: str | None) -> Markup | None:

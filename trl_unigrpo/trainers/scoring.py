@@ -3,7 +3,7 @@ rewards apart from those of the image."""
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,9 +38,12 @@ class Standing:
 
 def with_names(reward_funcs: Sequence[Any]) -> list[Any]:
     """Give each reward function a name of its own, which its errors say; reward models stay as they are."""
-    names = distinct(map(get_callable_name, reward_funcs))
+    given = [*map(get_callable_name, reward_funcs)]
+    names = distinct(given)
     return [
-        _with_name(function, name, number) if callable(function) and not isinstance(function, nn.Module) else function
+        _with_name(function, name, number, suffix=name.removeprefix(given[number]))
+        if callable(function) and not isinstance(function, nn.Module)
+        else function
         for number, (function, name) in enumerate(zip(reward_funcs, names, strict=True))
     ]
 
@@ -52,8 +55,11 @@ def asks_every_round(function: Any) -> bool:
     return bool(getattr(function, "every_round", False))
 
 
-def _with_name(reward_func: Any, name: str, number: int) -> Any:
-    """Wrap a reward function, of the same scope, so that its errors name it and it sees only what is to be scored."""
+def _with_name(reward_func: Any, name: str, number: int, suffix: str) -> Any:
+    """
+    Wrap a reward function, of the same scope, so that its errors name it, it sees only what is to be scored, and the
+    columns that it logs are its own: `suffix` tells them from those of a function of the same name.
+    """
     every_round = asks_every_round(reward_func)
 
     def prepared(arguments: dict[str, Any]) -> tuple[dict[str, Any], list[int] | None, list[Any]]:
@@ -63,6 +69,8 @@ def _with_name(reward_func: Any, name: str, number: int) -> Any:
         given, places = without_failed(arguments, known)
         if standing and standing[0].optional and not every_round:
             places = []
+        if "log_extra" in given:
+            given["log_extra"] = _whole_columns(given["log_extra"], suffix, places, len(arguments["prompts"]))
         return given, places, scores or [None] * len(arguments["prompts"])
 
     async def score_async(**kwargs: Any) -> Any:
@@ -99,6 +107,18 @@ def _checked(name: str, scores: Any) -> list[Any]:
             "no score, for every completion."
         )
     return list(scores)
+
+
+def _whole_columns(
+    log_extra: Callable[[str, list[Any]], None], suffix: str, places: list[int] | None, count: int
+) -> Callable[[str, list[Any]], None]:
+    """Log columns with a row for each sample, None for those that the function did not see."""
+
+    def log(column: str, values: list[Any]) -> None:
+        seen = places is not None and len(values) == len(places)
+        log_extra(f"{column}{suffix}", _spread(values, places if seen else None, [None] * count))
+
+    return log
 
 
 def _spread(scores: list[Any], places: list[int] | None, known: list[Any]) -> list[Any]:

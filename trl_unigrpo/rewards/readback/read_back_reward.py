@@ -108,5 +108,6 @@ class ReadBackReward(ImageReward):
             self.last_error = reader.last_error
         log_extra: Callable[[str, list[Any]], None] | None = columns.get("log_extra")
         if log_extra is not None:
-            log_extra(READ_BACK, [None if reading is None else reading.to_json() for reading in readings])
+            column = READ_BACK if self.__name__ == type(self).__name__ else f"{READ_BACK} {self.__name__}"
+            log_extra(column, [None if reading is None else reading.to_json() for reading in readings])
         return [None if reading is None else reading.score for reading in readings]
