@@ -104,8 +104,10 @@ def test_demo(monkeypatch):
         assert ("--steps is called --rollouts now" in result.stderr) == (name == "--steps")
     assert CliRunner().invoke(app, ["demo"]).exit_code == 0
     assert CliRunner().invoke(app, ["demo", "--task", "edit"]).exit_code == 0
-    three = ("x", 3, 2, 7, "paint")
-    assert calls == [three, three, *(("shapeworld-demo", None, 0, 1050, task) for task in ("paint", "edit"))]
+    assert CliRunner().invoke(app, ["demo", "--reward", "readback"]).exit_code == 0
+    three = ("x", 3, 2, 7, "paint", "rule")
+    others = [("paint", "rule"), ("edit", "rule"), ("paint", "readback")]
+    assert calls == [three, three, *(("shapeworld-demo", None, 0, 1050, *other) for other in others)]
 
 
 def test_doctor_s_options_are_a_workload_s():

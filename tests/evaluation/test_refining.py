@@ -17,7 +17,7 @@ from trl_unigrpo.shapeworld import REFLECTION_TEMPLATE, load_base, shapeworld_da
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 
 
-PROMPTS = list(shapeworld_dataset("test", 8)["prompt"])
+PROMPTS = list(shapeworld_dataset("test", 8, seed=8)["prompt"])  # some of these images are kept at the second look
 PAINTING = {"num_inference_steps": 10, "image_size": 48, "system_prompt": ""}
 GREEDY = Thinking(do_sample=False, max_completion_length=30)
 STOP = "keep"  # what the model says about some of its images
@@ -96,6 +96,12 @@ def test_kept_images_stay_and_end_it(found):
         assert all(
             not same(a, b) for a, b in zip(one.images, one.images[1 : -1 if one.stopped else None], strict=False)
         )
+
+
+def test_it_ends_where_all_images_are_kept(base):
+    prompts = list(shapeworld_dataset("test", 8)["prompt"])
+    found = refine(base[0], prompts, base[1], rounds=3, seed=3, look=LOOK, thinking=GREEDY, **PAINTING)
+    assert [(one.stopped, len(one.images), len(one.texts)) for one in found] == [(True, 2, 2)] * 8
 
 
 def test_the_judge_picks_the_first_of_the_best_and_without_one_it_is_the_last(base, found):

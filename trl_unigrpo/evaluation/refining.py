@@ -183,6 +183,8 @@ class _Refiner:
         trajectories = [replace(t, row=first + t.row) for t in with_systems(trajectories, self.tokenizer)]
         for number in range(rounds):
             going = [i for i, one in enumerate(found) if not (one.stopped or (number and has_failed(one.images[-1])))]
+            if not going:
+                break
             if number:
                 self._look_again([(trajectories[i], found[i].images[-1]) for i in going], first, number)
             new = [i for i in going if not trajectories[i].rounds[-1].stopped]

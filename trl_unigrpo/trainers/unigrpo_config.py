@@ -417,8 +417,8 @@ class UniGRPOConfig(RoundsConfig, AveragesConfig, GRPOConfig):
     def self_rewarded(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
         """
         The model's own reading as the reward, [`~trl_unigrpo.rewards.ReadBackReward`], on one large GPU with LoRA: no
-        other model, no server. As [`single_gpu`], with DiffusionNFT for the images, the best of three objectives on
-        ShapeWorld's validation prompts (docs/readback.md). The reward itself goes to the trainer.
+        other model, no server. As [`single_gpu`], with DiffusionNFT for the images, the best of three objectives in
+        docs/readback.md. The reward itself goes to the trainer.
         """
         return cls(output_dir=output_dir, **{**SELF_REWARDED, **kwargs})
 
