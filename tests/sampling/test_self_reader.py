@@ -64,6 +64,25 @@ def test_dropout_is_off_while_reading_and_on_again_after():
     assert model.training and head.training
 
 
+def test_half_as_many_where_the_memory_runs_out(monkeypatch):
+    """The same log-probs, and painting keeps its own number."""
+    model, tokenizer = rounds_bagel(), tiny_tokenizer()
+    reader = SelfReader(model, tokenizer)
+    whole, read_back, asked = log_probs(reader), model.read_back, []
+
+    def small_memory(images, texts):
+        asked.append(len(texts))
+        if len(texts) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return read_back(images, texts)
+
+    monkeypatch.setattr(model, "read_back", small_memory)
+    with pytest.warns(UserWarning, match="The memory ran out while images were read: from here on 1 at once"):
+        torch.testing.assert_close(log_probs(reader), whole)
+    assert asked == [3, 1, 1, 1]
+    assert (reader.largest_image_batch, model.largest_image_batch) == (1, None)
+
+
 def test_text_that_does_not_fit_the_context():
     model, tokenizer = rounds_bagel(), tiny_tokenizer()
     model.config.llm_config.max_position_embeddings = 6

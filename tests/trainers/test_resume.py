@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 
 from tests.helpers.runs import assert_equal_runs, run
-from tests.helpers.tiny_unified import tiny_bagel
+from tests.helpers.tiny_unified import prompts_dataset, tiny_bagel
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,15 @@ def test_resume_inside_a_generation_of_several_updates(make_trainer, tmp_path):
     whole = run(make_trainer, tmp_path / "whole", **arguments)
     resumed = run(make_trainer, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3", **arguments)
     assert_equal_runs(whole, resumed, 3)
+
+
+@pytest.mark.parametrize("stop", [2, 3], ids=["between-epochs", "in-the-second-epoch"])
+def test_later_epochs_have_the_order_that_they_would_have_had(make_trainer, tmp_path, stop):
+    rows = prompts_dataset(["a cat", "a dog", "a tree", "the mat"], copies=1)  # an epoch is two generations
+    arguments = {"train_dataset": rows, "num_iterations": 1, "max_steps": 5}
+    whole = run(make_trainer, tmp_path / "whole", **arguments)
+    resumed = run(make_trainer, tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{stop}", **arguments)
+    assert_equal_runs(whole, resumed, stop)
 
 
 def test_resume_with_weights_that_never_had_a_gradient(make_trainer, tmp_path):

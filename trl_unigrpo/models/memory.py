@@ -32,15 +32,23 @@ def fitting(free: int | None, bytes_each: float, share: float = 0.8) -> int | No
     return None if free is None else int(share * free / bytes_each)
 
 
-def in_fitting_batches(model: Any, count: int, at_once: int, work: Callable[[slice], list[Any]]) -> list[Any]:
+SAMPLED = "sampled: from here on {0} at once. Set image_batch_size={0} to begin with that, or see docs/performance.md."
+READ = "read: from here on {0} at once."
+"""What was done with images, and what to do now that so many at once fit."""
+
+
+def in_fitting_batches(
+    model: Any, count: int, at_once: int, work: Callable[[slice], list[Any]], doing: str = SAMPLED
+) -> list[Any]:
     """
     Work on images, so many at once, and join what comes out; where the memory runs out, half as many from then on.
 
     Args:
-        model: whose `largest_image_batch` remembers how many it held.
+        model: whose `largest_image_batch` remembers how many of this work the memory held.
         count: images.
         at_once: to begin with, where nothing is remembered.
         work: on some of them; after an error it is asked again, for fewer, and must not have changed anything.
+        doing: what the warning says, with a place for the number.
 
     Raises:
         RuntimeError: torch's own, with a remedy, if the memory does not hold a single one.
@@ -61,10 +69,7 @@ def in_fitting_batches(model: Any, count: int, at_once: int, work: Callable[[sli
         else:
             if ran_out:
                 model.largest_image_batch, ran_out = at_once, False
-                warnings.warn(
-                    f"The memory ran out while images were sampled: from here on {at_once} at once. Set "
-                    f"image_batch_size={at_once} to begin with that, or see docs/performance.md."
-                )
+                warnings.warn(f"The memory ran out while images were {doing.format(at_once)}")
             continue
         clear_device_cache(garbage_collection=True)  # not before the error, which holds the tensors, is gone
     return done

@@ -61,7 +61,7 @@ class Breaker:
         if self._dead >= self.max_dead_batches:
             raise DeadRewardError(
                 f"{self.name} scored no image in {self._dead} batches in a row. Last error: "
-                f"{last_error or 'unknown'}. Mend it and resume from the last checkpoint."
+                f"{last_error.rstrip('.') or 'unknown'}. Mend it and resume from the last checkpoint."
             )
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ..models.contract import UnifiedModelMixin
-from ..models.memory import in_fitting_batches
+from ..models.memory import READ, in_fitting_batches
 from ..models.reference import adapted_layers
 from ..rewards.readback.read_back_reward import ReadBackReward
 from ..rewards.readback.reading import Reading, pieces
@@ -66,6 +66,7 @@ class SelfReader:
         self.model, self.tokenizer, self.judge = model, tokenizer, judge
         self.autocast = autocast or nullcontext
         self.last_error = ""
+        self.largest_image_batch: int | None = None
 
     @torch.no_grad()
     def read(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Reading | None]:
@@ -83,7 +84,7 @@ class SelfReader:
             ]
 
         with self._judging(), self.autocast():
-            found = in_fitting_batches(self.model, len(fitting), AT_ONCE, some)
+            found = in_fitting_batches(self, len(fitting), AT_ONCE, some, READ)
         for place, reading in zip(fitting, found, strict=True):
             readings[place] = reading
         return readings

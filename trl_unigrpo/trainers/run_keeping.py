@@ -28,6 +28,7 @@ from .dataset_checks import check_dataset
 from .kept import KeptVelocities
 from .scoring import RewardBook
 from .setup import Setup
+from .training_loop import EpochsInOrder
 from .trl_bridge import TextAndVelocities
 from .unigrpo_config import UniGRPOConfig
 
@@ -245,6 +246,9 @@ class RunKeeping(AveragedRun):
             "baseline": self._baseline,
         }
         save_rollouts(folder, self.accelerator.process_index, state, self.unified.context_types)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> EpochsInOrder:
+        return EpochsInOrder(super()._get_train_sampler(*args, **kwargs), lambda: int(self.state.epoch or 0))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.unified.load_checkpoint(resume_from_checkpoint):

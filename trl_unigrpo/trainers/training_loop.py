@@ -1,10 +1,37 @@
 """The training loop of all trainers: over where a run is finished, and never over without an update."""
 
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch.utils.data import Sampler
 from transformers import Trainer
 
 from .dataset_checks import too_few_rows
+
+
+class EpochsInOrder(Sampler[int]):
+    """
+    A sampler that draws each epoch's order from where its generator was left, and begins in a later epoch as if those
+    before had passed.
+
+    Args:
+        sampler: to be iterated once an epoch.
+        epoch: gives the number of the epoch that begins, from 0.
+    """
+
+    def __init__(self, sampler: Sampler[int], epoch: Callable[[], int]):
+        self.sampler, self.epoch = sampler, epoch
+        self._begun = 0
+
+    def __iter__(self) -> Iterator[int]:
+        for _ in range(self._begun, self.epoch()):
+            deque(self.sampler, maxlen=0)  # drawn, and thrown away
+        self._begun = self.epoch() + 1
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
 
 
 class TrainingLoop(Trainer):

@@ -79,6 +79,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
     ),
     "_compute_loss": ("self", "model", "inputs"),
     "_prepare_inputs": ("self", "generation_batch"),
+    "_get_train_sampler": ("self", "dataset"),
     "_save": ("self", "output_dir", "state_dict"),
     "_save_checkpoint": ("self", "model", "trial"),
     "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
