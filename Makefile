@@ -39,9 +39,9 @@ $(STAMP): pyproject.toml constraints-dev.txt
 demo: $(STAMP)
 	$(BIN)/trl-unigrpo demo $(DEMO_ARGS)
 
-# One thread per worker: more would fight over the same cores.
+# One thread per worker: more would fight over the same cores. A file per worker: what its tests share is made once.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not browser"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
@@ -53,7 +53,8 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(PRE) \
 		trl transformers diffusers peft -c $(NEWEST)/torch.txt
 	$(NEWEST)/bin/trl-unigrpo version
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) -m "not slow and not browser" tests/models tests/trainer*
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not browser" \
+		tests/models tests/trainer*
 
 test-browser: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser

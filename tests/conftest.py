@@ -1,7 +1,9 @@
 """Set up for every test: nothing touches the network, and one thread computes."""
 
 import gc
+import importlib.metadata
 import os
+from functools import cache
 
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
@@ -28,6 +30,14 @@ def frozen_heap():
     """Leave what is imported out of garbage collection: every trainer collects, and would walk all of it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def packages_read_once():
+    """Accelerate asks dozens of times a run whether a package is installed, and parses its metadata each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.metadata, "metadata", cache(importlib.metadata.metadata))
+        yield
 
 
 @pytest.fixture

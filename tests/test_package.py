@@ -1,8 +1,10 @@
 """What importing costs, and which names are public."""
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +43,16 @@ def test_public_names_resolve(name):
     assert name in dir(trl_unigrpo)
 
 
+def test_no_module_imports_an_extra_at_its_top():
+    files = Path(trl_unigrpo.__file__).parent.rglob("*.py")
+    tops = [node for file in files for node in ast.parse(file.read_text("utf-8")).body]
+    found = {alias.name for node in tops if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in tops if isinstance(node, ast.ImportFrom) and not node.level}
+    assert "torch" in found
+    assert {name.split(".")[0] for name in found} & set(OPTIONAL) == set()
+
+
+@pytest.mark.slow  # ten seconds of imports; the test above reads what these could import
 def test_public_names_need_no_extra():
     names = ", ".join(name for name in trl_unigrpo.__all__ if name != "__version__")
     # Other libraries import some of these packages where they find them: here they find none.

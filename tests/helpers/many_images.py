@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.oracle import step_scale
-from tests.helpers.tiny_unified import FixedTexts, tiny_bagel
+from tests.helpers.tiny_unified import FixedTexts, moved, tiny_bagel, weights
 from trl_unigrpo.flow.states import rows_of
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration
 from trl_unigrpo.models.bagel.segments import ContextImage
@@ -94,6 +94,15 @@ def velocities(model, image, context_grad):
     return [model.predict_velocity(context, x[k : k + 1], t[k : k + 1], image.size)[0].double() for k in range(len(t))]
 
 
+def fixed_velocities(models, name, image):
+    """Those of the old policy or of the reference, which no pass over a generation changes: computed once."""
+    model = getattr(models, name)
+    if (key := (id(model), id(image))) not in models.known:
+        with torch.no_grad():
+            models.known[key] = velocities(model, image, False)
+    return models.known[key]
+
+
 def surrogate(log_ratio, advantage, epsilon):
     """-min(r A, clip(r) A)."""
     ratio = log_ratio.exp()
@@ -163,8 +172,7 @@ def flow_loss(models, batch, settings):
                 continue
             advantage = paid(batch, row, number)
             v = velocities(models.now, image, grad)
-            with torch.no_grad():
-                old, reference = (velocities(model, image, False) for model in (models.old, models.reference))
+            old, reference = (fixed_velocities(models, name, image) for name in ("old", "reference"))
             if settings.get("flow_old_source") == "rollout":
                 old = list(image.steps.velocity.double())
             if kind == "flow_grpo":
@@ -220,13 +228,20 @@ def text_loss(models, batch, trained=lambda number: True):
     return mean(losses)
 
 
-def expected(make_model, batches, now, old, settings):
-    """Gradients by parameter name of the objective over the micro-batches of one optimizer step, and its value."""
-    models = SimpleNamespace(now=make_model(), old=make_model(), reference=make_model())
-    models.now.load_state_dict(now, strict=False)
+def policies(make_model, old):
+    """The models of one generation in float64, the old policy with its weights, and what is known of their images."""
+    now, reference = make_model().double(), make_model()
+    first = not moved(old, weights(reference))  # where a training starts, both are one
+    models = SimpleNamespace(now=now, reference=reference.double(), known={})
+    models.old = models.reference if first else make_model().double()
     models.old.load_state_dict(old, strict=False)
-    for model in vars(models).values():
-        model.double()
+    return models
+
+
+def expected(models, batches, now, settings):
+    """Gradients by parameter name of the objective over the micro-batches of one optimizer step, and its value."""
+    models.now.load_state_dict(now, strict=False)
+    models.now.zero_grad()
     flow = mean([flow_loss(models, batch, settings) for batch in batches])
     trained = settings.get("train_rounds")
     trains = (lambda number: True) if trained is None else lambda number: number + 1 in trained
@@ -241,8 +256,9 @@ def assert_equations(make_model, trainer, seen, settings):
     updates = trainer.num_iterations * trainer.args.steps_per_generation // accumulated  # of one generation
     for step in range(len(seen.weights)):
         batches = seen.batches[step * accumulated : (step + 1) * accumulated]
-        old = seen.weights[step // updates * updates]
-        gradients, loss = expected(make_model, batches, seen.weights[step], old, settings)
+        if step % updates == 0:
+            models = policies(make_model, seen.weights[step])
+        gradients, loss = expected(models, batches, seen.weights[step], settings)
         assert logs[step]["loss"] == pytest.approx(loss, rel=1e-6, abs=1e-6)
         for name, gradient in seen.gradients[step].items():
             wanted = gradients[name]

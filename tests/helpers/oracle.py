@@ -150,8 +150,13 @@ def flow_terms(image, v, v_old, v_ref, advantage, settings):
     return surrogate, regularizer
 
 
-def oracle(batches, now, old, settings):
-    """Gradients by parameter name of the objective over one generation batch, and its value."""
+def oracle(batches, now, old, settings, fixed=None):
+    """
+    Gradients by parameter name of the objective over one generation batch, and its value.
+
+    `fixed` keeps the velocities of the old policy and the reference from one pass over a generation for the next.
+    """
+    fixed = {} if fixed is None else fixed
     models = {}
     for name, state in (("now", now), ("old", old), ("reference", None)):
         models[name] = tiny_bagel()
@@ -159,10 +164,9 @@ def oracle(batches, now, old, settings):
             models[name].load_state_dict(state, strict=False)
     text, surrogate, regularizer, samples = 0.0, 0.0, 0.0, 0
     with torch.no_grad():
-        fixed = {}
         for name in ("old", "reference"):
-            for batch in batches:
-                for image in images_of([batch]):
+            for image in images_of(batches):
+                if (name, id(image)) not in fixed:
                     fixed[name, id(image)] = velocities(models[name], image, settings)
     for batch in batches:
         for row, image in enumerate(images_of([batch])):

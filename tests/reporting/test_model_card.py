@@ -126,7 +126,9 @@ def test_the_example_of_the_card_paints_as_it_was_trained(make_trainer, tmp_path
     assert asked == sizes | {"timestep_shift": 2.0, "guidance": Guidance(1.5)}
 
 
-@pytest.mark.parametrize("kind", ["whole", "adapters", "adapters of a saved one"])
+@pytest.mark.parametrize(
+    "kind", ["whole", pytest.param("adapters", marks=pytest.mark.slow), "adapters of a saved one"]
+)
 def test_the_example_of_a_pipelines_card_paints_as_it_was_trained(make_trainer, tmp_path, monkeypatch, kind):
     """With transformers and diffusers alone."""
     told = {"painter_arguments": {"max_sequence_length": 24}, "dtype": torch.float32}

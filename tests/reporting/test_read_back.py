@@ -63,12 +63,16 @@ def test_hostile_prompts_stay_text(text):
     assert shown == readable(text)
 
 
+def test_of_a_long_text_the_first_words_are_shown():
+    assert "1 more words" in shaded_words(reading(" ".join(["word"] * 280) + " more" * 21))
+
+
+@pytest.mark.slow  # twelve seconds; what bounds it is tested above
 def test_long_prompts_leave_the_page_below_five_megabytes(tmp_path):
     prompt = " ".join(f"word{i}" for i in range(280))
     values = [reading(prompt).to_json()] * 48
     html = page_of(tmp_path, {"read_back": values}, [prompt] * 2, range(0, 130, 10), 24)
     assert html.count("--shade") > 48 * 279 and len(html.encode()) < 5_000_000
-    assert "1 more words" in shaded_words(reading(prompt + " more" * 21))
 
 
 def test_worst_words_over_the_run(tmp_path):

@@ -98,8 +98,15 @@ def test_several_generations_of_one_optimizer_step_share_their_old_policy(make_t
     assert_weights(recorded.old[2], blended(old, recorded.trained[1], 0.75))
 
 
-@ADAPTED
-@pytest.mark.parametrize("objective", ["nft", "awm", "fpo"])
+@pytest.mark.parametrize(
+    ("objective", "adapted"),
+    [
+        ("nft", True),
+        ("awm", False),
+        ("fpo", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("nft", False), ("awm", True), ("fpo", True))),
+    ],
+)
 def test_the_old_policy_paints_and_gives_the_old_velocities(make_trainer, train, monkeypatch, objective, adapted):
     settings = {**BOTH, "image_objective": objective, "max_steps": 4}
     trainer = make_trainer(peft_config=LoraConfig(r=2) if adapted else None, **settings)

@@ -431,6 +431,7 @@ def test_engines_that_spread_the_model_are_refused_whoever_asks_for_them(tmp_pat
         config(str(tmp_path))
 
 
+@pytest.mark.slow  # two processes that import everything, to see that the launcher sets the variable of the test above
 def test_an_engine_of_the_launcher_is_refused(tmp_path):
     """A yaml switches it on, and leaves the arguments as they are."""
     script, yaml = tmp_path / "script.py", tmp_path / "fsdp.yaml"

@@ -285,9 +285,15 @@ def copies_of(weight):
     return len({x.untyped_storage().data_ptr() for x in alike})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize("given", [False, True], ids=["peft_config", "PeftModel"])
+@pytest.mark.parametrize(
+    ("dtype", "beta", "given"),  # every pair of values once
+    [
+        (torch.float32, 0.0, False),
+        (torch.bfloat16, 0.1, False),
+        (torch.float32, 0.1, True),
+        (torch.bfloat16, 0.0, True),
+    ],
+)
 def test_reference_of_adapters_shares_the_base(make_trainer, dtype, beta, given):
     model = tiny_bagel().to(dtype)
     base = dict(model.named_parameters())

@@ -106,7 +106,7 @@ def test_velocities_of_a_table_are_those_of_each_step_on_its_own(trained, make_m
             {"image_objective": "nft", "matching_samples": 3, "image_learning_rate": 0.002},
             marks=pytest.mark.slow,
         ),
-        (toy, {}),
+        pytest.param(toy, {}, marks=pytest.mark.slow),  # as "toy-reference", which goes on for a generation
         pytest.param(toy, {"flow_context_grad": "full"}, marks=pytest.mark.slow),
         (toy, {"image_objective": "awm", "matching_samples": 3, "image_learning_rate": 0.002}),
         (toy, {"flow_regularizer_weight": 0.01, "max_steps": 4}),

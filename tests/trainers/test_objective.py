@@ -41,10 +41,10 @@ def test_gradients_of_both_passes_are_those_of_the_formulas(make_trainer, train,
     )
     seen = train(trainer)
 
-    rollout_weights = seen.weights[0]
+    rollout_weights, fixed = seen.weights[0], {}
     for step in range(2):
         batches = seen.batches[2 * step : 2 * step + 2]
-        expected, loss = oracle(batches, seen.weights[step], rollout_weights, settings)
+        expected, loss = oracle(batches, seen.weights[step], rollout_weights, settings, fixed)
         assert trainer.state.log_history[step]["loss"] == pytest.approx(loss, abs=2e-6)
         for name, gradient in seen.gradients[step].items():
             scale = expected[name].abs().max().item()

@@ -57,7 +57,8 @@ def test_both_are_trained_and_nothing_else(make_trainer, peft, checkpointing):
 
 @pytest.mark.parametrize(("weight", "part"), [("text_weight", "painter"), ("flow_weight", "thinker")])
 def test_one_expert_alone(make_trainer, weight, part):
-    trainer = make_trainer(model=tiny_model(), peft_config=LoraConfig(r=2), **arguments(**{weight: 0.0}))
+    settings = arguments(**{weight: 0.0}, max_steps=1)
+    trainer = make_trainer(model=tiny_model(), peft_config=LoraConfig(r=2), **settings)
     before = weights(trainer.model)
     trainer.train()
     changed = moved(before, weights(trainer.model))
@@ -273,7 +274,7 @@ def test_a_shared_encoder_is_trained_by_the_image_if_it_may(make_trainer, contex
         painter=tiny.pipeline, painter_arguments=tiny.arguments, dtype=torch.float32
     )
     settings = {"flow_context_grad": context_grad, "text_weight": 1e-30, "gradient_checkpointing": True}
-    trainer = make_trainer(model=model, peft_config=LoraConfig(r=2), **arguments(**settings, max_steps=3))
+    trainer = make_trainer(model=model, peft_config=LoraConfig(r=2), **arguments(**settings, max_steps=2))
     before = weights(trainer.model)
     trainer.train()
     change = {name: (after - before[name]).abs().max() for name, after in weights(trainer.model).items()}
@@ -287,7 +288,9 @@ def test_cosmos3_is_one_model_like_bagel(make_trainer):
     model = tiny_cosmos3()
     words = model.tokenizer
     trainer = make_trainer(
-        model=model, peft_config=LoraConfig(r=2), **{**arguments(image_size=16), "processing_class": words}
+        model=model,
+        peft_config=LoraConfig(r=2),
+        **{**arguments(image_size=16, max_steps=1), "processing_class": words},
     )
     before = weights(trainer.model)
     trainer.train()
@@ -312,7 +315,7 @@ def test_the_trainers_other_settings(make_trainer, train, settings):
     """Guidance by an empty prompt in training, times off the rollout's grid, and images from the prompt alone."""
     text_weight = 0.0 if settings.get("thinking") is False else 1.0
     trainer = make_trainer(
-        model=tiny_model(), peft_config=LoraConfig(r=2), **arguments(text_weight=text_weight, **settings)
+        model=tiny_model(), peft_config=LoraConfig(r=2), **arguments(text_weight=text_weight, max_steps=1, **settings)
     )
     before = weights(trainer.model)
     seen = train(trainer)

@@ -8,7 +8,6 @@ from tests.helpers.runs import assert_equal_runs, run
 from tests.helpers.tiny_unified import prompts_dataset, tiny_bagel
 
 
-@pytest.mark.parametrize("stop", [2, 3], ids=["between-generations", "between-passes"])
 @pytest.mark.parametrize(
     ("adapted", "settings"),
     [
@@ -20,17 +19,21 @@ from tests.helpers.tiny_unified import prompts_dataset, tiny_bagel
     ],
     ids=["full", "lora", "lines", "guidance", "averages"],
 )
-def test_resume_is_exact(make_trainer, tmp_path, stop, adapted, settings):
-    def arguments():
-        return {"peft_config": LoraConfig(r=2) if adapted else None, **settings}
+def test_resume_is_exact(make_trainer, tmp_path, adapted, settings):
+    """Between two generations, and between the passes over the second; after both comes a third."""
 
-    whole = run(make_trainer, tmp_path / "whole", **arguments())
-    resumed = run(make_trainer, tmp_path / "resumed", tmp_path / "whole" / f"checkpoint-{stop}", **arguments())
-    assert_equal_runs(whole, resumed, stop)
+    def run_on(folder, stop=None):
+        resume = None if stop is None else tmp_path / "whole" / f"checkpoint-{stop}"
+        config = LoraConfig(r=2) if adapted else None
+        return run(make_trainer, tmp_path / folder, resume, max_steps=5, peft_config=config, **settings)
+
+    whole = run_on("whole")
+    for stop in (2, 3):
+        assert_equal_runs(whole, run_on(f"resumed-{stop}", stop), stop)
 
 
 def test_resume_inside_a_generation_of_several_updates(make_trainer, tmp_path):
-    arguments = {"gradient_accumulation_steps": 1, "steps_per_generation": 2}
+    arguments = {"gradient_accumulation_steps": 1, "steps_per_generation": 2, "max_steps": 5}
     whole = run(make_trainer, tmp_path / "whole", **arguments)
     resumed = run(make_trainer, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3", **arguments)
     assert_equal_runs(whole, resumed, 3)
@@ -52,19 +55,20 @@ def test_resume_with_weights_that_never_had_a_gradient(make_trainer, tmp_path):
         spare.register_parameter("spare_moe_gen", torch.nn.Parameter(torch.ones(3)))
         return spare
 
-    whole = run(make_trainer, tmp_path / "whole", model=model())
-    resumed = run(make_trainer, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3", model=model())
+    whole = run(make_trainer, tmp_path / "whole", model=model(), max_steps=4)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    resumed = run(make_trainer, tmp_path / "resumed", checkpoint, model=model(), max_steps=4)
     assert_equal_runs(whole, resumed, 3)
     trained = sum(len(group["params"]) for group in whole.optimizer.param_groups)
     assert trained == len(whole.optimizer.state_dict()["state"]) + 2
 
 
 def test_both_learning_rates_survive(make_trainer, tmp_path):
-    run(make_trainer, tmp_path / "whole")
-    resumed = run(make_trainer, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3")
+    run(make_trainer, tmp_path / "whole", max_steps=4)
+    resumed = run(make_trainer, tmp_path / "resumed", tmp_path / "whole" / "checkpoint-3", max_steps=4)
     log = next(entry for entry in resumed.state.log_history if entry["step"] == 4)
-    assert log["learning_rate/text"] == pytest.approx(1e-3 * 0.5)
-    assert log["learning_rate/image"] == pytest.approx(3e-3 * 0.5)
+    assert log["learning_rate/text"] == pytest.approx(1e-3 * 0.25)
+    assert log["learning_rate/image"] == pytest.approx(3e-3 * 0.25)
 
 
 @pytest.mark.parametrize("how", ["file-missing", "other-batches"])

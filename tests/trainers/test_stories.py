@@ -154,7 +154,7 @@ def test_plain_credit_asks_for_no_score_of_the_source(trained):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"round_context": "markov"},
+        {"round_context": "markov", "max_steps": 1},
         {"round_context": "full", "flow_context_grad": "full"},
         pytest.param({"round_context": "full", "train_dataset": stories(sources=False)}, marks=pytest.mark.slow),
         {"round_group": "tree", "round_reward": "own", "max_steps": 1},
