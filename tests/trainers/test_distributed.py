@@ -153,9 +153,7 @@ def in_two_processes(folder, cases):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # A fork has imported everything already, but does not survive an accelerator that was used before.
-    start = "spawn" if torch.accelerator.is_available() else "fork"
-    mp.start_processes(worker, args=(port, str(folder), list(cases)), nprocs=2, start_method=start)
+    mp.spawn(worker, args=(port, str(folder), list(cases)), nprocs=2)
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
     return folder, ranks
 

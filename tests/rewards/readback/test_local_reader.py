@@ -277,5 +277,5 @@ def test_readers_without_a_gradient_are_named_before_training(reader, name):
 def test_rewards_stop_a_run_of_which_nothing_can_be_read(reader):
     reward = ReadBackReward(reader, max_dead_batches=2)
     assert reward([""], images=IMAGES[:1]) == [None]
-    with pytest.raises(DeadRewardError, match="scored no image in 2 batches in a row. Last error: The prompt of row 0 is empty. Mend"):
+    with pytest.raises(DeadRewardError, match="in 2 batches in a row. Last error: The prompt of row 0 is empty. Mend"):
         reward([""], images=IMAGES[:1])
