@@ -202,7 +202,11 @@ def test_memory_that_runs_out_halves_the_batch(llava, reader, monkeypatch):
     assert reader.last_error == "tried to allocate 20 GiB. Lower max_side=768, or take a smaller model."
 
 
-def test_models_that_do_not_read(tmp_path, llava):
+@pytest.mark.parametrize("registered", [False, True])
+def test_models_that_do_not_read(tmp_path, llava, registered):
+    if registered:  # with transformers, as whoever imports the models does
+        import trl_unigrpo.models.bagel
+        import trl_unigrpo.models.pipeline  # noqa: F401
     model, processor = llava
     with pytest.raises(ValueError, match="LlamaModel with a TokenizersBackend reads no images: expected an image"):
         LocalReader(model.model.language_model, processor.tokenizer)
@@ -211,7 +215,7 @@ def test_models_that_do_not_read(tmp_path, llava):
     with pytest.raises(ValueError, match="max_side=0: expected at least 1"):
         LocalReader(model, processor, max_side=0)
     for kind in ("llama", "bagel", "unified_pipeline", "never_heard_of"):
-        (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
+        (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}", "llm_config": {{}}}}')
         with pytest.raises(ValueError, match=rf"{kind}.*A unified model .* ReadBackReward\('self'\)"):
             ReadBackReward(str(tmp_path))
 
