@@ -63,6 +63,18 @@ def test_page_and_numbers(measured, tmp_path):
         assert f"correlate by {measured.agreement.mean:.2f} before training" in page
 
 
+def test_page_of_the_rule_says_nothing_of_reading(measured, tmp_path):
+    task = PaintTask()
+    summary = task.summary(measured, measured)
+    summary |= {"gain": 0.1, "ci95_gain": [0.08, 0.12], "steps": 1, "train_seconds": 1.0, "threads": 1, "seed": 0}
+    args = UniGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    told = summary | {"versions": {}}
+    task.write_report(tmp_path / "report.html", measured, measured, [{"reward": 0.5}], told, args)
+    page = " ".join((tmp_path / "report.html").read_text().split())
+    assert "<b>It works:</b> on 14 prompts that it never saw, the reward moved by +0.100" in page
+    assert "correlate" not in page
+
+
 def test_ranks_are_correlated_as_spearman_does():
     random = np.random.default_rng(0)
     for _ in range(20):
