@@ -97,7 +97,7 @@ class Passage:
 @dataclass
 class Trajectory:
     """
-    What one sample of a prompt became.
+    One sample of a prompt.
 
     Attributes:
         prompt: as the dataset has it, a string or a conversation, with the system prompt that was added.

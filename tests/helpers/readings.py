@@ -11,7 +11,7 @@ from trl_unigrpo.rewards.readback.words import logged_reading
 
 
 def reading(text: str, log_prob: float = -1.0) -> str:
-    """What is logged of a text whose words all have this log-prob."""
+    """Write the log of a text whose words all have this log-prob."""
     words = text.split(" ")
     tokens = [word if place == 0 else f" {word}" for place, word in enumerate(words)]
     return Reading(tokens, [log_prob] * len(words)).to_json()

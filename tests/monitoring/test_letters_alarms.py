@@ -129,7 +129,7 @@ def test_the_best_read_images_of_a_few_groups_are_looked_at(monkeypatch):
 
 
 class Letters(FixedTexts):
-    """What is seen of images shows their prompts as letters, from the third generation on."""
+    """A trainer whose images are seen to show their prompts as letters, from the third generation on."""
 
     side = 128
 

@@ -30,7 +30,7 @@ class Keeps(FixedRounds):
 
 
 class Seen(FixedRounds):
-    """What is seen of images is up to `seen(row, round)`; the policy paints all the same."""
+    """A trainer whose images look as `seen(row, round)` says; the policy paints all the same."""
 
     def _painted(self, trajectories):
         super()._painted(trajectories)

@@ -149,7 +149,7 @@ def worker(rank, port, folder, cases):
 
 
 def in_two_processes(folder, cases):
-    """What each of two processes has found, and where it wrote."""
+    """Run cases in two processes: the folder that they wrote to, and what each found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -61,7 +61,7 @@ class Look:
 @dataclass
 class Refinement:
     """
-    What a model made of a prompt in several rounds.
+    The rounds of one prompt: texts, images and scores.
 
     Attributes:
         prompt: as it was given.

@@ -16,7 +16,7 @@ from .summary import interval_json, shown
 @dataclass(frozen=True)
 class Course:
     """
-    What became of one prompt in several rounds.
+    The course of one prompt through several rounds.
 
     Attributes:
         rewards: r_1, r_2, .. of the images that stood after each round that it had; None where there is none.

@@ -21,7 +21,7 @@ from .image_statistics import ImageStatistics
 @dataclass(frozen=True)
 class RoundNote:
     """
-    What became of one round of a sample.
+    One round of a sample, as it went.
 
     Attributes:
         text: that was sampled.
@@ -135,7 +135,7 @@ class Generation:
 @dataclass(frozen=True)
 class Rollout:
     """
-    What one process has painted for training, before it is rewarded.
+    The images that one process has painted for training, before they are rewarded.
 
     Attributes:
         trajectories: B of them, with their images.

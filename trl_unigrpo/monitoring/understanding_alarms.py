@@ -77,7 +77,7 @@ class UnderstandingWatch:
 
     @property
     def complete(self) -> bool:
-        """Whether there are as many captions as a comparison takes."""
+        """True where there are as many captions as a comparison takes."""
         return len(self.captions) >= ENOUGH
 
     def take(self, generation: Generation, folder: Path, make_reader: MakeReader) -> bool:

@@ -1,5 +1,5 @@
 """
-What a run writes for its galleries: `<output_dir>/gallery/`, read back by the page and by `trl-unigrpo report`.
+The files of a run for its galleries: `<output_dir>/gallery/`, read back by the page and by `trl-unigrpo report`.
 
     run.json           what is trained, with which settings
     records.jsonl      one JSON object a line, only ever added to: starts, logged metrics, shown generations, the end

@@ -63,7 +63,7 @@ _NAMES = {code: _name(code) for code in range(UNREADABLE, 1 + len(COLORS) * len(
 @dataclass(frozen=True)
 class Reflection:
     """
-    What a second look says.
+    The words of a second look, read.
 
     Attributes:
         seen: what cells are said to look like: all that are not empty, or those that an edit is about.

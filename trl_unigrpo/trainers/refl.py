@@ -37,7 +37,7 @@ def late_step_range(num_inference_steps: int, late_steps: float) -> tuple[int, i
 
 def image_losses(rewards: Tensor, loss: str = "hinge", margin: float = 2.0, scale: float = 1e-3) -> Tensor:
     """
-    What each image adds to the loss, (B,): scale relu(margin - r), or ("linear") -scale r.
+    Compute each image's part of the loss, (B,): scale relu(margin - r), or ("linear") -scale r.
 
     Below the margin the two have the same gradient.
     """

@@ -36,7 +36,7 @@ from .unigrpo_config import UniGRPOConfig
 @dataclass
 class Progress:
     """
-    What a step has in progress, handed from one of TRL's hooks to the next.
+    The work in progress of a step, handed from one of TRL's hooks to the next.
 
     Attributes:
         trajectories: of the rollout that is being rewarded.

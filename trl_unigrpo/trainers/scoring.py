@@ -25,7 +25,7 @@ STANDING = "standing"
 @dataclass(frozen=True)
 class Standing:
     """
-    What is known of a sample before its round is scored; reward functions don't see it.
+    The state of a sample before its round is scored; reward functions don't see it.
 
     Attributes:
         scores: (F,) of its image, where that was scored in a round before; None where it is a new one.

@@ -70,7 +70,7 @@ class BagelPixels(_Base):
 
     def embed_vit_image(self, pixels: Tensor) -> Tensor:
         """
-        What the text expert reads of an image: embeddings (N, H) of its patches, row by row.
+        Embed the patches of an image for the text expert, row by row: (N, H).
 
         Args:
             pixels: (3, height, width) in [-1, 1], as `BagelProcessor.vit_pixels` gives them; or a batch of one size,

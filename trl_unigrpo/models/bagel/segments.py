@@ -218,7 +218,7 @@ def _check(row: ContextRow, placeholder: int) -> None:
 
 def guided_trajectory(trajectory: Trajectory, branch: str, placeholder: int) -> Trajectory:
     """
-    What a branch of guidance sees of a trajectory, as one without texts.
+    Reduce a trajectory to the part that a branch of guidance sees, as one without texts.
 
     Raises:
         ValueError: where the branch needs the system message, and the trajectory does not say which it is.

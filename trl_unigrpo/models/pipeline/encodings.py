@@ -17,7 +17,7 @@ from .reading import noted_tokens
 @dataclass
 class EditPrompt:
     """
-    What stands before an edited image.
+    The context of an edited image.
 
     Attributes:
         text: the painter's prompt.
