@@ -92,6 +92,16 @@ def test_text_that_does_not_fit_the_context():
     assert reader.last_error == "A prompt of 3 tokens does not fit into the reader's context of 6."
 
 
+def test_log_probs_that_are_no_numbers_have_no_score_and_a_reason():
+    model, tokenizer = rounds_bagel(), tiny_tokenizer()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids("tree")] = torch.nan
+    reward = ReadBackReward()
+    bring_readers([reward], model, tokenizer)
+    assert reward(TEXTS[:1], images=IMAGES[:1]) == [None]
+    assert "The model reads NaN or infinity in torch.float32" in reward.last_error
+
+
 def test_model_that_can_not_read():
     with pytest.raises(ValueError, match="has no understanding tower"):
         bring_readers([ReadBackReward()], tiny_bagel(), tiny_tokenizer())

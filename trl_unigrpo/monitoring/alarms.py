@@ -41,8 +41,7 @@ def default_alarms(mode: str) -> list["Alarms"]:
 class Alarms(Watcher, ExportableState):
     """
     A watcher of updates, images, rewards, rounds, thinkings and, where a reward reads back, of what that may cost. An
-    alarm is a line in the log and in `alarms.jsonl` in
-    the output folder (see [`append_alarm`]).
+    alarm is a line in the log and in `alarms.jsonl` in the output folder (see [`append_alarm`]).
 
     What it knows of the start of the run is saved in the checkpoint's `trainer_state.json` and comes back on resuming.
 

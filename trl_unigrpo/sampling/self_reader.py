@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..models.contract import UnifiedModelMixin
@@ -74,20 +75,23 @@ class SelfReader:
         fitting = [place for place, tokens in enumerate(ids) if self._fits(tokens)]
         readings: list[Reading | None] = [None] * len(ids)
 
-        def some(part: slice) -> list[Reading]:
+        def some(part: slice) -> list[Reading | None]:
             places = fitting[part]
             shown = self.model.read_images([images[place] for place in places])
             found = self.model.read_back(shown, [ids[place] for place in places])
-            return [
-                Reading(pieces(self.tokenizer, texts[place], ids[place]), row.tolist())
-                for place, row in zip(places, found, strict=True)
-            ]
+            return [self._reading(texts[place], ids[place], row) for place, row in zip(places, found, strict=True)]
 
         with self._judging(), self.autocast():
             found = in_fitting_batches(self, len(fitting), AT_ONCE, some, READ)
         for place, reading in zip(fitting, found, strict=True):
             readings[place] = reading
         return readings
+
+    def _reading(self, text: str, tokens: Sequence[int], log_probs: Tensor) -> Reading | None:
+        if not log_probs.isfinite().all():
+            self.last_error = f"The model reads NaN or infinity in {self.model.dtype}: try another precision."
+            return None
+        return Reading(pieces(self.tokenizer, text, tokens), log_probs.tolist())
 
     def _fits(self, tokens: Sequence[int]) -> bool:
         """Say whether a text fits into the context behind an image; why, if it does not."""
