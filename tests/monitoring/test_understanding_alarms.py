@@ -6,7 +6,7 @@ from tests.helpers.readings import reads
 from tests.helpers.runs import alarms_of, given, run
 from tests.helpers.tiny_unified import bagel_with_tower, prompts_dataset, redness, tiny_bagel, tiny_tokenizer
 from trl_unigrpo.monitoring import alarms
-from trl_unigrpo.monitoring.understanding_alarms import CAPTIONS_FOLDER
+from trl_unigrpo.monitoring.understanding_alarms import CAPTIONS_FOLDER, ENOUGH, UnderstandingWatch
 from trl_unigrpo.rewards import ReadBackReward
 from trl_unigrpo.sampling.self_reader import SelfReader
 
@@ -77,3 +77,11 @@ def test_where_nothing_can_be_read_nothing_is(make_trainer, tmp_path, caplog):
         assert not logged(trainer) and not (tmp_path / folder / CAPTIONS_FOLDER).exists()
     (told,) = [record.message for record in caplog.records if "understanding" in record.message]
     assert "The alarm understanding/fallen is off: " in told and "tower" in told
+
+
+@pytest.mark.parametrize(("drop", "rings"), [(0.18, False), (0.22, True)])
+def test_the_limit_is_a_fifth_of_a_token_s_likelihood(drop, rings):
+    before = [-1 - 0.01 * number for number in range(ENOUGH)]
+    watch = UnderstandingWatch([f"caption {number}" for number in range(ENOUGH)], before, [0] * ENOUGH)
+    found = watch.look([value - drop * (0.98 + 0.04 * (number % 2)) for number, value in enumerate(before)])
+    assert [alarm.name for alarm in found] == ["understanding/fallen"] * rings

@@ -82,6 +82,13 @@ def test_ranks_are_correlated_as_spearman_does():
         assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
 
 
+def test_settings_are_those_that_were_measured():
+    chosen = {"max_steps": 90, "image_objective": "nft", "num_inference_steps": 6, "matching_samples": 3}
+    chosen |= {"flow_regularizer": "none", "learning_rate": 6e-4, "image_learning_rate": 4e-4}
+    settings = ReadBackTask().settings(ReadBackTask.rollouts)
+    assert {name: settings[name] for name in chosen} == chosen  # docs/readback.md has what comes of them
+
+
 def test_tasks_by_name():
     assert type(choose_task("paint", "readback")) is ReadBackTask
     assert type(choose_task("paint", "rule")) is PaintTask
