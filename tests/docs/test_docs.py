@@ -1,6 +1,7 @@
 """The documentation's tables come from docstrings; a hook that silently finds nothing would leave empty pages."""
 
 import dataclasses
+import re
 
 import pytest
 from trl import GRPOConfig
@@ -31,6 +32,16 @@ def test_class_without_parameters_is_an_error(hooks, tmp_path):
     (tmp_path / "x.py").write_text('class A:\n    """Nothing."""\n')
     with pytest.raises(ValueError, match="no 'Parameters:' section"):
         hooks.parameter_tables(tmp_path / "x.py", "A")
+
+
+def test_names_that_pages_refer_to_stand_on_a_page():
+    pages = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")}
+    shown = {name for text in pages.values() for name in re.findall(r"^::: (\S+)", text, re.MULTILINE)}
+    referred = {
+        (page, name) for page, text in pages.items() for name in re.findall(r"\]\[(trl_unigrpo[\w.]+)\]", text)
+    }
+    assert referred  # or the form of references has changed
+    assert [each for each in referred if not {each[1], each[1].rpartition(".")[0]} & shown] == []
 
 
 def test_example_on_the_flow_page_runs():
