@@ -35,8 +35,8 @@ def test_class_without_parameters_is_an_error(hooks, tmp_path):
 
 
 def test_names_that_pages_refer_to_stand_on_a_page():
-    pages = {page.name: page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")}
-    shown = {name for text in pages.values() for name in re.findall(r"^::: (\S+)", text, re.MULTILINE)}
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")]
+    shown = {name for text in pages for name in re.findall(r"^::: (\S+)", text, re.MULTILINE)}
     referred = {
         (page, name) for page, text in pages.items() for name in re.findall(r"\]\[(trl_unigrpo[\w.]+)\]", text)
     }
