@@ -117,7 +117,7 @@ def of_one_size(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     chosen = [order[start : start + each] for start in range(0, len(order), each)]
     chosen = [chosen[place] for place in torch.randperm(len(chosen)).tolist()]
     whole = {key: _joined([batch[key] for batch in batches]) for key in batches[0]}
-    return [{key: _taken(value, places) for key, value in whole.items()} for places in chosen]
+    return [{key: taken(value, places) for key, value in whole.items()} for places in chosen]
 
 
 def _joined(values: Sequence[Any]) -> Any:
@@ -126,7 +126,8 @@ def _joined(values: Sequence[Any]) -> Any:
     return [item for value in values for item in value] if isinstance(values[0], list) else values[0]
 
 
-def _taken(value: Any, places: list[int]) -> Any:
+def taken(value: Any, places: list[int]) -> Any:
+    """Take some rows of what TRL's buffer holds of all: tensors, lists, or one value for all."""
     if isinstance(value, Tensor) and value.ndim:
         return value[places]
     return [value[place] for place in places] if isinstance(value, list) else value

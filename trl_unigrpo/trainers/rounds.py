@@ -23,6 +23,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..flow.sampler import RolloutPlan
 from ..messages import user_text
 from ..models.tokenizer import check_messages
 from ..monitoring.events import Generation
@@ -90,7 +91,7 @@ class RoundsTrainer(RunKeeping):
         warm = self.mode == "eval" or self.state.global_step >= self.args.stop_warmup_steps
         return self.args.allow_stop and warm
 
-    def _painted(self, trajectories: list[Trajectory]) -> list[Any]:
+    def _painted(self, trajectories: list[Trajectory], plan: RolloutPlan | None = None) -> list[Any]:
         raise NotImplementedError
 
     # 1. Rollout
@@ -265,13 +266,9 @@ class RoundsTrainer(RunKeeping):
 
     def _score_round(self, walk: Walk, number: int, optional: bool = False) -> None:
         """Score the images that stand after a round. Those that stood before keep their scores."""
-        before = walk.stood[number - 1] if 0 < number <= len(walk.stood) else None
-        if before is not None:
-            before = before.split(len(walk.inputs))[self.accelerator.process_index].tolist()
-        for i, (row, t, seen) in enumerate(zip(walk.inputs, walk.trajectories, walk.seen, strict=True)):
-            new = number < len(t.rounds) and not t.rounds[number].stopped
-            kept = None if new or before is None else before[i]
-            row |= {"images": seen[number], "previous_images": seen[:number], STANDING: Standing(kept, optional)}
+        kept = self._kept_scores(walk, number)
+        for row, t, seen, known in zip(walk.inputs, walk.trajectories, walk.seen, kept, strict=True):
+            row |= {"images": seen[number], "previous_images": seen[:number], STANDING: Standing(known, optional)}
             row |= {"round_index": min(number, len(t.rounds) - 1), "source_images": row.get("source_images")}
         self._pending_extra_logs.clear()  # the log has a row for each trajectory: its last round's
         ids = [t.rounds[min(number, len(t.rounds) - 1)].text_ids for t in walk.trajectories]
@@ -280,6 +277,14 @@ class RoundsTrainer(RunKeeping):
         walk.process.append(self._book.process_advantages)
         for row in walk.inputs:
             del row[STANDING]
+
+    def _kept_scores(self, walk: Walk, number: int) -> list[list[float] | None]:
+        """Give the scores of each trajectory's image where it stood before the round; None where it is new."""
+        if not 0 < number <= len(walk.stood):
+            return [None] * len(walk.inputs)
+        before = walk.stood[number - 1].split(len(walk.inputs))[self.accelerator.process_index].tolist()
+        new = [number < len(t.rounds) and not t.rounds[number].stopped for t in walk.trajectories]
+        return [None if painted else scores for painted, scores in zip(new, before, strict=True)]
 
     def _source_scores(self, walk: Walk) -> Tensor:
         """Score the source image of each group, by its first trajectory: (N, F)."""

@@ -182,6 +182,11 @@ class RunKeeping(AveragedRun):
     def _record_seconds(self, phase: str, seconds: float) -> None:
         self._note({f"time/{phase}": seconds})
 
+    def _note_speed(self, images: int) -> None:
+        """Say how many images a second the painting that has just ended made."""
+        seconds = self._metrics[self.mode]["time/paint"][-1]
+        self._note({"time/images_per_second": images * self.accelerator.num_processes / seconds})
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().train(*args, **kwargs)

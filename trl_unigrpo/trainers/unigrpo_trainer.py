@@ -51,6 +51,7 @@ from .reward_checks import as_list, callback_list
 from .rounds import RoundsTrainer
 from .run_keeping import Progress, gathered_means
 from .scoring import RewardBook, with_names
+from .scouts import ScoutingRun
 from .setup import finish_run, prepare_run
 from .trl_bridge import (
     TextAndVelocities,
@@ -64,7 +65,7 @@ from .unigrpo_config import UniGRPOConfig
 from .windows import draw_windows, guidance_of, rollout_plan
 
 
-class UniGRPOTrainer(EditingRun, RoundsTrainer):
+class UniGRPOTrainer(ScoutingRun, EditingRun, RoundsTrainer):
     """
     Trainer for UniGRPO (arXiv 2603.23500): GRPO on the thinking tokens and FlowGRPO-Fast on the denoising steps of a
     unified model, from one reward on the finished image.
@@ -183,9 +184,8 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
         prompt_ids, completion_ids, extra_fields = generation_fields(outputs)
         trajectories = self._trajectories(prompts, prompt_ids, completion_ids)
         with profiling_context(self, "image_rollout"), self._phases("paint"):
-            images = self._paint(trajectories)
-        number, seconds = len(images) * self.accelerator.num_processes, self._metrics[self.mode]["time/paint"][-1]
-        self._note({"time/images_per_second": number / seconds})
+            images = self._paint_first(trajectories)
+        self._note_speed(len(images))
         self._progress.trajectories, self._progress.reading = trajectories, self.read_as(trajectories, completion_ids)
         if self.num_rounds > 1:
             with self._phases("rounds"):
@@ -220,7 +220,7 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
         return painted
 
     @torch.no_grad()
-    def _painted(self, trajectories: list[Trajectory]) -> list[Any]:
+    def _painted(self, trajectories: list[Trajectory], plan: RolloutPlan | None = None) -> list[Any]:
         if not trajectories:
             return []
         args = self.args
@@ -237,7 +237,7 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
             self.accelerator.autocast(),
         ):
             base = unified_model(model)
-            images = paint(base, trajectories, self._plan(trajectories), generators)
+            images = paint(base, trajectories, plan or self._plan(trajectories), generators)
             painted = decode(base, images, args.image_batch_size)
         for trajectory, image, seed, generator in zip(trajectories, images, seeds, generators, strict=True):
             image.seed = seed
@@ -266,15 +266,17 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._progress.inputs = inputs
-        outputs = super()._generate_and_score_completions(inputs)
-        trajectories, self._progress.trajectories, self._progress.inputs = self._progress.trajectories, [], []
-        if self.num_rounds > 1:
-            self._pay(outputs)
-        elif self.args.process_reward_weight > 0:
-            process = self._book.process_advantages.split(len(inputs))[self.accelerator.process_index]
-            outputs["text_advantages"] = outputs["advantages"] + self.args.process_reward_weight * process
-        self._show(inputs, outputs["advantages"])
+        with self._pool(inputs) as inputs:
+            self._progress.inputs = inputs
+            outputs = super()._generate_and_score_completions(inputs)
+            trajectories, self._progress.trajectories, self._progress.inputs = self._progress.trajectories, [], []
+            if self.num_rounds > 1:
+                self._pay(outputs)
+            elif self.args.process_reward_weight > 0:
+                process = self._book.process_advantages.split(len(inputs))[self.accelerator.process_index]
+                outputs["text_advantages"] = outputs["advantages"] + self.args.process_reward_weight * process
+            self._show(inputs, outputs["advantages"])
+            outputs, trajectories = self._chosen(outputs, trajectories)
         if self._trains_image:
             outputs["trajectories"] = trajectories
             with self._phases("old_and_reference"):

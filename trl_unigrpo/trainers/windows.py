@@ -35,7 +35,7 @@ def draw_windows(
         return torch.tensor(draw())
     if args.sde_window_scope == "rank":
         return torch.tensor(draw(process))
-    span = (args.num_generations or 1) if args.sde_window_scope == "group" else 1
+    span = args.pool_size if args.sde_window_scope == "group" else 1
     return torch.tensor([draw(row // span) for row in rows])
 
 
