@@ -105,8 +105,14 @@ def test_demo(monkeypatch):
     assert CliRunner().invoke(app, ["demo"]).exit_code == 0
     assert CliRunner().invoke(app, ["demo", "--task", "edit"]).exit_code == 0
     assert CliRunner().invoke(app, ["demo", "--reward", "readback"]).exit_code == 0
-    three = ("x", 3, 2, 7, "paint", "rule")
-    others = [("paint", "rule"), ("edit", "rule"), ("paint", "readback")]
+    assert CliRunner().invoke(app, ["demo", "--method", "both"]).exit_code == 0
+    three = ("x", 3, 2, 7, "paint", "rule", "fast")
+    others = [
+        ("paint", "rule", "fast"),
+        ("edit", "rule", "fast"),
+        ("paint", "readback", "fast"),
+        ("paint", "rule", "both"),
+    ]
     assert calls == [three, three, *(("shapeworld-demo", None, 0, 1050, *other) for other in others)]
 
 

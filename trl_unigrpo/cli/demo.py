@@ -21,6 +21,10 @@ class DemoOptions:
         Literal["rule", "readback"],
         typer.Option(help="The rule, or how well the model reads the prompt back from its image (paint alone)."),
     ] = "rule"
+    method: Annotated[
+        Literal["fast", "paper", "both"],
+        typer.Option(help="Painting by the rule: the fastest settings, the paper's, or both, side by side."),
+    ] = "fast"
     rollouts: Annotated[
         int | None,
         typer.Option(min=1, help="Rollouts of 192 trajectories, each trained on twice. By default the task's number."),
@@ -34,4 +38,12 @@ def demo_command(options: DemoOptions) -> None:
     """Train a tiny BAGEL on coloured shapes, on a CPU in minutes, and write report.html."""
     from ..experiments.demo.demo import run_demo
 
-    run_demo(options.output_dir, options.rollouts, options.seed, options.num_prompts, options.task, options.reward)
+    run_demo(
+        options.output_dir,
+        options.rollouts,
+        options.seed,
+        options.num_prompts,
+        options.task,
+        options.reward,
+        options.method,
+    )

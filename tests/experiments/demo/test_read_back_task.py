@@ -8,7 +8,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from trl_unigrpo.experiments.demo.demo import choose_task, train_demo_model
-from trl_unigrpo.experiments.demo.paint import PaintTask
+from trl_unigrpo.experiments.demo.paint import Beside, PaintTask
 from trl_unigrpo.experiments.demo.read_back import ReadBackTask
 from trl_unigrpo.rewards import ReadBackReward
 from trl_unigrpo.shapeworld import verifier
@@ -75,6 +75,20 @@ def test_page_of_the_rule_says_nothing_of_reading(measured, tmp_path):
     assert "correlate" not in page
 
 
+def test_two_methods_stand_side_by_side(measured, tmp_path):
+    task = PaintTask()
+    summary = task.summary(measured, measured) | {"steps": 45, "threads": 1, "seed": 0, "versions": {}}
+    task.beside = Beside("UniGRPO", summary | {"gain": 0.2, "train_seconds": 240.0, "steps": 140}, measured)
+    args = UniGRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    told = summary | {"gain": 0.1, "train_seconds": 60.0}
+    task.write_report(tmp_path / "report.html", measured, measured, [{"reward": 0.5}], told, args)
+    page = " ".join((tmp_path / "report.html").read_text().split())
+    for name, seconds, rollouts, gain in (("UniGRPO", 240, 140, "+0.200"), ("UniNFT", 60, 45, "+0.100")):
+        row = f'<td>{name}</td><td class="n">{seconds}</td><td class="n">{rollouts}</td>'
+        assert row in page and f"<td>{gain} (" in page[page.index(row) :]
+    assert page.count('alt="UniGRPO: ') == page.count('alt="UniNFT: ') == page.count('alt="before: ') > 0
+
+
 def test_ranks_are_correlated_as_spearman_does():
     random = np.random.default_rng(0)
     for _ in range(20):
@@ -85,7 +99,7 @@ def test_ranks_are_correlated_as_spearman_does():
 def test_settings_are_those_that_were_measured():
     chosen = {"max_steps": 90, "image_objective": "nft", "num_inference_steps": 6, "matching_samples": 3}
     chosen |= {"flow_regularizer": "none", "learning_rate": 6e-4, "image_learning_rate": 4e-4}
-    settings = ReadBackTask().settings(ReadBackTask.rollouts)
+    settings = ReadBackTask().settings(ReadBackTask().rollouts)
     assert {name: settings[name] for name in chosen} == chosen  # docs/readback.md has what comes of them
 
 
@@ -94,3 +108,12 @@ def test_tasks_by_name():
     assert type(choose_task("paint", "rule")) is PaintTask
     with pytest.raises(ValueError, match="reward='readback' with task='edit': expected 'rule', or 'readback' with"):
         choose_task("edit", "readback")
+    assert [choose_task("paint", "rule", method).method for method in ("fast", "paper", "both")] == [
+        "fast",
+        "paper",
+        "fast",
+    ]
+    with pytest.raises(ValueError, match="method='paper' with task='edit' and reward='rule': expected 'fast', or"):
+        choose_task("edit", method="paper")
+    with pytest.raises(ValueError, match="method='slow'"):
+        choose_task("paint", method="slow")

@@ -20,7 +20,7 @@ from ...shapeworld.base import load_base
 from ...trainers.unigrpo_config import UniGRPOConfig
 from ...trainers.unigrpo_trainer import UniGRPOTrainer
 from .edit import EditTask
-from .paint import PaintTask
+from .paint import Beside, PaintTask
 from .read_back import ReadBackTask
 from .refine import RefineTask
 from .task import Task
@@ -28,6 +28,7 @@ from .task import Task
 
 DEMOS: dict[str, type[Task[Any]]] = {"paint": PaintTask, "refine": RefineTask, "edit": EditTask}
 REWARDS = ("rule", "readback")
+METHODS = ("fast", "paper", "both")
 WATCHED_ROWS = 48
 
 
@@ -63,13 +64,21 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def choose_task(task: str, reward: str) -> Task[Any]:
+def choose_task(task: str, reward: str = "rule", method: str = "fast") -> Task[Any]:
     """Make the task of a demo; ValueError if there is none."""
     if task not in DEMOS:
         raise ValueError(f"task={task!r}: expected one of {', '.join(map(repr, DEMOS))}.")
     if reward not in REWARDS or (reward == "readback" and task != "paint"):
         raise ValueError(f"reward={reward!r} with task={task!r}: expected 'rule', or 'readback' with 'paint'.")
-    return ReadBackTask() if reward == "readback" else DEMOS[task]()
+    plain = task == "paint" and reward == "rule"
+    if method not in METHODS or (method != METHODS[0] and not plain):
+        raise ValueError(
+            f"method={method!r} with task={task!r} and reward={reward!r}: expected {METHODS[0]!r}, or one of "
+            f"{', '.join(map(repr, METHODS[1:]))} where the task is 'paint' and the reward the 'rule'."
+        )
+    if reward == "readback":
+        return ReadBackTask()
+    return PaintTask("paper" if method == "paper" else "fast") if plain else DEMOS[task]()
 
 
 def run_demo(
@@ -79,6 +88,7 @@ def run_demo(
     num_prompts: int | None = None,
     task: str = "paint",
     reward: str = "rule",
+    method: str = "fast",
 ) -> dict[str, Any]:
     """
     Train a base model on a task. Writes `summary.json`, `samples_before.jsonl`, `samples_after.jsonl`, `report.html`,
@@ -90,47 +100,68 @@ def run_demo(
         num_prompts: held-out prompts scored before and after; by default the task's number.
         task: "paint" what a prompt asks for, "refine" it in a second round, or "edit" images.
         reward: the "rule", or "readback", the model's own reading of what it paints.
+        method: of painting by the rule: "fast", the "paper"'s, or "both", whose results stand side by side on the
+            page; the paper's own page is then in the folder `paper`.
 
     Returns:
         The numbers of `summary.json`.
     """
-    chosen = choose_task(task, reward)
-    rollouts, number = chosen.rollouts if steps is None else steps, num_prompts or chosen.num_rows
-    if rollouts < 1:
+    chosen = choose_task(task, reward, method)
+    if steps is not None and steps < 1:
         raise ValueError(f"steps={steps}: expected at least 1.")
     quiet()
-    output, console = Path(output_dir), Console()
+    output, given = Path(output_dir), {"task": task, "reward": reward, "seed": seed}
+    if method == "both" and isinstance(chosen, PaintTask):
+        paper = PaintTask("paper")
+        summary, measured = train_and_report(paper, output / "paper", steps, num_prompts, {**given, "method": "paper"})
+        chosen.beside = Beside(paper.name, summary, measured)
+    named = {"method": chosen.method} if isinstance(chosen, PaintTask) else {}
+    return train_and_report(chosen, output, steps, num_prompts, {**given, **named})[0]
+
+
+def train_and_report(
+    task: Task[Any], output: Path, steps: int | None, num_prompts: int | None, named: dict[str, Any]
+) -> tuple[dict[str, Any], Any]:
+    """
+    Score the base, train it, score it again, and write all that [`run_demo`] names.
+
+    Args:
+        named: what the summary says of the run, the `seed` among it.
+
+    Returns:
+        The summary, and the trained model as it was measured.
+    """
+    rollouts, number, seed = steps or task.rollouts, num_prompts or task.num_rows, named["seed"]
+    console = Console()
     output.mkdir(parents=True, exist_ok=True)
     set_seed(seed)
-    model, tokenizer = load_base(seeing=chosen.seeing)
+    model, tokenizer = load_base(seeing=task.seeing)
     console.print(f"Scoring the base model on {number} held-out prompts ...")
-    before = chosen.measure(model, tokenizer, number)
-    chosen.save(before, output / "samples_before.jsonl")
+    before = task.measure(model, tokenizer, number)
+    task.save(before, output / "samples_before.jsonl")
 
-    trainer, train_seconds = train_demo_model(chosen, model, tokenizer, output, rollouts, seed, console)
+    trainer, train_seconds = train_demo_model(task, model, tokenizer, output, rollouts, seed, console)
 
     console.print("Scoring the trained model on the same prompts, with the same noise ...")
-    after = chosen.measure(model, tokenizer, number)
-    chosen.save(after, output / "samples_after.jsonl")
+    after = task.measure(model, tokenizer, number)
+    task.save(after, output / "samples_after.jsonl")
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
 
-    summary = chosen.summary(before, after) | {
-        "task": task,
-        "reward": reward,
+    summary = task.summary(before, after) | {
+        **named,
         "train_seconds": train_seconds,
         "steps": rollouts,
-        "seed": seed,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     history = [row for row in trainer.state.log_history if "reward" in row]
-    chosen.write_report(output / "report.html", before, after, history, summary, trainer.args)
-    console.print(chosen.table(before, after))
-    console.print(chosen.headline(summary))
+    task.write_report(output / "report.html", before, after, history, summary, trainer.args)
+    console.print(task.table(before, after))
+    console.print(task.headline(summary))
     console.print(f"Report: {output / 'report.html'}, images of the training: {output / 'gallery.html'}")
-    return summary
+    return summary, after
 
 
 def train_demo_model(

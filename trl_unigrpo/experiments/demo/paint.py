@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -17,13 +17,33 @@ from ...shapeworld.dataset import shapeworld_dataset
 from ...shapeworld.diversity import Diversity
 from ...shapeworld.evaluate import Evaluation, evaluate_model, group_diversity
 from ...shapeworld.grammar import CATEGORIES
-from ...shapeworld.settings import demo_settings
+from ...shapeworld.settings import FAST_ROLLOUTS, demo_settings, fast_settings
 from ...shapeworld.verifier import shapeworld_reward
 from ...statistics import Interval, mean_interval
 from .task import Task
 
 
 IMAGES_PER_CATEGORY = 2
+
+
+class Method(NamedTuple):
+    """A way to train on the rule: its name, how it works, its settings, and how many rollouts it has."""
+
+    name: str
+    how: str
+    settings: Callable[[int], dict[str, Any]]
+    rollouts: int
+
+
+METHODS = {
+    "fast": Method(
+        "UniNFT",
+        "the thinking by GRPO, the image by DiffusionNFT, on the best and the worst half of each prompt's images",
+        fast_settings,
+        FAST_ROLLOUTS,
+    ),
+    "paper": Method("UniGRPO", "the thinking by GRPO, the image by FlowGRPO, as in the paper", demo_settings, 140),
+}
 
 
 @dataclass(frozen=True)
@@ -35,17 +55,29 @@ class Measured:
     diversity: Diversity
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What another method made of the same base: its name, its summary, and its model."""
+
+    name: str
+    summary: dict[str, Any]
+    measured: Measured
+
+
 class PaintTask(Task[Measured]):
     """
     Paint what a prompt asks for, after a thinking.
 
+    Args:
+        method: a key of `METHODS`.
+
     Attributes:
+        beside: another method, which the page shows too.
         title, lead: of the page.
         verdict: what it says of a gain.
         score: what it calls the rule's numbers.
     """
 
-    rollouts = 140
     num_rows = 1050
     seeing = False
     reward: Callable[..., Any] = staticmethod(shapeworld_reward)
@@ -61,10 +93,21 @@ class PaintTask(Task[Measured]):
         "reward": "Reward of the rollouts",
         "flow/velocity_mse": "Velocity MSE to the reference",
         "completions/mean_length": "Thinking, tokens",
+        "images/twins": "Images that repeat another of their prompt, share",
     }
 
+    def __init__(self, method: str = "fast"):
+        self.method = method
+        self.beside: Beside | None = None
+        self.rollouts = METHODS[method].rollouts
+
+    @property
+    def name(self) -> str:
+        """What the page calls its method."""
+        return METHODS[self.method].name
+
     def settings(self, rollouts: int) -> dict[str, Any]:
-        return demo_settings(rollouts)
+        return METHODS[self.method].settings(rollouts)
 
     def dataset(self, split: str, num_rows: int | None, seed: int) -> Dataset:
         return shapeworld_dataset(split, num_rows, seed)
@@ -122,8 +165,21 @@ class PaintTask(Task[Measured]):
 
     def page(self, before: Measured, after: Measured) -> dict[str, Any]:
         sides = before.sampled, after.sampled
-        words = {"title": self.title, "lead": self.lead, "verdict": self.verdict, "score": self.score}
-        return {**words, "categories": category_rows(*sides), "examples": examples(*sides)}
+        words = {
+            "title": self.title,
+            "lead": self.lead,
+            "how": METHODS[self.method].how,
+            "verdict": self.verdict,
+            "score": self.score,
+        }
+        of_rollouts = "a few of their steps are noisy" if self.method == "paper" else "they have fewer steps"
+        beside = {"name": self.name, "beside": self.beside, "rollouts": of_rollouts}
+        return {**words, **beside, "categories": category_rows(*sides), "examples": self._examples(*sides)}
+
+    def _examples(self, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
+        if self.beside is None:
+            return examples({"before": before, "after": after})
+        return examples({"before": before, self.beside.name: self.beside.measured.sampled, self.name: after})
 
 
 def latent_drift(before: Evaluation, after: Evaluation) -> float:
@@ -149,14 +205,13 @@ def first_of_each(names: Sequence[str], number: int) -> list[int]:
     return [place for name in order for place in [i for i, other in enumerate(names) if other == name][:number]]
 
 
-def examples(before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
-    """Take the first prompts of each category, with the thinkings and images of before and after."""
-    rows = []
-    for i in first_of_each(before.categories, IMAGES_PER_CATEGORY):
-        sides = [
-            {"thinking": e.thinking[i], "image": png_uri(e.images[i]), "reward": float(e.reward[i])}
-            for e in (before, after)
-        ]
-        named = {"prompt": before.prompts[i], "category": before.categories[i]}
-        rows.append({**named, "before": sides[0], "after": sides[1]})
+def examples(sides: dict[str, Evaluation]) -> list[dict[str, Any]]:
+    """Take the first prompts of each category, with the thinkings and images of each model by its name."""
+    rows, first = [], next(iter(sides.values()))
+    for i in first_of_each(first.categories, IMAGES_PER_CATEGORY):
+        shown = {
+            name: {"thinking": e.thinking[i], "image": png_uri(e.images[i]), "reward": float(e.reward[i])}
+            for name, e in sides.items()
+        }
+        rows.append({"prompt": first.prompts[i], "category": first.categories[i], "sides": shown})
     return rows

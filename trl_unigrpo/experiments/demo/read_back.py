@@ -30,7 +30,6 @@ class Read(Measured):
 class ReadBackTask(PaintTask):
     """Paint what a prompt asks for, rewarded by how well the model reads the prompt back."""
 
-    rollouts = 45
     seeing = True
     title = "UniGRPO without a judge"
     lead = (
@@ -46,7 +45,8 @@ class ReadBackTask(PaintTask):
     }
 
     def __init__(self) -> None:
-        self.reward = ReadBackReward()
+        super().__init__()
+        self.rollouts, self.reward = 45, ReadBackReward()
 
     def settings(self, rollouts: int) -> dict[str, Any]:
         return read_back_settings(rollouts)

@@ -36,7 +36,7 @@ class Task(ABC, Generic[MeasuredT]):
         panels: metrics that the page draws: name -> title.
     """
 
-    rollouts: ClassVar[int]
+    rollouts: int
     num_rows: ClassVar[int]
     seeing: ClassVar[bool] = True
     reward: Callable[..., Any]
@@ -102,9 +102,9 @@ class Task(ABC, Generic[MeasuredT]):
 
 
 def curves(history: Sequence[dict[str, float]], panels: dict[str, str]) -> list[Panel]:
-    """Draw metrics of the training per rollout, one panel each."""
+    """Draw metrics of the training per rollout, one panel for each that there is."""
     found = []
     for key, title in panels.items():
-        values = [row[key] for row in history if key in row]
-        found.append(Panel(title, [Curve("", range(1, len(values) + 1), values, SMOOTH)], "Over rollouts."))
+        if values := [row[key] for row in history if key in row]:
+            found.append(Panel(title, [Curve("", range(1, len(values) + 1), values, SMOOTH)], "Over rollouts."))
     return found
