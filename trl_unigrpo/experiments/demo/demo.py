@@ -20,7 +20,7 @@ from ...shapeworld.base import load_base
 from ...trainers.unigrpo_config import UniGRPOConfig
 from ...trainers.unigrpo_trainer import UniGRPOTrainer
 from .edit import EditTask
-from .paint import Beside, PaintTask
+from .paint import PAPER, Beside, PaintTask
 from .read_back import ReadBackTask
 from .refine import RefineTask
 from .task import Task
@@ -78,7 +78,7 @@ def choose_task(task: str, reward: str = "rule", method: str = "fast") -> Task[A
         )
     if reward == "readback":
         return ReadBackTask()
-    return PaintTask("paper" if method == "paper" else "fast") if plain else DEMOS[task]()
+    return PaintTask(PAPER) if method == "paper" else DEMOS[task]()
 
 
 def run_demo(
@@ -110,13 +110,13 @@ def run_demo(
     if steps is not None and steps < 1:
         raise ValueError(f"steps={steps}: expected at least 1.")
     quiet()
-    output, given = Path(output_dir), {"task": task, "reward": reward, "seed": seed}
+    output = Path(output_dir)
+    given: dict[str, Any] = {"task": task, "reward": reward, "seed": seed}
     if method == "both" and isinstance(chosen, PaintTask):
-        paper = PaintTask("paper")
-        summary, measured = train_and_report(paper, output / "paper", steps, num_prompts, {**given, "method": "paper"})
-        chosen.beside = Beside(paper.name, summary, measured)
-    named = {"method": chosen.method} if isinstance(chosen, PaintTask) else {}
-    return train_and_report(chosen, output, steps, num_prompts, {**given, **named})[0]
+        paper = train_and_report(PaintTask(PAPER), output / "paper", steps, num_prompts, given | {"method": "paper"})
+        chosen.beside = Beside(PAPER.name, *paper)
+    given["method"] = "paper" if method == "paper" else "fast"
+    return train_and_report(chosen, output, steps, num_prompts, given)[0]
 
 
 def train_and_report(

@@ -27,23 +27,29 @@ IMAGES_PER_CATEGORY = 2
 
 
 class Method(NamedTuple):
-    """A way to train on the rule: its name, how it works, its settings, and how many rollouts it has."""
+    """A way to train: its name, how it works, its settings, rollouts, and what is special about their images."""
 
     name: str
     how: str
     settings: Callable[[int], dict[str, Any]]
     rollouts: int
+    images: str
 
 
-METHODS = {
-    "fast": Method(
-        "UniNFT",
-        "the thinking by GRPO, the image by DiffusionNFT, on the best and the worst half of each prompt's images",
-        fast_settings,
-        FAST_ROLLOUTS,
-    ),
-    "paper": Method("UniGRPO", "the thinking by GRPO, the image by FlowGRPO, as in the paper", demo_settings, 140),
-}
+FAST = Method(
+    "UniNFT",
+    "the thinking by GRPO, the image by DiffusionNFT, on the best and the worst half of each prompt's images",
+    fast_settings,
+    FAST_ROLLOUTS,
+    "they have fewer steps",
+)
+PAPER = Method(
+    "UniGRPO",
+    "the thinking by GRPO, the image by FlowGRPO, as in the paper",
+    demo_settings,
+    140,
+    "some of their steps are noisy",
+)
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,6 @@ class Beside:
 class PaintTask(Task[Measured]):
     """
     Paint what a prompt asks for, after a thinking.
-
-    Args:
-        method: a key of `METHODS`.
 
     Attributes:
         beside: another method, which the page shows too.
@@ -96,18 +99,12 @@ class PaintTask(Task[Measured]):
         "images/twins": "Images that repeat another of their prompt, share",
     }
 
-    def __init__(self, method: str = "fast"):
-        self.method = method
+    def __init__(self, method: Method = FAST):
+        self.method, self.rollouts = method, method.rollouts
         self.beside: Beside | None = None
-        self.rollouts = METHODS[method].rollouts
-
-    @property
-    def name(self) -> str:
-        """What the page calls its method."""
-        return METHODS[self.method].name
 
     def settings(self, rollouts: int) -> dict[str, Any]:
-        return METHODS[self.method].settings(rollouts)
+        return self.method.settings(rollouts)
 
     def dataset(self, split: str, num_rows: int | None, seed: int) -> Dataset:
         return shapeworld_dataset(split, num_rows, seed)
@@ -165,21 +162,14 @@ class PaintTask(Task[Measured]):
 
     def page(self, before: Measured, after: Measured) -> dict[str, Any]:
         sides = before.sampled, after.sampled
-        words = {
-            "title": self.title,
-            "lead": self.lead,
-            "how": METHODS[self.method].how,
-            "verdict": self.verdict,
-            "score": self.score,
-        }
-        of_rollouts = "a few of their steps are noisy" if self.method == "paper" else "they have fewer steps"
-        beside = {"name": self.name, "beside": self.beside, "rollouts": of_rollouts}
-        return {**words, **beside, "categories": category_rows(*sides), "examples": self._examples(*sides)}
+        words: dict[str, Any] = {"title": self.title, "lead": self.lead, "verdict": self.verdict, "score": self.score}
+        words |= {"method": self.method, "beside": self.beside}
+        return {**words, "categories": category_rows(*sides), "examples": self._examples(*sides)}
 
     def _examples(self, before: Evaluation, after: Evaluation) -> list[dict[str, Any]]:
         if self.beside is None:
             return examples({"before": before, "after": after})
-        return examples({"before": before, self.beside.name: self.beside.measured.sampled, self.name: after})
+        return examples({"before": before, self.beside.name: self.beside.measured.sampled, self.method.name: after})
 
 
 def latent_drift(before: Evaluation, after: Evaluation) -> float:

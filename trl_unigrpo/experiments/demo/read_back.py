@@ -12,7 +12,16 @@ from ...sampling.self_reader import SelfReader
 from ...shapeworld.agreement import rank_agreement
 from ...shapeworld.settings import read_back_settings
 from ...statistics import Interval
-from .paint import Measured, PaintTask
+from .paint import Measured, Method, PaintTask
+
+
+JUDGELESS = Method(
+    "UniNFT",
+    "the thinking by GRPO, the image by DiffusionNFT",
+    read_back_settings,
+    45,
+    "they have fewer steps",
+)
 
 
 @dataclass(frozen=True)
@@ -45,11 +54,8 @@ class ReadBackTask(PaintTask):
     }
 
     def __init__(self) -> None:
-        super().__init__()
-        self.rollouts, self.reward = 45, ReadBackReward()
-
-    def settings(self, rollouts: int) -> dict[str, Any]:
-        return read_back_settings(rollouts)
+        super().__init__(JUDGELESS)
+        self.reward = ReadBackReward()
 
     def measure(self, model: Any, tokenizer: PreTrainedTokenizerBase, num_rows: int) -> Read:
         measured, reader = super().measure(model, tokenizer, num_rows), ReadBackReward()
