@@ -19,7 +19,7 @@ from trl import TrlParser, get_peft_config, get_quantization_config
 
 from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
 from trl_unigrpo.cli.train import ModelArguments, loading_arguments
-from trl_unigrpo.trainers.unigrpo_config import SINGLE_GPU
+from trl_unigrpo.trainers.recipes import SINGLE_GPU
 
 
 ADAPTERS = {"use_peft": True, "lora_r": 32, "lora_alpha": 64}

@@ -257,7 +257,7 @@ def test_a_recipe_gives_defaults_that_files_and_options_overrule(tmp_path):
     assert (args.image_size, args.image_learning_rate, args.num_rounds) == (48, 3e-4, 1)
     args = prepared(tmp_path, config=file, recipe="single_gpu").args
     assert (args.num_rounds, args.round_cost) == (1, 0.2)
-    expected = "recipe='two_gpus': expected one of single_gpu, editing, "
+    expected = "recipe='two_gpus': expected one of single_gpu, fast, editing, "
     assert expected in refused(*options(tmp_path, recipe="two_gpus"))
     file.write_text("recipe: two_gpus\n")
     assert expected in refused(*options(tmp_path, config=file))

@@ -161,6 +161,15 @@ def test_self_rewarded(tmp_path):
     assert UniGRPOConfig.self_rewarded(str(tmp_path), use_cpu=True, image_objective="awm").image_objective == "awm"
 
 
+def test_fast(tmp_path):
+    config = UniGRPOConfig.fast(str(tmp_path), use_cpu=True)
+    chosen = {"image_size": 512, "image_objective": "nft", "matching_samples": 3, "flow_regularizer": "none"}
+    chosen |= {"num_generations": 8, "scout_generations": 16}
+    assert {name: getattr(config, name) for name in chosen} == chosen
+    assert config.scout_num_inference_steps == config.num_inference_steps == 10  # nothing is painted twice
+    assert UniGRPOConfig.fast(str(tmp_path), use_cpu=True, scout_generations=None).pool_size == 8
+
+
 @pytest.mark.parametrize("recipe", ["self_refinement", "reflect_until_good"])
 def test_recipes_of_two_rounds(tmp_path, recipe):
     make = getattr(UniGRPOConfig, recipe)

@@ -12,7 +12,8 @@ from datasets import Dataset
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ..rewards.loading import load_judged
-from ..trainers.unigrpo_config import RECIPES, UniGRPOConfig
+from ..trainers.recipes import RECIPES
+from ..trainers.unigrpo_config import UniGRPOConfig
 from ..trainers.unigrpo_trainer import UniGRPOTrainer
 from .prompt_files import is_file, load_prompts
 

@@ -16,10 +16,11 @@ from ..models.registry import model_skeleton, unified_model
 from ..models.tokenizer import prepare_tokenizer, read_tokenizer
 from .dataset_checks import check_dataset, check_training_data
 from .evaluation_checks import check_evaluation
+from .recipes import SINGLE_GPU
 from .reward_checks import check_reward_funcs
 from .source_checks import check_sources
 from .turn_checks import check_turns
-from .unigrpo_config import SINGLE_GPU, UniGRPOConfig
+from .unigrpo_config import UniGRPOConfig
 
 
 UNSUPPORTED = {
