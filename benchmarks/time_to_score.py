@@ -3,11 +3,11 @@ and the levers that pay together.
 
     python benchmarks/time_to_score.py
     python benchmarks/time_to_score.py --sets fast --seeds 0 --split validation     how settings were chosen
-    python benchmarks/time_to_score.py --table                                      what was measured, no run
+    python benchmarks/time_to_score.py --table --figure docs/time_to_score.svg      what was measured, no run
 
-One thread a run, `--jobs` runs at once; seconds are those of the processor, without evaluations. Along a run the model
-is scored on the first 420 prompts, at its end on 1,050; a score is reached where the line between two points crosses
-it. FLOPs are counted over the first two rollouts. Each run is written as soon as it is done, and not made again.
+One thread a run, `--jobs` runs at once; seconds are those of the processor, without evaluations. The model is scored
+on 1,050 prompts along a run and at its end; a score is reached where the line between two points crosses it. FLOPs are
+counted over the first two rollouts. Each run is written as soon as it is done, and not made again.
 """
 
 import argparse
@@ -44,9 +44,10 @@ RESULTS = Path(__file__).parent / "results" / "time_to_score.jsonl"
 SCORES = (0.85, 0.90)
 POINTS = (0.25, 0.4, 0.55, 0.7, 0.85)
 """Shares of a run after which the model is scored, beside its end."""
-PROMPTS, PROMPTS_AT_THE_END = 420, 1050
+PROMPTS = 1050
 LINES = {"image_objective": "nft", "matching_samples": 3, "learning_rate": 6e-4, "image_learning_rate": 4e-4}
 FEW = {"num_inference_steps": 6}
+HALF = {"num_generations": 8, "scout_generations": 16, "per_device_train_batch_size": 8 * PROMPTS_PER_GENERATION}
 
 SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "paper": ("the paper's method", demo_settings(140)),
@@ -56,7 +57,7 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "lines": ("DiffusionNFT, 45 rollouts", demo_settings(45) | LINES),
     "scouts": (
         "8 of 16, scouts of 3 steps",
-        demo_settings(140) | {"num_generations": 8, "scout_generations": 16, "scout_num_inference_steps": 3},
+        demo_settings(140) | HALF | {"scout_num_inference_steps": 3},
     ),
     "thinkings": ("2 images a thinking", demo_settings(140) | {"images_per_thinking": 2}),
     "dead_groups": ("no image forward of dead groups", demo_settings(140) | {"skip_dead_images": True}),
@@ -99,16 +100,11 @@ class Clock(TrainerCallback):
 
 
 def trainer_of(run: Run, model: Any, tokenizer: Any, folder: str, **changes: Any) -> UniGRPOTrainer:
-    settings = SETS[run.name][1]
-    pool = settings.get("scout_generations") or settings["num_generations"]
-    # As many images are rewarded in each set.
-    prompts = PROMPTS_PER_GENERATION * demo_settings()["num_generations"] // pool
-    rows = {"per_device_train_batch_size": prompts * settings["num_generations"]}
-    quiet_ones = {"disable_tqdm": True, "gallery_steps": 0, "alarms": "warn"}
+    plain = {"disable_tqdm": True, "gallery_steps": 0, "alarms": "warn"}
     trainer = UniGRPOTrainer(
         model=model,
         reward_funcs=shapeworld_reward,
-        args=UniGRPOConfig(output_dir=folder, seed=run.seed, **settings | rows | quiet_ones | changes),
+        args=UniGRPOConfig(output_dir=folder, seed=run.seed, **SETS[run.name][1] | plain | changes),
         train_dataset=shapeworld_dataset("train", None, run.seed),
         processing_class=tokenizer,
     )
@@ -149,7 +145,7 @@ def measure(run: Run) -> dict[str, Any]:
         clock = Clock(score, rollouts)
         trainer.add_callback(clock)
         trainer.train()
-        last = score(PROMPTS_AT_THE_END)
+        last = score(PROMPTS)
     end = {"rollout": rollouts, "seconds": round(clock.seconds, 1), "reward": round(float(last.reward.mean()), 4)}
     return {
         **vars(run),
@@ -230,6 +226,34 @@ def table(file: Path, split: str, base: float) -> Table:
     return shown
 
 
+def figure(file: Path, split: str, base: float, output: Path) -> None:
+    """Draw the held-out score over seconds and over evaluations: a line for each set, the mean of its seeds."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    runs = defaultdict(list)
+    for row in read(file):
+        if row["split"] == split:
+            runs[row["name"]].append(row)
+    with matplotlib.rc_context({"svg.hashsalt": "trl-unigrpo", "font.size": 9.5}):
+        drawn = Figure(figsize=(9.0, 3.6), layout="constrained")
+        axes = drawn.subplots(1, 2, sharey=True)
+        for name, rows in runs.items():
+            main = name in ("paper", "fast")
+            score = np.mean([[base, *(point["reward"] for point in row["points"])] for row in rows], axis=0)
+            seconds = np.mean([[0.0, *(point["seconds"] for point in row["points"])] for row in rows], axis=0)
+            rollouts = np.array([0, *(point["rollout"] for point in rows[0]["points"])])
+            for axis, x in zip(axes, (seconds, rollouts * rows[0]["evaluations"] / 1e3), strict=True):
+                axis.plot(x, score, marker="o", markersize=3, lw=2.2 if main else 1.0, label=SETS[name][0])
+        axes[0].set(xlabel="processor seconds of training", ylabel="reward on held-out prompts")
+        axes[1].set(xlabel="thousand denoising evaluations")
+        axes[1].legend(frameon=False, fontsize=8, loc="lower right")
+        for axis in axes:
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        drawn.savefig(output, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=[*SETS], help="settings to measure")
@@ -238,6 +262,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
     parser.add_argument("--output", type=Path, default=RESULTS, help="file that runs are added to")
     parser.add_argument("--table", action="store_true", help="show what was measured, and make no run")
+    parser.add_argument("--figure", type=Path, help="draw the scores over seconds and evaluations into this file")
     given = parser.parse_args()
     console = Console(width=200)
     done = {(row["name"], row["seed"], row["split"]) for row in read(given.output)}
@@ -254,8 +279,10 @@ def main() -> None:
             end = row["points"][-1]
             console.print(f"{row['name']}, seed {row['seed']}: {end['reward']:.3f} in {end['seconds']:.0f} s")
     quiet()
-    base = float(evaluate_model(*load_base(), PROMPTS_AT_THE_END, split=given.split).reward.mean())
+    base = float(evaluate_model(*load_base(), PROMPTS, split=given.split).reward.mean())
     console.print(table(given.output, given.split, base))
+    if given.figure is not None:
+        figure(given.output, given.split, base, given.figure)
 
 
 if __name__ == "__main__":
