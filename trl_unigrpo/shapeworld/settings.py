@@ -36,7 +36,7 @@ def demo_settings(generations: int = 140) -> dict[str, Any]:
     }
 
 
-FAST_ROLLOUTS = 45
+FAST_ROLLOUTS = 50
 
 
 def fast_settings(rollouts: int = FAST_ROLLOUTS) -> dict[str, Any]:
