@@ -35,6 +35,7 @@ class Image:
         seed: key of the random stream that it was painted with, which is its name in a generation batch.
         guidance: the sampler's, which training repeats.
         branches: what stood before it in each branch of that guidance, by name.
+        dead: whether nothing can be learnt from it, as its advantage is 0: no step of it is in a table.
     """
 
     latents: Tensor
@@ -44,6 +45,7 @@ class Image:
     seed: tuple[int, ...] = ()
     guidance: Guidance | None = None
     branches: dict[str, Any] = field(default_factory=dict)
+    dead: bool = False
 
     def to(self, device: torch.device | str) -> "Image":
         """Bring latents and trained states to a device, times to the CPU; what stood before it stays."""
@@ -175,6 +177,7 @@ class Steps:
             trajectories.
         total: S of the whole table.
         images: the I images.
+        live: share, in (0, 1], that they have in the mean; the rest are dead images, whose values are 0 in it.
     """
 
     states: Any
@@ -184,6 +187,7 @@ class Steps:
     weight: Tensor
     total: int
     images: Sequence[Image]
+    live: float = 1.0
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory], counts_for: Tensor | None = None) -> "Steps":
@@ -191,6 +195,7 @@ class Steps:
         Make the table of a micro-batch. Raises ValueError where it has no step, or images of several sizes.
 
         Steps of an image that is not a finite number are zeros and weigh nothing: one such image costs no update.
+        Dead images are left out, but count in the mean; where all are dead, the first stays and weighs nothing.
 
         Args:
             counts_for: (B,) False for trajectories whose steps weigh nothing; they count in the mean all the same.
@@ -198,19 +203,22 @@ class Steps:
         found = [(row, number, image) for row, t in enumerate(trajectories) for number, image in t.painted()]
         if not found:
             raise ValueError("The trajectories have no images: there is nothing to train the image expert on.")
-        rows, rounds, images = zip(*found, strict=True)
-        sizes = sorted({image.size for image in images})
+        sizes = sorted({image.size for *_, image in found})
         if len(sizes) != 1:
             raise ValueError(f"Images of one batch must have one size, got {sizes}: make a batch per size.")
+        trained = torch.zeros(len(trajectories))  # images of each trajectory
+        for at, _, image in found:
+            trained[at] += image.dead or len(image.steps) > 0
+        found, live = _in_table(found, trained)
+        rows, rounds, images = zip(*found, strict=True)
         counts = torch.tensor([len(image.steps) for image in images])
         if not counts.any():
             raise ValueError("The images have no trained step: there is nothing to train the image expert on.")
         number = torch.arange(len(images)).repeat_interleave(counts)
         row = torch.tensor(rows)
-        trained = torch.zeros(len(trajectories)).index_add(0, row, (counts > 0).float())  # images of each trajectory
         share = counts * trained[row] * len(trajectories)
         broken = ~torch.stack([image.latents.isfinite().all() for image in images]).cpu()
-        weight = (len(number) / share).masked_fill(broken, 0.0)
+        weight = (len(number) / share).masked_fill(broken | torch.tensor([image.dead for image in images]), 0.0)
         if counts_for is not None:
             weight = weight * counts_for.cpu()[row]
         return cls(
@@ -223,6 +231,7 @@ class Steps:
             weight=weight[number],
             total=len(number),
             images=images,
+            live=live,
         )
 
     def __len__(self) -> int:
@@ -282,6 +291,16 @@ class Steps:
         if any(image.guidance != first for image in self.images):
             raise ValueError("Images of one batch were sampled with different guidance: make a batch for each.")
         return first or Guidance()
+
+
+def _in_table(found: list[tuple[int, int, Image]], trained: Tensor) -> tuple[list[tuple[int, int, Image]], float]:
+    """Leave the dead out of the images of a table, or all but one; and say which share of the mean the others have."""
+    counted = [(1 / float(trained[item[0]]), item) for item in found if item[2].dead or len(item[2].steps)]
+    live = [(share, item) for share, item in counted if not item[2].dead]
+    if not live:
+        return [item for _, item in counted if len(item[2].steps)][:1] or found, 1.0
+    left = [item for item in found if not item[2].dead]
+    return left, sum(share for share, _ in live) / sum(share for share, _ in counted)
 
 
 def has_steps(trajectories: Sequence[Trajectory]) -> bool:

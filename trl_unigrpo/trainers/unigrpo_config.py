@@ -14,6 +14,7 @@ from .config_checks import check_choices, check_epochs, check_sampling, check_va
 from .config_numbers import FloatOfRounds, IntOfRounds, RangeOfRounds, read_numbers
 from .evaluation_checks import whole_groups
 from .rounds_config import RoundsConfig, check_rounds
+from .thinkings_config import ThinkingsConfig, check_thinkings
 from .trl_versions import check_options
 
 
@@ -54,14 +55,15 @@ RECIPES = {
 
 
 @dataclass
-class UniGRPOConfig(RoundsConfig, AveragesConfig, GRPOConfig):
+class UniGRPOConfig(RoundsConfig, AveragesConfig, ThinkingsConfig, GRPOConfig):
     r"""
     Configuration of [`UniGRPOTrainer`]. Where a field's help says "Paper", its default is that of Table 3 (arXiv
     2603.23500); the others are ours. The batch of 32 prompts is [`UniGRPOConfig.paper`]'s.
 
     Only the parameters that UniGRPO adds, or gives another default, are listed. Those of [`~trl.GRPOConfig`] are there
-    too, and those of several rounds, [`~trl_unigrpo.trainers.rounds_config.RoundsConfig`], and of averaged weights,
-    [`~trl_unigrpo.trainers.averages_config.AveragesConfig`].
+    too, and those of several rounds, [`~trl_unigrpo.trainers.rounds_config.RoundsConfig`], of averaged weights,
+    [`~trl_unigrpo.trainers.averages_config.AveragesConfig`], and of what a group is made of,
+    [`~trl_unigrpo.trainers.thinkings_config.ThinkingsConfig`].
     `epsilon`, `loss_type`, `beta`, `temperature` and the other options of TRL speak of the thinking tokens.
 
     Parameters:
@@ -372,6 +374,7 @@ class UniGRPOConfig(RoundsConfig, AveragesConfig, GRPOConfig):
         check_epochs(self)
         check_rounds(self)
         check_averages(self)
+        check_thinkings(self)
 
     @classmethod
     def paper(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":
