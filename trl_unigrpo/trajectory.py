@@ -35,7 +35,7 @@ class Image:
         seed: key of the random stream that it was painted with, which is its name in a generation batch.
         guidance: the sampler's, which training repeats.
         branches: what stood before it in each branch of that guidance, by name.
-        dead: whether nothing can be learnt from it, as its advantage is 0: no step of it is in a table.
+        share: what it counts in a mean over the images that are not dead, of means over all; 0 for a dead one.
     """
 
     latents: Tensor
@@ -45,7 +45,12 @@ class Image:
     seed: tuple[int, ...] = ()
     guidance: Guidance | None = None
     branches: dict[str, Any] = field(default_factory=dict)
-    dead: bool = False
+    share: float = 1.0
+
+    @property
+    def dead(self) -> bool:
+        """True where nothing is to be learnt from it: its steps are in no table."""
+        return self.share == 0
 
     def to(self, device: torch.device | str) -> "Image":
         """Bring latents and trained states to a device, times to the CPU; what stood before it stays."""
@@ -177,7 +182,6 @@ class Steps:
             trajectories.
         total: S of the whole table.
         images: the I images.
-        live: share, in (0, 1], that they have in the mean; the rest are dead images, whose values are 0 in it.
     """
 
     states: Any
@@ -187,7 +191,6 @@ class Steps:
     weight: Tensor
     total: int
     images: Sequence[Image]
-    live: float = 1.0
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory], counts_for: Tensor | None = None) -> "Steps":
@@ -209,7 +212,9 @@ class Steps:
         trained = torch.zeros(len(trajectories))  # images of each trajectory
         for at, _, image in found:
             trained[at] += image.dead or len(image.steps) > 0
-        found, live = _in_table(found, trained)
+        live = [item for item in found if not item[2].dead]
+        dead = [item for item in found if item[2].dead and len(item[2].steps)]
+        found = live if any(len(image.steps) for *_, image in live) else dead[:1] or found
         rows, rounds, images = zip(*found, strict=True)
         counts = torch.tensor([len(image.steps) for image in images])
         if not counts.any():
@@ -231,7 +236,6 @@ class Steps:
             weight=weight[number],
             total=len(number),
             images=images,
-            live=live,
         )
 
     def __len__(self) -> int:
@@ -251,6 +255,11 @@ class Steps:
     def mean(self, values: Tensor) -> Tensor:
         """Average values (S,) over steps, then images, then trajectories: their share of the whole table's mean."""
         return (values * self.weight.to(values.device)).sum() / self.total
+
+    def mean_of_live(self, values: Tensor) -> Tensor:
+        """Average values (S,) as [`mean`] does, but over the images that are not dead alone, however they are cut."""
+        shares = torch.tensor([image.share for image in self.images])[self.image]
+        return self.mean(values * shares.to(values.device))
 
     def by_place(self) -> list[Tensor]:
         """List the numbers of the k-th steps of all images, k = 0, 1, ..: none has two steps of one image."""
@@ -291,16 +300,6 @@ class Steps:
         if any(image.guidance != first for image in self.images):
             raise ValueError("Images of one batch were sampled with different guidance: make a batch for each.")
         return first or Guidance()
-
-
-def _in_table(found: list[tuple[int, int, Image]], trained: Tensor) -> tuple[list[tuple[int, int, Image]], float]:
-    """Leave the dead out of the images of a table, or all but one; and say which share of the mean the others have."""
-    counted = [(1 / float(trained[item[0]]), item) for item in found if item[2].dead or len(item[2].steps)]
-    live = [(share, item) for share, item in counted if not item[2].dead]
-    if not live:
-        return [item for _, item in counted if len(item[2].steps)][:1] or found, 1.0
-    left = [item for item in found if not item[2].dead]
-    return left, sum(share for share, _ in live) / sum(share for share, _ in counted)
 
 
 def has_steps(trajectories: Sequence[Trajectory]) -> bool:

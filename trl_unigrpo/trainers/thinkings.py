@@ -53,22 +53,23 @@ class ThinkingsRun(RunKeeping):
         self._note(credit.spreads(self._book.total(self._book.rewards), each, self.group_size))
 
     def _leave_out_dead(self, trajectories: Sequence[Trajectory], outputs: dict[str, Any]) -> None:
-        """Mark images whose advantage is 0 as dead, where nothing else trains them; their share is a metric."""
+        """Let images whose advantage is 0 be dead, where nothing else trains them; their share is a metric."""
         advantages = outputs.get("round_advantages", outputs["advantages"][:, None]).tolist()
-        painted = [(row, *item) for t, row in zip(trajectories, advantages, strict=True) for item in t.painted()]
-        images = [(image, row[number]) for row, number, image in painted if len(image.steps)]
-        counts = torch.tensor([[sum(advantage == 0 for _, advantage in images), len(images)]])
-        dead, count = self.accelerator.gather(counts.to(self.accelerator.device)).sum(0).tolist()
+        found = []  # image, whether it has an advantage, its weight in a mean over the images of a trajectory
+        for trajectory, row in zip(trajectories, advantages, strict=True):
+            own = [(number, image) for number, image in trajectory.painted() if len(image.steps)]
+            found += [(image, row[number] != 0, 1 / len(own)) for number, image in own]
+        sums = torch.tensor([[1.0, not has, weight, weight * has] for _, has, weight in found]).view(-1, 4).sum(0)
+        count, dead, whole, live = self.accelerator.gather(sums.to(self.accelerator.device)[None]).sum(0).tolist()
         self._note({"flow/frac_dead": dead / max(count, 1)})
         pulled = self._setup.regularized or self.args.image_objective == "nft"
         if pulled and self.args.train_dead_images:
             return
-        for image, advantage in images:
-            if advantage == 0:
-                image.dead = True
-                # Several processes wait for one another: each has an image in every table, which may weigh nothing.
-                if self.accelerator.num_processes == 1:
-                    image.steps = rows_of(image.steps, slice(0))
+        for image, has_advantage, _ in found:
+            image.share = whole / live if has_advantage else 0.0
+            # Several processes wait for one another: each has an image in every table, which may weigh nothing.
+            if image.dead and self.accelerator.num_processes == 1:
+                image.steps = rows_of(image.steps, slice(0))
 
     def _without_images(self) -> Tensor:
         """Give a loss of 0 for a micro-batch without images: its gradient is 0, not none, as with dead ones in it."""

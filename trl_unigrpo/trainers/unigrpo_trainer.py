@@ -362,7 +362,7 @@ class UniGRPOTrainer(ThinkingsRun, EditingRun, RoundsTrainer):
         if self._setup.regularized:
             reference = velocity.detach() if reference is None else reference  # of dead images none is kept
             distance = objective.regularizer(velocity, reference, steps.states, steps.round)
-            regularizer = steps.mean(distance) / steps.live
+            regularizer = steps.mean_of_live(distance)
             loss = loss + self._setup.regularizer_weight * regularizer
             metrics[f"flow/{self.args.flow_regularizer}"] = regularizer * whole
         told = ImageLoss(velocity.detach(), steps.states, old is None, objective, regularizer, reference, steps.round)
