@@ -10,6 +10,7 @@ from tests.helpers.paths import ROOT
 from trl_unigrpo import UniGRPOConfig
 from trl_unigrpo.trainers.averages_config import AveragesConfig
 from trl_unigrpo.trainers.rounds_config import RoundsConfig
+from trl_unigrpo.trainers.thinkings_config import ThinkingsConfig
 
 
 def test_config_table_names_every_documented_field(hooks):
@@ -21,7 +22,7 @@ def test_config_table_names_every_documented_field(hooks):
     assert all(row.endswith(" |") and len(row.split(" | ")) >= 4 for row in rows)
 
 
-@pytest.mark.parametrize("config", [UniGRPOConfig, RoundsConfig, AveragesConfig])
+@pytest.mark.parametrize("config", [UniGRPOConfig, RoundsConfig, AveragesConfig, ThinkingsConfig])
 def test_config_docstring_names_every_new_field(config):
     own = set(config.__annotations__) - {field.name for field in dataclasses.fields(GRPOConfig)}
     documented = config.__doc__

@@ -20,6 +20,7 @@ from trl_unigrpo.trainers.averages_config import AveragesConfig
 from trl_unigrpo.trainers.evaluation_checks import whole_groups
 from trl_unigrpo.trainers.refl_trainer import ReFLConfig
 from trl_unigrpo.trainers.rounds_config import RoundsConfig
+from trl_unigrpo.trainers.thinkings_config import ThinkingsConfig
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
@@ -100,6 +101,8 @@ DEFAULTS = {
     "image_old_policy_decay": None,
     "image_old_policy_warmup_steps": 0,
     "ema_decay": None,
+    "images_per_thinking": 1,
+    "train_dead_images": True,
 }
 
 
@@ -108,7 +111,8 @@ def test_every_field_of_this_project_has_its_default_here():
         {"bf16", "dataloader_pin_memory"},
         {"gradient_accumulation_steps", "per_device_eval_batch_size"},
     )
-    own = {*UniGRPOConfig.__annotations__, *RoundsConfig.__annotations__, *AveragesConfig.__annotations__}
+    configs = UniGRPOConfig, RoundsConfig, AveragesConfig, ThinkingsConfig
+    own = {name for config in configs for name in config.__annotations__}
     assert own - of_the_machine - below <= set(DEFAULTS)
 
 
