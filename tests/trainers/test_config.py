@@ -20,8 +20,8 @@ from trl_unigrpo.trainers.averages_config import AveragesConfig
 from trl_unigrpo.trainers.evaluation_checks import whole_groups
 from trl_unigrpo.trainers.refl_trainer import ReFLConfig
 from trl_unigrpo.trainers.rounds_config import RoundsConfig
-from trl_unigrpo.trainers.thinkings_config import ThinkingsConfig
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig
+from trl_unigrpo.trainers.thinkings_config import ThinkingsConfig
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
 
