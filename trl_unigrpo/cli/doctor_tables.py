@@ -73,10 +73,8 @@ def run_doctor(
     found = levers(result.workload, int(memory_gib * GIB * USABLE) if memory_gib else None)
     if found:
         console.print(_levers(result, found))
-        best, share = found[0].setting, found[0].saved
-        console.print(
-            f"Saves most of a generation's FLOPs: {best}, {share:.0%}. What it does to rewards is not known."
-        )
+        most = f"{found[0].setting}, {found[0].saved:.0%}"
+        console.print(f"Saves most of a generation's FLOPs: {most}. What it does to rewards is not known.")
     if dry:
         _dry_run(console, result, device)
     return result
