@@ -60,7 +60,7 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
         demo_settings(140) | HALF | {"scout_num_inference_steps": 3},
     ),
     "thinkings": ("2 images a thinking", demo_settings(140) | {"images_per_thinking": 2}),
-    "dead_groups": ("no image forward of dead groups", demo_settings(140) | {"skip_dead_images": True}),
+    "dead_groups": ("no image forward of dead groups", demo_settings(140) | {"train_dead_images": False}),
     "fast": ("together", fast_settings()),
 }
 """Name -> what is changed, and the settings."""

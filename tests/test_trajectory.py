@@ -108,6 +108,31 @@ def test_trajectories_that_count_for_nothing_weigh_nothing():
     assert torch.equal(everything.weight, Steps.of(three_trajectories()).weight)
 
 
+@pytest.mark.parametrize("states", [noisy, lines])
+def test_dead_images_are_left_out_and_count_in_the_mean(states):
+    """As if they were there with values of 0, whatever the round."""
+    whole, left = three_trajectories(states), three_trajectories(states)
+    dead = [0, 4]
+    for number, image in enumerate(image for t in left for _, image in t.painted()):
+        image.share = 0.0 if number in dead else 1.5
+    table, part = Steps.of(whole), Steps.of(left)
+    alive = ~torch.isin(table.image, torch.tensor(dead))
+    assert torch.equal(part.x, table.x[alive]) and torch.equal(part.row, table.row[alive])
+    values = torch.arange(1.0, 9.0)
+    torch.testing.assert_close(part.mean(values[alive]), table.mean(values * alive))
+    torch.testing.assert_close(part[torch.tensor([0])].mean_of_live(torch.ones(1)), part.weight[0] * 1.5 / part.total)
+    torch.testing.assert_close(part.mean_of_live(values[alive]), 1.5 * table.mean(values * alive))
+
+
+def test_table_of_dead_images_alone_keeps_one_that_weighs_nothing():
+    trajectories = three_trajectories()
+    for t in trajectories:
+        for _, image in t.painted():
+            image.share = 0.0
+    steps = Steps.of(trajectories)
+    assert len(steps) == len(trajectories[0].rounds[0].images[0].steps) and steps.mean(torch.ones(3)) == 0
+
+
 def test_part_of_a_table_keeps_its_numbers():
     steps = Steps.of(three_trajectories())
     part = steps[torch.tensor([6, 1, 3])]

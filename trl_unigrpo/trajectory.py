@@ -35,6 +35,7 @@ class Image:
         seed: key of the random stream that it was painted with, which is its name in a generation batch.
         guidance: the sampler's, which training repeats.
         branches: what stood before it in each branch of that guidance, by name.
+        share: what it counts in a mean over the images that are not dead, of means over all; 0 for a dead one.
     """
 
     latents: Tensor
@@ -44,6 +45,12 @@ class Image:
     seed: tuple[int, ...] = ()
     guidance: Guidance | None = None
     branches: dict[str, Any] = field(default_factory=dict)
+    share: float = 1.0
+
+    @property
+    def dead(self) -> bool:
+        """True where nothing is to be learnt from it: its steps are in no table."""
+        return self.share == 0
 
     def to(self, device: torch.device | str) -> "Image":
         """Bring latents and trained states to a device, times to the CPU; what stood before it stays."""
@@ -191,6 +198,7 @@ class Steps:
         Make the table of a micro-batch. Raises ValueError where it has no step, or images of several sizes.
 
         Steps of an image that is not a finite number are zeros and weigh nothing: one such image costs no update.
+        Dead images are left out, but count in the mean; where all are dead, the first stays and weighs nothing.
 
         Args:
             counts_for: (B,) False for trajectories whose steps weigh nothing; they count in the mean all the same.
@@ -198,19 +206,24 @@ class Steps:
         found = [(row, number, image) for row, t in enumerate(trajectories) for number, image in t.painted()]
         if not found:
             raise ValueError("The trajectories have no images: there is nothing to train the image expert on.")
-        rows, rounds, images = zip(*found, strict=True)
-        sizes = sorted({image.size for image in images})
+        sizes = sorted({image.size for *_, image in found})
         if len(sizes) != 1:
             raise ValueError(f"Images of one batch must have one size, got {sizes}: make a batch per size.")
+        trained = torch.zeros(len(trajectories))  # images of each trajectory
+        for at, _, image in found:
+            trained[at] += image.dead or len(image.steps) > 0
+        live = [item for item in found if not item[2].dead]
+        dead = [item for item in found if item[2].dead and len(item[2].steps)]
+        found = live if any(len(image.steps) for *_, image in live) else dead[:1] or found
+        rows, rounds, images = zip(*found, strict=True)
         counts = torch.tensor([len(image.steps) for image in images])
         if not counts.any():
             raise ValueError("The images have no trained step: there is nothing to train the image expert on.")
         number = torch.arange(len(images)).repeat_interleave(counts)
         row = torch.tensor(rows)
-        trained = torch.zeros(len(trajectories)).index_add(0, row, (counts > 0).float())  # images of each trajectory
         share = counts * trained[row] * len(trajectories)
         broken = ~torch.stack([image.latents.isfinite().all() for image in images]).cpu()
-        weight = (len(number) / share).masked_fill(broken, 0.0)
+        weight = (len(number) / share).masked_fill(broken | torch.tensor([image.dead for image in images]), 0.0)
         if counts_for is not None:
             weight = weight * counts_for.cpu()[row]
         return cls(
@@ -242,6 +255,11 @@ class Steps:
     def mean(self, values: Tensor) -> Tensor:
         """Average values (S,) over steps, then images, then trajectories: their share of the whole table's mean."""
         return (values * self.weight.to(values.device)).sum() / self.total
+
+    def mean_of_live(self, values: Tensor) -> Tensor:
+        """Average values (S,) as [`mean`] does, but over the images that are not dead alone, however they are cut."""
+        shares = torch.tensor([image.share for image in self.images])[self.image]
+        return self.mean(values * shares.to(values.device))
 
     def by_place(self) -> list[Tensor]:
         """List the numbers of the k-th steps of all images, k = 0, 1, ..: none has two steps of one image."""

@@ -22,6 +22,7 @@ from trl_unigrpo.estimate import (
 )
 from trl_unigrpo.estimate.advice import advise
 from trl_unigrpo.estimate.hardware import copy_rate, matmul_rate
+from trl_unigrpo.estimate.levers import levers
 from trl_unigrpo.estimate.report import ESTIMATES
 from trl_unigrpo.monitoring.expected import ExpectedCost, expected_cost
 from trl_unigrpo.trainers.dry_run import dry_run, random_trainer
@@ -109,6 +110,21 @@ def test_doctor_knows_averages():
     assert tiny.exit_code == 0 and "Dry run with random weights" in tiny.output, tiny.output
 
 
+def test_doctor_names_the_lever_that_saves_most():
+    result = doctor("--memory", "139", "--tflops", "790", "--bandwidth", "4.8", "--images-per-thinking", "2")
+    assert result.exit_code == 0, result.output
+    load = Workload(released_config(), 512, image_batch_size=8, images_per_thinking=2)
+    best, *others = levers(load, int(139 * GIB * 0.92))
+    assert f"Saves most of a generation's FLOPs: {best.setting}, {best.saved:.0%}." in result.output.replace("\n", " ")
+    assert row(result.output, "num_iterations=1")[1] == next(
+        f"{lever.saved:.1%}" for lever in others if lever.setting == "num_iterations=1"
+    )
+    lines = ("--lines", "--scout-generations", "4", "--scout-num-inference-steps", "2", "--dead-share", "0.2")
+    tiny = doctor("--model", str(TINY), *SMALL, *lines)
+    assert tiny.exit_code == 0 and float(row(tiny.output, "scouts")[0]) >= 0, tiny.output
+    assert "a dry run has no scouts" in doctor("--model", str(TINY), *SMALL, *lines, "--dry-run").output
+
+
 def test_dry_run_makes_every_optimizer_step(tmp_path):
     load = tiny_load(num_iterations=3)
     trainer = random_trainer(load, torch.device("cpu"), str(tmp_path))
@@ -155,7 +171,9 @@ def test_lines_without_thinking_are_read_as_they_were_configured(tmp_path):
     trainer = random_trainer(load, torch.device("cpu"), str(tmp_path))
     trainer.args.image_objective, trainer.args.matching_samples, trainer.args.thinking = "fpo", 4, False
     read = Workload.of_run(trainer.unified, trainer.args, prompt_length=8)
-    assert (read.sde_window_size, read.completion_length) == (4, 1)
+    assert (read.sde_window_size, read.completion_length, read.lines) == (4, 1, True)
+    trainer.args.matching_samples = 9  # more points than denoising steps
+    assert Workload.of_run(trainer.unified, trainer.args, prompt_length=8).sde_window_size == 9
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4-double"])

@@ -30,6 +30,7 @@ from trl_unigrpo.estimate.flops import (
     read_back_flops,
     text_forward,
 )
+from trl_unigrpo.estimate.levers import levers
 from trl_unigrpo.estimate.memory import saved_by_layer, weight_memory
 from trl_unigrpo.estimate.random_model import random_bagel
 from trl_unigrpo.estimate.vae import vae_decode, vae_parameters
@@ -206,6 +207,79 @@ def test_counted_generation_is_the_closed_form(tmp_path, ranks, checkpointing, a
         trainer.train()
     expected = sum(floor_flops(load).values()) + sum(overhead_flops(load).values())
     assert counter.get_total_flops() == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"images_per_thinking": 2},
+        {"images_per_thinking": 2, "image_batch_size": 3},
+        {"lines": True, "sde_window_size": 7, "reference": False},
+        {"dead_share": 0.5, "reference": False, "num_iterations": 1},
+    ],
+    ids=["images of thinkings", "cut in two", "lines", "dead"],
+)
+def test_levers_are_counted_as_the_closed_form(tmp_path, changes):
+    load = small(lora_ranks=None, gradient_checkpointing=False, completion_length=20, **changes)
+    trainer = random_trainer(load, CPU, str(tmp_path))
+    if load.dead_share:
+        trainer.reward_funcs[0] = lambda prompts, **_: [0.0, 1.0, 0.5, 0.5]  # two of them are their mean
+    with count_flops() as counter:
+        trainer.train()
+    expected = sum(floor_flops(load).values()) + sum(overhead_flops(load).values())
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.004)
+    without = replace(load, images_per_thinking=1, dead_share=0.0)
+    if without != load:  # the lever is what makes the two agree
+        assert sum(floor_flops(without).values()) > 1.02 * sum(floor_flops(load).values())
+
+
+def test_scouts_by_hand():
+    """A pool of 8 in 2 steps, of which 4 are painted again in 6."""
+    load = small(scout_generations=8, scout_num_inference_steps=2)
+    plain, parts, beyond = floor_flops(small()), floor_flops(load), overhead_flops(load)
+    one = image_forward(load).total
+    assert parts["scouts"] == 8 * (2 * one + vae_decode(load.config, 32)[0])
+    assert parts["decode"] == 2 * plain["decode"] and parts["contexts"] == 2 * plain["contexts"]
+    for name in ("denoising", "VAE decode", "reference pass", "update"):
+        assert parts[name] == plain[name]
+    assert beyond["contexts of scouts again"] == plain["contexts"]
+    assert beyond["old log-probs"] == 2 * overhead_flops(small())["old log-probs"]
+    whole = floor_flops(replace(load, lines=True, scout_num_inference_steps=6))
+    assert whole["denoising"] == whole["VAE decode"] == 0 and whole["scouts"] > 8 * 6 * one
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"images_per_thinking": 3}, "images_per_thinking=3.*divisor"),
+        ({"scout_generations": 4}, "scout_generations=4 with num_generations=4"),
+        ({"scout_generations": 8, "scout_num_inference_steps": 7}, "expected at most as many"),
+        ({"images_per_thinking": 2, "num_rounds": 2}, "one round"),
+        ({"dead_share": 1.5}, "dead_share=1.5"),
+    ],
+)
+def test_levers_that_no_run_has_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        small(**changes)
+
+
+def test_levers_say_what_they_save():
+    """Each against the estimate of a run with it; most first; none that takes more memory than there is."""
+    load = released(512)
+    found = levers(load)
+    shares = [lever.saved for lever in found]
+    assert shares == sorted(shares, reverse=True) and 0 < shares[-1] < shares[0] < 1
+    settings = {lever.setting.split("=")[0]: lever for lever in found}
+    assert {"image_objective", "num_iterations", "images_per_thinking", "gradient_checkpointing"} <= set(settings)
+    assert settings["images_per_thinking"].workload == replace(load, images_per_thinking=2)
+    for lever in found:
+        both = [sum({**floor_flops(x), **overhead_flops(x)}.values()) for x in (load, lever.workload)]
+        assert lever.saved == pytest.approx(1 - both[1] / both[0])
+    limit = estimate_memory(load).peak
+    tight = [lever.setting for lever in levers(load, limit)]
+    assert "gradient_checkpointing=False" not in tight and len(tight) == len(found) - 1
+    after = replace(found[0].workload, gradient_checkpointing=False)
+    assert found[0].setting not in [lever.setting for lever in levers(after)]
 
 
 def test_packed_forward_is_counted_to_the_last_product():

@@ -22,6 +22,7 @@ from trl_unigrpo.trainers.refl_trainer import ReFLConfig
 from trl_unigrpo.trainers.rounds_config import RoundsConfig
 from trl_unigrpo.trainers.scouts_config import ScoutsConfig
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig
+from trl_unigrpo.trainers.thinkings_config import ThinkingsConfig
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
 
@@ -104,6 +105,8 @@ DEFAULTS = {
     "scout_generations": None,
     "scout_num_inference_steps": 4,
     "scout_reward": "repainted",
+    "images_per_thinking": 1,
+    "train_dead_images": True,
 }
 
 
@@ -112,8 +115,8 @@ def test_every_field_of_this_project_has_its_default_here():
         {"bf16", "dataloader_pin_memory"},
         {"gradient_accumulation_steps", "per_device_eval_batch_size"},
     )
-    own = {*UniGRPOConfig.__annotations__, *RoundsConfig.__annotations__, *AveragesConfig.__annotations__}
-    own |= {*ScoutsConfig.__annotations__}
+    configs = UniGRPOConfig, RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig
+    own = {name for config in configs for name in config.__annotations__}
     assert own - of_the_machine - below <= set(DEFAULTS)
 
 

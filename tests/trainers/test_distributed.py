@@ -15,14 +15,22 @@ from tests.helpers.runs import DIVERGING, alarms_of, assert_same_update
 from tests.helpers.sft import make_sft, many_rows
 from tests.helpers.stories import TURNS, stories, story_trainer
 from tests.helpers.tiny_unified import FixedTexts, build_trainer, redness, tiny_bagel, weights
+from trl_unigrpo.models.contract import ContextRow
 from trl_unigrpo.monitoring.alarm import read_alarms
 from trl_unigrpo.reporting.run_files import read_run
 from trl_unigrpo.rewards import thinking_reward
+from trl_unigrpo.trainers.checkpoint import load_rollouts
 
 
 @thinking_reward
 def words(completions, **_):
     return [None if "tree" in completion else float(len(completion.split())) for completion in completions]
+
+
+def equal_for_some(prompts, completions, images, **_):
+    """One reward for all of a group, for two of the four prompts: in a generation one process may have these alone."""
+    found = redness(prompts, completions, images)
+    return [0.7 if "cat" in prompt else red for prompt, red in zip(prompts, found, strict=True)]
 
 
 # The update is the gradient itself: Adam would blow the last digits of a tiny one up.
@@ -38,6 +46,7 @@ SETTINGS = {
 CASES = {
     "full": {"gallery_steps": 50},
     "lora, checkpointing": {"lora": True, "gradient_checkpointing": True},
+    "dead images": {"reward_funcs": equal_for_some, "train_dead_images": False},
 }
 MORE_CASES = {
     "full, checkpointing": {"gradient_checkpointing": True},
@@ -46,6 +55,7 @@ MORE_CASES = {
     "text": {"flow_weight": 0.0},
     "process reward": {"reward_funcs": [redness, words], "process_reward_weight": 0.5},
     "windows per group": {"sde_window_scope": "group"},
+    "images of thinkings": {"images_per_thinking": 2},
     "edits": {"edits": True, "beta": 0.1},
     "guidance, checkpointing": {"guidance_scale": 3.0, "gradient_checkpointing": True},
     # The second process keeps its images in the second round, all but one of the first's go on to the third.
@@ -188,6 +198,17 @@ def check_update(ranks, tmp_path, case):
     for name in (*names, "process/reward", "process/frac_none"):
         if name in one:
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+
+
+def test_process_whose_images_are_all_dead_waits_for_none(two_processes):
+    """It has one in each of its tables, which weighs nothing, and so calls what the others call."""
+    folder, ranks = two_processes
+    logs = ranks[0]["dead images"]["log"]
+    assert [log["flow/frac_dead"] for log in logs if "flow/frac_dead" in log] == [0.5, 0.5]
+    for rank in (0, 1):
+        state = load_rollouts(folder / "dead images" / "checkpoint-3", rank, [ContextRow])
+        images = [image for batch in state["buffer"] for t in batch["trajectories"] for _, image in t.painted()]
+        assert len({image.dead for image in images}) == 1 and all(len(image.steps) for image in images)
 
 
 @pytest.mark.parametrize("case", SFT_CASES)

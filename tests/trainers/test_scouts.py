@@ -168,6 +168,7 @@ def test_the_chosen_alone_go_on_to_later_rounds(tmp_path):
         ({"scout_generations": 10}, "expected a pool of 8, 12"),
         ({"scout_generations": 8, "scout_num_inference_steps": 7}, "num_inference_steps=6: expected 1 to 6"),
         ({"scout_generations": 8, "scout_num_inference_steps": 0}, "expected 1 to 6"),
+        ({"scout_generations": 8, "images_per_thinking": 2}, "would not be chosen together"),
         ({"scout_reward": "both"}, "expected 'repainted' or 'scouts'"),
     ],
 )

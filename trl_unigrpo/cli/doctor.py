@@ -47,6 +47,15 @@ class WorkloadOptions:
     )
     reflection_length: Annotated[int, typer.Option(help="Tokens of its answer.")] = 256
     round_context: Annotated[str, typer.Option(help="What a later round sees: markov or full.")] = "markov"
+    lines: Annotated[bool, typer.Option(help="Train at points on lines (fpo, awm, nft), as many as noisy steps.")] = (
+        False
+    )
+    images_per_thinking: Annotated[int, typer.Option(help="Images painted of each thinking.")] = 1
+    scout_generations: Annotated[
+        int | None, typer.Option(help="Trajectories of each prompt's pool of scouts; without it, none.")
+    ] = None
+    scout_num_inference_steps: Annotated[int, typer.Option(help="Denoising steps of a scout.")] = 4
+    dead_share: Annotated[float, typer.Option(help="Share of images left out of the update: flow/frac_dead.")] = 0.0
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again in the update.")] = True
 
     def settings(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Tables of `trl-unigrpo doctor`: does a run fit on this machine, and how long will a step take at least?"""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..estimate.hardware import (
     machine_versions,
     matmul_rate,
 )
+from ..estimate.levers import Lever, all_flops, levers
 from ..estimate.memory import RESIDENT
 from ..estimate.report import Estimate, estimate
 from ..estimate.sizes import parameter_counts, released_config
@@ -68,6 +70,11 @@ def run_doctor(
     console.print(_memory_parts(result), _peaks(result))
     console.print(_flops(result, tflops, bandwidth))
     _verdict(console, result, memory_gib)
+    found = levers(result.workload, int(memory_gib * GIB * USABLE) if memory_gib else None)
+    if found:
+        console.print(_levers(result, found))
+        most = f"{found[0].setting}, {found[0].saved:.0%}"
+        console.print(f"Saves most of a generation's FLOPs: {most}. What it does to rewards is not known.")
     if dry:
         _dry_run(console, result, device)
     return result
@@ -120,6 +127,14 @@ def _flops(result: Estimate, tflops: float | None, bandwidth: float | None) -> T
     table.add_row("floor", f"{sum(result.flops.values()) / 1e15:.3f}", total, style="bold")
     for name, flops in overhead_flops(load).items():
         table.add_row(f"beyond it: {name}", f"{flops / 1e15:.3f}", "")
+    return table
+
+
+def _levers(result: Estimate, found: Sequence[Lever]) -> Table:
+    title = f"Time: each lever alone, of {all_flops(result.workload) / 1e15:.3f} PFLOP that a generation computes"
+    table = Table("lever", "PFLOP", "saved", "what it costs", title=title)
+    for lever in found:
+        table.add_row(lever.setting, f"{all_flops(lever.workload) / 1e15:.3f}", f"{lever.saved:.1%}", lever.cost)
     return table
 
 

@@ -1,8 +1,8 @@
 """FLOPs of one generation and its passes in closed form; a multiply-add is two.
 
 Attention is counted over visible pairs alone. The floor computes each prompt once, each decoded token once, each
-trajectory's context once, N velocities, one reference pass and the updates. Beside it stands what a run computes too:
-adapters, the text's old log-probs, logits again in the backward pass.
+thinking's context once, N velocities an image, one reference pass and the updates. Beside it stands what a run
+computes too: adapters, the text's old log-probs, logits again in the backward pass.
 """
 
 from typing import Any, NamedTuple
@@ -138,14 +138,16 @@ def texts_read(load: Workload) -> Forward:
     return found
 
 
-def update_flops(load: Workload) -> tuple[int, int]:
+def update_flops(load: Workload, with_images: bool = True) -> tuple[int, int]:
     """
-    Count the FLOPs of one trajectory's forward and backward pass, and of the adapters in it.
+    Count the FLOPs of one trajectory's forward and backward pass, and of the adapters in it; of its texts alone where
+    its images are left out.
 
     A matrix product costs itself again for the gradient of its input, and again for that of its weight if it is
     trained; attention's backward pass costs 2.5 of its forward. Checkpointing computes the layers' forward again.
     """
-    once, trained, again = packed_forward(load), load.lora_ranks is None, int(load.gradient_checkpointing)
+    once = packed_forward(load) if with_images else texts_read(load)
+    trained, again = load.lora_ranks is None, int(load.gradient_checkpointing)
     base = (
         once.linear * (2 + trained + again)
         + once.attention * 7 // 2
@@ -157,19 +159,33 @@ def update_flops(load: Workload) -> tuple[int, int]:
     return base, once.adapters * (3 + again)
 
 
+def mean_update_flops(load: Workload) -> tuple[int, int]:
+    """Count the same on average over trajectories, of which a share has no images in the update."""
+    both = zip(update_flops(load), update_flops(load, with_images=False), strict=True)
+    base, adapters = (round(whole - load.dead_share * (whole - text)) for whole, text in both)
+    return base, adapters
+
+
 def floor_flops(load: Workload) -> dict[str, int]:
     """Count the FLOPs of each part of a generation that no implementation with these settings avoids."""
     count, steps, rounds = load.trajectories, load.completion_length - 1, range(load.num_rounds)
+    pass_of_live = round(count * (1 - load.dead_share) * packed_forward(load).total)
+    decoded = vae_decode(load.config, load.image_size)[0]
+    thinking = text_forward(load, steps, load.prompt_length).total + steps * logits_forward(load)
     parts = {
         "prefill": load.num_prompts * (text_forward(load, load.prompt_length).total + logits_forward(load)),
-        "decode": count * (text_forward(load, steps, load.prompt_length).total + steps * logits_forward(load)),
-        "contexts": count * sum(context_forward(load, number).total for number in rounds),
+        "decode": load.thinkings * thinking,
+        "contexts": load.thinkings * sum(context_forward(load, number).total for number in rounds),
         "denoising": count * load.num_inference_steps * sum(image_forward(load, number).total for number in rounds),
-        "VAE decode": count * load.num_rounds * vae_decode(load.config, load.image_size)[0],
-        "reference pass": count * packed_forward(load).total if load.reference else 0,
-        "old policy's pass": count * packed_forward(load).total if load.image_old_policy else 0,
-        "update": load.num_iterations * count * update_flops(load)[0],
+        "VAE decode": count * load.num_rounds * decoded,
+        "reference pass": pass_of_live * load.reference,
+        "old policy's pass": pass_of_live * load.image_old_policy,
+        "update": load.num_iterations * count * mean_update_flops(load)[0],
     }
+    if load.scout_generations is not None:
+        parts["scouts"] = load.pool * (load.scout_num_inference_steps * image_forward(load).total + decoded)
+        if not load.repaints:
+            parts["denoising"] = parts["VAE decode"] = 0
     if later := rounds[1:]:
         steps = load.reflection_length - 1
         look = look_flops(load.config, load.image_size, load.with_tower)
@@ -181,22 +197,30 @@ def floor_flops(load: Workload) -> dict[str, int]:
 
 def overhead_flops(load: Workload) -> dict[str, int]:
     """Count the FLOPs beyond the floor that a run of these settings computes."""
-    count, rounds = load.trajectories, range(load.num_rounds)
+    count, rounds, live = load.trajectories, range(load.num_rounds), 1 - load.dead_share
     text = texts_read(load)
     thinking = load.num_prompts * text_forward(load, load.prompt_length).adapters
-    thinking += count * text_forward(load, load.completion_length - 1, load.prompt_length).adapters
+    thinking += load.thinkings * text_forward(load, load.completion_length - 1, load.prompt_length).adapters
     for number in rounds[1:]:
         later = look_forward(load, number).plus(reflection_forward(load, number, load.reflection_length - 1))
         thinking += count * later.adapters
-    old = packed_forward(load).adapters * load.image_old_policy
+    old = round(count * live * packed_forward(load).adapters) * load.image_old_policy
     again = load.num_iterations > 1  # the first pass spans all micro-batches of a step
-    denoising = load.num_inference_steps * sum(image_forward(load, number).adapters for number in rounds)
+    exact = load.scout_generations is None or load.repaints
+    denoising = load.num_inference_steps * count * exact * sum(image_forward(load, n).adapters for n in rounds)
+    if load.scout_generations is not None:
+        denoising += load.scout_num_inference_steps * load.pool * image_forward(load).adapters
     contexts = sum(context_forward(load, number).adapters for number in rounds)
+    chosen = count // load.images_per_thinking * load.repaints  # contexts of scouts that are painted again
     return {
         "adapters": thinking
-        + count * (contexts + text.adapters * again + denoising + old)
-        + load.num_iterations * count * update_flops(load)[1],
-        "old log-probs": again * count * (text.total + load.texts * logits_forward(load)),
+        + (load.thinkings + chosen) * contexts
+        + load.pool * text.adapters * again
+        + denoising
+        + old
+        + load.num_iterations * count * mean_update_flops(load)[1],
+        "old log-probs": again * load.pool * (text.total + load.texts * logits_forward(load)),
+        "contexts of scouts again": chosen * context_forward(load, 0).total,
         "logits again": load.num_iterations * count * load.texts * logits_forward(load),
         "earlier rounds again": count * sum(context_forward(load, n - 1).total for n in rounds if load.seen_before(n)),
     }

@@ -121,7 +121,8 @@ def estimate_memory(load: Workload) -> Memory:
     packed = clean + copies * (load.latents + 2)
     longest = max(load.context, load.seen(load.num_rounds - 1))
     numbers = 4 * load.latents * load.config.latent_channels  # one latent state in float32
-    rollout_states, update_states = load.num_rounds + 3 * copies, (4 + load.reference) * copies
+    noisy = not load.lines  # a noisy step has the next state and the sampler's velocity, a point its line's
+    rollout_states, update_states = load.num_rounds + (2 + noisy) * copies, (3 + noisy + load.reference) * copies
     tile = min(load.scored_at_once * load.texts, TILE_TOKENS) * min(llm.vocab_size, TILE_WORDS) * a
     layer = saved_by_layer(load)
     inputs = load.scored_at_once * packed * width * a * layers
@@ -139,9 +140,9 @@ def estimate_memory(load: Workload) -> Memory:
         "saved activations": inputs + layer if load.gradient_checkpointing else layers * layer,
         "update's workspace": backward_workspace(load, load.scored_at_once * packed),
         "logits' tile": tile + 4 * load.scored_at_once * load.texts * width,
-        "sampling's logits": count * 4 * 4 * llm.vocab_size,
-        "thinking's cache": count * longest * cached,
-        "contexts' cache": load.denoised_at_once * longest * cached,
+        "sampling's logits": load.thinkings * 4 * 4 * llm.vocab_size,
+        "thinking's cache": load.thinkings * longest * cached,
+        "contexts' cache": -(-load.denoised_at_once // load.images_per_thinking) * longest * cached,
         "reference's workspace": workspace(load, load.scored_at_once * packed),
         "denoising's workspace": workspace(load, load.denoised_at_once * (load.latents + 2)),
         "rollout records": count * rollout_states * numbers,

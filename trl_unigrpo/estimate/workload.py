@@ -12,7 +12,7 @@ QUANTIZATIONS = (None, "nf4", "nf4-double")
 _AT_LEAST_ONE = (
     *("image_size", "prompt_length", "completion_length", "num_generations", "num_prompts", "num_inference_steps"),
     *("sde_window_size", "num_iterations", "micro_batch_size", "image_batch_size"),
-    *("num_rounds", "look_length", "reflection_length"),
+    *("num_rounds", "look_length", "reflection_length", "images_per_thinking", "scout_num_inference_steps"),
 )
 
 
@@ -26,7 +26,8 @@ class Workload:
         image_size: side of the square images, in pixels.
         prompt_length, completion_length: tokens of a prompt (system prompt included) and of its thinking.
         num_generations, num_prompts: G trajectories for each of this many prompts.
-        num_inference_steps, sde_window_size: denoising steps N, of which K are stochastic.
+        num_inference_steps, sde_window_size: denoising steps N, of which K are stochastic, or K points on lines.
+        lines: images are trained at points on lines to them, and sampled by the ODE alone.
         num_iterations: passes over the generation.
         micro_batch_size: trajectories in one forward of the update.
         image_batch_size: images denoised and decoded at once; None for all.
@@ -44,6 +45,10 @@ class Workload:
         look_length, reflection_length: tokens of what is said to the model's own image (the system prompt included),
             and of its answer.
         round_context: "markov" or "full", see [`UniGRPOConfig`].
+        images_per_thinking: images painted of each thinking, which is sampled and encoded once.
+        scout_generations, scout_num_inference_steps: trajectories of a pool for each prompt, None for none, and the
+            steps that its images take; G of them are painted again exactly, and trained.
+        dead_share: share of images that is left out of the update, as their advantage is 0.
 
     Raises:
         ValueError: for a size that no run can have.
@@ -72,6 +77,11 @@ class Workload:
     look_length: int = 128
     reflection_length: int = 256
     round_context: str = "markov"
+    lines: bool = False
+    images_per_thinking: int = 1
+    scout_generations: int | None = None
+    scout_num_inference_steps: int = 4
+    dead_share: float = 0.0
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
@@ -84,7 +94,8 @@ class Workload:
                 f"image_size={self.image_size}: this model paints squares whose side is a multiple of {unit}, at most "
                 f"{limit}."
             )
-        if self.sde_window_size >= self.num_inference_steps:
+        self._check_group()
+        if self.sde_window_size >= self.num_inference_steps and not self.lines:
             raise ValueError(
                 f"sde_window_size={self.sde_window_size} with num_inference_steps={self.num_inference_steps}: "
                 "expected fewer stochastic steps than there are steps."
@@ -104,6 +115,25 @@ class Workload:
                 f"completion_length={self.completion_length}): the model has positions for {longest}."
             )
 
+    def _check_group(self) -> None:
+        group, pool, each = self.num_generations, self.scout_generations, self.images_per_thinking
+        if group % each:
+            raise ValueError(f"images_per_thinking={each} with num_generations={group}: expected a divisor of it.")
+        if pool is not None and (pool <= group or pool % group):
+            raise ValueError(f"scout_generations={pool} with num_generations={group}: expected a multiple above it.")
+        if pool is not None and self.scout_num_inference_steps > self.num_inference_steps:
+            raise ValueError(
+                f"scout_num_inference_steps={self.scout_num_inference_steps} with num_inference_steps="
+                f"{self.num_inference_steps}: expected at most as many, as scouts are the cheaper ones."
+            )
+        if self.num_rounds > 1 and (pool is not None or each > 1):
+            raise ValueError(
+                f"num_rounds={self.num_rounds} with images_per_thinking={each}, scout_generations={pool}: only "
+                "trajectories of one round are estimated with these."
+            )
+        if not 0 <= self.dead_share <= 1:
+            raise ValueError(f"dead_share={self.dead_share}: expected a share from 0 to 1.")
+
     @property
     def activation_bytes(self) -> int:
         return 2 if self.half else 4
@@ -116,6 +146,22 @@ class Workload:
     @property
     def trajectories(self) -> int:
         return self.num_generations * self.num_prompts
+
+    @property
+    def pool(self) -> int:
+        """Trajectories that are sampled and rewarded: those that are trained, or the scouts they are chosen among."""
+        return (self.scout_generations or self.num_generations) * self.num_prompts
+
+    @property
+    def thinkings(self) -> int:
+        """Thinkings that are sampled."""
+        return self.pool // self.images_per_thinking
+
+    @property
+    def repaints(self) -> bool:
+        """True where the scouts that are chosen are painted again."""
+        own_steps = self.lines and self.scout_num_inference_steps == self.num_inference_steps
+        return self.scout_generations is not None and not own_steps
 
     @property
     def context(self) -> int:
@@ -207,4 +253,8 @@ class Workload:
             num_rounds=args.num_rounds,
             reflection_length=args.max_reflection_length,
             round_context=args.round_context,
+            lines=args.image_objective != "flow_grpo",
+            images_per_thinking=args.images_per_thinking,
+            scout_generations=args.scout_generations if args.num_rounds == 1 else None,
+            scout_num_inference_steps=args.scout_num_inference_steps,
         )

@@ -97,7 +97,10 @@ class UnifiedModelMixin(SeesImages, _Base):
         raise NotImplementedError
 
     def encode_context(self, contexts: Sequence[Any]) -> Any:
-        """Encode B contexts once, for any number of velocities."""
+        """
+        Encode B contexts once, for any number of velocities. Those of images of one text are one object, which need
+        not be encoded twice.
+        """
         raise NotImplementedError
 
     def predict_velocity(

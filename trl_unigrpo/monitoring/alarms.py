@@ -120,7 +120,8 @@ class Alarms(Watcher, ExportableState):
         texts = [plain_text(thinking) for thinking in generation.thinking]
         repeated = np.array([repetition(text) for text in texts])
         trains, prompts = generation.mode == "train", list(map(str, generation.prompts))
-        images = self._images.statistics(generation.statistics, prompts, trains)
+        each = getattr(args, "images_per_thinking", 1) if trains else 1
+        images = self._images.statistics(generation.statistics, prompts, trains, each)
         for name, values in {**images, "thinking/repetition": repeated}.items():
             metrics.setdefault(name, []).append(float(values.mean()))
         for name, value in round_metrics(generation).items():

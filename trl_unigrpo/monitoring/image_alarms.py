@@ -73,7 +73,11 @@ class ImageWatch:
         self._last: tuple[FloatArray, list[int]] = (np.zeros((0, 0)), [])
 
     def statistics(
-        self, images: Sequence[ImageStatistics], prompts: Sequence[str], trains: bool = True
+        self,
+        images: Sequence[ImageStatistics],
+        prompts: Sequence[str],
+        trains: bool = True,
+        images_per_thinking: int = 1,
     ) -> dict[str, FloatArray]:
         """
         Collect the statistics: name -> N numbers, one per image.
@@ -82,12 +86,13 @@ class ImageWatch:
             prompts: N texts.
             trains: whether this is a training generation. In these, twins of other prompts are looked for in the one
                 before, too.
+            images_per_thinking: see [`near_twins`].
         """
         names = ("dark_share", "bright_share", "color_entropy", "edge_density", "noise")
         found = {f"images/{name}": np.array([getattr(image, name) for image in images]) for name in names}
         thumbnails, groups = np.stack([image.thumbnail for image in images]), [hash(prompt) for prompt in prompts]
         before = self._last if trains and self._last[1] else (thumbnails[:0], [])
-        own, _ = near_twins(thumbnails, groups)
+        own, _ = near_twins(thumbnails, groups, images_per_thinking)
         _, across = near_twins(np.concatenate([thumbnails, before[0]]), groups + before[1])
         if trains:
             self._last = thumbnails, groups

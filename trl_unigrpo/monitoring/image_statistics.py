@@ -116,22 +116,27 @@ def noise_residual(image: Image.Image) -> float:
     return math.sqrt(math.pi / 2) / 6 * float(np.abs(answer).mean()) / 255
 
 
-def near_twins(thumbnails: FloatArray, groups: Sequence[int]) -> tuple[BoolArray, BoolArray]:
+def near_twins(
+    thumbnails: FloatArray, groups: Sequence[int], images_per_thinking: int = 1
+) -> tuple[BoolArray, BoolArray]:
     """
     Find images that nearly repeat another one: the root mean square of what their thumbnails differ by is below 5/255.
 
     Args:
         thumbnails: (N, 192).
         groups: N numbers, the same for images of one prompt.
+        images_per_thinking: K images side by side that were painted after one text, and are to be alike.
 
     Returns:
-        (N,) whether an image has a twin of its own prompt, and (N,) whether it has one of another.
+        (N,) whether an image has a twin of its own prompt and another text, and (N,) whether it has one of another
+        prompt.
     """
     squares = (thumbnails**2).sum(1)
     distances = squares[:, None] + squares - 2 * thumbnails @ thumbnails.T
     near = distances < thumbnails.shape[1] * TWIN_DISTANCE**2
     same = np.equal.outer(groups, groups)
-    own = near & same & ~np.eye(len(thumbnails), dtype=bool)
+    texts = np.arange(len(thumbnails)) // images_per_thinking
+    own = near & same & np.not_equal.outer(texts, texts)
     return own.any(1), (near & ~same).any(1)
 
 

@@ -300,12 +300,20 @@ def _paint_alike(
     plan: RolloutPlan,
     generators: Sequence[torch.Generator],
 ) -> list[Image]:
-    """Paint images of one size, the plan's."""
+    """Paint images of one size, the plan's; where all before them is the same, it is one context that they have."""
     shape, size = model.latent_shape(plan.image_size), plan.image_size
     seen = [trajectory.now() for trajectory in trajectories]
-    contexts = model.contexts(seen)
+    first: dict[Any, int] = {}
+    same = [first.setdefault(_said(trajectory), place) for place, trajectory in enumerate(seen)]
+    own = [seen[place] for place in first.values()]
+
+    def shared(made: Sequence[Any]) -> list[Any]:
+        at = dict(zip(first.values(), made, strict=True))
+        return [at[place] for place in same]
+
+    contexts = shared(model.contexts(own))
     names = plan.guidance.branches if plan.guidance is not None else ()
-    branches = {name: model.branch_contexts(seen, name) for name in names}
+    branches = {name: shared(model.branch_contexts(own, name)) for name in names}
 
     def paint_some(chunk: slice) -> list[Image]:
         own, rows = generators[chunk], range(len(contexts[chunk]))
@@ -333,6 +341,13 @@ def _paint_alike(
     clear_device_cache()  # thinking leaves the allocator's reserve in pieces, too small for what is counted as free
     at_once = plan.batch_size or max(1, model.images_at_once(size) or len(contexts))
     return in_fitting_batches(model, len(contexts), at_once, paint_some)
+
+
+def _said(trajectory: Trajectory) -> tuple[Any, ...]:
+    """Give all that a trajectory's next image sees before it, as a key."""
+    texts, images = [tuple(part.text_ids) for part in trajectory.rounds], map(id, trajectory.images)
+    prompt = repr(trajectory.prompt), tuple(trajectory.prompt_ids), tuple(trajectory.system_ids or ())
+    return *prompt, *texts, tuple(images)
 
 
 def decode(model: UnifiedModelMixin, images: Sequence[Image], at_once: int | None = None) -> list[PILImage.Image]:

@@ -1,4 +1,4 @@
-"""Which reward pays for which round of a trajectory, and what is subtracted from it.
+"""Which reward pays for which round of a trajectory, for its thinking and for its image, and what is subtracted.
 
 The actions of round m are its text and its image. They may be paid for the images from m on, and the reward of the
 image before, r_(m-1), may be subtracted: it was there before they were, so that this changes the variance and not what
@@ -115,6 +115,58 @@ def round_advantages(
     else:
         worth = improvements(led_to, earlier, rule, group_size)
     return torch.stack([group_advantages(part, group_size, scale_rewards) for part in worth.unbind(1)], 1)
+
+
+def alike(rewards: Tensor, group_size: int) -> Tensor:
+    """
+    Mark the samples (N,) of groups whose rewards are all the same, failures left out: their advantages are 0. In
+    float32 the mean of equal numbers is not always that number, and TRL divides what is left by 1e-4.
+
+    Args:
+        rewards: (N, F) of F functions, groups side by side, NaN where there is none.
+    """
+    groups = rewards.unflatten(0, (-1, group_size))
+    low, high = (groups.where(~groups.isnan(), end) for end in (torch.inf, -torch.inf))
+    return (high.amax(1) <= low.amin(1)).all(-1).repeat_interleave(group_size)
+
+
+def two_levels(advantages: Tensor, known: Tensor, images_per_thinking: int) -> tuple[Tensor, Tensor]:
+    """
+    Split advantages A into a thinking's and an image's, each with the baseline of its own level:
+
+        A_text = mean of A over the K images of the thinking,    A_image = A - A_text
+
+    With A = (r - mean of the group) / s these are (mean of the thinking - mean of the group) / s and
+    (r - mean of the thinking) / s. What the painter's noise does to the reward is averaged out of the first, and what
+    the thinking does to it is gone from the second. Neither baseline knows more of an action than its own share of a
+    mean, so both gradients keep their direction: they are (1 - K / G) and (1 - 1 / K) times the true ones, as GRPO's
+    is (1 - 1 / G) times. Source: two-level baselines (docs/trainer.md).
+
+    Args:
+        advantages: (B,) with the group's baseline, thinkings of K side by side.
+        known: (B,) whether a sample has a reward; one without is in no mean, and its image has advantage 0.
+
+    Returns:
+        the thinkings' (B,), K times each and 0 where none of its images has a reward, and the images' (B,).
+    """
+    values, known = (x.unflatten(0, (-1, images_per_thinking)) for x in (advantages, known))
+    means = (values.where(known, 0.0).sum(1) / known.sum(1).clamp(min=1))[:, None].expand_as(values)
+    same = alike(values.where(known, torch.nan).flatten()[:, None], images_per_thinking).view_as(values)
+    return means.flatten(), (values - means).where(known & ~same, 0.0).flatten()
+
+
+def spreads(rewards: Tensor, images_per_thinking: int, group_size: int) -> dict[str, float]:
+    """
+    Measure how far rewards (N,) spread: among the images of a thinking, and the thinkings of a group beyond what their
+    images explain (one-way analysis of variance: the variance of K-means is that between plus that within over K).
+    """
+    groups = rewards.unflatten(0, (-1, group_size // images_per_thinking, images_per_thinking))
+    within, means = groups.var(-1), groups.mean(-1)
+    within = within[~within.isnan()].mean()
+    between = means.var(-1)
+    between = between[~between.isnan()].mean() - within / images_per_thinking
+    found = {"within": within, "between": between}
+    return {f"thinking/reward_std_{name}": x.clamp(min=0).sqrt().item() for name, x in found.items() if not x.isnan()}
 
 
 def choose_image(rewards: Tensor, how: str, generator: torch.Generator, perfect: float, keep_perfect: float) -> int:

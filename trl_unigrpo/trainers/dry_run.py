@@ -41,11 +41,11 @@ class DryRun:
 
 def ragged_lengths(load: Workload) -> list[int]:
     """
-    Give each trajectory's thinking a length: evenly spaced from half of `completion_length` to all of it, so that
+    Give each thinking a length: evenly spaced from half of `completion_length` to all of it, so that
     their mean is known, in a random order that is always the same.
     """
     longest = load.completion_length
-    lengths = torch.linspace((longest + 1) // 2, longest, load.trajectories).round().int()
+    lengths = torch.linspace((longest + 1) // 2, longest, load.thinkings).round().int()
     return lengths[torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0))].tolist()
 
 
@@ -109,8 +109,9 @@ def dry_config(load: Workload, device: torch.device, folder: str) -> UniGRPOConf
         flow_regularizer="velocity_mse" if load.reference else "none",
         ema_decay=0.9 if load.ema else None,
         image_old_policy_decay=0.5 if load.image_old_policy else None,
-        image_objective="nft" if load.image_old_policy else "flow_grpo",
+        image_objective="nft" if load.lines or load.image_old_policy else "flow_grpo",
         matching_samples=load.sde_window_size,
+        images_per_thinking=load.images_per_thinking,
         gradient_checkpointing=load.gradient_checkpointing,
         trust_checks="off",  # random weights prove nothing
         alarms="off",
@@ -129,11 +130,13 @@ def random_trainer(
     and its passes.
 
     Args:
-        lengths: of the trajectories' thinkings, at most `completion_length` each; None for all of it.
+        lengths: of the thinkings, at most `completion_length` each; None for all of it.
 
     Raises:
-        ValueError: for more than one prompt or round, or a prompt too short for its markers.
+        ValueError: for scouts, more than one prompt or round, or a prompt too short for its markers.
     """
+    if load.scout_generations is not None:
+        raise ValueError(f"scout_generations={load.scout_generations}: a dry run has no scouts. Leave them out of it.")
     if load.num_prompts != 1 or load.prompt_length <= MARKERS or load.num_rounds != 1:
         raise ValueError(
             f"num_prompts={load.num_prompts}, prompt_length={load.prompt_length}, num_rounds={load.num_rounds}: a dry "
@@ -160,7 +163,7 @@ def random_trainer(
         peft_config=adapters,
     )
     trainer.remove_callback(PrinterCallback)
-    lengths = [load.completion_length] * load.trajectories if lengths is None else lengths
+    lengths = [load.completion_length] * load.thinkings if lengths is None else lengths
     fixed = FixedLengths(lengths, load.prompt_length, tokenizer.eos_token_id)
     trainer.unified.generate = partial(trainer.unified.generate, logits_processor=[fixed])
     return trainer

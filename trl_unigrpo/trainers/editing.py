@@ -83,12 +83,13 @@ class EditingRun(RunKeeping):
         )
         return placed, *others
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         base = self.unified
-        if not (shown := shown_images(base, self._sources)):
-            return super()._generate_single_turn(*args, **kwargs)
+        sources = self._sources[:: len(self._sources) // len(prompt_ids) or 1]  # several rows may share a thinking
+        if not (shown := shown_images(base, sources)):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         with attributes(base, generate=partial(base.generate, **shown)):
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
 
     # Sizes
 

@@ -299,11 +299,6 @@ class RoundsTrainer(RunKeeping):
         scores = super()._calculate_rewards(walk.inputs, prompts, completions, ids)[::group]
         return scores.masked_fill(~scores.isfinite(), torch.nan).repeat_interleave(group, 0)
 
-    def _total(self, scores: Tensor) -> Tensor:
-        """(N,) weighted sums of scores (N, F); NaN where there is none."""
-        total = (scores * self.reward_weights.to(scores.device)).nansum(1)
-        return total.masked_fill(scores.isnan().all(1), torch.nan)
-
     @property
     def _perfect(self) -> float:
         """The reward from which on an image is perfect: all that the weights give."""
@@ -318,11 +313,11 @@ class RoundsTrainer(RunKeeping):
         count, process = len(walk.inputs), self.accelerator.process_index
         own = slice(count * process, count * (process + 1))
         acted, painted = self._acts(walk)
-        rewards = torch.stack([self._total(scores) for scores in walk.scores], 1)
+        rewards = torch.stack([self._book.total(scores) for scores in walk.scores], 1)
         if rewards.shape != acted.shape:  # the last alone was scored
             rewards = torch.cat([rewards.new_full(acted[:, 1:].shape, torch.nan), rewards], 1)
         began = [*walk.source, *walk.stood]
-        stood = torch.stack([self._total(scores) for scores in began], 1) if began else rewards[:, :-1]
+        stood = torch.stack([self._book.total(scores) for scores in began], 1) if began else rewards[:, :-1]
         earlier = credit.before(stood, self.group_size)
         counted = acted if self._setup.stories else torch.ones_like(acted)
         paid = "own" if self._tree else args.round_reward
@@ -391,7 +386,7 @@ class RoundsTrainer(RunKeeping):
         self._score_round(walk, number - 1)
         scores, args, group = walk.scores[-1], self.args, self.group_size
         chosen = []
-        for index, rewards in enumerate(self._total(scores).split(group)):
+        for index, rewards in enumerate(self._book.total(scores).split(group)):
             generator = row_generator(args.seed, CHOICE, self.generation, index, number)
             winner = credit.choose_image(rewards, args.round_select, generator, self._perfect, args.keep_perfect)
             chosen.append(index * group + winner)

@@ -156,6 +156,11 @@ class RewardBook:
         """(F,) what each function counts in the advantage that TRL computes."""
         return self.weights.masked_fill(self.is_process, 0.0)
 
+    def total(self, scores: Tensor) -> Tensor:
+        """(N,) weighted sums of scores (N, F), which the image's advantages come from; NaN where there is none."""
+        total = (scores * self.image_weights.to(scores.device)).nansum(1)
+        return total.masked_fill(scores.isnan().all(1), torch.nan)
+
     def enter(self, rewards: Tensor, group_size: int, scale_rewards: str) -> Tensor:
         """
         Mask failures and take the process rewards out of a generation batch of all processes, and note its metrics.
@@ -254,7 +259,9 @@ def group_advantages(rewards: Tensor, group_size: int, scale_rewards: str) -> Te
         scale_rewards: "group" or "batch", what the standard deviation is taken over, or "none" to leave it out.
     """
     groups = rewards.view(-1, group_size)
+    same = (groups == groups.nan_to_num(nan=-torch.inf).amax(dim=1, keepdim=True)) | groups.isnan()
     advantages = groups - groups.nanmean(dim=1, keepdim=True)
+    advantages = advantages.masked_fill(same.all(dim=1, keepdim=True), 0.0)  # where the mean is only nearly the number
     if scale_rewards == "group":
         advantages = advantages / (nanstd(groups, dim=1, keepdim=True) + 1e-4)
     elif scale_rewards == "batch":

@@ -51,6 +51,11 @@ def check_scouts(config: Any, processes: int) -> None:
             f"scout_generations={pool} with num_generations={group}: expected a pool of {2 * group}, {3 * group}, ... "
             f"trajectories, of which {group} are trained on. Leave it out for no scouts."
         )
+    if config.images_per_thinking > 1:
+        raise ValueError(
+            f"scout_generations={pool} with images_per_thinking={config.images_per_thinking}: the images of one "
+            "thinking would not be chosen together, whose mean it is paid. Leave one of them out."
+        )
     exact = of_round(config, "num_inference_steps", 0)
     if not 1 <= steps <= exact:
         raise ValueError(

@@ -2,12 +2,12 @@
 
 One step, as the paper's algorithm has it; each line is a section below:
 
-    1. sample a group of thinkings per prompt                        TRL's `_generate`
+    1. sample a group of thinkings per prompt                        TRL's `_generate`; thinkings.py
     2. paint the images, K of the denoising steps stochastic         `_paint`: sampling.py, flow/sampler.py; windows.py
        (other image objectives: all steps ODE, K states on lines)    flow/objectives.py
        with several rounds: look at the image, think, paint again    rounds.py
     3. reward the images; failures are masked                        `_calculate_rewards`: scoring.py
-       advantages within the group (eq. 1)                           TRL's `_generate_and_score_completions`
+       advantages within the group (eq. 1)                           TRL's `_generate_and_score_completions`; credit.py
     4. velocities of the old and the reference model                 `_keep_velocities`: kept.py
     5. the joint objective (eq. 7): the text's (eq. 2, TRL's)        `_compute_loss`
        + lambda * flow objective (eqs. 3, 5) + w * velocity MSE (8)  `_flow_loss`: flow/objectives.py, flow/ratio.py
@@ -53,6 +53,7 @@ from .run_keeping import Progress, gathered_means
 from .scoring import RewardBook, with_names
 from .scouts import ScoutingRun
 from .setup import finish_run, prepare_run
+from .thinkings import ThinkingsRun
 from .trl_bridge import (
     TextAndVelocities,
     TRLChangedError,
@@ -65,7 +66,7 @@ from .unigrpo_config import UniGRPOConfig
 from .windows import draw_windows, guidance_of, rollout_plan
 
 
-class UniGRPOTrainer(ScoutingRun, EditingRun, RoundsTrainer):
+class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun, RoundsTrainer):
     """
     Trainer for UniGRPO (arXiv 2603.23500): GRPO on the thinking tokens and FlowGRPO-Fast on the denoising steps of a
     unified model, from one reward on the finished image.
@@ -171,12 +172,6 @@ class UniGRPOTrainer(ScoutingRun, EditingRun, RoundsTrainer):
         system = choose_system_prompt(self.unified, self.args.system_prompt, self.args.thinking)
         return list(check_messages([as_messages(prompt, system) for prompt in prompts], self._tokenizer))
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        if self.args.thinking:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        # TRL needs a token per completion; the image is painted as if there were none.
-        return [[self._tokenizer.eos_token_id] for _ in prompt_ids], None
-
     def _generate(self, prompts: list[Any]) -> Any:
         self._tell("on_rollout_begin", generation_config=self.generation_config)
         with self._phases("think"):
@@ -276,9 +271,11 @@ class UniGRPOTrainer(ScoutingRun, EditingRun, RoundsTrainer):
                 process = self._book.process_advantages.split(len(inputs))[self.accelerator.process_index]
                 outputs["text_advantages"] = outputs["advantages"] + self.args.process_reward_weight * process
             self._show(inputs, outputs["advantages"])
+            self._share_credit(outputs, inputs)
             outputs, trajectories = self._chosen(outputs, trajectories)
         if self._trains_image:
             outputs["trajectories"] = trajectories
+            self._leave_out_dead(trajectories, outputs)
             with self._phases("old_and_reference"):
                 self._keep_velocities(trajectories)
         return outputs
@@ -318,7 +315,8 @@ class UniGRPOTrainer(ScoutingRun, EditingRun, RoundsTrainer):
             self._phases.begin("update")  # ended by `_get_learning_rate`
         of_text = {**inputs, "advantages": inputs.get("text_advantages", inputs["advantages"])}
         if not has_steps(inputs.get("trajectories", [])):
-            return self.args.text_weight * super()._compute_loss(model, of_text)
+            loss = self.args.text_weight * super()._compute_loss(model, of_text)
+            return loss + self._without_images() if self._trains_image else loss
         # TRL blanks the rows that `mask_truncated_completions` leaves out of training: so are their images.
         steps = Steps.of(inputs["trajectories"], inputs["completion_mask"].any(1)).to(self.accelerator.device)
         context_grad = self.args.flow_context_grad == "full"
@@ -363,8 +361,10 @@ class UniGRPOTrainer(ScoutingRun, EditingRun, RoundsTrainer):
         flow, regularizer = steps.mean(losses), None
         metrics["flow/loss"] = flow * whole  # logs average over the parts of a table
         loss = self.args.flow_weight * flow
-        if reference is not None:
-            regularizer = steps.mean(objective.regularizer(velocity, reference, steps.states, steps.round))
+        if self._setup.regularized:
+            reference = velocity.detach() if reference is None else reference  # of dead images none is kept
+            distance = objective.regularizer(velocity, reference, steps.states, steps.round)
+            regularizer = steps.mean_of_live(distance)
             loss = loss + self._setup.regularizer_weight * regularizer
             metrics[f"flow/{self.args.flow_regularizer}"] = regularizer * whole
         told = ImageLoss(velocity.detach(), steps.states, old is None, objective, regularizer, reference, steps.round)

@@ -46,6 +46,15 @@ class Context:
     lengths: list[int]
     positions: list[int]
 
+    def of(self, rows: Sequence[int]) -> "Context":
+        """Take rows by their numbers. All of it, as it is, where each is wanted equally often, side by side."""
+        count = len(self.lengths)
+        if list(rows) == [row for row in range(count) for _ in range(len(rows) // count)]:
+            return self
+        index = torch.tensor(rows, device=self.keys[0].device)
+        keys, values = ([x[index] for x in states] for states in (self.keys, self.values))
+        return Context(keys, values, [self.lengths[row] for row in rows], [self.positions[row] for row in rows])
+
     @cached_property
     def placed(self) -> Tensor:
         """Positions and lengths, (2, B) on the device: moved there once, and not for every velocity."""

@@ -279,23 +279,32 @@ class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, P
     # Images
 
     def encode_context(self, contexts: Sequence[ContextRow]) -> Context:
-        table, _ = self._segments(contexts).moved(self.device)
-        keys, values = self._empty_context(len(contexts))
+        """
+        Encode contexts; one object is encoded once. If all are there K times, side by side, they are held once, too:
+        `predict_velocity` takes K images of each.
+        """
+        own = list({id(context): context for context in contexts}.values())
+        number = {id(context): row for row, context in enumerate(own)}
+        table, _ = self._segments(own).moved(self.device)
+        keys, values = self._empty_context(len(own))
         if table.ids.shape[1]:
             _, _, keys, values = self._read(table)
-        return Context(keys, values, table.lengths, [positions[-1] for positions in table.prefix_positions])
+        positions = [positions[-1] for positions in table.prefix_positions]
+        return Context(keys, values, table.lengths, positions).of([number[id(context)] for context in contexts])
 
     def predict_velocity(
         self, context: Context, latents: Tensor, timesteps: Tensor, image_size: tuple[int, int]
     ) -> Tensor:
-        markers, gen = self._copy_streams(latents[:, None], timesteps[:, None], image_size)
+        of_each = len(latents) // len(context.lengths)
+        copies, times = (x.unflatten(0, (-1, of_each)) for x in (latents, timesteps))
+        markers, gen = self._copy_streams(copies, times, image_size)
         positions, lengths = context.placed[..., None]
-        visible = [[length] for length in context.lengths]
-        layout = Layout(num_text=0, num_images=1, visible=visible, visible_there=lengths, context=context)
+        visible, there = [[length] * of_each for length in context.lengths], lengths.expand(-1, of_each)
+        layout = Layout(num_text=0, num_images=of_each, visible=visible, visible_there=there, context=context)
         _, gen, _, _ = self.language_model.model(
-            markers, gen, positions.expand(-1, 2), positions.expand(-1, gen.shape[1]), layout
+            markers, gen, positions.expand(-1, markers.shape[1]), positions.expand(-1, gen.shape[1]), layout
         )
-        return self.llm2vae(gen).float()
+        return self.llm2vae(gen).float().reshape(latents.shape)
 
     def velocity_after(self, contexts: Sequence[ContextRow], image_size: tuple[int, int]) -> Callable[..., Tensor]:
         return Recorded(partial(self.predict_velocity, self.encode_context(contexts), image_size=image_size))
