@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rewards.thinking import reward_scope
+from .early_scores import EarlyScores, scores_early
 from .failed_images import without_failed
 from .reward_checks import distinct
 from .trl_bridge import get_callable_name, is_async_callable, nanstd
@@ -61,6 +62,7 @@ def _with_name(reward_func: Any, name: str, number: int, suffix: str) -> Any:
     columns that it logs are its own: `suffix` tells them from those of a function of the same name.
     """
     every_round = asks_every_round(reward_func)
+    early = EarlyScores(reward_func, partial(_checked, name)) if scores_early(reward_func) else None
 
     def prepared(arguments: dict[str, Any]) -> tuple[dict[str, Any], list[int] | None, list[Any]]:
         standing = arguments.pop(STANDING, [])
@@ -76,7 +78,8 @@ def _with_name(reward_func: Any, name: str, number: int, suffix: str) -> Any:
     async def score_async(**kwargs: Any) -> Any:
         with _naming(name):
             given, places, known = prepared(kwargs)
-            scores = [] if places == [] else await reward_func(**given)
+            asked = reward_func if early is None else early.collect
+            scores = [] if places == [] else await asked(**given)
             return _spread(_checked(name, scores), places, known)
 
     def score(**kwargs: Any) -> Any:
@@ -85,8 +88,9 @@ def _with_name(reward_func: Any, name: str, number: int, suffix: str) -> Any:
             scores = [] if places == [] else reward_func(**given)
             return _spread(_checked(name, scores), places, known)
 
-    named: Any = score_async if is_async_callable(reward_func) else score
+    named: Any = score_async if early is not None or is_async_callable(reward_func) else score
     named.__name__, named.scope, named.every_round = name, reward_scope(reward_func), every_round
+    named.early = early
     return named
 
 

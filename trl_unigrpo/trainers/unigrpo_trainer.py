@@ -40,15 +40,15 @@ from ..monitoring.progress import Phases
 from ..monitoring.signals import SaveOnSignal
 from ..monitoring.trust import default_checks
 from ..reporting.gallery import Gallery
-from ..sampling import decode, paint
+from ..sampling import paint_and_decode
 from ..sampling.rounds import image_stream
 from ..seeding import EVAL, TRAIN, row_generator
 from ..trajectory import Round, Steps, Trajectory, has_steps, in_order
 from .editing import EditingRun
 from .failed_images import image_metrics
 from .kept import KeptVelocities
+from .overlap import OverlappedRun
 from .reward_checks import as_list, callback_list
-from .rounds import RoundsTrainer
 from .run_keeping import Progress, gathered_means
 from .scoring import RewardBook, with_names
 from .setup import finish_run, prepare_run
@@ -64,7 +64,7 @@ from .unigrpo_config import UniGRPOConfig
 from .windows import draw_windows, guidance_of, rollout_plan
 
 
-class UniGRPOTrainer(EditingRun, RoundsTrainer):
+class UniGRPOTrainer(EditingRun, OverlappedRun):
     """
     Trainer for UniGRPO (arXiv 2603.23500): GRPO on the thinking tokens and FlowGRPO-Fast on the denoising steps of a
     unified model, from one reward on the finished image.
@@ -236,9 +236,8 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
             ) as model,
             self.accelerator.autocast(),
         ):
-            base = unified_model(model)
-            images = paint(base, trajectories, self._plan(trajectories), generators)
-            painted = decode(base, images, args.image_batch_size)
+            plan, ask = self._plan(trajectories), self._score_early
+            images, painted = paint_and_decode(unified_model(model), trajectories, plan, generators, ask)
         for trajectory, image, seed, generator in zip(trajectories, images, seeds, generators, strict=True):
             image.seed = seed
             if self._trains_image:
