@@ -53,9 +53,17 @@ def checked_rgb(image: Image.Image) -> Image.Image:
 Alike = TypeVar("Alike")
 
 
+def places_alike(keys: Sequence[Any]) -> list[list[int]]:
+    """List the places of each key, such as an image's size, in the order in which keys come first."""
+    places: dict[Any, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    return list(places.values())
+
+
 def alike_together(keys: Sequence[Any], run: Callable[[list[int]], Iterable[Alike]]) -> list[Alike]:
     """
-    Run a function once for all places with the same key, such as an image's size.
+    Run a function once for all places with the same key.
 
     Args:
         run: gives something for each of the places that it gets.
@@ -63,10 +71,7 @@ def alike_together(keys: Sequence[Any], run: Callable[[list[int]], Iterable[Alik
     Returns:
         What it gave for each place, in the order of the places.
     """
-    places: dict[Any, list[int]] = {}
-    for place, key in enumerate(keys):
-        places.setdefault(key, []).append(place)
     found: dict[int, Alike] = {}
-    for some in places.values():
+    for some in places_alike(keys):
         found.update(zip(some, run(some), strict=True))
     return [found[place] for place in range(len(keys))]

@@ -11,8 +11,7 @@ from transformers.utils import logging
 
 from trl_unigrpo.models.bagel import BagelConfig, BagelForUnifiedGeneration
 from trl_unigrpo.models.bagel.autoencoder import LatentCodec, build_vae
-from trl_unigrpo.sampling import paint
-from trl_unigrpo.trainers import unigrpo_trainer
+from trl_unigrpo.sampling import generation
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
 from trl_unigrpo.trajectory import Steps, has_steps
@@ -168,16 +167,19 @@ def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> se
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def spy_paint(monkeypatch, module=unigrpo_trainer, change=lambda images: images) -> list:
-    """The calls of `paint` by a trainer's module: trajectories, plan, and the images, changed."""
-    calls = []
+def spy_paint(monkeypatch, change=lambda images: images) -> list:
+    """The calls of `paint_chunks`: trajectories, plan, and the images, changed, all in one chunk."""
+    calls, paint_chunks = [], generation.paint_chunks
 
     def spied(model, trajectories, plan, generators):
-        images = change(paint(model, trajectories, plan, generators))
+        painted = {}
+        for places, images in paint_chunks(model, trajectories, plan, generators):
+            painted.update(zip(places, images, strict=True))
+        images = change([painted[place] for place in range(len(trajectories))])
         calls.append((trajectories, plan, images))
-        return images
+        yield list(range(len(trajectories))), images
 
-    monkeypatch.setattr(module, "paint", spied)
+    monkeypatch.setattr(generation, "paint_chunks", spied)
     return calls
 
 

@@ -147,6 +147,29 @@ def test_scouts_pay_where_they_are_to(tmp_path):
     assert found == pytest.approx(paid(np.array(scores), found), abs=1e-4)
 
 
+@pytest.mark.parametrize("steps", [2, 6], ids=["painted again", "exact"])
+def test_scouts_are_scored_while_others_are_painted(tmp_path, steps):
+    """A judge that allows it is asked about each chunk, of the pool and of the chosen; nothing else differs."""
+    settings = {**POOL, **LINES, "scout_num_inference_steps": steps, "image_batch_size": 3}
+    whole, parts = Watched(failing=[1]), []
+
+    async def judge(prompts, images, completion_ids, **columns):
+        parts.append((list(prompts), list(completion_ids), list(images)))
+        return [
+            None if len(parts) == 1 and i == 1 else float(np.asarray(image, dtype=np.float32)[..., 0].mean())
+            for i, image in enumerate(images)
+        ]
+
+    judge.per_image = True
+    asked, _ = one_generation(tmp_path / "parts", judge, **settings)
+    expected, _ = one_generation(tmp_path / "whole", whole, **settings)
+    assert [len(images) for *_, images in parts] == [3] * 5 + [1] + ([3, 3, 2] if steps == 2 else [])
+    found, wanted = by_row(asked), by_row(expected)
+    assert {row: advantage for row, (_, advantage) in found.items()} == {row: a for row, (_, a) in wanted.items()}
+    texts = [text for _, some, _ in parts[:6] for text in some]
+    assert all(t.text_ids == texts[row] for row, (t, _) in found.items())
+
+
 def test_the_chosen_alone_go_on_to_later_rounds(tmp_path):
     rounds = {"make": rounds_trainer, "trainer_class": FixedRounds, "allow_stop": False}
     scouted, _ = one_generation(tmp_path, Watched(), **rounds, **POOL)

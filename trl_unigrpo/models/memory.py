@@ -1,7 +1,7 @@
 """Free memory, the number of things that fit into it, and what to do when they did not."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,8 +40,15 @@ READ = "read: from here on {0} at once."
 def in_fitting_batches(
     model: Any, count: int, at_once: int, work: Callable[[slice], list[Any]], doing: str = SAMPLED
 ) -> list[Any]:
+    """Work on images as [`fitting_batches`] does, and join what comes out."""
+    return [one for some in fitting_batches(model, count, at_once, work, doing) for one in some]
+
+
+def fitting_batches(
+    model: Any, count: int, at_once: int, work: Callable[[slice], list[Any]], doing: str = SAMPLED
+) -> Iterator[list[Any]]:
     """
-    Work on images, so many at once, and join what comes out; where the memory runs out, half as many from then on.
+    Work on images, so many at once, and yield what comes out; where the memory runs out, half as many from then on.
 
     Args:
         model: whose `largest_image_batch` remembers how many of this work the memory held.
@@ -53,12 +60,12 @@ def in_fitting_batches(
     Raises:
         RuntimeError: torch's own, with a remedy, if the memory does not hold a single one.
     """
-    done: list[Any] = []
+    done = 0
     at_once, ran_out = min(at_once, model.largest_image_batch or at_once), False
-    while len(done) < count:
-        size = min(at_once, count - len(done))
+    while done < count:
+        size = min(at_once, count - done)
         try:
-            done += work(slice(len(done), len(done) + size))
+            found = work(slice(done, done + size))
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -70,6 +77,7 @@ def in_fitting_batches(
             if ran_out:
                 model.largest_image_batch, ran_out = at_once, False
                 warnings.warn(f"The memory ran out while images were {doing.format(at_once)}")
+            done += size
+            yield found
             continue
         clear_device_cache(garbage_collection=True)  # not before the error, which holds the tensors, is gone
-    return done

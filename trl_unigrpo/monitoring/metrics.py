@@ -31,7 +31,8 @@ LOGGED_METRICS = {
     "time/think": "seconds to sample the thinkings of a generation batch",
     "time/paint": "seconds to sample and decode its images",
     "time/images_per_second": "images of all processes per second of painting",
-    "time/reward": "seconds in the reward functions",
+    "time/reward": "seconds in the reward functions; of those asked while images are painted, the wait for the rest",
+    "time/reward_ahead": "seconds in which rewards were asked before, while images were painted; where any were",
     "time/old_and_reference": "seconds for the old and reference velocities",
     "time/update": "seconds of an optimizer step: its forward and backward passes, and the step itself",
 }

@@ -116,6 +116,75 @@ class ImageReward(ABC):
         logger.warning("%s gives no score: %s", self.__name__, self.last_error)
 
 
+class PerImage(ABC):
+    """
+    A reward that scores each image by itself, so that a trainer may ask about parts of a batch while it paints others.
+
+    Asking is apart from scoring: all that concerns a whole batch, such as shares of failures, is done in `scores`.
+    """
+
+    @property
+    @abstractmethod
+    def per_image(self) -> bool:
+        """Whether parts may be asked about."""
+
+    @abstractmethod
+    async def answers(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any] | None = None,
+        images: Sequence[Image.Image] = (),
+        **columns: Any,
+    ) -> list[Any]:
+        """Ask about some images of a batch, in several calls at a time if need be; returns something for each."""
+
+    @abstractmethod
+    def scores(
+        self,
+        answers: list[Any],
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+    ) -> Scores:
+        """Score a batch by all its answers."""
+
+
+class AsyncReward(PerImage):
+    """
+    Base of the rewards that ask elsewhere. A subclass brings `answers` and `scores`.
+
+    Args:
+        name: of the reward, in TRL's metrics; its class's name by default.
+        max_dead_batches: see [`Breaker`].
+    """
+
+    def __init__(self, name: str | None = None, max_dead_batches: int = 3):
+        self.__name__ = name or type(self).__name__
+        self._breaker = Breaker(self.__name__, max_dead_batches)
+
+    @property
+    def per_image(self) -> bool:
+        """Whether parts may be asked about: not where a subclass makes something else of a whole batch."""
+        return type(self).__call__ is AsyncReward.__call__
+
+    async def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any] | None = None,
+        images: Sequence[Image.Image] = (),
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        **columns: Any,
+    ) -> Scores:
+        """
+        Score a batch as TRL asks for it; `None` where no answer came.
+
+        Raises:
+            TypeError, ValueError: if images or columns are missing or wrong.
+            DeadRewardError: after `max_dead_batches` batches without any score.
+        """
+        return self.scores(await self.answers(prompts, completions, images, **columns), log_metric, log_extra)
+
+
 def images_of(shown: Seen) -> list[Image.Image]:
     """List the images that a judge sees."""
     return [shown] if isinstance(shown, Image.Image) else list(shown)

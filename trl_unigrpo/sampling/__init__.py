@@ -6,7 +6,17 @@ from ..lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .generation import Sample, Thinking, continue_texts, decode, decode_outside_autocast, generate, paint, think
+    from .generation import (
+        Sample,
+        Thinking,
+        continue_texts,
+        decode,
+        decode_outside_autocast,
+        generate,
+        paint,
+        paint_and_decode,
+        think,
+    )
 
 _PUBLIC = {
     "Sample": "generation",
@@ -16,6 +26,7 @@ _PUBLIC = {
     "decode_outside_autocast": "generation",
     "generate": "generation",
     "paint": "generation",
+    "paint_and_decode": "generation",
     "think": "generation",
 }
 
@@ -27,6 +38,7 @@ __all__ = [
     "decode_outside_autocast",
     "generate",
     "paint",
+    "paint_and_decode",
     "think",
 ]
 

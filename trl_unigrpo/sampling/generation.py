@@ -1,7 +1,8 @@
 """Think and paint with a unified model: what trainers, evaluation and the demo have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..flow import flow_timesteps
 from ..flow.guidance import Guidance, guided_velocity
 from ..flow.sampler import RolloutPlan, draw_noise, sample_latents
-from ..images import alike_together, mark_failed
+from ..images import alike_together, mark_failed, places_alike
 from ..models.contract import UnifiedModelMixin
-from ..models.memory import in_fitting_batches
+from ..models.memory import fitting_batches, in_fitting_batches
 from ..models.prompts import as_messages, choose_system_prompt, system_ids
 from ..models.registry import unified_model
 from ..models.sources import (
@@ -264,7 +265,6 @@ def trim(ids: list[int], *ends: int) -> list[int]:
     return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids)) + 1]
 
 
-@torch.no_grad()
 def paint(
     model: UnifiedModelMixin,
     trajectories: Sequence[Trajectory],
@@ -283,15 +283,55 @@ def paint(
         generators: B random generators; each draws all the noise of its own image, so that the result does not depend
             on how images are batched.
     """
+    painted = dict(_by_place(paint_chunks(model, trajectories, plan, generators)))
+    return [painted[place] for place in range(len(trajectories))]
+
+
+def paint_and_decode(
+    model: UnifiedModelMixin,
+    trajectories: Sequence[Trajectory],
+    plan: RolloutPlan,
+    generators: Sequence[torch.Generator],
+    show: Callable[[Sequence[Trajectory], Sequence[PILImage.Image]], None],
+) -> tuple[list[Image], list[PILImage.Image]]:
+    """
+    Paint the next image of each trajectory as [`paint`] does, and decode it as soon as it is finished.
+
+    Args:
+        show: called with some trajectories and their decoded images, before others are painted.
+    """
+    chunks, seen = [], []
+    for places, images in paint_chunks(model, trajectories, plan, generators):
+        decoded = decode(model, images, plan.batch_size)
+        show([trajectories[i] for i in places], decoded)
+        chunks.append((places, images))
+        seen.append((places, decoded))
+    painted, shown = dict(_by_place(chunks)), dict(_by_place(seen))
+    return [painted[i] for i in range(len(trajectories))], [shown[i] for i in range(len(trajectories))]
+
+
+def _by_place(chunks: Iterable[tuple[Sequence[int], Sequence[Any]]]) -> Iterator[tuple[int, Any]]:
+    return (pair for places, some in chunks for pair in zip(places, some, strict=True))
+
+
+@torch.no_grad()
+def paint_chunks(
+    model: UnifiedModelMixin,
+    trajectories: Sequence[Trajectory],
+    plan: RolloutPlan,
+    generators: Sequence[torch.Generator],
+) -> Iterator[tuple[list[int], list[Image]]]:
+    """
+    Paint as [`paint`] does, and yield the places of some trajectories and their images whenever these are finished:
+    as many as are painted at once, all of one size.
+    """
     if len(generators) != len(trajectories):
         raise ValueError(f"Got {len(generators)} generators for {len(trajectories)} trajectories: pass one for each.")
     sizes = [t.size or plan.image_size for t in trajectories]
-
-    def paint_some(rows: list[int]) -> list[Image]:
-        own = replace(plan.rows(rows), image_size=sizes[rows[0]])
-        return _paint_alike(model, [trajectories[i] for i in rows], own, [generators[i] for i in rows])
-
-    return alike_together(sizes, paint_some)
+    for rows in places_alike(sizes):
+        own, left = replace(plan.rows(rows), image_size=sizes[rows[0]]), iter(rows)
+        for images in _paint_alike(model, [trajectories[i] for i in rows], own, [generators[i] for i in rows]):
+            yield list(islice(left, len(images))), images
 
 
 def _paint_alike(
@@ -299,8 +339,11 @@ def _paint_alike(
     trajectories: Sequence[Trajectory],
     plan: RolloutPlan,
     generators: Sequence[torch.Generator],
-) -> list[Image]:
-    """Paint images of one size, the plan's; where all before them is the same, it is one context that they have."""
+) -> Iterator[list[Image]]:
+    """
+    Paint images of one size, the plan's, and yield those that are painted at once. Where all before some of them is
+    the same, it is one context that they have.
+    """
     shape, size = model.latent_shape(plan.image_size), plan.image_size
     seen = [trajectory.now() for trajectory in trajectories]
     first: dict[Any, int] = {}
@@ -340,7 +383,7 @@ def _paint_alike(
 
     clear_device_cache()  # thinking leaves the allocator's reserve in pieces, too small for what is counted as free
     at_once = plan.batch_size or max(1, model.images_at_once(size) or len(contexts))
-    return in_fitting_batches(model, len(contexts), at_once, paint_some)
+    yield from fitting_batches(model, len(contexts), at_once, paint_some)
 
 
 def _said(trajectory: Trajectory) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..rewards.thinking import reward_scope
+from .early_scores import EarlyScores, scores_early
 from .failed_images import without_failed
 from .reward_checks import distinct
 from .trl_bridge import get_callable_name, is_async_callable, nanstd
@@ -30,10 +31,16 @@ class Standing:
     Attributes:
         scores: (F,) of its image, where that was scored in a round before; None where it is a new one.
         optional: whether only functions that ask for every round are called.
+        settled: whether a score that is missing among these is not asked for again.
     """
 
     scores: Sequence[float] | None = None
     optional: bool = False
+    settled: bool = False
+
+    def known(self, number: int) -> bool:
+        """Say whether a function, by its number, is not to be asked."""
+        return self.scores is not None and (self.settled or not math.isnan(self.scores[number]))
 
 
 def with_names(reward_funcs: Sequence[Any]) -> list[Any]:
@@ -61,11 +68,12 @@ def _with_name(reward_func: Any, name: str, number: int, suffix: str) -> Any:
     columns that it logs are its own: `suffix` tells them from those of a function of the same name.
     """
     every_round = asks_every_round(reward_func)
+    early = EarlyScores(reward_func, partial(_checked, name)) if scores_early(reward_func) else None
 
     def prepared(arguments: dict[str, Any]) -> tuple[dict[str, Any], list[int] | None, list[Any]]:
         standing = arguments.pop(STANDING, [])
         scores: list[Any] = [None if one.scores is None else one.scores[number] for one in standing]
-        known = [place for place, score in enumerate(scores) if score is not None and not math.isnan(score)]
+        known = [place for place, one in enumerate(standing) if one.known(number)]
         given, places = without_failed(arguments, known)
         if standing and standing[0].optional and not every_round:
             places = []
@@ -76,7 +84,8 @@ def _with_name(reward_func: Any, name: str, number: int, suffix: str) -> Any:
     async def score_async(**kwargs: Any) -> Any:
         with _naming(name):
             given, places, known = prepared(kwargs)
-            scores = [] if places == [] else await reward_func(**given)
+            asked = reward_func if early is None else early.collect
+            scores = [] if places == [] else await asked(**given)
             return _spread(_checked(name, scores), places, known)
 
     def score(**kwargs: Any) -> Any:
@@ -85,8 +94,9 @@ def _with_name(reward_func: Any, name: str, number: int, suffix: str) -> Any:
             scores = [] if places == [] else reward_func(**given)
             return _spread(_checked(name, scores), places, known)
 
-    named: Any = score_async if is_async_callable(reward_func) else score
+    named: Any = score_async if early is not None or is_async_callable(reward_func) else score
     named.__name__, named.scope, named.every_round = name, reward_scope(reward_func), every_round
+    named.early = early
     return named
 
 

@@ -28,7 +28,8 @@ from ..flow import flow_timesteps
 from ..flow.sampler import RolloutPlan
 from ..trajectory import Trajectory
 from .editing import taken
-from .rounds import RoundsTrainer, Walk
+from .overlap import OverlappedRun
+from .rounds import Walk
 from .scoring import STANDING, Standing, group_advantages
 
 
@@ -97,7 +98,7 @@ def centred(advantages: Tensor, pools: Tensor, known: Tensor) -> Tensor:
     return found
 
 
-class ScoutingRun(RoundsTrainer):
+class ScoutingRun(OverlappedRun):
     """The hooks by which a pool is painted and a part of it trained on. Without scouts nothing here does anything."""
 
     _scouts: Scouts | None = None
@@ -132,10 +133,12 @@ class ScoutingRun(RoundsTrainer):
             images = self._paint(trajectories) if exact else self._painted(trajectories, scouts)
             scores = self._score_scouts(trajectories, images)
         own = scores[self.accelerator.process_index * len(images) :][: len(images)]
-        chosen = choose(self._total(own).cpu().view(-1, self.group_size), count)
+        chosen = choose(self._book.total(own).cpu().view(-1, self.group_size), count)
         self._scouts = Scouts(scores, [*own.tolist()], chosen)
         if exact:
             return images
+        if args.scout_reward == "scouts":
+            self._asked = None  # nobody is asked about what is painted now
         for i in chosen:
             trajectories[i].rounds[-1].images.clear()
             if args.scout_reward == "repainted":
@@ -170,11 +173,11 @@ class ScoutingRun(RoundsTrainer):
         if self._scouts is None or self._progress.walk is not None:  # rounds ask for `_kept_scores`
             return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         for row, scores in zip(inputs, self._scouts.standing, strict=True):
-            row[STANDING] = Standing(scores)
+            row[STANDING] = Standing(scores, settled=True)
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         again = torch.tensor([scores is None for scores in self._scouts.standing], device=rewards.device)
         again = self.accelerator.gather(again)
-        before, after = (self._total(scores)[again] for scores in (self._scouts.scores, rewards))
+        before, after = (self._book.total(scores)[again] for scores in (self._scouts.scores, rewards))
         known = ~(before + after).isnan()
         self._note(agreement(before[known], after[known]))
         return rewards
@@ -192,7 +195,7 @@ class ScoutingRun(RoundsTrainer):
         rows = self._scouts.chosen
         outputs = {key: taken(value, rows) for key, value in outputs.items()}
         if self.num_rounds == 1:  # else `_acts` has left the others out of all advantages
-            known = ~self._total(self._book.rewards).isnan()
+            known = ~self._book.total(self._book.rewards).isnan()
             known = known[self.accelerator.process_index * len(trajectories) :][rows].cpu()
             for name in {"advantages", "text_advantages"} & {*outputs}:
                 outputs[name] = centred(outputs[name], torch.tensor(rows) // self.group_size, known)

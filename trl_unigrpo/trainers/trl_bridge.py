@@ -44,6 +44,7 @@ __all__ = [
     "add_fused_lm_head",
     "check_attributes",
     "check_trl",
+    "completions_of",
     "compute_head_in_float32",
     "disable_gradient_checkpointing",
     "generation_fields",
@@ -146,6 +147,8 @@ def check_attributes(trainer: GRPOTrainer) -> None:
         missing = [key for key in keys if key not in getattr(trainer, name)]
         if missing:
             raise TRLChangedError(f"GRPOTrainer.{name} has no key {missing[0]!r}")
+    if any(map(is_async_callable, trainer.reward_funcs)) and not hasattr(trainer, "async_loop"):
+        raise TRLChangedError("GRPOTrainer has no attribute async_loop, where a reward function is asynchronous")
 
 
 def generation_fields(outputs: tuple) -> tuple[list[list[int]], list[list[int]], dict]:
@@ -160,6 +163,14 @@ def generation_fields(outputs: tuple) -> tuple[list[list[int]], list[list[int]],
             "GRPOTrainer._generate no longer returns prompt ids, completion ids and one dict of extra fields"
         )
     return ids[0], ids[1], dicts[0]
+
+
+def completions_of(outputs: tuple) -> list[Any]:
+    """Find the completions, as reward functions get them, among what `GRPOTrainer._generate` returns."""
+    if len(outputs) < 4 or not isinstance(outputs[3], list) or len(outputs[3]) != len(outputs[0]):
+        raise TRLChangedError("GRPOTrainer._generate no longer returns a completion for each prompt")
+    found: list[Any] = outputs[3]
+    return found
 
 
 def with_rows(

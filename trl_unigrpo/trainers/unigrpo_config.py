@@ -56,7 +56,8 @@ class UniGRPOConfig(RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig,
             Shift s of the schedule t = s u / (1 + (s - 1) u), u evenly spaced from 1 to 0.
         image_batch_size (`int`, *optional*):
             Images denoised at once in a rollout; by default as many as fit into the GPU's free memory, on a CPU all.
-            Never changes their noise; a fixed number makes a run in bfloat16 repeatable to the bit.
+            Never changes their noise; a fixed number makes a run in bfloat16 repeatable to the bit, and a smaller one
+            lets a judge behind an endpoint begin while others are painted.
         compile_layers (`bool`, *optional*, defaults to `False`):
             Whether torch.compile makes kernels for the parts of each layer around attention, in rollouts and updates.
             They take a minute to make. For BAGEL.
@@ -211,7 +212,8 @@ class UniGRPOConfig(RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig,
     )
     timestep_shift: float = field(default=3.0, metadata={"help": "Shift of the timestep schedule. Paper: 3."})
     image_batch_size: int | None = field(
-        default=None, metadata={"help": "Images denoised at once; None: as many as fit."}
+        default=None,
+        metadata={"help": "Images denoised at once, and judged while the next are; None: all that fit."},
     )
     compile_layers: bool = field(
         default=False, metadata={"help": "Compile the parts of each layer around attention with torch.compile."}

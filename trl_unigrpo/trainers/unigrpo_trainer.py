@@ -3,7 +3,7 @@
 One step, as the paper's algorithm has it; each line is a section below:
 
     1. sample a group of thinkings per prompt                        TRL's `_generate`; thinkings.py
-    2. paint the images, K of the denoising steps stochastic         `_paint`: sampling.py, flow/sampler.py; windows.py
+    2. paint the images, K of the denoising steps stochastic         `_paint`: flow/sampler.py; windows.py, scouts.py
        (other image objectives: all steps ODE, K states on lines)    flow/objectives.py
        with several rounds: look at the image, think, paint again    rounds.py
     3. reward the images; failures are masked                        `_calculate_rewards`: scoring.py
@@ -40,7 +40,7 @@ from ..monitoring.progress import Phases
 from ..monitoring.signals import SaveOnSignal
 from ..monitoring.trust import default_checks
 from ..reporting.gallery import Gallery
-from ..sampling import decode, paint
+from ..sampling import paint_and_decode
 from ..sampling.rounds import image_stream
 from ..seeding import EVAL, TRAIN, row_generator
 from ..trajectory import Round, Steps, Trajectory, has_steps, in_order
@@ -48,7 +48,6 @@ from .editing import EditingRun
 from .failed_images import image_metrics
 from .kept import KeptVelocities
 from .reward_checks import as_list, callback_list
-from .rounds import RoundsTrainer
 from .run_keeping import Progress, gathered_means
 from .scoring import RewardBook, with_names
 from .scouts import ScoutingRun
@@ -66,7 +65,7 @@ from .unigrpo_config import UniGRPOConfig
 from .windows import draw_windows, guidance_of, rollout_plan
 
 
-class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun, RoundsTrainer):
+class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun):
     """
     Trainer for UniGRPO (arXiv 2603.23500): GRPO on the thinking tokens and FlowGRPO-Fast on the denoising steps of a
     unified model, from one reward on the finished image.
@@ -177,11 +176,11 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun, RoundsTrainer):
         with self._phases("think"):
             outputs = super()._generate(prompts)
         prompt_ids, completion_ids, extra_fields = generation_fields(outputs)
-        trajectories = self._trajectories(prompts, prompt_ids, completion_ids)
+        trajectories = self._progress.trajectories = self._trajectories(prompts, prompt_ids, completion_ids)
         with profiling_context(self, "image_rollout"), self._phases("paint"):
             images = self._paint_first(trajectories)
         self._note_speed(len(images))
-        self._progress.trajectories, self._progress.reading = trajectories, self.read_as(trajectories, completion_ids)
+        self._progress.reading = self.read_as(trajectories, completion_ids)
         if self.num_rounds > 1:
             with self._phases("rounds"):
                 outputs, images = self._go_on(outputs, images)
@@ -231,9 +230,8 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun, RoundsTrainer):
             ) as model,
             self.accelerator.autocast(),
         ):
-            base = unified_model(model)
-            images = paint(base, trajectories, plan or self._plan(trajectories), generators)
-            painted = decode(base, images, args.image_batch_size)
+            plan, ask = plan or self._plan(trajectories), self._score_early
+            images, painted = paint_and_decode(unified_model(model), trajectories, plan, generators, ask)
         for trajectory, image, seed, generator in zip(trajectories, images, seeds, generators, strict=True):
             image.seed = seed
             if self._trains_image:
@@ -245,8 +243,7 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun, RoundsTrainer):
     def _plan(self, trajectories: list[Trajectory]) -> RolloutPlan:
         args, number, rows = self.args, trajectories[0].looks, [t.row for t in trajectories]
         noisy = self._trains_image and self._setup.objective.stochastic and args.trains_round(number)
-        place = self.generation, self.accelerator.process_index
-        windows = draw_windows(args, *place, rows, number) if noisy else None
+        windows = draw_windows(args, self.generation, self.accelerator.process_index, rows, number) if noisy else None
         return rollout_plan(args, self.model.training, windows, number)
 
     # 3. Rewards
@@ -320,8 +317,9 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun, RoundsTrainer):
         # TRL blanks the rows that `mask_truncated_completions` leaves out of training: so are their images.
         steps = Steps.of(inputs["trajectories"], inputs["completion_mask"].any(1)).to(self.accelerator.device)
         context_grad = self.args.flow_context_grad == "full"
-        forward = TextAndVelocities(self.unified, steps, context_grad, self.accelerator.autocast)
-        self._progress.forward = forward
+        forward = self._progress.forward = TextAndVelocities(
+            self.unified, steps, context_grad, self.accelerator.autocast
+        )
         loss = self.args.text_weight * super()._compute_loss(model, of_text)
         self._progress.forward = None
         old, reference = self._kept.at("old", steps), self._kept.at("reference", steps)

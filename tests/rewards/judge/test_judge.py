@@ -395,7 +395,7 @@ def test_several_event_loops_and_threads_use_one_judge():
         for thread in threads:
             thread.join()
     assert found == {i: [[pytest.approx(i / 9)] * 4] * 2 for i in range(4)}
-    assert not judge._endpoint._sessions  # closed with their loops, no connection is left open
+    assert not judge._endpoint._sessions._of  # closed with their loops, no connection is left open
 
 
 def test_calls_in_one_loop_share_the_places():

@@ -4,13 +4,13 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 from urllib.parse import quote
 
 from ..addresses import is_here, proxy_hint
+from ..sessions import Session, Sessions
 
 
 try:
@@ -147,39 +147,17 @@ def open_client(url: str, timeout: float, max_retries: int) -> AsyncOpenAI:
     )
 
 
-@dataclass
-class Session:
-    """A client and the places for its requests, of one event loop."""
-
-    client: AsyncOpenAI
-    slots: asyncio.Semaphore
-    users: int = 0
-
-
 class Endpoint:
-    """
-    An endpoint with one [`Session`] per running event loop, shared by all that use it at a time and closed by the last
-    of them.
-
-    Connections belong to the loop that opened them; TRL scores on a loop of its own, `asyncio.run` makes new ones.
-    """
+    """An endpoint, its one client in each event loop, and the requests that it gets at a time."""
 
     def __init__(self, url: str, concurrency: int, timeout: float, max_retries: int):
-        self.url, self.concurrency, self.timeout, self.max_retries = url, concurrency, timeout, max_retries
-        self._sessions: dict[asyncio.AbstractEventLoop, Session] = {}
+        self.url, self.timeout, self.max_retries = url, timeout, max_retries
+        self._sessions = Sessions(self._open, concurrency)
 
-    @asynccontextmanager
-    async def session(self) -> AsyncIterator[Session]:
-        loop = asyncio.get_running_loop()
-        session = self._sessions.get(loop)
-        if session is None:
-            client = open_client(self.url, self.timeout, self.max_retries)
-            session = self._sessions[loop] = Session(client, asyncio.Semaphore(self.concurrency))
-        session.users += 1
-        try:
-            yield session
-        finally:
-            session.users -= 1
-            if not session.users:
-                del self._sessions[loop]
-                await session.client.close()
+    def session(self) -> AbstractAsyncContextManager[Session]:
+        """Open a session, or join the one that is open."""
+        return self._sessions.use()
+
+    def _open(self) -> tuple[AsyncOpenAI, Callable[[], Awaitable[None]]]:
+        client = open_client(self.url, self.timeout, self.max_retries)
+        return client, client.close

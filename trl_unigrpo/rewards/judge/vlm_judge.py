@@ -15,7 +15,7 @@ from PIL import Image
 
 from ...messages import user_text
 from ..common import (
-    Breaker,
+    AsyncReward,
     Scores,
     Seen,
     check_images,
@@ -24,14 +24,10 @@ from ..common import (
     images_of,
     to_rgb,
 )
+from ..sessions import Session
 from .answers import VERDICT_FORMAT, verdict_score, yes_probability
 from .cache import AnswerCache
-from .client import (
-    Endpoint,
-    Session,
-    endpoint_url,
-    explain,
-)
+from .client import Endpoint, endpoint_url, explain
 from .prompts import (
     MIN_ANSWER_SHARE,
     QUESTIONS,
@@ -52,7 +48,7 @@ _VERDICT = {"max_tokens": 300, "response_format": VERDICT_FORMAT}
 Request = tuple[list[Image.Image], str] | None
 
 
-class VLMJudge:
+class VLMJudge(AsyncReward):
     """
     Scores images by a vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, llama.cpp, hosted).
 
@@ -80,8 +76,8 @@ class VLMJudge:
             returns one image, or None, per image.
         max_side: larger images are scaled down to so many pixels; None for never.
         image_format: "jpeg" (quality 95) or "png", exact.
-        concurrency: requests at a time. One that waits to be repeated keeps its place: an endpoint that is overloaded
-            gets fewer.
+        concurrency: requests at a time, of all calls together. One that waits to be repeated keeps its place: an
+            endpoint that is overloaded gets fewer.
         timeout: seconds that a request may take, to the last byte of its answer, before it is repeated.
         max_retries: repetitions of a request after a timeout, a dropped connection, an answer that is none, or the
             status 408, 409, 429 or 5xx; with growing pauses, or the endpoint's own (Retry-After).
@@ -135,27 +131,25 @@ class VLMJudge:
             raise ValueError(f"The template {self.template!r} has no place for the prompt: write {{prompt}} in it.")
         if places(self.question_template) - {"low", "high"} != {"question"}:
             raise ValueError(f"question_template={self.question_template!r}: expected the place {{question}} alone.")
-        self.__name__, self.last_error = name, ""
-        self._breaker = Breaker(name, max_dead_batches)
+        super().__init__(name, max_dead_batches)
+        self.last_error = ""
         self._endpoint = Endpoint(endpoint_url(base_url), concurrency, timeout, max_retries)
         self._encode = partial(data_url, max_side=max_side, image_format=image_format)
         self._cache = AnswerCache(cache) if cache is not None else None
 
-    async def __call__(
+    @property
+    def per_image(self) -> bool:
+        # A function that chooses references may choose among the images of a whole batch.
+        return super().per_image and not callable(self.reference)
+
+    async def answers(
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any] | None = None,
         images: Sequence[Image.Image] = (),
-        log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
-    ) -> Scores:
-        """
-        Score a batch as TRL asks for it: in [0, 1], `None` where no answer came.
-
-        Raises:
-            DeadRewardError: after several batches in a row without any score.
-            TypeError, ValueError: if images or columns are missing or wrong.
-        """
+    ) -> list[Any]:
+        """Ask for the scores of some images: in [0, 1], `None` where no answer came."""
         check_images(images, len(prompts))
         texts = list(map(user_text, prompts))
         named = {name: column(columns, name, self.__name__) for name in self._places}
@@ -167,11 +161,18 @@ class VLMJudge:
         if self.mode == "pairwise":
             references = self._references(texts, images, columns)
             shown = [[old, new] if old is not None else [] for old, new in zip(references, images, strict=True)]
-        scores = await self._answers(
+        return await self._answers(
             [(visible, text) if visible else None for visible, text in zip(shown, asked, strict=True)]
         )
-        self._breaker.observe(scores, self.last_error, log_metric)
-        return scores
+
+    def scores(
+        self,
+        answers: list[Any],
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+    ) -> Scores:
+        self._breaker.observe(answers, self.last_error, log_metric)
+        return answers
 
     async def ask(self, pairs: Sequence[tuple[Seen, str]]) -> Scores:
         """

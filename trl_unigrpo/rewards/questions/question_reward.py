@@ -9,7 +9,7 @@ from PIL import Image
 from ...messages import user_text
 from ..common import (
     Asker,
-    Breaker,
+    AsyncReward,
     DeadRewardError,
     Scores,
     Seen,
@@ -39,12 +39,13 @@ STRICT_AUDITOR = (
 Aggregate = Callable[[Sequence[Question], Scores], float | None]
 
 
-class QuestionReward:
+class QuestionReward(AsyncReward):
     """
     A reward by a judge's answers to the questions of each image's row: an asynchronous TRL reward function.
 
     Args:
-        asker: the judge, see [`~trl_unigrpo.rewards.common.Asker`]. It gets all questions of a batch in one call.
+        asker: the judge, see [`~trl_unigrpo.rewards.common.Asker`]. It gets all questions of
+            a batch in one call, or, if it has `per_image`, those of a part.
         aggregate: from one image's questions and P(yes) to its score, such as [`weighted_mean`].
         column: of the dataset that holds the questions, in a form of [`read_questions`].
         max_failed: an image has no score if a larger share than this of its questions got no answer. Up to it, the
@@ -71,8 +72,12 @@ class QuestionReward:
         if not 0 <= max_failed <= 1:
             raise ValueError(f"max_failed={max_failed}: expected a share, from 0 to 1.")
         self.asker, self.aggregate, self.column, self.max_failed = asker, aggregate, column, max_failed
-        self.__name__ = name or type(self).__name__
-        self._breaker = Breaker(self.__name__, max_dead_batches)
+        super().__init__(name, max_dead_batches)
+
+    @property
+    def per_image(self) -> bool:
+        # A model in this process has one batch at a time, and its memory while nothing is painted.
+        return super().per_image and bool(getattr(self.asker, "per_image", False))
 
     def questions_of(self, row: Mapping[str, Any]) -> tuple[Question, ...]:
         """Read the questions in one row of the dataset."""
@@ -87,17 +92,15 @@ class QuestionReward:
         for number, row in enumerate(dataset):
             self._questions(row, f"row {number}")
 
-    async def __call__(
+    async def answers(
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any] | None = None,
         images: Sequence[Image.Image] = (),
-        log_metric: Callable[[str, float], None] | None = None,
-        log_extra: Callable[[str, list[Any]], None] | None = None,
         **columns: Any,
-    ) -> Scores:
+    ) -> list[Any]:
         """
-        Score a batch as TRL asks for it. Each image's answers go to `log_extra`, for tables and galleries.
+        Ask about some images: (its questions, P(yes) of each, the last error) of each.
 
         Raises:
             TypeError, ValueError: if the images are not PIL images, one per prompt, or a row's questions can't be
@@ -114,13 +117,23 @@ class QuestionReward:
         pairs = [(seen, q.text) for seen, questions in zip(shown, asked, strict=True) for q in questions]
         flat, last_error = await self._ask(pairs)
         unread = iter(flat)
-        answers = [[next(unread) for _ in questions] for questions in asked]
-        scores = [self._score(*row) for row in zip(asked, answers, strict=True)]
-        if log_metric is not None and pairs:
-            for name, value in metrics(asked, answers).items():
+        return [(questions, [next(unread) for _ in questions], last_error) for questions in asked]
+
+    def scores(
+        self,
+        answers: list[Any],
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+    ) -> Scores:
+        """Score a batch by its answers, which go to `log_extra`, for tables and galleries."""
+        asked, given = [questions for questions, _, _ in answers], [probabilities for _, probabilities, _ in answers]
+        scores = [self._score(*row) for row in zip(asked, given, strict=True)]
+        if log_metric is not None and any(asked):
+            for name, value in metrics(asked, given).items():
                 log_metric(f"{self.__name__}/{name}", value)
         if log_extra is not None:
-            log_extra(f"{self.__name__} answers", [answer_lines(*row) for row in zip(asked, answers, strict=True)])
+            log_extra(f"{self.__name__} answers", [answer_lines(*row) for row in zip(asked, given, strict=True)])
+        last_error = next((error for _, _, error in reversed(answers) if error), "")
         self._breaker.observe(scores, last_error, log_metric)
         return scores
 

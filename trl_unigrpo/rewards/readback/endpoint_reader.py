@@ -9,8 +9,9 @@ from typing import Any
 from PIL import Image
 
 from ..judge.answers import NoAnswer
-from ..judge.client import Endpoint, Session, endpoint_url, explain
+from ..judge.client import Endpoint, endpoint_url, explain
 from ..judge.vlm_judge import check_requests, data_url
+from ..sessions import Session
 from .reading import Reading, cut, spelled
 
 
@@ -72,9 +73,10 @@ class EndpointReader:
 
     def read(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Reading | None]:
         with ThreadPoolExecutor(1) as thread:  # the caller's may have an event loop that runs
-            return thread.submit(asyncio.run, self._read_all(images, texts)).result()
+            return thread.submit(asyncio.run, self.read_async(images, texts)).result()
 
-    async def _read_all(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Reading | None]:
+    async def read_async(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[Reading | None]:
+        """Read as `read` does; several calls at a time share the places for requests."""
         async with self._endpoint.session() as session:
             pairs = zip(images, texts, strict=True)
             return await asyncio.gather(*(self._read_one(session, image, text.strip()) for image, text in pairs))

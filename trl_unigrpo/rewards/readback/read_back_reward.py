@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from PIL import Image
 from torch import Tensor
 
-from ..common import ImageReward, Scores
+from ...messages import user_text
+from ..common import ImageReward, PerImage, Scores, check_images
 from .reading import READ_BACK, Reader, Reading
 
 
@@ -16,7 +17,7 @@ SELF = "self"
 JUDGES = ("reference", "policy")
 
 
-class ReadBackReward(ImageReward):
+class ReadBackReward(ImageReward, PerImage):
     """
     Scores an image by how well its prompt can be read back from it: the mean over t = 2..T of log p(x_t | x_<t, image)
     of the prompt's tokens ("Read It Back", arXiv 2607.11886). No question, no label, no sampling.
@@ -96,17 +97,61 @@ class ReadBackReward(ImageReward):
         return found
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str], columns: dict[str, Any]) -> Scores:
-        readings: list[Reading | None] = [None] * len(prompts)
+        places = self._legible(prompts)
+        found = self.reader.read([images[place] for place in places], [prompts[place] for place in places])
+        return self._logged(self._readings(found, places, len(prompts)), columns.get("log_extra"))
+
+    @property
+    def per_image(self) -> bool:
+        """Whether parts of a batch may be read: behind an endpoint, not beside the model that paints."""
+        kind = type(self)
+        own = kind.__call__ is ReadBackReward.__call__ and kind.score is ReadBackReward.score
+        return own and hasattr(self._reader, "read_async")
+
+    async def answers(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any] | None = None,
+        images: Sequence[Image.Image] = (),
+        **columns: Any,
+    ) -> list[Any]:
+        """Read some images behind an endpoint; returns the reading of each, or None."""
+        check_images(images, len(prompts))
+        texts = list(map(user_text, prompts))
+        places, reader = self._legible(texts), cast(Any, self.reader)
+        found = await reader.read_async([images[place] for place in places], [texts[place] for place in places])
+        return self._readings(found, places, len(texts))
+
+    def scores(
+        self,
+        answers: list[Any],
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+    ) -> Scores:
+        scores = self._logged(answers, log_extra)
+        self._breaker.observe(scores, self.last_error, log_metric)
+        return scores
+
+    def _legible(self, prompts: Sequence[str]) -> list[int]:
+        """Find the places of the prompts that are not empty."""
         places = [place for place, prompt in enumerate(prompts) if prompt.strip()]
         if len(places) < len(prompts):
             self.last_error = f"The prompt of row {min({*range(len(prompts))} - {*places})} is empty."
-        reader = self.reader
-        found = reader.read([images[place] for place in places], [prompts[place] for place in places])
+        return places
+
+    def _readings(self, found: Sequence[Reading | None], places: Sequence[int], count: int) -> list[Reading | None]:
+        """Put readings at their places among so many images."""
+        readings: list[Reading | None] = [None] * count
         for place, reading in zip(places, found, strict=True):
             readings[place] = reading
         if None in found:
-            self.last_error = reader.last_error
-        log_extra: Callable[[str, list[Any]], None] | None = columns.get("log_extra")
+            self.last_error = self.reader.last_error
+        return readings
+
+    def _logged(
+        self, readings: Sequence[Reading | None], log_extra: Callable[[str, list[Any]], None] | None
+    ) -> Scores:
+        """Log the readings of a batch, and give their scores."""
         if log_extra is not None:
             column = READ_BACK if self.__name__ == type(self).__name__ else f"{READ_BACK} {self.__name__}"
             log_extra(column, [None if reading is None else reading.to_json() for reading in readings])

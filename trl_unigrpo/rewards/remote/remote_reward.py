@@ -5,7 +5,7 @@ import base64
 import json
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -14,12 +14,13 @@ from PIL import Image
 
 from ..addresses import is_here, proxy_hint
 from ..common import (
-    Breaker,
+    AsyncReward,
     Scores,
     check_images,
     column,
     finite,
 )
+from ..sessions import Session, Sessions
 from .wire import (
     describe_error,
     read_token,
@@ -51,7 +52,7 @@ class RequestError(RuntimeError):
     """A request that gave no scores."""
 
 
-class RemoteReward:
+class RemoteReward(AsyncReward):
     """
     A TRL reward function that asks a server for its scores.
 
@@ -64,7 +65,7 @@ class RemoteReward:
         name: of the reward on the server, and in TRL's metrics. Without it the server is asked, now, for its only one.
         token_env: environment variable that holds the server's token; it is read at each call and never kept.
         batch_size: images per request.
-        concurrency: requests at once.
+        concurrency: requests at once, of all calls together.
         timeout: seconds that one request may take, its wait for other requests on the server included.
         max_retries: of a request, after 429, 5xx, timeouts and lost connections, with pauses of 0.5, 1, 2 ... s.
         columns: names of the columns to send; all of them without it.
@@ -104,51 +105,57 @@ class RemoteReward:
         self.timeout, self.max_retries = timeout, max_retries
         self.columns = None if columns is None else tuple(columns)
         self._token()
-        self.__name__ = self._find(name) if check or name is None else name
-        self._breaker = Breaker(self.__name__, max_dead_batches)
+        super().__init__(self._find(name) if check or name is None else name, max_dead_batches)
+        self._sessions = Sessions(self._open, concurrency)
 
-    async def __call__(
+    async def answers(
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any] | None = None,
         images: Sequence[Image.Image] = (),
-        log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
-    ) -> Scores:
-        """
-        Score a batch as TRL asks for it.
-
-        Raises:
-            TypeError, ValueError: if images or columns can't be sent.
-            DeadRewardError: after `max_dead_batches` batches without any score.
-        """
+    ) -> list[Any]:
+        """Ask for the scores of some images: (score, "") of each, or (None, why there is none)."""
         check_images(images, len(prompts))
         rows = {
             "prompts": as_json("prompts", prompts, len(prompts)),
             "completions": None if completions is None else as_json("completions", completions, len(prompts)),
         }
         sent = {name: as_json(name, values, len(prompts)) for name, values in self._sent(columns).items()}
-        token, gate = self._token(), asyncio.Semaphore(self.concurrency)
+        token = self._token()
 
-        async def ask(client: httpx2.AsyncClient, part: slice) -> tuple[Scores, str]:
+        async def ask(session: Session, part: slice) -> tuple[Scores, str]:
             request: dict[str, Any] = {key: values and values[part] for key, values in rows.items()}
             request["columns"] = {name: values[part] for name, values in sent.items()}
             try:
-                async with gate:
-                    return await self._post(client, request, images[part]), ""
+                async with session.slots:
+                    return await self._post(session.client, request, images[part]), ""
             # Whatever went wrong: a score is missing, the run goes on, and the breaker counts.
             except Exception as error:
                 return [None] * len(images[part]), describe_error(error, token)
 
-        async with httpx2.AsyncClient(**self._settings(token)) as client:
+        async with self._sessions.use() as session:
             starts = range(0, len(prompts), self.batch_size)
-            answers = await asyncio.gather(*(ask(client, slice(i, i + self.batch_size)) for i in starts))
+            answers = await asyncio.gather(*(ask(session, slice(i, i + self.batch_size)) for i in starts))
         errors = [error for _, error in answers if error]
         if errors:
             logger.warning("%s: %d of %d requests failed. %s", self.__name__, len(errors), len(answers), errors[-1])
-        scores = [score for part, _ in answers for score in part]
+        return [(score, error) for part, error in answers for score in part]
+
+    def scores(
+        self,
+        answers: list[Any],
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+    ) -> Scores:
+        errors = [error for _, error in answers if error]
+        scores = [score for score, _ in answers]
         self._breaker.observe(scores, errors[-1] if errors else "", log_metric)
         return scores
+
+    def _open(self) -> tuple[httpx2.AsyncClient, Callable[[], Awaitable[None]]]:
+        client = httpx2.AsyncClient(**self._settings(self._token()))
+        return client, client.aclose
 
     async def _post(
         self, client: httpx2.AsyncClient, request: dict[str, Any], images: Sequence[Image.Image]
