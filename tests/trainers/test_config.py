@@ -21,6 +21,7 @@ from trl_unigrpo.trainers.evaluation_checks import whole_groups
 from trl_unigrpo.trainers.refl_trainer import ReFLConfig
 from trl_unigrpo.trainers.rounds_config import RoundsConfig
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig
+from trl_unigrpo.trainers.sizes_config import SizesConfig
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
 
@@ -32,6 +33,7 @@ DEFAULTS = {
     "compile_layers": False,
     "timestep_shift": 3.0,
     "image_size": 1024,
+    "eval_image_size": None,
     "sde_type": "sde",
     "noise_level": 0.8,
     "sde_window_range": [0, 5],
@@ -109,6 +111,7 @@ def test_every_field_of_this_project_has_its_default_here():
         {"gradient_accumulation_steps", "per_device_eval_batch_size"},
     )
     own = {*UniGRPOConfig.__annotations__, *RoundsConfig.__annotations__, *AveragesConfig.__annotations__}
+    own |= {*SizesConfig.__annotations__}
     assert own - of_the_machine - below <= set(DEFAULTS)
 
 
@@ -225,12 +228,6 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path, cls, options):
         (UniGRPOConfig, {"learning_rate": "1e-4x"}, "learning_rate='1e-4x': expected a number"),
         (UniGRPOConfig, {"num_generations": 4.5}, "num_generations=4.5: expected an integer"),
         (UniGRPOConfig, {"reward_weights": ["one"]}, "reward_weights='one': expected a number"),
-        (UniGRPOConfig, {"image_size": (512, 768)}, r"image_size=\(512, 768\): expected an integer: the side of a sq"),
-        (
-            ReFLConfig,
-            {"image_size": [512, 768]},
-            r"image_size=\[512, 768\]: expected an integer: the side of a square",
-        ),
         (ReFLConfig, {"late_steps": "a quarter"}, "late_steps='a quarter': expected a number"),
         (UnifiedSFTConfig, {"noise_draws": "1.5"}, "noise_draws='1.5': expected an integer"),
     ],
@@ -349,7 +346,16 @@ REFUSED = [
     ({"timestep_shift": 0.0}, "timestep_shift=0.0: expected a positive number"),
     ({"flow_epsilon": 0.0}, "flow_epsilon=0.0: expected a positive number"),
     ({"flow_regularizer_weight": -1.0}, "flow_regularizer_weight=-1.0: expected 0 or more"),
-    ({"image_size": 0}, "image_size=0: expected a positive number"),
+    ({"image_size": 0}, "image_size=0: expected the side of a square such as 512, height and width such as"),
+    (
+        {"image_size": [512, 768, 1024]},
+        r"image_size=\[512, 768, 1024\]: expected the side.*or a list of sizes such as",
+    ),
+    ({"eval_image_size": "big"}, "eval_image_size='big': expected the side of a square"),
+    (
+        {"image_size": ["512x512", "384x640"], "per_device_train_batch_size": 5, "gradient_accumulation_steps": 24},
+        "per_device_train_batch_size=5 does not divide num_generations=24: with several sizes.*such as 4",
+    ),
     ({"image_batch_size": 0}, "image_batch_size=0: expected a positive number"),
     ({"max_completion_length": 0}, "max_completion_length=0: expected a positive number"),
     ({"num_inference_steps": 0}, "num_inference_steps=0: expected a positive number"),

@@ -93,7 +93,7 @@ def read_back_flops(load: Workload) -> int:
     ([`~trl_unigrpo.rewards.ReadBackReward`]). Beside the floor, as is any reward.
     """
     read = seen_forward(load, 0).plus(text_forward(load, load.prompt_length, sum(load.shown)))
-    look = look_flops(load.config, load.image_size, load.with_tower)
+    look = look_flops(load.config, load.size, load.with_tower)
     return load.trajectories * (look + read.total + (load.prompt_length - 1) * logits_forward(load))
 
 
@@ -165,14 +165,14 @@ def floor_flops(load: Workload) -> dict[str, int]:
         "decode": count * (text_forward(load, steps, load.prompt_length).total + steps * logits_forward(load)),
         "contexts": count * sum(context_forward(load, number).total for number in rounds),
         "denoising": count * load.num_inference_steps * sum(image_forward(load, number).total for number in rounds),
-        "VAE decode": count * load.num_rounds * vae_decode(load.config, load.image_size)[0],
+        "VAE decode": count * load.num_rounds * vae_decode(load.config, load.size)[0],
         "reference pass": count * packed_forward(load).total if load.reference else 0,
         "old policy's pass": count * packed_forward(load).total if load.image_old_policy else 0,
         "update": load.num_iterations * count * update_flops(load)[0],
     }
     if later := rounds[1:]:
         steps = load.reflection_length - 1
-        look = look_flops(load.config, load.image_size, load.with_tower)
+        look = look_flops(load.config, load.size, load.with_tower)
         parts["looks"] = count * sum(look + look_forward(load, n).total + logits_forward(load) for n in later)
         decoded = sum(reflection_forward(load, number, steps).total for number in later)
         parts["decode"] += count * (decoded + len(later) * steps * logits_forward(load))

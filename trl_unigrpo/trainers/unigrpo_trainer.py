@@ -363,7 +363,7 @@ class UniGRPOTrainer(EditingRun, RoundsTrainer):
         loss = self.args.flow_weight * flow
         if reference is not None:
             regularizer = steps.mean(objective.regularizer(velocity, reference, steps.states, steps.round))
-            loss = loss + self._setup.regularizer_weight * regularizer
+            loss = loss + self._setup.weight_of(velocity) * regularizer
             metrics[f"flow/{self.args.flow_regularizer}"] = regularizer * whole
         told = ImageLoss(velocity.detach(), steps.states, old is None, objective, regularizer, reference, steps.round)
         self._tell("on_image_loss", image_loss=told)
