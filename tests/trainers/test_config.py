@@ -14,6 +14,7 @@ from trl import GRPOConfig, TrlParser
 
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_unified import tiny_config
+from trl_unigrpo.cli.train import TrainParser
 from trl_unigrpo.sampling.reflection import TEMPLATE
 from trl_unigrpo.trainers import config_checks, unigrpo_config
 from trl_unigrpo.trainers.averages_config import AveragesConfig
@@ -266,6 +267,31 @@ def test_round_trip_through_the_command_line_and_yaml(tmp_path):
     assert "sde_window_range" in config.to_json_string()
 
 
+@pytest.mark.parametrize(
+    ("yaml", "arguments", "found"),
+    [
+        ("image_size: 512", [], (512, None)),
+        ("image_size: 384x640", [], ([384, 640], None)),
+        ("image_size: [384, 640]\neval_image_size: 1024", [], ([384, 640], 1024)),
+        ("image_size: [[512, 512], [384, 640]]", [], ([[512, 512], [384, 640]], None)),
+        ("image_size: [512x512, 384x640]", ["--eval_image_size", "1024"], ([[512, 512], [384, 640]], 1024)),
+        ("image_size: 512", ["--image_size", "512x512", "384x640"], ([[512, 512], [384, 640]], None)),
+        ("image_size: 512", ["--image_size", "384", "640"], ([384, 640], None)),
+        ("image_size: 512", ["--image_size", "256", "--eval_image_size", "512x512"], (256, 512)),
+    ],
+)
+def test_sizes_in_yaml_and_on_the_command_line(tmp_path, yaml, arguments, found):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output_dir: out\nuse_cpu: true\n{yaml}\n")
+    for cls, parser in ((UniGRPOConfig, TrlParser), (UniGRPOConfig, TrainParser), (ReFLConfig, TrlParser)):
+        if cls is ReFLConfig and isinstance(found[0], list) and isinstance(found[0][0], list):
+            continue
+        (config,) = parser((cls,)).parse_args_and_config(["--config", str(file), *arguments])
+        assert (config.image_size, config.eval_image_size) == found
+        again = cls("out", use_cpu=True, image_size=config.image_size, eval_image_size=config.eval_image_size)
+        assert [again.sizes(training) for training in (True, False)] == [config.sizes(t) for t in (True, False)]
+
+
 def test_command_line_window(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["train", "--output_dir", str(tmp_path), "--use_cpu", "--sde_window_range", "1", "5"]
@@ -353,8 +379,8 @@ REFUSED = [
     ),
     ({"eval_image_size": "big"}, "eval_image_size='big': expected the side of a square"),
     (
-        {"image_size": ["512x512", "384x640"], "per_device_train_batch_size": 5, "gradient_accumulation_steps": 24},
-        "per_device_train_batch_size=5 does not divide num_generations=24: with several sizes.*such as 4",
+        {"image_size": ["512x512", "384x640"], "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4},
+        "per_device_train_batch_size=3 does not divide num_generations=4: with several sizes.*such as 2",
     ),
     ({"image_batch_size": 0}, "image_batch_size=0: expected a positive number"),
     ({"max_completion_length": 0}, "max_completion_length=0: expected a positive number"),

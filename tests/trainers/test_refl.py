@@ -628,6 +628,21 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(tmp_p
     assert {"eval_reward", "eval_reward/frac_none", "eval_time/paint"} <= set(trainer.evaluate())
 
 
+def test_evaluation_paints_at_its_own_size(tmp_path):
+    sizes = []
+
+    def seen(pixels, prompts, **_):
+        sizes.append(tuple(pixels.shape[-2:]))
+        return likeness(pixels, prompts)
+
+    trainer = make_refl(tmp_path, reward=seen, image_size="4x8", eval_image_size=16, eval_dataset=prompts_dataset())
+    train(trainer)
+    assert set(sizes) == {(4, 8)}
+    sizes.clear()
+    trainer.evaluate()
+    assert set(sizes) == {(16, 16)}
+
+
 # Wrong use
 
 

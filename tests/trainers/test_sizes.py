@@ -11,6 +11,8 @@ from tests.helpers.editing import edits, tiny_editor
 from tests.helpers.many_images import assert_equations, images
 from tests.helpers.rounds import rounds_trainer
 from tests.helpers.runs import assert_equal_runs, run
+from tests.helpers.tiny_painters import tiny_model
+from tests.helpers.tiny_pipelines import tokenizer
 from tests.helpers.tiny_unified import FixedTexts, OneByOne, broken, prompts_dataset, redness, tiny_bagel
 from trl_unigrpo import UniGRPOConfig
 from trl_unigrpo.trainers.windows import draw_size
@@ -118,6 +120,24 @@ def test_micro_batches_of_rows_dealt_by_size_add_up_to_those_of_single_rows(size
         torch.testing.assert_close(gradient, other[name], rtol=1e-4, atol=1e-6 * gradient.abs().max().item(), msg=name)
 
 
+def test_a_pipeline_paints_sizes_of_one_update_each(make_trainer, train):
+    reward = Noting()
+    trainer = make_trainer(
+        model=tiny_model(),
+        processing_class=tokenizer(),
+        reward_funcs=reward,
+        image_size=["8x8", "8x24"],
+        max_completion_length=4,
+        gradient_accumulation_steps=4,
+    )
+    seen = train(trainer)
+    sizes = [{image.size for t in batch["trajectories"] for image in images(t)} for batch in seen.batches]
+    assert all(len(size) == 1 for size in sizes)
+    assert reward.sizes == {(8, 8), (8, 24)}
+    history = trainer.state.log_history
+    assert history[0]["flow/log_ratio_std"] == 0 < history[1]["flow/log_ratio_std"]
+
+
 def test_text_alone_needs_no_batches_of_one_size(sized, train):
     trainer = sized(flow_weight=0.0, num_generations=8, per_device_train_batch_size=16, gradient_accumulation_steps=1)
     train(trainer)
@@ -149,6 +169,7 @@ def test_evaluation_paints_at_its_own_size(make_trainer):
         eval_image_size=[12, 16],
         reward_funcs=reward,
         eval_dataset=prompts_dataset(copies=1),
+        do_eval=True,
         max_steps=1,
     )
     trainer.train()
@@ -166,6 +187,7 @@ def test_a_prompt_has_the_same_size_in_each_evaluation_however_it_is_batched(mak
             image_size=LIST,
             reward_funcs=reward,
             eval_dataset=prompts_dataset(),
+            do_eval=True,
             num_generations_eval=2,
             per_device_eval_batch_size=batch,
         )
@@ -185,6 +207,7 @@ def test_edits_are_evaluated_at_their_own_number_of_pixels(make_trainer):
         model=tiny_editor(),
         train_dataset=edits(),
         eval_dataset=edits(),
+        do_eval=True,
         reward_funcs=reward,
         image_size=8,
         eval_image_size=16,

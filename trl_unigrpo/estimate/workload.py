@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..flow.per_round import of_round
-from ..image_sizes import GivenSize, Size, read_size
+from ..image_sizes import GivenSize, Size, plain_size, read_size
 from ..models.bagel.configuration import BagelConfig
 from ..models.bagel.processing import vit_rule
 
@@ -193,7 +193,7 @@ class Workload:
                 quantization = "nf4-double" if state.nested else "nf4"
         return cls(
             config=model.config,
-            image_size=max(args.sizes(training=True), key=math.prod),
+            image_size=plain_size(max(args.sizes(training=True), key=math.prod)),
             prompt_length=prompt_length,
             completion_length=args.max_completion_length if args.thinking else 1,
             num_generations=args.num_generations,
