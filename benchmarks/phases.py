@@ -150,4 +150,4 @@ def log_ratio_shares(velocity: torch.Tensor, states: SDESteps, objective: Any) -
     """(S,) log-ratios of a training forward's velocities against the rollout's, over the clip range."""
     sampled, transition = states.velocity.to(velocity), objective.transition(states)
     ratio = log_ratio(states.x, states.x_next, velocity, sampled, transition, objective.args.ratio_norm)
-    return (ratio / objective.epsilon).cpu()
+    return (ratio / objective.clip_range(velocity)).cpu()

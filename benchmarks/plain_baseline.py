@@ -143,9 +143,9 @@ def plain_flow_step(
         predicted = velocity(base, "policy")
         old, transition = keep(place, predicted.detach()), objective.transition(states)
         ratio = log_ratio(states.x, states.x_next, predicted, old, transition, trainer.args.ratio_norm)
-        loss = clipped_surrogate(ratio, advantage, objective.epsilon).mean()
+        loss = clipped_surrogate(ratio, advantage, objective.clip_range(predicted)).mean()
         regularizer = velocity_mse(predicted, anchor, num_batch_dims=1).mean()
-        (loss + trainer._setup.regularizer_weight * regularizer).backward()
+        (loss + trainer._setup.weight_of(predicted) * regularizer).backward()
 
 
 def plain_flops(load: Workload, keeps_contexts: bool = False) -> dict[str, int]:

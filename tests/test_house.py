@@ -14,7 +14,7 @@ PACKAGE = Path(trl_unigrpo.__file__).parent
 
 # From the ground up. An import may only point down: to a line above its own, or into its own entry.
 LAYERS = (
-    ("__about__", "images", "lazy", "messages", "seeding", "statistics"),
+    ("__about__", "image_sizes", "images", "lazy", "messages", "seeding", "statistics"),
     ("flow",),
     ("trajectory",),
     ("models", "rewards"),

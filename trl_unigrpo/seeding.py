@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 
-TRAIN, EVAL, WINDOW, THINK, CHOICE = range(5)
+TRAIN, EVAL, WINDOW, THINK, CHOICE, SIZE = range(6)
 """Purposes of a stream: the first part of its key after the run's seed."""
 
 

@@ -79,7 +79,8 @@ def test_doctor_without_a_gpu_says_what_is_missing():
     [
         (("--model", "no/such/folder/at-all"), "no/such/folder"),
         (("--model", str(TINY.parent)), "is not a BAGEL checkpoint: expected `llm_config.json`"),
-        (("--image-size", "500"), "image_size=500: .*multiple of 16, at most 1024"),
+        (("--image-size", "500"), "image_size=500: .*multiples of 16, at most 1024"),
+        (("--image-size", "512x768x3"), "image_size='512x768x3': expected the side of a square"),
         (("--quantization", "int3"), "quantization='int3': expected"),
         (("--lora-rank", "0", "--quantization", "nf4"), "trains adapters only"),
         (("--lora-rank", "-1"), "lora_ranks"),

@@ -68,13 +68,13 @@ def test_a_run_s_options_are_the_benchmark_s_painting_with_what_was_asked_for():
     own = Painting(4, 20, 64, 32, 6, 7)
     assert evaluation.run_options(PaintingOptions(), own) == Options(own)
     asked = PaintingOptions(
-        *(1, 2, 32),
+        *(1, 2, "32x48"),
         *(4.0, 2.0, (0.1, 0.9), "channel", 0.5),
         *(1.5, False, True, 0.7, 8, "be brief", 3, 0),
     )
     guidance = Guidance(4.0, 2.0, (0.1, 0.9), "channel", 0.5)
     assert evaluation.run_options(asked, own) == Options(
-        Painting(1, 2, 32, 8, 3, 0),
+        Painting(1, 2, [32, 48], 8, 3, 0),
         thinking=False,
         do_sample=False,
         temperature=0.7,

@@ -119,9 +119,9 @@ def test_demo(monkeypatch):
 def test_doctor_s_options_are_a_workload_s():
     from trl_unigrpo.estimate import Workload
 
-    settings = WorkloadOptions(image_size=64, lora_rank=8, quantization="nf4").settings()
+    settings = WorkloadOptions(image_size="64x32", lora_rank=8, quantization="nf4").settings()
     assert set(settings) <= {field.name for field in fields(Workload)}
-    assert (settings["image_size"], settings["lora_ranks"], settings["quantization"]) == (64, (8, 8), "nf4")
+    assert (settings["image_size"], settings["lora_ranks"], settings["quantization"]) == ("64x32", (8, 8), "nf4")
     plain = WorkloadOptions(lora_rank=0).settings()
     assert (plain["lora_ranks"], plain["quantization"]) == (None, None)
 

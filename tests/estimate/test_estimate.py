@@ -33,6 +33,7 @@ from trl_unigrpo.estimate.flops import (
 from trl_unigrpo.estimate.levers import levers
 from trl_unigrpo.estimate.memory import saved_by_layer, weight_memory
 from trl_unigrpo.estimate.random_model import random_bagel
+from trl_unigrpo.estimate.report import estimate, estimate_run
 from trl_unigrpo.estimate.vae import vae_decode, vae_parameters
 from trl_unigrpo.models.adapters import keep_adapters_in_float32
 from trl_unigrpo.models.bagel import BagelConfig
@@ -282,8 +283,9 @@ def test_levers_say_what_they_save():
     assert found[0].setting not in [lever.setting for lever in levers(after)]
 
 
-def test_packed_forward_is_counted_to_the_last_product():
-    load = small(lora_ranks=None, completion_length=9)
+@pytest.mark.parametrize("size", [32, (16, 48)])
+def test_packed_forward_is_counted_to_the_last_product(size):
+    load = small(lora_ranks=None, completion_length=9, image_size=size)
     model = random_bagel(load.config)
     with count_flops() as counter, torch.no_grad():
         model.predict_velocities(steps(load))
@@ -311,10 +313,28 @@ def test_reading_back_is_a_small_part_of_a_generation():
 
 
 def steps(load: Workload) -> Steps:
-    batch, copies, size = load.micro_batch_size, load.sde_window_size, load.image_size
+    batch, copies = load.micro_batch_size, load.sde_window_size
     x = torch.randn(batch, copies, load.latents, load.config.latent_channels)
     contexts = [ContextRow(row) for row in torch.randint(6, 60, (batch, load.context))]
-    return steps_at(contexts, x, torch.rand(batch, copies), (size, size))
+    return steps_at(contexts, x, torch.rand(batch, copies), load.size)
+
+
+def test_images_of_one_area_cost_the_same_whatever_their_shape():
+    square, wide = small(image_size=32), small(image_size=(16, 64), with_tower=False)
+    assert (wide.latents, wide.size) == (square.latents, (16, 64))
+    assert floor_flops(wide) == floor_flops(replace(square, with_tower=False))
+    assert estimate_memory(wide).peaks == estimate_memory(replace(square, with_tower=False)).peaks
+
+
+def test_groups_of_several_sizes_take_the_mean_time_and_the_largest_memory(tmp_path):
+    trainer = random_trainer(small(), CPU, str(tmp_path))
+    trainer.args.image_size = [[32, 32], [16, 48], [16, 16]]
+    found = estimate_run(trainer.unified, trainer.args)
+    each = [estimate(replace(found.workload, image_size=size)) for size in (32, [16, 48], 16)]
+    assert found.workload.size == (32, 32) and found.memory == each[0].memory
+    assert found.flops["denoising"] == round(sum(one.flops["denoising"] for one in each) / 3)
+    assert found.floor_seconds(1e9, 1e9) == pytest.approx(sum(one.floor_seconds(1e9, 1e9) for one in each) / 3)
+    assert each[2].floor_seconds(1e9, 1e9) < found.floor_seconds(1e9, 1e9) < each[0].floor_seconds(1e9, 1e9)
 
 
 # Memory
@@ -500,7 +520,9 @@ def test_rounds_have_the_tokens_of_what_they_see():
 # Settings that no run can have
 
 WRONG = [
-    ({"image_size": 30}, "image_size=30: .*multiple of 4, at most 64"),
+    ({"image_size": 30}, "image_size=30: .*multiples of 4, at most 64"),
+    ({"image_size": "32x66"}, "image_size=32x66: .*multiples of 4, at most 64"),
+    ({"image_size": 0}, "image_size=0: expected the side of a square"),
     ({"image_size": 68}, "image_size=68"),
     ({"num_generations": 0}, "num_generations=0: expected at least 1"),
     ({"image_batch_size": -1}, "image_batch_size=-1"),

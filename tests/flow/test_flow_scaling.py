@@ -8,7 +8,7 @@ import torch
 from tests.helpers.oracle import step_scale
 from trl_unigrpo import UniGRPOConfig
 from trl_unigrpo.flow import scale_with_latents, scale_with_steps, sde_window
-from trl_unigrpo.flow.objectives import clipped, constants
+from trl_unigrpo.flow.objectives import clipped, constants, of_size
 from trl_unigrpo.flow.schedule import window_steps
 
 
@@ -51,7 +51,8 @@ def test_steps_of_windows_are_listed_as_often_as_windows_hold_them(mode):
 
 def test_constants_of_a_run():
     def of(numbers=256, **settings):
-        return constants(UniGRPOConfig(output_dir="", use_cpu=True, **settings), numbers)
+        args = UniGRPOConfig(output_dir="", use_cpu=True, **settings)
+        return tuple(of_size(args, constant, torch.empty(3, 2, numbers // 2)) for constant in constants(args))
 
     assert of(262144) == (1e-6, 1.5e-5)
     assert of(65536, image_size=512) == (2e-6, 3e-5)

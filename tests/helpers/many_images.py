@@ -22,8 +22,6 @@ from trl_unigrpo.trajectory import Round
 
 GRID = (2, 2)
 BY_ROUND = ("num_inference_steps", "noise_level", "sde_window_size", "sde_window_range")
-NUMBERS = 16  # in one image's latents
-SCALE = math.sqrt(262144 / NUMBERS)
 
 
 class SeesItsImages(BagelForUnifiedGeneration):
@@ -115,6 +113,11 @@ def of_round(settings, number):
     return {**settings, **{name: value[number] for name, value in lists.items()}}
 
 
+def scale_of_size(image):
+    """That of the constants, by the numbers of an image."""
+    return math.sqrt(262144 / image.latents.numel())
+
+
 def scale_of_steps(settings):
     """That of the constants: the mean over rounds whose steps differ."""
     return mean([step_scale(of_round(settings, number)) for number in range(2)])
@@ -132,7 +135,7 @@ def noisy_losses(image, v, old, advantage, number, settings):
         mu, mu_old = (x + (u + sigma2 / (2 * t) * (x + (1 - t) * u)) * dt for u in (v[k], old[k]))
         log_ratio = (((x_next - mu_old) ** 2).mean() - ((x_next - mu) ** 2).mean()) / (2 * std**2)
         normed = std * (log_ratio + ((mu - mu_old) ** 2).mean() / (2 * std**2))
-        losses.append(surrogate(normed, advantage, 1e-6 * SCALE * scale_of_steps(settings)))
+        losses.append(surrogate(normed, advantage, 1e-6 * scale_of_size(image) * scale_of_steps(settings)))
     return losses
 
 
@@ -140,7 +143,7 @@ def line_losses(image, v, old, advantage, kind):
     """FPO's one loss of an image, or those of each of its lines (AWM, NFT)."""
     clean, targets = image.latents.double(), image.steps.target.double()
     if kind != "nft":
-        epsilon = {"fpo": 3e-5, "awm": 1e-4}[kind] * SCALE
+        epsilon = {"fpo": 3e-5, "awm": 1e-4}[kind] * scale_of_size(image)
         gains = [((old[k] - targets[k]) ** 2 - (v[k] - targets[k]) ** 2).mean() for k in range(len(v))]
         gains = [gain + ((v[k] - old[k]) ** 2).mean() for k, gain in enumerate(gains)]  # centred
         gains = [sum(gains) / len(gains)] if kind == "fpo" and gains else gains
@@ -163,7 +166,7 @@ def mean(values):
 def flow_loss(models, batch, settings):
     """-(J_flow) + w L_MSE of one micro-batch: means over steps, images and trajectories, in this order."""
     rows, grad, kind = [], settings.get("flow_context_grad") == "full", settings.get("image_objective", "flow_grpo")
-    weight = settings.get("flow_regularizer_weight", 1.5e-5) * SCALE
+    weight = settings.get("flow_regularizer_weight", 1.5e-5)
     weight *= scale_of_steps(settings) if kind == "flow_grpo" else 1
     for row, trajectory in enumerate(batch["trajectories"]):
         of_images = []
@@ -180,7 +183,7 @@ def flow_loss(models, batch, settings):
             else:
                 losses = line_losses(image, v, old, advantage, kind)
             distance = mean([((a - b) ** 2).mean() for a, b in zip(v, reference, strict=True)])
-            of_images.append(mean(losses) + weight * distance)
+            of_images.append(mean(losses) + weight * scale_of_size(image) * distance)
         rows.append(mean(of_images) if of_images else torch.zeros((), dtype=torch.float64))
     return mean(rows)
 

@@ -63,6 +63,13 @@ def test_a_source_is_resized_to_what_the_model_takes():
     assert tiny_editor(eyes=False).source_image(image, size).features is None
 
 
+def test_generate_paints_any_shape_but_edits_follow_their_source():
+    model, tokenizer, wide = tiny_editor(), tiny_tokenizer(), {**QUICK, "image_size": "4x16"}
+    assert [sample.image.size for sample in generate(model, PROMPTS[:2], tokenizer, **wide)] == [(16, 4)] * 2
+    with pytest.raises(ValueError, match="image_size='4x16' with source images: .*has the shape of its source.*such"):
+        generate(model, PROMPTS[:1], tokenizer, source_images=[source(0)], **wide)
+
+
 def test_generate_paints_each_edit_in_its_size_and_from_its_source():
     given = [source(number) for number in range(4)]
     model, tokenizer = tiny_editor(), tiny_tokenizer()

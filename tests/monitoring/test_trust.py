@@ -70,7 +70,7 @@ def test_training_forward_that_sees_something_else_stops_at_once(make_trainer):
 @pytest.mark.parametrize(("differ", "stops"), [(1, False), (8, True)])
 def test_one_step_that_differs_does_not_stop_a_run(differ, stops):
     """Eight steps at a limit of half of the clip range: one that takes all of it, then all of them."""
-    args = UniGRPOConfig(output_dir="", use_cpu=True, num_inference_steps=10)
+    args = UniGRPOConfig(output_dir="", use_cpu=True, num_inference_steps=10, scale_with_latents=False)
     objective, grid = FlowGRPO(args, 1e-4), flow_timesteps(10)
     sampled = torch.randn(8, 64)
     states = SDESteps(x=sampled, t=grid[1:2].repeat(8), x_next=sampled, t_next=grid[2:3].repeat(8), velocity=sampled)

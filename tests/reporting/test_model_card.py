@@ -109,6 +109,7 @@ def test_the_example_of_the_card_paints_as_it_was_trained(make_trainer, tmp_path
         peft_config=LoraConfig(r=2) if adapters else None,
         timestep_shift=2.0,
         guidance_scale=1.5,
+        eval_image_size=[8, 12],
         **SAVED,
     )
     trainer.train()
@@ -121,8 +122,8 @@ def test_the_example_of_the_card_paints_as_it_was_trained(make_trainer, tmp_path
     loaded = dict(names["model"].named_parameters())
     changed = [name for name in loaded if "lora" in name] if adapters else list(loaded)
     assert changed and all(math.isclose(float((trained[n] - loaded[n]).abs().max()), 0) for n in changed)
-    assert Image.open(tmp_path / "image.png").size == (8, 8)
-    sizes = {"image_size": 8, "num_inference_steps": 6, "max_completion_length": 5}
+    assert Image.open(tmp_path / "image.png").size == (12, 8)
+    sizes = {"image_size": [8, 12], "num_inference_steps": 6, "max_completion_length": 5}
     assert asked == sizes | {"timestep_shift": 2.0, "guidance": Guidance(1.5)}
 
 

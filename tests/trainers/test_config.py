@@ -14,6 +14,7 @@ from trl import GRPOConfig, TrlParser
 
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny_unified import tiny_config
+from trl_unigrpo.cli.train import TrainParser
 from trl_unigrpo.sampling.reflection import TEMPLATE
 from trl_unigrpo.trainers import config_checks, unigrpo_config
 from trl_unigrpo.trainers.averages_config import AveragesConfig
@@ -22,6 +23,7 @@ from trl_unigrpo.trainers.refl_trainer import ReFLConfig
 from trl_unigrpo.trainers.rounds_config import RoundsConfig
 from trl_unigrpo.trainers.scouts_config import ScoutsConfig
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig
+from trl_unigrpo.trainers.sizes_config import SizesConfig
 from trl_unigrpo.trainers.thinkings_config import ThinkingsConfig
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
@@ -34,6 +36,7 @@ DEFAULTS = {
     "compile_layers": False,
     "timestep_shift": 3.0,
     "image_size": 1024,
+    "eval_image_size": None,
     "sde_type": "sde",
     "noise_level": 0.8,
     "sde_window_range": [0, 5],
@@ -115,7 +118,7 @@ def test_every_field_of_this_project_has_its_default_here():
         {"bf16", "dataloader_pin_memory"},
         {"gradient_accumulation_steps", "per_device_eval_batch_size"},
     )
-    configs = UniGRPOConfig, RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig
+    configs = UniGRPOConfig, RoundsConfig, AveragesConfig, SizesConfig, ScoutsConfig, ThinkingsConfig
     own = {name for config in configs for name in config.__annotations__}
     assert own - of_the_machine - below <= set(DEFAULTS)
 
@@ -242,12 +245,6 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path, cls, options):
         (UniGRPOConfig, {"learning_rate": "1e-4x"}, "learning_rate='1e-4x': expected a number"),
         (UniGRPOConfig, {"num_generations": 4.5}, "num_generations=4.5: expected an integer"),
         (UniGRPOConfig, {"reward_weights": ["one"]}, "reward_weights='one': expected a number"),
-        (UniGRPOConfig, {"image_size": (512, 768)}, r"image_size=\(512, 768\): expected an integer: the side of a sq"),
-        (
-            ReFLConfig,
-            {"image_size": [512, 768]},
-            r"image_size=\[512, 768\]: expected an integer: the side of a square",
-        ),
         (ReFLConfig, {"late_steps": "a quarter"}, "late_steps='a quarter': expected a number"),
         (UnifiedSFTConfig, {"noise_draws": "1.5"}, "noise_draws='1.5': expected an integer"),
     ],
@@ -284,6 +281,31 @@ def test_round_trip_through_the_command_line_and_yaml(tmp_path):
     )
     assert {n: getattr(again, n) for n in DEFAULTS} == {n: getattr(config, n) for n in DEFAULTS}
     assert "sde_window_range" in config.to_json_string()
+
+
+@pytest.mark.parametrize(
+    ("yaml", "arguments", "found"),
+    [
+        ("image_size: 512", [], (512, None)),
+        ("image_size: 384x640", [], ([384, 640], None)),
+        ("image_size: [384, 640]\neval_image_size: 1024", [], ([384, 640], 1024)),
+        ("image_size: [[512, 512], [384, 640]]", [], ([[512, 512], [384, 640]], None)),
+        ("image_size: [512x512, 384x640]", ["--eval_image_size", "1024"], ([[512, 512], [384, 640]], 1024)),
+        ("image_size: 512", ["--image_size", "512x512", "384x640"], ([[512, 512], [384, 640]], None)),
+        ("image_size: 512", ["--image_size", "384", "640"], ([384, 640], None)),
+        ("image_size: 512", ["--image_size", "256", "--eval_image_size", "512x512"], (256, 512)),
+    ],
+)
+def test_sizes_in_yaml_and_on_the_command_line(tmp_path, yaml, arguments, found):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output_dir: out\nuse_cpu: true\n{yaml}\n")
+    for cls, parser in ((UniGRPOConfig, TrlParser), (UniGRPOConfig, TrainParser), (ReFLConfig, TrlParser)):
+        if cls is ReFLConfig and isinstance(found[0], list) and isinstance(found[0][0], list):
+            continue
+        (config,) = parser((cls,)).parse_args_and_config(["--config", str(file), *arguments])
+        assert (config.image_size, config.eval_image_size) == found
+        again = cls("out", use_cpu=True, image_size=config.image_size, eval_image_size=config.eval_image_size)
+        assert [again.sizes(training) for training in (True, False)] == [config.sizes(t) for t in (True, False)]
 
 
 def test_command_line_window(tmp_path, monkeypatch):
@@ -366,7 +388,16 @@ REFUSED = [
     ({"timestep_shift": 0.0}, "timestep_shift=0.0: expected a positive number"),
     ({"flow_epsilon": 0.0}, "flow_epsilon=0.0: expected a positive number"),
     ({"flow_regularizer_weight": -1.0}, "flow_regularizer_weight=-1.0: expected 0 or more"),
-    ({"image_size": 0}, "image_size=0: expected a positive number"),
+    ({"image_size": 0}, "image_size=0: expected the side of a square such as 512, height and width such as"),
+    (
+        {"image_size": [512, 768, 1024]},
+        r"image_size=\[512, 768, 1024\]: expected the side.*or a list of sizes such as",
+    ),
+    ({"eval_image_size": "big"}, "eval_image_size='big': expected the side of a square"),
+    (
+        {"image_size": ["512x512", "384x640"], "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4},
+        "per_device_train_batch_size=3 does not divide num_generations=4: with several sizes.*such as 2",
+    ),
     ({"image_batch_size": 0}, "image_batch_size=0: expected a positive number"),
     ({"max_completion_length": 0}, "max_completion_length=0: expected a positive number"),
     ({"num_inference_steps": 0}, "num_inference_steps=0: expected a positive number"),

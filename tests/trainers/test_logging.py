@@ -80,7 +80,7 @@ def test_metrics_mean_what_they_say(make_trainer, train):
     per_batch = np.array(log_ratios).reshape(2, -1)
     assert second["flow/log_ratio_std"] == pytest.approx(per_batch.std(1).mean(), rel=1e-2)
     assert second["flow/clip_frac"] == pytest.approx(
-        np.mean(np.abs(np.expm1(log_ratios)) > trainer._setup.objective.epsilon)
+        np.mean(np.abs(np.expm1(log_ratios)) > trainer._setup.objective.clip_range(now))
     )
 
 

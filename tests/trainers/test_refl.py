@@ -628,6 +628,21 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(tmp_p
     assert {"eval_reward", "eval_reward/frac_none", "eval_time/paint"} <= set(trainer.evaluate())
 
 
+def test_evaluation_paints_at_its_own_size(tmp_path):
+    sizes = []
+
+    def seen(pixels, prompts, **_):
+        sizes.append(tuple(pixels.shape[-2:]))
+        return pixels.mean((1, 2, 3))
+
+    trainer = make_refl(tmp_path, reward=seen, image_size="4x8", eval_image_size=16, eval_dataset=prompts_dataset())
+    train(trainer)
+    assert set(sizes) == {(4, 8)}
+    sizes.clear()
+    trainer.evaluate()
+    assert set(sizes) == {(16, 16)}
+
+
 # Wrong use
 
 
@@ -642,7 +657,8 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(tmp_p
         ({"num_inference_steps": 0}, "num_inference_steps=0: expected a whole number of at least 1"),
         ({"num_inference_steps": 2.5}, "num_inference_steps=2.5: expected an integer"),
         ({"max_completion_length": 0}, "max_completion_length=0: expected a whole number"),
-        ({"image_size": -8}, "image_size=-8: expected a whole number"),
+        ({"image_size": -8}, "image_size=-8: expected the side of a square"),
+        ({"image_size": [[8, 8], [4, 8]]}, r"image_size=\[\[8, 8\], \[4, 8\]\]: expected one size.*UniGRPOTrainer"),
         ({"late_steps": 0.0}, "late_steps=0.0: expected a share"),
         ({"late_steps": 1.5}, "late_steps=1.5: expected a share"),
         ({"late_steps": 0.05}, "late_steps=0.05 of num_inference_steps=6 holds no step: raise it to 0.167 or more"),

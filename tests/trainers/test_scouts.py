@@ -33,6 +33,12 @@ def test_the_best_and_the_worst_are_chosen(rewards, count, expected):
     assert chosen == expected
 
 
+def test_pools_may_keep_their_places():
+    rewards = torch.tensor([[7.0, 7.0, 7.0, 7.0], [0.0, 1.0, 2.0, 4.0], [NAN, NAN, 1.0, NAN]])
+    assert choose(rewards, 2) == [0, 1, 4, 5, 6, 7]
+    assert choose(rewards, 2, refill=False) == [0, 1, 4, 7, 8, 10]
+
+
 def test_agreement_is_the_correlation():
     before, after = torch.tensor([0.0, 1.0, 2.0, 5.0]), torch.tensor([1.0, 0.0, 3.0, 4.0])
     expected = np.corrcoef(before.numpy(), after.numpy())[0, 1]

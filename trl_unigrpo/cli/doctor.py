@@ -25,7 +25,7 @@ class DoctorOptions:
 class WorkloadOptions:
     """Settings of the run: those of a [`Workload`], with one rank for both experts."""
 
-    image_size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = 512
+    image_size: Annotated[str, typer.Option(help="Side of the images, or height and width as in 384x640.")] = "512"
     num_generations: Annotated[int, typer.Option(help="Trajectories per prompt.")] = 24
     num_prompts: Annotated[int, typer.Option(help="Prompts per generation batch.")] = 1
     prompt_length: Annotated[int, typer.Option(help="Tokens of a prompt, system prompt included.")] = 128

@@ -97,7 +97,8 @@ def _machine(device: torch.device, memory: float | None, tflops: float | None, b
 def _memory_parts(result: Estimate) -> Table:
     load, parts = result.workload, result.memory.parts
     parameters = sum(parameter_counts(load.config).values())
-    title = f"Memory by part, {parameters / 1e9:.2f} G parameters, {load.image_size} pixels"
+    height, width = load.size
+    title = f"Memory by part, {parameters / 1e9:.2f} G parameters, {height} x {width} pixels"
     table = Table("part", "GiB", "held", title=title)
     for name, size in parts.items():
         if size:

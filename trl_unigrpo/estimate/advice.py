@@ -1,5 +1,6 @@
 """Advice on what to change, in which order, where a run does not fit into memory."""
 
+import math
 from dataclasses import dataclass, replace
 
 from .memory import estimate_memory
@@ -49,6 +50,6 @@ def _changes(load: Workload) -> list[tuple[str, dict]]:
         ("nf4 weights: --load_in_4bit", {"quantization": "nf4"}),
     ]
     for size in (512, 256):
-        if size < load.image_size and size % unit == 0:
+        if size**2 < math.prod(load.size) and size % unit == 0:
             changes.append((f"image_size={size}", {"image_size": size}))
     return [*changes, ("sde_window_size=1", {"sde_window_size": 1})]

@@ -93,7 +93,7 @@ def read_back_flops(load: Workload) -> int:
     ([`~trl_unigrpo.rewards.ReadBackReward`]). Beside the floor, as is any reward.
     """
     read = seen_forward(load, 0).plus(text_forward(load, load.prompt_length, sum(load.shown)))
-    look = look_flops(load.config, load.image_size, load.with_tower)
+    look = look_flops(load.config, load.size, load.with_tower)
     return load.trajectories * (look + read.total + (load.prompt_length - 1) * logits_forward(load))
 
 
@@ -170,7 +170,7 @@ def floor_flops(load: Workload) -> dict[str, int]:
     """Count the FLOPs of each part of a generation that no implementation with these settings avoids."""
     count, steps, rounds = load.trajectories, load.completion_length - 1, range(load.num_rounds)
     pass_of_live = round(count * (1 - load.dead_share) * packed_forward(load).total)
-    decoded = vae_decode(load.config, load.image_size)[0]
+    decoded = vae_decode(load.config, load.size)[0]
     thinking = text_forward(load, steps, load.prompt_length).total + steps * logits_forward(load)
     parts = {
         "prefill": load.num_prompts * (text_forward(load, load.prompt_length).total + logits_forward(load)),
@@ -188,7 +188,7 @@ def floor_flops(load: Workload) -> dict[str, int]:
             parts["denoising"] = parts["VAE decode"] = 0
     if later := rounds[1:]:
         steps = load.reflection_length - 1
-        look = look_flops(load.config, load.image_size, load.with_tower)
+        look = look_flops(load.config, load.size, load.with_tower)
         parts["looks"] = count * sum(look + look_forward(load, n).total + logits_forward(load) for n in later)
         decoded = sum(reflection_forward(load, number, steps).total for number in later)
         parts["decode"] += count * (decoded + len(later) * steps * logits_forward(load))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..image_sizes import plain_size
 from .flops import floor_flops, overhead_flops
 from .memory import estimate_memory
 from .workload import Workload
@@ -26,7 +27,7 @@ class Lever:
     cost: str
 
 
-FEW_STEPS, LINE_STEPS, LINE_POINTS = 10, 6, 3
+FEW_STEPS, LINE_STEPS, LINE_POINTS, SCOUT_STEPS = 10, 6, 3, 4
 
 
 def all_flops(load: Workload) -> int:
@@ -54,7 +55,8 @@ def levers(load: Workload, limit: int | None = None) -> list[Lever]:
 
 def _changes(load: Workload) -> list[tuple[str, dict[str, Any], str]]:
     """List settings, their change of the workload, and their cost in words."""
-    group, size, changes = load.num_generations, load.image_size // 2, []
+    group, changes = load.num_generations, []
+    smaller = plain_size((load.size[0] // 2, load.size[1] // 2))
     least = 1 if load.lines else load.sde_window_size + 1
     fixed = load.scout_num_inference_steps if load.scout_generations else 1
     if (steps := max(FEW_STEPS, least, fixed)) < load.num_inference_steps:
@@ -73,18 +75,25 @@ def _changes(load: Workload) -> list[tuple[str, dict[str, Any], str]]:
         changes.append(('flow_regularizer="none"', {"reference": False}, cost))
     if load.gradient_checkpointing:
         changes.append(("gradient_checkpointing=False", {"gradient_checkpointing": False}, "memory"))
-    if size >= 256 and size % load.config.pixels_per_token == 0:
-        changes.append((f"image_size={size}", {"image_size": size}, "what is learnt is learnt at another size"))
+    if all(side >= 512 and side // 2 % load.config.pixels_per_token == 0 for side in load.size):
+        changes.append((f"image_size={smaller}", {"image_size": smaller}, "what is learnt is learnt at another size"))
     if load.num_rounds == 1:
         each = 2 * load.images_per_thinking
         if group % each == 0 and each < group:
             cost = "half of the thinkings: at equal rollouts the text learns more slowly, the painter better"
             changes.append((f"images_per_thinking={each}", {"images_per_thinking": each}, cost))
         half = group // 2
-        if load.scout_generations is None and group % 2 == 0 and half > 1 and half % load.images_per_thinking == 0:
+        few = load.lines or load.num_inference_steps >= SCOUT_STEPS
+        if (
+            few
+            and load.scout_generations is None
+            and group % 2 == 0
+            and half > 1
+            and half % load.images_per_thinking == 0
+        ):
             setting = f"scout_generations={group}, num_generations={half}"
             scouts = {"scout_generations": group, "num_generations": half}
-            scouts["scout_num_inference_steps"] = min(4, load.num_inference_steps)
+            scouts["scout_num_inference_steps"] = load.num_inference_steps if load.lines else SCOUT_STEPS
             cost = "half as many images are trained, the best and the worst; under noise scouts rank less well"
             changes.append((setting, scouts, cost))
     return changes

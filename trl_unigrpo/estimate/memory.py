@@ -147,7 +147,7 @@ def estimate_memory(load: Workload) -> Memory:
         "denoising's workspace": workspace(load, load.denoised_at_once * (load.latents + 2)),
         "rollout records": count * rollout_states * numbers,
         "records of a micro-batch": load.scored_at_once * update_states * numbers,
-        "VAE decode": 3 * 4 * load.denoised_at_once * vae_decode(load.config, load.image_size)[1],
+        "VAE decode": 3 * 4 * load.denoised_at_once * vae_decode(load.config, load.size)[1],
     }
     resident = sum(parts[name] for name in RESIDENT)
     phases = {

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..image_sizes import Size
 from ..models.bagel.autoencoder import build_vae
 from ..models.bagel.configuration import BagelConfig
 
@@ -14,12 +15,12 @@ def vae_parameters(config: BagelConfig) -> int:
         return sum(parameter.numel() for parameter in build_vae(config.vae_config).parameters())
 
 
-def vae_decode(config: BagelConfig, image_size: int) -> tuple[int, int]:
-    """Count the FLOPs of decoding one square image, and the numbers in the largest input of one of its layers."""
+def vae_decode(config: BagelConfig, image_size: Size) -> tuple[int, int]:
+    """Count the FLOPs of decoding one image, and the numbers in the largest input of one of its layers."""
     with torch.device("meta"):
         vae = build_vae(config.vae_config)
-        side = image_size // config.vae_downsample
-        latents = torch.empty(1, config.latent_channels // config.latent_patch_size**2, side, side)
+        sides = [side // config.vae_downsample for side in image_size]
+        latents = torch.empty(1, config.latent_channels // config.latent_patch_size**2, *sides)
     largest = 0
 
     def measure(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -1,16 +1,18 @@
 """A run that is to be estimated: the model's sizes and the settings that its cost depends on."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from ..flow.per_round import of_round
+from ..image_sizes import GivenSize, Size, plain_size, read_size
 from ..models.bagel.configuration import BagelConfig
 from ..models.bagel.processing import vit_rule
 
 
 QUANTIZATIONS = (None, "nf4", "nf4-double")
 _AT_LEAST_ONE = (
-    *("image_size", "prompt_length", "completion_length", "num_generations", "num_prompts", "num_inference_steps"),
+    *("prompt_length", "completion_length", "num_generations", "num_prompts", "num_inference_steps"),
     *("sde_window_size", "num_iterations", "micro_batch_size", "image_batch_size"),
     *("num_rounds", "look_length", "reflection_length", "images_per_thinking", "scout_num_inference_steps"),
 )
@@ -23,7 +25,7 @@ class Workload:
 
     Args:
         config: sizes of the model.
-        image_size: side of the square images, in pixels.
+        image_size: side of square images, or height and width, in pixels.
         prompt_length, completion_length: tokens of a prompt (system prompt included) and of its thinking.
         num_generations, num_prompts: G trajectories for each of this many prompts.
         num_inference_steps, sde_window_size: denoising steps N, of which K are stochastic, or K points on lines.
@@ -55,7 +57,7 @@ class Workload:
     """
 
     config: BagelConfig
-    image_size: int = 1024
+    image_size: GivenSize = 1024
     prompt_length: int = 128
     completion_length: int = 512
     num_generations: int = 24
@@ -89,9 +91,9 @@ class Workload:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1.")
         unit, limit = self.config.pixels_per_token, self.config.pixels_per_token * self.config.max_latent_size
-        if self.image_size % unit or self.image_size > limit:
+        if any(side % unit or side > limit for side in self.size):
             raise ValueError(
-                f"image_size={self.image_size}: this model paints squares whose side is a multiple of {unit}, at most "
+                f"image_size={self.image_size}: this model paints images whose sides are multiples of {unit}, at most "
                 f"{limit}."
             )
         self._check_group()
@@ -135,6 +137,11 @@ class Workload:
             raise ValueError(f"dead_share={self.dead_share}: expected a share from 0 to 1.")
 
     @property
+    def size(self) -> Size:
+        """(height, width) of the images, in pixels."""
+        return read_size(self.image_size)
+
+    @property
     def activation_bytes(self) -> int:
         return 2 if self.half else 4
 
@@ -174,7 +181,7 @@ class Workload:
         rule = vit_rule(self.config) if self.with_tower else None
         if rule is None:
             return (self.latents + 2,)
-        height, width = rule.size(self.image_size, self.image_size)
+        height, width = rule.size(*self.size)
         return self.latents + 2, (height // rule.stride) * (width // rule.stride) + 2
 
     def seen_before(self, number: int) -> int:
@@ -202,7 +209,8 @@ class Workload:
     @property
     def latents(self) -> int:
         """N, tokens of an image without its two markers."""
-        return (self.image_size // self.config.pixels_per_token) ** 2
+        height, width = self.size
+        return height * width // self.config.pixels_per_token**2
 
     @property
     def denoised_at_once(self) -> int:
@@ -216,7 +224,8 @@ class Workload:
     @classmethod
     def of_run(cls, model: Any, args: Any, prompt_length: int = 128) -> "Workload":
         """
-        Read the workload off a loaded BAGEL, adapters included, and a `UniGRPOConfig`; of settings by round the first.
+        Read the workload off a loaded BAGEL, adapters included, and a `UniGRPOConfig`; of settings by round the first,
+        of several sizes the largest.
 
         Args:
             prompt_length: tokens of a prompt, which the arguments don't say.
@@ -230,7 +239,7 @@ class Workload:
                 quantization = "nf4-double" if state.nested else "nf4"
         return cls(
             config=model.config,
-            image_size=args.image_size,
+            image_size=plain_size(max(args.sizes(training=True), key=math.prod)),
             prompt_length=prompt_length,
             completion_length=args.max_completion_length if args.thinking else 1,
             num_generations=args.num_generations,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ..image_sizes import GivenSize
 from ..rewards.common import Scores
 from ..rewards.questions.question import Question
 
@@ -61,13 +62,13 @@ class Painting:
 
     Attributes:
         samples: images of each prompt.
-        image_size: pixels of a side.
+        image_size: the side of a square, or (height, width), in pixels.
         max_completion_length: tokens of a thinking.
     """
 
     samples: int = 1
     num_inference_steps: int = 50
-    image_size: int = 1024
+    image_size: GivenSize = 1024
     max_completion_length: int = 512
     batch_size: int = 8
     seed: int = 0

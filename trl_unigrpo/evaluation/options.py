@@ -53,7 +53,9 @@ class PaintingOptions:
     num_inference_steps: Annotated[
         int | None, Option(min=1, help="Denoising steps; 50, ShapeWorld's 10."), "--steps"
     ] = None
-    image_size: Annotated[int | None, Option(min=1, help="Pixels of a side; 1024, ShapeWorld's 48.")] = None
+    image_size: Annotated[
+        str | None, Option(help="Pixels of a side, or height and width as in 384x640; 1024, ShapeWorld's 48.")
+    ] = None
     guidance_scale: Annotated[float, Option(help="Classifier-free guidance by the prompt; 1 is off.")] = 1.0
     image_guidance_scale: Annotated[float, Option(help="Guidance by the thinking; 1 is off.")] = 1.0
     guidance_interval: Annotated[

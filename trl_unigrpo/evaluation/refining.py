@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..flow import flow_timesteps
 from ..flow.guidance import Guidance
 from ..flow.sampler import RolloutPlan
+from ..image_sizes import GivenSize, read_size
 from ..images import has_failed
 from ..messages import user_text
 from ..models.contract import UnifiedModelMixin
@@ -102,7 +103,7 @@ def refine(
     thinking: Thinking | None = None,
     num_inference_steps: int = 50,
     timestep_shift: float = 3.0,
-    image_size: int = 1024,
+    image_size: GivenSize = 1024,
     guidance: Guidance | None = None,
     system_prompt: str = "auto",
     batch_size: int = 8,
@@ -133,9 +134,9 @@ def refine(
     check_template(look.reflection_template)
     check_sight(base, rounds)
     check_guidance(guidance, thinking.thinking)
-    given = checked_sources(base, prompts, source_images)
-    base.latent_shape((image_size, image_size))  # raises before anything is sampled
-    plan = RolloutPlan(flow_timesteps(num_inference_steps, timestep_shift), (image_size,) * 2, guidance=guidance)
+    given = checked_sources(base, prompts, source_images, image_size)
+    base.latent_shape(size := read_size(image_size))  # raises before anything is sampled
+    plan = RolloutPlan(flow_timesteps(num_inference_steps, timestep_shift), size, guidance=guidance)
     refiner = _Refiner(model, tokenizer_of(model, tokenizer), plan, look, thinking, judge, seed)
     system = choose_system_prompt(base, system_prompt, thinking.thinking)
     found, was_training = [], model.training

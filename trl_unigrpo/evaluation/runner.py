@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ..flow.guidance import Guidance
+from ..image_sizes import plain_size, read_size
 from ..images import has_failed
 from ..models.prompts import as_messages, choose_system_prompt
 from ..models.registry import unified_model
@@ -59,15 +60,17 @@ class Options:
     system_prompt: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self.painting).items():
+        read_size(self.painting.image_size)
+        for name, value in asdict(replace(self.painting, image_size=1)).items():
             least = 0 if name == "seed" else 1
             if value < least:
                 raise ValueError(f"{name}={value}: expected at least {least}.")
 
 
-def with_changes(painting: Painting, **changes: int | None) -> Painting:
-    """Change a benchmark's defaults to what the user set."""
-    return replace(painting, **{name: value for name, value in changes.items() if value is not None})
+def with_changes(painting: Painting, **changes: Any) -> Painting:
+    """Change a benchmark's defaults to what the user set; sizes in one form, as folders of results hold them."""
+    changed = replace(painting, **{name: value for name, value in changes.items() if value is not None})
+    return replace(changed, image_size=plain_size(read_size(changed.image_size)))
 
 
 def settings_of(

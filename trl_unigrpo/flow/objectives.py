@@ -6,6 +6,7 @@ Every objective gives one loss per state; how these are averaged is the business
 Shapes: S states, `latent` the model's own latent dimensions.
 """
 
+from math import prod
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -32,12 +33,13 @@ class Objective(Protocol):
     Attributes:
         stochastic: images are sampled with noisy steps, which are then the states.
         pools_steps: the loss of one state needs the velocities of all states of its image.
-        epsilon: clip range of this run, see `constants`.
     """
 
     stochastic: bool
     pools_steps: bool
-    epsilon: float
+
+    def clip_range(self, latents: Tensor) -> float:
+        """Give the clip range of images with as many numbers as these latents (S, *latent)."""
 
     def states(self, image: Tensor, steps: SDESteps, generator: torch.Generator) -> Any:
         """Make the states to train on, of a finished image (*latent) and the noisy steps of its sampling."""
@@ -61,20 +63,30 @@ class Objective(Protocol):
         """Measure the distances (S,) to the reference model, means over the latent's numbers."""
 
 
-class FlowGRPO:
+class Clipped:
     """
-    The clipped ratio of the recorded SDE steps, RatioNorm'ed (arXiv 2603.23500, eq. 5).
+    What all objectives have.
 
     Args:
         args: the configuration.
         epsilon: clip range of this run, see `constants`.
     """
 
+    def __init__(self, args: Any, epsilon: float):
+        self.args, self.epsilon = args, epsilon
+
+    def clip_range(self, latents: Tensor) -> float:
+        return of_size(self.args, self.epsilon, latents)
+
+
+class FlowGRPO(Clipped):
+    """The clipped ratio of the recorded SDE steps, RatioNorm'ed (arXiv 2603.23500, eq. 5)."""
+
     stochastic = True
     pools_steps = False
 
     def __init__(self, args: Any, epsilon: float):
-        self.args, self.epsilon = args, epsilon
+        super().__init__(args, epsilon)
         self.first_nodes = [
             flow_timesteps(of_round(args, "num_inference_steps", number), args.timestep_shift)[1]
             for number in range(rounds_that_differ(args))
@@ -98,7 +110,7 @@ class FlowGRPO:
     ) -> Loss:
         tr = self.transition(states, rounds)
         ratio = log_ratio(states.x, states.x_next, velocity, old, tr, self.args.ratio_norm)
-        return clipped(ratio, advantages, self.epsilon)
+        return clipped(ratio, advantages, self.clip_range(velocity))
 
     def regularizer(self, velocity: Tensor, reference: Tensor, states: SDESteps, rounds: Tensor) -> Tensor:
         kind = self.args.flow_regularizer
@@ -108,21 +120,14 @@ class FlowGRPO:
         return latent_kl(velocity, reference, self.transition(states, rounds), num_batch_dims=1, form=form, dt=dt)
 
 
-class Matching:
+class Matching(Clipped):
     """
     Objectives of points on straight lines from noise to the finished image, `matching_samples` of them per image;
     images are sampled by the ODE.
-
-    Args:
-        args: the configuration.
-        epsilon: clip range of this run, see `constants`.
     """
 
     stochastic = False
     pools_steps = False
-
-    def __init__(self, args: Any, epsilon: float):
-        self.args, self.epsilon = args, epsilon
 
     def states(self, image: Tensor, steps: SDESteps, generator: torch.Generator) -> LinePoints:
         t = line_times(self.args.matching_samples, self.args.timestep_shift, generator)
@@ -146,7 +151,7 @@ class FPO(Matching):
         self, velocity: Tensor, old: Tensor, states: LinePoints, advantages: Tensor, image: Tensor, rounds: Tensor
     ) -> Loss:
         ratio = self.log_ratio(velocity, old, states)
-        return clipped(mean_by(image, ratio), advantages, self.epsilon)
+        return clipped(mean_by(image, ratio), advantages, self.clip_range(velocity))
 
 
 class AWM(Matching):
@@ -156,7 +161,7 @@ class AWM(Matching):
         self, velocity: Tensor, old: Tensor, states: LinePoints, advantages: Tensor, image: Tensor, rounds: Tensor
     ) -> Loss:
         ratio = self.log_ratio(velocity, old, states)
-        return clipped(ratio, advantages, self.epsilon)
+        return clipped(ratio, advantages, self.clip_range(velocity))
 
 
 class NFT(Matching):
@@ -173,22 +178,26 @@ OBJECTIVES: dict[str, Any] = {"flow_grpo": FlowGRPO, "fpo": FPO, "awm": AWM, "nf
 """By `image_objective`."""
 
 
-def constants(args: Any, num_latent_dims: int) -> tuple[float, float]:
+def constants(args: Any) -> tuple[float, float]:
     """
-    Give the clip range and the regulariser weight of a run, 0 without regulariser.
+    Give the clip range and the regulariser weight of a run, 0 without regulariser, at 262144 numbers per image.
 
-    With `scale_with_latents` both are carried to the run's latents, and for FlowGRPO to its noisy steps, so that they
-    mean the same change of velocity as the configuration's values do in the paper's run; where rounds have noisy steps
-    of their own, on average over the rounds.
+    With `scale_with_latents` both are carried to FlowGRPO's noisy steps here, and to the size of images by `of_size`,
+    so that they mean the same change of velocity as the configuration's values do in the paper's run; where rounds
+    have noisy steps of their own, on average over the rounds.
     """
     epsilon = args.flow_epsilon or 0.0  # never None: the configuration chooses
     weight = 0.0 if args.flow_regularizer == "none" else args.flow_regularizer_weight
-    if not args.scale_with_latents:
+    noisy = args.image_objective == "flow_grpo" and args.flow_weight > 0
+    if not (args.scale_with_latents and noisy):
         return epsilon, weight
-    scale = scale_with_latents(1.0, num_latent_dims)
-    if args.image_objective == "flow_grpo" and args.flow_weight > 0:  # else there are no noisy steps
-        scale *= fmean(_scale_of_round(args, number) for number in range(rounds_that_differ(args)))
+    scale = fmean(_scale_of_round(args, number) for number in range(rounds_that_differ(args)))
     return scale * epsilon, scale * weight
+
+
+def of_size(args: Any, constant: float, latents: Tensor) -> float:
+    """Carry one of the `constants` to images of another size, that of latents (S, *latent)."""
+    return scale_with_latents(constant, prod(latents.shape[1:])) if args.scale_with_latents else constant
 
 
 def _scale_of_round(args: Any, number: int) -> float:

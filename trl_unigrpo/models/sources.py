@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from ..image_sizes import GivenSize, read_square
 from ..images import checked_rgb
 from ..trajectory import Trajectory
 from .contract import UnifiedModelMixin
@@ -119,18 +120,15 @@ def size_like(source: tuple[int, int], area: int, step: int, longest: int | None
     return height, width
 
 
-def show_sources(model: UnifiedModelMixin, value: Any, image_size: int) -> Sources:
+def show_sources(model: UnifiedModelMixin, value: Any, image_size: GivenSize) -> Sources:
     """
     Read the source images of a prompt, and have the model see them.
 
-    The painted image is as the first of them is, with about `image_size` squared pixels. Each is resized, not
-    cropped, to so many pixels: sides that the model can't take never reach it.
+    The painted image is as the first of them is, with about as many pixels as the square `image_size`. Each is
+    resized, not cropped, to so many pixels: sides that the model can't take never reach it.
     """
-    originals = read_sources(value)
-    sizes = [
-        size_like((image.height, image.width), image_size**2, model.side_step, model.longest_side)
-        for image in originals
-    ]
+    originals, area = read_sources(value), read_square(image_size) ** 2
+    sizes = [size_like((image.height, image.width), area, model.side_step, model.longest_side) for image in originals]
     shown = [model.source_image(image, size) for image, size in zip(originals, sizes, strict=True)]
     return Sources(shown, sizes[0], originals)
 

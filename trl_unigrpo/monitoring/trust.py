@@ -138,10 +138,9 @@ def velocity_problem(image_loss: ImageLoss, limit: float) -> str | None:
         limit: share of the clip range that the difference, as a log-ratio, may take on average over the steps.
     """
     trained, states, objective = image_loss.velocity, image_loss.states, image_loss.objective
-    numbers = math.prod(trained.shape[1:])
     rms = (trained - states.velocity).flatten(1).double().pow(2).mean(1).sqrt()
     width = ratio_width(objective.transition(states, image_loss.rounds), objective.args.ratio_norm).to(rms)
-    shares = width * rms / math.sqrt(numbers) / objective.epsilon
+    shares = width * rms / math.sqrt(math.prod(trained.shape[1:])) / objective.clip_range(trained)
     if shares.mean() <= limit:
         return None
     return (

@@ -52,7 +52,7 @@ ROUND_SETTINGS = (
     "max_reflection_length",
 )
 """Settings that count where a trajectory has several rounds."""
-AVERAGE_SETTINGS = ("image_old_policy_decay", "image_old_policy_warmup_steps", "ema_decay")
+OPTIONAL_SETTINGS = ("eval_image_size", "image_old_policy_decay", "image_old_policy_warmup_steps", "ema_decay")
 """Settings that count where they are on."""
 SCOUT_SETTINGS = ("scout_generations", "scout_num_inference_steps", "scout_reward")
 """Settings that count where there are scouts."""
@@ -62,7 +62,7 @@ def shown_settings(args: TrainingArguments) -> dict[str, Any]:
     """Give the settings of a run that pages and cards show."""
     names = SETTINGS + (ROUND_SETTINGS if getattr(args, "num_rounds", 1) > 1 else ())
     names += SCOUT_SETTINGS if getattr(args, "scout_generations", None) else ()
-    names += tuple(name for name in AVERAGE_SETTINGS if getattr(args, name, None))
+    names += tuple(name for name in OPTIONAL_SETTINGS if getattr(args, name, None))
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ..flow.guidance import Guidance
 from ..flow.per_round import of_round
+from ..image_sizes import plain_size
 from ..models.registry import unified_model
 from ..sampling import generate
 from .description import (
@@ -108,12 +109,16 @@ def rewrite_card(
 
 
 def painting_of(args: Any) -> dict[str, Any]:
-    """Choose the arguments of `generate` that paint as in training; of most only those that are not its own."""
+    """
+    Choose the arguments of `generate` that paint as in training, in the size of evaluation; of most only those that
+    are not its own.
+    """
     own = signature(generate).parameters
     others = ("thinking", "system_prompt", "temperature", "timestep_shift")
-    names = ["image_size", "num_inference_steps", "max_completion_length"]
+    names = ["num_inference_steps", "max_completion_length"]
     names += [name for name in others if getattr(args, name) != own[name].default]
-    painting = {name: of_round(args, name, 0) for name in names}
+    painting = {"image_size": plain_size(args.sizes(training=False)[0])}
+    painting |= {name: of_round(args, name, 0) for name in names}
     return painting | ({"guidance": Guidance(args.guidance_scale)} if args.guidance_scale > 1 else {})
 
 

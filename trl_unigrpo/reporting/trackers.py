@@ -15,21 +15,26 @@ GAP = 2
 
 
 def grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Lay the images out in rows of `columns`, scaled down to `CELL` pixels where they are larger."""
+    """Lay the images out in rows of `columns`, scaled down to `CELL` pixels where they are larger; shapes stay."""
     if not images:
         raise ValueError("No images: a grid needs at least one.")
-    width, height = images[0].size
-    scale = min(1.0, CELL / max(width, height))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    cells = [_cell(image) for image in images]
+    width, height = (max(cell.size[side] for cell in cells) for side in range(2))
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    whole = Image.new("RGB", (columns * (size[0] + GAP) - GAP, rows * (size[1] + GAP) - GAP), "white")
-    for i, image in enumerate(images):
-        cell = image.convert("RGB")
-        if cell.size != size:
-            cell = cell.resize(size, Image.Resampling.BOX)
-        whole.paste(cell, (i % columns * (size[0] + GAP), i // columns * (size[1] + GAP)))
+    whole = Image.new("RGB", (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
+    for i, cell in enumerate(cells):
+        left, top = i % columns * (width + GAP), i // columns * (height + GAP)
+        whole.paste(cell, (left + (width - cell.width) // 2, top + (height - cell.height) // 2))
     return whole
+
+
+def _cell(image: Image.Image) -> Image.Image:
+    scale = CELL / max(image.size)
+    if scale >= 1:
+        return image.convert("RGB")
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.convert("RGB").resize((width, height), Image.Resampling.BOX)
 
 
 def log_image(

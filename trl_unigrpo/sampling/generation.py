@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ..flow import flow_timesteps
 from ..flow.guidance import Guidance, guided_velocity
 from ..flow.sampler import RolloutPlan, draw_noise, sample_latents
+from ..image_sizes import GivenSize, read_size, read_square
 from ..images import alike_together, mark_failed, places_alike
 from ..models.contract import UnifiedModelMixin
 from ..models.memory import fitting_batches, in_fitting_batches
@@ -73,7 +74,7 @@ def generate(
     max_completion_length: int = 512,
     num_inference_steps: int = 50,
     timestep_shift: float = 3.0,
-    image_size: int = 1024,
+    image_size: GivenSize = 1024,
     guidance: Guidance | None = None,
     system_prompt: str = "auto",
     batch_size: int = 8,
@@ -89,23 +90,24 @@ def generate(
         prompts: strings or conversations.
         tokenizer: loaded from the model's folder if not given.
         thinking, do_sample, temperature, max_completion_length: see [`Thinking`].
-        num_inference_steps, timestep_shift, image_size: how the image is sampled; image_size in pixels.
+        num_inference_steps, timestep_shift: how the image is sampled.
+        image_size: in pixels, the side of a square, or height and width such as (384, 640) or "384x640".
         guidance: classifier-free guidance, as in `Guidance(guidance_scale=4.0)`; None for none, as in training.
         system_prompt: "auto" for the model's own, "" for none.
         batch_size: prompts at once.
         seed: of the thinkings and of each image's noise, which depends on the prompt's place in the list alone.
         first_row: place of the first prompt in a longer list. Cut into whole batches it gives the same samples.
         source_images: for each prompt the image that it edits, a PIL image or a path, or a list of them. The painted
-            image is as the first of them is, with about image_size squared pixels.
+            image is as the first of them is, with about image_size squared pixels: image_size is then a square.
 
     Raises:
         ValueError: for guidance by a thinking that there is not, and for source images that can't be read.
     """
     check_guidance(guidance, thinking)
     base = unified_model(model)
-    given = checked_sources(base, prompts, source_images)
+    given = checked_sources(base, prompts, source_images, image_size)
     tokenizer = tokenizer_of(model, tokenizer)
-    how, size = Thinking(thinking, do_sample, temperature, max_completion_length), (image_size, image_size)
+    how, size = Thinking(thinking, do_sample, temperature, max_completion_length), read_size(image_size)
     base.latent_shape(size)  # raises for a model or a size that can't be painted, before anything is sampled
     plan = RolloutPlan(flow_timesteps(num_inference_steps, timestep_shift), size, guidance=guidance)
     system = choose_system_prompt(base, system_prompt, thinking)
@@ -130,11 +132,14 @@ def tokenizer_of(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> PreTr
     return prepare_tokenizer(tokenizer, base.chat_template)
 
 
-def checked_sources(base: UnifiedModelMixin, prompts: Sequence[Any], given: Sequence[Any] | None) -> Sequence[Any]:
-    """Check all source images before any is painted from."""
+def checked_sources(
+    base: UnifiedModelMixin, prompts: Sequence[Any], given: Sequence[Any] | None, image_size: GivenSize
+) -> Sequence[Any]:
+    """Check all source images, and the size that is painted of them, before any is painted from."""
     if given is None:
         return []
     check_edits(base)
+    read_square(image_size)
     if len(given) != len(prompts):
         raise ValueError(f"Got source_images for {len(given)} of {len(prompts)} prompts: pass some for each.")
     for place, value in enumerate(given):

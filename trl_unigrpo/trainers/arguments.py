@@ -77,6 +77,16 @@ def check_lengths(args: Any, base: Any) -> None:
         _check_room(base, f"max_completion_length={args.max_completion_length}", args.max_completion_length)
 
 
+def check_painted(args: Any, base: UnifiedModelMixin) -> None:
+    """Raise ValueError for a size of training or of evaluation that the model can't paint."""
+    for training, option in ((True, "image_size"), (False, "eval_image_size")):
+        for size in args.sizes(training):
+            try:
+                base.latent_shape(size)
+            except ValueError as error:
+                raise ValueError(f"{option}={getattr(args, option)}: {error}") from error
+
+
 def check_round_lengths(args: UniGRPOConfig, base: Any) -> None:
     """Raise ValueError if what later rounds are read as may be longer than the model has positions for."""
     first, later, looks = args.max_completion_length, args.max_reflection_length, args.most_rounds - 1

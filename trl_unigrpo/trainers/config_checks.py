@@ -186,7 +186,6 @@ def _check_reshaping(values: Mapping[str, Any], where: str) -> None:
 def check_values(config: Any) -> None:
     """Raise ValueError for numbers out of their range, and for settings that contradict one another."""
     for name in (
-        "image_size",
         "image_batch_size",
         "max_completion_length",
         "num_inference_steps",

@@ -14,9 +14,6 @@ if TYPE_CHECKING:  # one for all rounds, or a list with one for each
 else:  # what a command line reads several of
     IntOfRounds, FloatOfRounds, RangeOfRounds = int, float, list[int]
 
-MEANINGS = {"image_size": ": the side of a square, in pixels"}
-"""Words that say of an option more than its type."""
-
 
 def read_numbers(config: Any, of_rounds: Collection[str] = ()) -> None:
     """
@@ -71,5 +68,5 @@ def _number(name: str, value: Any, kind: type) -> Any:
         number = int(number) if number.is_integer() else None
     if not isinstance(number, Real):
         expected = "an integer" if kind is int else "a number"
-        raise ValueError(f"{name}={value!r}: expected {expected}{MEANINGS.get(name, '')}.")
+        raise ValueError(f"{name}={value!r}: expected {expected}.")
     return number

@@ -20,6 +20,7 @@ from ..estimate.hardware import synchronize
 from ..estimate.random_model import random_bagel
 from ..estimate.sizes import parameter_counts
 from ..estimate.workload import Workload
+from ..image_sizes import plain_size
 from ..models.bagel.configuration import BagelConfig
 from .unigrpo_config import UniGRPOConfig
 from .unigrpo_trainer import UniGRPOTrainer
@@ -96,7 +97,7 @@ def dry_config(load: Workload, device: torch.device, folder: str) -> UniGRPOConf
         max_steps=load.num_iterations,
         bf16=load.half,
         use_cpu=device.type == "cpu",
-        image_size=load.image_size,
+        image_size=plain_size(load.size),
         num_inference_steps=load.num_inference_steps,
         sde_window_size=load.sde_window_size,
         sde_window_range=[0, min(max(5, load.sde_window_size), load.num_inference_steps - 1)],

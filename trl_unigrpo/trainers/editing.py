@@ -15,14 +15,15 @@ from .run_keeping import RunKeeping
 from .setup import Setup
 from .source_checks import LEAVE_OUT, SOURCE_COLUMNS, check_sources
 from .turn_checks import check_turns
+from .windows import draw_size
 
 
 class EditingRun(RunKeeping):
     """
-    A run whose dataset may have source images.
+    A run whose dataset may have source images, or whose images have several sizes.
 
-    They are read and encoded once for each group, and shown by placeholders in the tokens of its prompts. Without a
-    column of them nothing here does anything.
+    Sources are read and encoded once for each group, and shown by placeholders in the tokens of its prompts. Without
+    a column of them, and with one size, nothing here does anything.
     """
 
     _setup: Setup
@@ -57,14 +58,19 @@ class EditingRun(RunKeeping):
                     raise ValueError(
                         f"The {column} of the prompt {row['prompt']!r} is {fault}. {LEAVE_OUT.format(column)}"
                     )
-                groups[group] = show_sources(self.unified, value, self.args.image_size)
+                groups[group] = show_sources(self.unified, value, self.args.sizes(self.mode == "train")[0])
             row["source_images"] = groups[group].originals
             sources.append(groups[group])
         return sources
 
     def with_sources(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """Let trajectories show the source images of their prompts."""
-        return with_sources(trajectories, self._sources)
+        """Let trajectories show the source images of their prompts, and have the sizes of their groups."""
+        training = self.mode == "train"
+        if len(self.args.sizes(training)) == 1:
+            return with_sources(trajectories, self._sources)
+        generation, groups = self.generation if training else 0, [t.row // self.group_size for t in trajectories]
+        sizes = {group: draw_size(self.args, training, generation, group) for group in set(groups)}
+        return [replace(t, size=sizes[group]) for t, group in zip(trajectories, groups, strict=True)]
 
     def read_as(
         self, trajectories: Sequence[Trajectory], completion_ids: Sequence[list[int]]
@@ -96,7 +102,8 @@ class EditingRun(RunKeeping):
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self.mode == "eval" or self._buffered_inputs is before or not self._sources:
+        of_several = bool(self._sources) or len(self.args.sizes(training=True)) > 1
+        if self.mode == "eval" or self._buffered_inputs is before or not of_several:
             return inputs
         self._buffered_inputs = of_one_size(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]

@@ -47,7 +47,7 @@ from ..seeding import (
     row_generator,
 )
 from ..trajectory import Image
-from .arguments import check_lengths, find_tokenizer
+from .arguments import check_lengths, check_painted, find_tokenizer
 from .config_numbers import read_numbers
 from .dataset_checks import check_rows, check_special_tokens
 from .engines import check_engine
@@ -62,6 +62,7 @@ from .refl import (
     to_unit,
 )
 from .reward_checks import callback_list
+from .sizes_config import SizesConfig, check_sizes
 from .training_loop import TrainingLoop
 
 
@@ -69,9 +70,10 @@ TRAINS = {"text": False, "image": True}
 
 
 @dataclass
-class ReFLConfig(TrainingArguments):
+class ReFLConfig(SizesConfig, TrainingArguments):
     r"""
     Configuration of [`ReFLTrainer`]. The loss has ImageReward's values, the images have those of [`UniGRPOConfig`].
+    `image_size` and `eval_image_size` are one size each, see [`~trl_unigrpo.trainers.sizes_config.SizesConfig`].
 
     Parameters:
         thinking (`bool`, *optional*, defaults to `True`):
@@ -84,8 +86,6 @@ class ReFLConfig(TrainingArguments):
             Denoising steps N, in training and in evaluation.
         timestep_shift (`float`, *optional*, defaults to `3.0`):
             Shift s of the schedule t = s u / (1 + (s - 1) u), u evenly spaced from 1 to 0.
-        image_size (`int`, *optional*, defaults to `1024`):
-            Side of the square images, in pixels.
         late_steps (`float`, *optional*, defaults to `0.25`):
             Share of the denoising steps, the last ones, of which one is drawn for each optimizer step: m uniform in
             {ceil((1 - late_steps) N), .., N - 1}, counted from 0.
@@ -112,7 +112,6 @@ class ReFLConfig(TrainingArguments):
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the thinkings' sampling."})
     num_inference_steps: int = field(default=25, metadata={"help": "Denoising steps."})
     timestep_shift: float = field(default=3.0, metadata={"help": "Shift of the timestep schedule."})
-    image_size: int = field(default=1024, metadata={"help": "Side of the square images, in pixels."})
     late_steps: float = field(
         default=0.25, metadata={"help": "Share of the steps, the last ones, of which one gets the gradient."}
     )
@@ -128,7 +127,14 @@ class ReFLConfig(TrainingArguments):
             raise ValueError(f"refl_loss={self.refl_loss!r}: expected one of 'hinge', 'linear'.")
         if not math.isfinite(self.refl_margin):
             raise ValueError(f"refl_margin={self.refl_margin}: expected a finite number, in units of the reward.")
-        for name in ("max_completion_length", "num_inference_steps", "image_size"):
+        check_sizes(self)
+        for training, name in ((True, "image_size"), (False, "eval_image_size")):
+            if len(self.sizes(training)) > 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: expected one size, as the images of a batch are decoded together, "
+                    "and batches hold any prompts. Pass one of them, or train with UniGRPOTrainer."
+                )
+        for name in ("max_completion_length", "num_inference_steps"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
@@ -222,7 +228,7 @@ class ReFLTrainer(TrainingLoop):
         check_own_adapters(model)
         check_lengths(args, base)
         base.try_out(args.device)
-        base.latent_shape((args.image_size, args.image_size))  # raises for a size that the model can't paint
+        check_painted(args, base)
         tokenizer = find_tokenizer(base, processing_class, source or model.config.name_or_path)
         check_special_tokens({"train_dataset": train_dataset, "eval_dataset": eval_dataset}, tokenizer)
         if peft_config is not None:
@@ -275,11 +281,12 @@ class ReFLTrainer(TrainingLoop):
         batches = inputs["micro_step"] * self.accelerator.num_processes + self.accelerator.process_index
         images = self._paint("train", inputs["prompts"], nodes[: m + 1], step, batches * args.train_batch_size)
         latents, t = torch.stack([image.latents for image in images]), nodes[m].item()
+        size = images[0].size
         with self.accelerator.autocast():
             with torch.no_grad():
                 context = base.encode_context([image.context for image in images])
-            velocity = base.predict_velocity(context, latents, latents.new_full((len(images),), t), self._size)
-        pixels = decode_outside_autocast(base, latents - t * velocity.float(), self._size, output_type="pt")
+            velocity = base.predict_velocity(context, latents, latents.new_full((len(images),), t), size)
+        pixels = decode_outside_autocast(base, latents - t * velocity.float(), size, output_type="pt")
         with self._phases("reward"):
             rewards, loss, gradient = reward_gradient(lambda x: self._score(x, inputs), pixels, self._losses)
         self._record("train", rewards)
@@ -309,10 +316,6 @@ class ReFLTrainer(TrainingLoop):
         """(N + 1,) times from 1 to 0."""
         return flow_timesteps(self.args.num_inference_steps, self.args.timestep_shift)
 
-    @property
-    def _size(self) -> tuple[int, int]:
-        return self.args.image_size, self.args.image_size
-
     @torch.no_grad()
     def _paint(self, mode: str, prompts: list[Any], nodes: Tensor, step: int, first_row: int) -> list[Image]:
         """Think, and denoise from the first of the nodes to the last: B images, the last state in `latents`."""
@@ -327,7 +330,8 @@ class ReFLTrainer(TrainingLoop):
                 trajectories = think(model, self.processing_class, messages, how, seed=seed)
             generators = [row_generator(args.seed, purpose, step, first_row + t.row) for t in trajectories]
             with self._phases("paint"):
-                return paint(self.unified, trajectories, RolloutPlan(nodes, self._size), generators)
+                plan = RolloutPlan(nodes, args.sizes(training=mode == "train")[0])
+                return paint(self.unified, trajectories, plan, generators)
 
     def _record_seconds(self, phase: str, seconds: float) -> None:
         self._metrics[self._mode][f"time/{phase}"].append(seconds)
@@ -360,7 +364,7 @@ class ReFLTrainer(TrainingLoop):
         self._eval_rows += number * self.accelerator.num_processes
         images = self._paint("eval", inputs["prompts"], self._nodes, 0, first_row)
         latents = torch.stack([image.latents for image in images])
-        pixels = decode_outside_autocast(self.unified, latents, self._size, output_type="pt")
+        pixels = decode_outside_autocast(self.unified, latents, images[0].size, output_type="pt")
         with self._phases("reward"):
             rewards = self._score(to_unit(pixels), inputs)
         self._record("eval", rewards)

@@ -49,7 +49,7 @@ class Scouts:
     chosen: list[int]
 
 
-def choose(rewards: Tensor, count: int) -> list[int]:
+def choose(rewards: Tensor, count: int, refill: bool = True) -> list[int]:
     """
     Choose `count` trajectories for each of P pools: the best and the worst, in turns.
 
@@ -59,6 +59,7 @@ def choose(rewards: Tensor, count: int) -> list[int]:
     Args:
         rewards: (P, M), NaN where there is none.
         count: at most M.
+        refill: whether such places are given away.
 
     Returns:
         P x count places in the P x M, ascending.
@@ -72,8 +73,10 @@ def choose(rewards: Tensor, count: int) -> list[int]:
     live = known & (advantages.amax(1, keepdim=True) > 1e-6)  # the mean of equal numbers may be a bit off
     worth = (2 * (live & (turn < count)) + live + known).flatten().tolist()
     size_of = advantages.flatten().tolist()
-    order = sorted(range(pools * size), key=lambda i: (-worth[i], -size_of[i]))
-    return sorted(order[: pools * count])
+    places = range(pools * size)
+    together = [places] if refill else [places[i : i + size] for i in range(0, len(places), size)]
+    ordered = [sorted(some, key=lambda i: (-worth[i], -size_of[i])) for some in together]
+    return sorted(i for some in ordered for i in some[: len(some) * count // size])
 
 
 def agreement(before: Tensor, after: Tensor) -> dict[str, float]:
@@ -133,7 +136,8 @@ class ScoutingRun(OverlappedRun):
             images = self._paint(trajectories) if exact else self._painted(trajectories, scouts)
             scores = self._score_scouts(trajectories, images)
         own = scores[self.accelerator.process_index * len(images) :][: len(images)]
-        chosen = choose(self._book.total(own).cpu().view(-1, self.group_size), count)
+        of_one_size = len({t.size for t in trajectories}) == 1  # else micro-batches are dealt by whole groups
+        chosen = choose(self._book.total(own).cpu().view(-1, self.group_size), count, refill=of_one_size)
         self._scouts = Scouts(scores, [*own.tolist()], chosen)
         if exact:
             return images

@@ -1,7 +1,6 @@
 """The steps around `GRPOTrainer.__init__`, whose order is load-bearing: here, and nowhere else."""
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from peft import PeftConfig
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from ..flow.objectives import OBJECTIVES, constants
+from ..flow.objectives import OBJECTIVES, constants, of_size
 from ..models.adapters import (
     check_kind,
     check_own_adapters,
@@ -33,6 +32,7 @@ from ..sampling.self_reader import bring_readers, read_by_painter
 from .arguments import (
     check_arguments,
     check_lengths,
+    check_painted,
     check_round_lengths,
     default_config,
     find_tokenizer,
@@ -58,7 +58,7 @@ class Setup:
         base: the unified model in it.
         trains: expert ("text", "image") -> whether it is trained.
         objective: of the image expert.
-        regularizer_weight: of this run's latents and steps; 0 without regulariser.
+        regularizer_weight: of this run's steps, see `constants`; 0 without regulariser.
         float32_head: whether log-probs are computed in float32 (`cast_lm_head_to_fp32`).
         masters: adapters that came with the model, as they were before TRL rounds those on a quantised base.
         edits: whether prompts show source images.
@@ -88,6 +88,10 @@ class Setup:
     def regularized(self) -> bool:
         """True where the image expert is held near the reference model."""
         return self.trains["image"] and self.regularizer_weight > 0
+
+    def weight_of(self, latents: Tensor) -> float:
+        """Give the regulariser's weight for images with as many numbers as these latents (S, *latent)."""
+        return of_size(self.args, self.regularizer_weight, latents)
 
 
 def prepare_run(
@@ -129,7 +133,7 @@ def prepare_run(
         merge_found_adapters(base)
     args, beta, float32_head = copy.copy(args), args.beta, args.cast_lm_head_to_fp32
     args.beta, args.cast_lm_head_to_fp32 = 0.0, False
-    epsilon, regularizer_weight = constants(args, math.prod(base.latent_shape((args.image_size, args.image_size))))
+    epsilon, regularizer_weight = constants(args)
     setup = Setup(
         model=model,
         base=base,
@@ -164,6 +168,7 @@ def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig, edits: bool, reads: b
     if args.compile_layers:
         base.compile_layers()
     base.try_out(args.device)
+    check_painted(args, base)
 
 
 def finish_run(trainer: Any, setup: Setup) -> None:

@@ -7,7 +7,9 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from datasets import List as ListFeature
 
+from ..image_sizes import read_square
 from ..models.sources import source_fault, source_size
+from .sizes_config import largest_divisor
 
 
 SOURCE_COLUMNS = ("source_image", "source_images")
@@ -41,12 +43,15 @@ def check_sources(datasets: Mapping[str, Any], args: Any) -> bool:
         raise ValueError(
             "remove_unused_columns=True takes the source images away before the model sees them. Leave it False."
         )
+    for option in ("image_size", "eval_image_size"):
+        if (size := getattr(args, option)) is not None:
+            read_square(size, option)
     batch, group = args.per_device_train_batch_size, args.num_generations
     if args.flow_weight > 0 and group % batch and not (batch % group == 0 and _one_size(parts["train_dataset"])):
         raise ValueError(
             f"per_device_train_batch_size={batch} does not divide num_generations={group}: images of one update have "
             "one size, and each group's follows from its source image. Choose one that does, such as "
-            f"{_divisor(group, batch)}, or, where all source images have one size, a multiple."
+            f"{largest_divisor(group, batch)}, or, where all source images have one size, a multiple."
         )
     return True
 
@@ -101,8 +106,3 @@ def _undecoded(dataset: Dataset, column: str) -> Iterator[Any]:
 
 
 LEAVE_OUT = "Leave such rows out: dataset.filter(lambda row: row[{!r}] is not None)."
-
-
-def _divisor(number: int, most: int) -> int:
-    """Give the largest divisor of a number that is at most so large."""
-    return max(size for size in range(1, min(number, most) + 1) if number % size == 0)

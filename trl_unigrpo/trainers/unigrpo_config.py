@@ -16,6 +16,7 @@ from .evaluation_checks import whole_groups
 from .recipes import EDITING, FAST, REFLECT_UNTIL_GOOD, SELF_REFINEMENT, SELF_REWARDED, SINGLE_GPU
 from .rounds_config import RoundsConfig, check_rounds
 from .scouts_config import ScoutsConfig, check_scouts
+from .sizes_config import SizesConfig, check_micro_batches, check_sizes
 from .thinkings_config import ThinkingsConfig, check_thinkings
 from .trl_versions import check_options
 
@@ -25,13 +26,14 @@ _EPSILON = {"flow_grpo": 1e-6, "fpo": 3e-5, "awm": 1e-4, "nft": 1e-6}
 
 
 @dataclass
-class UniGRPOConfig(RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig, GRPOConfig):
+class UniGRPOConfig(SizesConfig, RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig, GRPOConfig):
     r"""
     Configuration of [`UniGRPOTrainer`]. Where a field's help says "Paper", its default is that of Table 3 (arXiv
     2603.23500); the others are ours. The batch of 32 prompts is [`UniGRPOConfig.paper`]'s.
 
     Only the parameters that UniGRPO adds, or gives another default, are listed. Those of [`~trl.GRPOConfig`] are there
-    too, and those of several rounds, [`~trl_unigrpo.trainers.rounds_config.RoundsConfig`], of averaged weights,
+    too, and those of sizes, [`~trl_unigrpo.trainers.sizes_config.SizesConfig`], of several rounds,
+    [`~trl_unigrpo.trainers.rounds_config.RoundsConfig`], of averaged weights,
     [`~trl_unigrpo.trainers.averages_config.AveragesConfig`], of scouts,
     [`~trl_unigrpo.trainers.scouts_config.ScoutsConfig`], and of what a group is made of,
     [`~trl_unigrpo.trainers.thinkings_config.ThinkingsConfig`].
@@ -40,8 +42,6 @@ class UniGRPOConfig(RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig,
     Parameters:
         > Parameters that control the images
 
-        image_size (`int`, *optional*, defaults to `1024`):
-            Side of the square images, in pixels. Edited images have about as many pixels, and their source's shape.
         num_inference_steps (`int` or `list[int]`, *optional*, defaults to `25`):
             Denoising steps in training rollouts: evaluations of the model per image. A list has one number for each
             round, and its last one holds for all later ones; so it is with the other three that may be lists.
@@ -110,9 +110,9 @@ class UniGRPOConfig(RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig,
         flow_regularizer_weight (`float`, *optional*, defaults to `1.5e-5`):
             Its weight, at 262,144 numbers per image and for the paper's noisy steps.
         scale_with_latents (`bool`, *optional*, defaults to `True`):
-            Multiply `flow_epsilon` and `flow_regularizer_weight` by sqrt(262144 / numbers per image), and for FlowGRPO
-            by the length of its noisy steps over that of the paper's, to keep their meaning. False takes both as they
-            are.
+            Multiply `flow_epsilon` and `flow_regularizer_weight` by sqrt(262144 / numbers per image), for each image
+            by its own size, and for FlowGRPO by the length of its noisy steps over that of the paper's, to keep their
+            meaning. False takes both as they are.
         flow_old_source (`str`, *optional*, defaults to `"recompute"`):
             Old velocities from the training forward (`"recompute"`) or from the sampler (`"rollout"`).
         flow_context_grad (`str`, *optional*, defaults to `"detach"`):
@@ -197,10 +197,6 @@ class UniGRPOConfig(RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig,
     )
 
     # Parameters that control the images
-    image_size: int = field(
-        default=1024,
-        metadata={"help": "Side of the square images, in pixels. Paper: 1024."},
-    )
     num_inference_steps: IntOfRounds = field(
         default=25,
         metadata={"help": "Denoising steps in training rollouts, or those of each round. Paper: 25.", "nargs": "+"},
@@ -328,6 +324,7 @@ class UniGRPOConfig(RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig,
     def __post_init__(self) -> None:
         check_options()
         read_numbers(self, PER_ROUND)
+        check_sizes(self)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.gradient_accumulation_steps is None:
@@ -345,6 +342,7 @@ class UniGRPOConfig(RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig,
         check_sampling(self)
         check_window(self)
         check_epochs(self)
+        check_micro_batches(self)
         check_rounds(self)
         check_averages(self)
         check_scouts(self, _world_size())

@@ -363,7 +363,7 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun):
             reference = velocity.detach() if reference is None else reference  # of dead images none is kept
             distance = objective.regularizer(velocity, reference, steps.states, steps.round)
             regularizer = steps.mean_of_live(distance)
-            loss = loss + self._setup.regularizer_weight * regularizer
+            loss = loss + self._setup.weight_of(velocity) * regularizer
             metrics[f"flow/{self.args.flow_regularizer}"] = regularizer * whole
         told = ImageLoss(velocity.detach(), steps.states, old is None, objective, regularizer, reference, steps.round)
         self._tell("on_image_loss", image_loss=told)

@@ -1,4 +1,4 @@
-"""How images are sampled: the plan of a rollout, and which of its denoising steps are stochastic."""
+"""How images are sampled: the plan of a rollout, which of its denoising steps are stochastic, and sizes of groups."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,8 @@ from ..flow import flow_timesteps, sde_window
 from ..flow.guidance import Guidance
 from ..flow.per_round import of_round
 from ..flow.sampler import RolloutPlan
-from ..seeding import WINDOW
+from ..image_sizes import Size
+from ..seeding import SIZE, WINDOW, row_generator
 from .unigrpo_config import UniGRPOConfig
 
 
@@ -39,6 +40,19 @@ def draw_windows(
     return torch.tensor([draw(row // span) for row in rows])
 
 
+def draw_size(args: UniGRPOConfig, training: bool, generation: int, group: int) -> Size:
+    """
+    Draw the size (height, width) of the images of one group, all sizes of the configuration alike.
+
+    Args:
+        generation: number of the generation batch; 0 in evaluation, which so has the same sizes each time.
+        group: place of the group in the generation batch, or in the evaluation.
+    """
+    sizes = args.sizes(training)
+    generator = row_generator(args.seed, SIZE, generation, group)
+    return sizes[int(torch.randint(len(sizes), (), generator=generator))]
+
+
 def guidance_of(args: UniGRPOConfig, training: bool) -> Guidance | None:
     """Give the guidance of training or of evaluation; None for none."""
     scale = args.guidance_scale if training else args.eval_guidance_scale
@@ -50,7 +64,7 @@ def rollout_plan(args: UniGRPOConfig, training: bool, windows: Tensor | None, ro
     steps = of_round(args, "num_inference_steps", round_index) if training else args.eval_num_inference_steps
     return RolloutPlan(
         timesteps=flow_timesteps(steps, args.timestep_shift),
-        image_size=(args.image_size, args.image_size),
+        image_size=args.sizes(training)[0],  # of several, trajectories have their own
         windows=windows,
         sde_type=args.sde_type,
         noise_level=of_round(args, "noise_level", round_index),

@@ -201,11 +201,15 @@ def test_the_model_cards_example_runs(tmp_path, adapters, monkeypatch):
         model.save_adapters(tmp_path / "run")
     else:
         model.save_pretrained(tmp_path / "run")
-    code = model.quick_start(str(tmp_path / "run"), PAINTING).split("```")[1].removeprefix("python")
+    code = (
+        model.quick_start(str(tmp_path / "run"), {**PAINTING, "image_size": [8, 16]})
+        .split("```")[1]
+        .removeprefix("python")
+    )
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)
-    assert names["image"].size == (8, 8)
+    assert names["image"].size == (16, 8)
     assert names["tokens"].shape[1] - names["inputs"]["input_ids"].shape[1] <= PAINTING["max_completion_length"]
     own, read = (dict(network.named_modules()) for network in (model.painter, names["pipeline"].transformer))
     assert own.keys() == {name.replace("default_0", "default") for name in read}

@@ -15,6 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...image_sizes import read_size
 from ..reference import adapted_layers
 from .sharing import aliases
 
@@ -190,8 +191,9 @@ def quick_start(model: Any, source: str, painting: Mapping[str, Any]) -> str:
         "prompt_and_answer": "messages[1]['content'] + '\\n' + text.rpartition('</think>')[2].strip()",
         "completion": "text.strip()",
     }
-    size, system = painting["image_size"], painting.get("system_prompt", model.config.system_prompt)
-    arguments = {**model.painter_arguments, "height": size, "width": size}
+    height, width = read_size(painting["image_size"])
+    system = painting.get("system_prompt", model.config.system_prompt)
+    arguments = {**model.painter_arguments, "height": height, "width": width}
     arguments["num_inference_steps"] = painting["num_inference_steps"]
     loading = "\n".join(_loading(model, source))
     return QUICK_START.format(
