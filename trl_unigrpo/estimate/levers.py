@@ -55,7 +55,8 @@ def levers(load: Workload, limit: int | None = None) -> list[Lever]:
 
 def _changes(load: Workload) -> list[tuple[str, dict[str, Any], str]]:
     """List settings, their change of the workload, and their cost in words."""
-    group, changes = load.num_generations, []
+    group = load.num_generations
+    changes: list[tuple[str, dict[str, Any], str]] = []
     smaller = plain_size((load.size[0] // 2, load.size[1] // 2))
     least = 1 if load.lines else load.sde_window_size + 1
     fixed = load.scout_num_inference_steps if load.scout_generations else 1
