@@ -230,8 +230,8 @@ def test_levers_are_counted_as_the_closed_form(tmp_path, changes):
     expected = sum(floor_flops(load).values()) + sum(overhead_flops(load).values())
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.004)
     without = replace(load, images_per_thinking=1, dead_share=0.0)
-    if without != load:  # the lever is what makes the two agree
-        assert sum(floor_flops(without).values()) > 1.02 * sum(floor_flops(load).values())
+    if without != load:  # they would not agree without the lever
+        assert sum(floor_flops(without).values()) > 1.008 * sum(floor_flops(load).values())
 
 
 def test_scouts_by_hand():

@@ -44,6 +44,9 @@ def test_two_levels_by_hand():
     torch.testing.assert_close(text, expected.nan_to_num(0.0).repeat_interleave(3))
     torch.testing.assert_close(image, torch.tensor([-2.0, -1.0, 3.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]))
     assert torch.equal(image[6:], torch.zeros(6))  # exactly: nothing can be learnt from them
+    equal = torch.tensor([0.7] * 12 + [0.1] * 12)
+    assert equal[:12].mean() != equal[0]
+    assert not two_levels(equal, torch.ones(24, dtype=torch.bool), 12)[1].any()
 
 
 @pytest.mark.parametrize("each", [1, 2])

@@ -163,7 +163,7 @@ def spreads(rewards: Tensor, images_per_thinking: int, group_size: int) -> dict[
     groups = rewards.unflatten(0, (-1, group_size // images_per_thinking, images_per_thinking))
     within, means = groups.var(-1), groups.mean(-1)
     within = within[~within.isnan()].mean()
-    between = means.var(-1)
+    between = means.var(-1) if means.shape[-1] > 1 else means[:0, 0]
     between = between[~between.isnan()].mean() - within / images_per_thinking
     found = {"within": within, "between": between}
     return {f"thinking/reward_std_{name}": x.clamp(min=0).sqrt().item() for name, x in found.items() if not x.isnan()}

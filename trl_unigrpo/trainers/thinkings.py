@@ -33,8 +33,9 @@ class ThinkingsRun(RunKeeping):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         outputs = super()._generate_and_score_completions(inputs)
         if self.num_rounds == 1:  # else advantages are not TRL's
-            book, summed = self._book, self.args.multi_objective_aggregation == "sum_then_normalize"
-            compared = book.total(book.rewards)[:, None] if summed else book.rewards * book.image_weights
+            rewards, summed = self._book.rewards, self.args.multi_objective_aggregation == "sum_then_normalize"
+            counted = rewards[:, (self._book.image_weights != 0).to(rewards.device)]
+            compared = self._book.total(rewards)[:, None] if summed else counted
             alike = self._own(credit.alike(compared, self.group_size), inputs)
             outputs["advantages"] = outputs["advantages"].masked_fill(alike, 0.0)
         return outputs
