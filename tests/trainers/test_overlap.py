@@ -259,9 +259,11 @@ def test_ctrl_c_while_judges_are_waited_for_ends_the_run(make_trainer):
             time.sleep(0.02)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+    signal.signal(signal.SIGINT, before)
     assert all_cancelled(judge, asked=4)
 
 
