@@ -106,7 +106,7 @@ def test_scores_metrics_columns_and_weights_are_those_without_overlap(make_train
 
     def overflowing(*args):
         images = decode(*args)
-        return mark_failed(images, [int(np.asarray(i, dtype=np.int64).sum()) % 10 != 5 for i in images])
+        return mark_failed(images, [int(np.asarray(i, dtype=np.int64).sum()) % 5 < 4 for i in images])
 
     monkeypatch.setattr(generation, "decode", overflowing)
     with ChatServer(answer) as server:
