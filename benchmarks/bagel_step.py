@@ -6,8 +6,9 @@
 
 One prompt, 24 trajectories, thinkings of 256 to 512 tokens, 25 steps of which 3 stochastic, two optimizer steps, LoRA
 of rank 32 on both experts, through UniGRPOTrainer. Beside it two plain baselines (plain_baseline.py), measured on 4
-trajectories and scaled to 24: batches of one, one forward per stochastic step with its context encoded again ("plain")
-or kept ("plain_cached"), and a forward of the reference for each.
+trajectories and scaled to 24: batches of one, one forward per stochastic step with its context encoded again ("plain",
+verl-omni's structure) or kept ("plain_cached", UniRL's), and a forward of the reference for each. A small step beside
+these and R3's structure, on a CPU: peers.py.
 
 Model FLOPs are the closed form's floor (`trl_unigrpo.estimate`) at the thinkings' mean length; utilisation is held
 against a matrix product of the same run. Log-ratios are those of the rollout's velocities against the training

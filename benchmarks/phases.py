@@ -28,10 +28,16 @@ class Phases:
     Args:
         device: of the model; waited for at every change of phase.
         flops: tells the FLOPs so far; None if they aren't counted, or not yet (`counted_by`).
+        clock: tells the seconds: those that pass, or `time.process_time` for those that the CPU works.
     """
 
-    def __init__(self, device: torch.device, flops: Callable[[], int] | None = None):
-        self.device, self.flops = device, flops
+    def __init__(
+        self,
+        device: torch.device,
+        flops: Callable[[], int] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.device, self.flops, self.clock = device, flops, clock
         self.seconds: dict[str, float] = defaultdict(float)
         self.peak: dict[str, int] = defaultdict(int)
         self.counted: dict[str, int] = defaultdict(int)
@@ -43,7 +49,7 @@ class Phases:
 
     def _switch(self) -> None:
         synchronize(self.device)
-        now, flops = time.perf_counter(), self.flops() if self.flops else 0
+        now, flops = self.clock(), self.flops() if self.flops else 0
         if self._stack:
             name = self._stack[-1]
             self.seconds[name] += now - self._since
@@ -52,7 +58,7 @@ class Phases:
                 self.peak[name] = max(self.peak[name], torch.cuda.max_memory_allocated(self.device))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        self._since, self._before = time.perf_counter(), flops
+        self._since, self._before = self.clock(), flops
 
     def enter(self, name: str) -> None:
         self._switch()

@@ -1,9 +1,10 @@
 """The loops that anybody would write first, with a trainer's model and settings: the baselines of bagel_step.py.
 
 Batches of one, and for each stochastic step one forward of the policy and one of the reference. The first baseline
-encodes an image's context again for each; the second keeps it: that of the rollout through the first pass, one a pass
-from then on, when the weights have changed, and one of the reference for all. Their rollout is the same, thinks with a
-cache and encodes each context once.
+encodes an image's context again for each, which is verl-omni's structure; the second keeps it, which is UniRL's: that
+of the rollout through the first pass, one a pass from then on, when the weights have changed, and one of the reference
+for all. Their rollout is the same, that of BAGEL's own inferencer: it thinks with a cache and encodes each context
+once.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from trl_unigrpo.estimate import Workload, floor_flops
 from trl_unigrpo.estimate.flops import image_forward, logits_forward, text_forward
 from trl_unigrpo.flow import clipped_surrogate, flow_timesteps, log_ratio, velocity_mse
 from trl_unigrpo.flow.sampler import RolloutPlan
-from trl_unigrpo.flow.states import on_device, rows_of
+from trl_unigrpo.flow.states import SDESteps, on_device, rows_of
 from trl_unigrpo.sampling import decode, paint
 from trl_unigrpo.seeding import TRAIN, row_generator
 from trl_unigrpo.trainers.dry_run import FixedLengths
@@ -115,8 +116,13 @@ def plain_text_step(trainer: UniGRPOTrainer, row: PlainRow, advantage: torch.Ten
     ids = torch.tensor([row.prompt + row.thinking], device=advantage.device)
     with trainer.accelerator.autocast():
         logits = trainer.unified(input_ids=ids, logits_to_keep=len(row.thinking) + 1).logits[:, :-1]
-    log_probs = logits.float().log_softmax(-1).gather(-1, ids[:, -len(row.thinking) :, None])
-    (-advantage * (log_probs - log_probs.detach()).exp().mean()).backward()
+    text_loss(logits[0], ids[0, -len(row.thinking) :], advantage).backward()
+
+
+def text_loss(logits: torch.Tensor, answers: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """Compute the policy loss of tokens (T,) by logits (T, vocabulary), in the first pass."""
+    log_probs = logits.float().log_softmax(-1).gather(-1, answers[:, None])
+    return -advantage * (log_probs - log_probs.detach()).exp().mean()
 
 
 def plain_flow_step(
@@ -129,7 +135,7 @@ def plain_flow_step(
     phases: Phases,
 ) -> None:
     """One stochastic step: a forward of the reference, one of the policy, its backward pass."""
-    base, objective, (i, k) = trainer.unified, trainer._setup.objective, place
+    base, (i, k) = trainer.unified, place
     states = on_device(rows_of(image.steps, slice(k, k + 1)), advantage.device)
 
     def velocity(model: Any, which: str) -> torch.Tensor:
@@ -141,11 +147,23 @@ def plain_flow_step(
         anchor = velocity(reference, "reference")
     with phases("update"):
         predicted = velocity(base, "policy")
-        old, transition = keep(place, predicted.detach()), objective.transition(states)
-        ratio = log_ratio(states.x, states.x_next, predicted, old, transition, trainer.args.ratio_norm)
-        loss = clipped_surrogate(ratio, advantage, objective.clip_range(predicted)).mean()
-        regularizer = velocity_mse(predicted, anchor, num_batch_dims=1).mean()
-        (loss + trainer._setup.weight_of(predicted) * regularizer).backward()
+        old = keep(place, predicted.detach())
+        flow_loss(trainer, states, predicted, old, anchor, advantage).backward()
+
+
+def flow_loss(
+    trainer: UniGRPOTrainer,
+    states: SDESteps,
+    predicted: torch.Tensor,
+    old: torch.Tensor,
+    anchor: torch.Tensor,
+    advantage: torch.Tensor,
+) -> torch.Tensor:
+    """Compute the flow objective and its regulariser of velocities (S, N, C) at some states."""
+    objective = trainer._setup.objective
+    ratio = log_ratio(states.x, states.x_next, predicted, old, objective.transition(states), trainer.args.ratio_norm)
+    loss = clipped_surrogate(ratio, advantage, objective.clip_range(predicted)).mean()
+    return loss + trainer._setup.weight_of(predicted) * velocity_mse(predicted, anchor, num_batch_dims=1).mean()
 
 
 def plain_flops(load: Workload, keeps_contexts: bool = False) -> dict[str, int]:

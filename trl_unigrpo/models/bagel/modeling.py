@@ -220,8 +220,8 @@ class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, P
             context = self.encode_context([ContextRow(row[real > 0][:-1], shown) for row, real, shown in rows])
         return after_context(super().generate, context, ids, empty_cache(self), CACHE, *args, **kwargs)
 
-    def next_logits(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        """Compute the logits (B, 1, vocabulary) of one token of each row, under a mask (B, 1, 1, S) of the cache."""
+    def next_logits(self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        """Compute the logits (B, 1, vocabulary) of one token of each row, under a mask (B, 1, 1, S) or none."""
         und, layout = self.get_input_embeddings()(ids), Layout(num_text=1, text_mask=mask)
         hidden, _, _, _ = self.language_model.model(und, None, positions, None, layout, cache)
         return self.language_model.lm_head(hidden)
