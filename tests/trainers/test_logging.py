@@ -21,6 +21,7 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(make_
         return [float(len(text)) for text in completions]
 
     trainer = make_trainer(
+        images_per_thinking=2,
         reward_funcs=[redness, words],
         process_reward_weight=0.5,
         gallery_steps=50,
