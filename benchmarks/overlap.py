@@ -102,7 +102,9 @@ def measure(images: int, per_chunk: int, connections: int, seconds: float) -> di
         for name, kind in (("without_overlap", AskedAfterwards), ("with_overlap", VLMJudge)):
             judge = kind("m", url, template="Is this number 1? {prompt}", concurrency=connections)
             found[name] = generation(judge, images, per_chunk, step_seconds)
-            found[name]["added_by_judging"] = found[name]["waiting_seconds"] / found[name]["painting_seconds"]
+    alone = found["without_overlap"]["painting_seconds"]
+    for row in found.values():
+        row["added_by_judging"] = (row["painting_seconds"] + row["waiting_seconds"]) / alone - 1
     chunks = images // per_chunk
     ends = [(i + 1) * judging / chunks for i in range(chunks)]
     simulated = simulate(ends, per_chunk, connections, seconds)
