@@ -210,19 +210,21 @@ def table(file: Path, split: str, base: float) -> Table:
     ]
     for name in [*names, "s", "reward", "image error", "distinct"]:
         shown.add_column(name, justify="left" if name == "set" else "right")
-    means = {name: summary(rows, base) for name, rows in runs.items()}
+    means = {name: summary(runs[name], base) for name in SETS if name in runs}
     today = means.get("paper", {})
     units = {"seconds": 1.0, "evaluations": 1e3, "flops": 1e12}
 
     def cell(mean: dict[str, float], key: str, unit: float) -> str:
         if math.isnan(mean[key]):
             return "-"
-        return f"{mean[key] / unit:.0f} ({mean[key] / today.get(key, math.nan):.2f})"
+        share = mean[key] / today.get(key, math.nan)
+        digits = 1 if unit > 1e3 else 0
+        return f"{mean[key] / unit:.{digits}f}" + ("" if math.isnan(share) else f" ({share:.2f})")
 
     for name, mean in means.items():
         cells = [cell(mean, f"{what}_{score}", unit) for score in SCORES for what, unit in units.items()]
         end = f"{mean['seconds']:.0f}", f"{mean['reward']:.3f}", f"{mean['error']:.4f}", f"{mean['distinct']:.2f}"
-        shown.add_row(SETS[name][0] if name in SETS else name, str(len(runs[name])), *cells, *end)
+        shown.add_row(SETS[name][0], str(len(runs[name])), *cells, *end)
     return shown
 
 
@@ -236,9 +238,11 @@ def figure(file: Path, split: str, base: float, output: Path) -> None:
         if row["split"] == split:
             runs[row["name"]].append(row)
     with matplotlib.rc_context({"svg.hashsalt": "trl-unigrpo", "font.size": 9.5}):
-        drawn = Figure(figsize=(9.0, 3.6), layout="constrained")
+        drawn = Figure(figsize=(9.0, 4.2), layout="constrained")
         axes = drawn.subplots(1, 2, sharey=True)
-        for name, rows in runs.items():
+        for name in SETS:
+            if not (rows := runs[name]):
+                continue
             main = name in ("paper", "fast")
             score = np.mean([[base, *(point["reward"] for point in row["points"])] for row in rows], axis=0)
             seconds = np.mean([[0.0, *(point["seconds"] for point in row["points"])] for row in rows], axis=0)
@@ -247,7 +251,7 @@ def figure(file: Path, split: str, base: float, output: Path) -> None:
                 axis.plot(x, score, marker="o", markersize=3, lw=2.2 if main else 1.0, label=SETS[name][0])
         axes[0].set(xlabel="processor seconds of training", ylabel="reward on held-out prompts")
         axes[1].set(xlabel="thousand denoising evaluations")
-        axes[1].legend(frameon=False, fontsize=8, loc="lower right")
+        drawn.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
         for axis in axes:
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)

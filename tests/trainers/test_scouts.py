@@ -100,7 +100,9 @@ POOL = {"scout_generations": 8, "scout_num_inference_steps": 2}
 def test_the_chosen_are_what_a_group_of_that_size_would_have_painted(tmp_path, monkeypatch, objective):
     """The pool's texts and noise are those of a plain run with groups as large; only few of its images are exact."""
     calls, reward = spy_paint(monkeypatch), Watched()
-    scouted, _ = one_generation(tmp_path / "scouted", reward, **POOL, **objective)
+    scouted, trainer = one_generation(tmp_path / "scouted", reward, **POOL, **objective)
+    [log] = [row for row in trainer.state.log_history if "reward" in row]
+    assert log["time/scout"] > 0 and -1 <= log["scouts/agreement"] <= 1
     (pool, scouts, _), (chosen, exact, _) = calls
     assert [len(pool), len(chosen)] == [16, 8]
     assert [len(scouts.timesteps) - 1, len(exact.timesteps) - 1] == [2, 6] and scouts.windows is None
