@@ -258,6 +258,8 @@ class Steps:
 
     def mean_of_live(self, values: Tensor) -> Tensor:
         """Average values (S,) as [`mean`] does, but over the images that are not dead alone, however they are cut."""
+        if all(image.share == 1 for image in self.images):
+            return self.mean(values)
         shares = torch.tensor([image.share for image in self.images])[self.image]
         return self.mean(values * shares.to(values.device))
 

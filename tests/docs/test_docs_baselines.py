@@ -55,7 +55,8 @@ def test_table_states_every_new_field_and_its_default(hooks, file):
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()]
     stated = {name.strip("`"): default.strip("`") for name, _, default, _ in rows}
     fields = {field.name: field.default for field in dataclasses.fields(config)}
-    inherited = {field.name for field in dataclasses.fields(config.__mro__[1])}
+    bases = filter(dataclasses.is_dataclass, config.__mro__[1:])
+    inherited = {field.name for base in bases for field in dataclasses.fields(base)}
     assert {name for name in fields if name not in inherited} <= set(stated)
     for name, default in stated.items():
         assert type(fields[name])(eval(default)) == fields[name], name

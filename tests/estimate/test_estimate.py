@@ -185,7 +185,7 @@ def test_vae_is_counted_as_it_runs():
     codec = random_bagel(config).codec
     with count_flops() as counter:
         codec.decode(torch.zeros(1, 64, 16), (8, 8))
-    assert vae_decode(config, 32)[0] == counter.get_total_flops()
+    assert vae_decode(config, (32, 32))[0] == counter.get_total_flops()
 
 
 # Not in the closed form: on a CPU, TRL scores the prompt's tokens, too; with frozen weights the first layer needs no
@@ -239,7 +239,7 @@ def test_scouts_by_hand():
     load = small(scout_generations=8, scout_num_inference_steps=2)
     plain, parts, beyond = floor_flops(small()), floor_flops(load), overhead_flops(load)
     one = image_forward(load).total
-    assert parts["scouts"] == 8 * (2 * one + vae_decode(load.config, 32)[0])
+    assert parts["scouts"] == 8 * (2 * one + vae_decode(load.config, (32, 32))[0])
     assert parts["decode"] == 2 * plain["decode"] and parts["contexts"] == 2 * plain["contexts"]
     for name in ("denoising", "VAE decode", "reference pass", "update"):
         assert parts[name] == plain[name]

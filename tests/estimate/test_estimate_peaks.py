@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from trl_unigrpo.estimate import Workload, estimate_memory
 from trl_unigrpo.models.bagel import BagelConfig
-from trl_unigrpo.trainers import unigrpo_trainer
+from trl_unigrpo.sampling import generation
 from trl_unigrpo.trainers.dry_run import random_trainer
 
 
@@ -66,7 +66,7 @@ def measured_peaks(trainer, monkeypatch) -> dict[str, int]:
 
         monkeypatch.setattr(owner, method, watched)
 
-    watch(unigrpo_trainer, "paint", "denoising")
+    watch(generation, "sample_latents", "denoising")
     watch(trainer, "_velocities", "reference pass")
     watch(trainer.accelerator, "backward", "update")
     with live:

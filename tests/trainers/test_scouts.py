@@ -6,7 +6,7 @@ import torch
 
 from tests.helpers.rounds import FixedRounds, rounds_trainer
 from tests.helpers.tiny_unified import FixedTexts, Recorder, build_trainer, spy_paint, tiny_config
-from trl_unigrpo.trainers.scouts import agreement, centred, choose
+from trl_unigrpo.trainers.scouts import agreement, best_and_worst, centred
 from trl_unigrpo.trainers.scouts_config import check_scouts
 
 
@@ -29,14 +29,14 @@ LINES = {"image_objective": "awm", "flow_regularizer": "none"}
     ],
 )
 def test_the_best_and_the_worst_are_chosen(rewards, count, expected):
-    chosen = choose(torch.tensor(rewards, dtype=torch.float32), count)
+    chosen = best_and_worst(torch.tensor(rewards, dtype=torch.float32), count)
     assert chosen == expected
 
 
 def test_pools_may_keep_their_places():
     rewards = torch.tensor([[7.0, 7.0, 7.0, 7.0], [0.0, 1.0, 2.0, 4.0], [NAN, NAN, 1.0, NAN]])
-    assert choose(rewards, 2) == [0, 1, 4, 5, 6, 7]
-    assert choose(rewards, 2, refill=False) == [0, 1, 4, 7, 8, 10]
+    assert best_and_worst(rewards, 2) == [0, 1, 4, 5, 6, 7]
+    assert best_and_worst(rewards, 2, refill=False) == [0, 1, 4, 7, 8, 10]
 
 
 def test_agreement_is_the_correlation():

@@ -1,7 +1,7 @@
 """Scouts: a pool of cheap images of each prompt, of which the best and the worst are painted exactly and trained on.
 
     1. think for the whole pool, and paint it in a few steps       `_scout`
-    2. reward these images, and choose some of each pool           `choose`
+    2. reward these images, and choose some of each pool           `best_and_worst`
     3. paint the chosen exactly, from the same noise               the trainer's `_paint`
     4. reward them again; advantages are those within the pool     `_calculate_rewards`; TRL's
     5. go on with the chosen alone, whose advantages are centred   `_chosen`
@@ -10,7 +10,7 @@ Source: Sol-RL (arXiv 2604.06916).
 
 Advantages within the pool have the mean 0 over the pool. Over the chosen of it they have not: where most images are
 good the worst stand far below the mean, the best close above it, and training on both alone pushes away from all that
-the policy paints. On ShapeWorld that broke the images (docs/performance.md). So what the chosen of a pool have in
+the policy paints. Measured (docs/log.md), that broke the images. So what the chosen of a pool have in
 common is taken from them, and their scale stays that of the pool.
 
 Shapes: P groups of M trajectories, of which G are trained on; N of all processes, F reward functions.
@@ -49,7 +49,7 @@ class Scouts:
     chosen: list[int]
 
 
-def choose(rewards: Tensor, count: int, refill: bool = True) -> list[int]:
+def best_and_worst(rewards: Tensor, count: int, refill: bool = True) -> list[int]:
     """
     Choose `count` trajectories for each of P pools: the best and the worst, in turns.
 
@@ -137,7 +137,7 @@ class ScoutingRun(OverlappedRun):
             scores = self._score_scouts(trajectories, images)
         own = scores[self.accelerator.process_index * len(images) :][: len(images)]
         of_one_size = len({t.size for t in trajectories}) == 1  # else micro-batches are dealt by whole groups
-        chosen = choose(self._book.total(own).cpu().view(-1, self.group_size), count, refill=of_one_size)
+        chosen = best_and_worst(self._book.total(own).cpu().view(-1, self.group_size), count, refill=of_one_size)
         self._scouts = Scouts(scores, [*own.tolist()], chosen)
         if exact:
             return images

@@ -59,7 +59,7 @@ class ThinkingsRun(RunKeeping):
         found = []  # image, whether it has an advantage, its weight in a mean over the images of a trajectory
         for trajectory, row in zip(trajectories, advantages, strict=True):
             own = [(number, image) for number, image in trajectory.painted() if len(image.steps)]
-            found += [(image, row[number] != 0, 1 / len(own)) for number, image in own]
+            found += [(image, row[min(number, len(row) - 1)] != 0, 1 / len(own)) for number, image in own]
         sums = torch.tensor([[1.0, not has, weight, weight * has] for _, has, weight in found]).view(-1, 4).sum(0)
         count, dead, whole, live = self.accelerator.gather(sums.to(self.accelerator.device)[None]).sum(0).tolist()
         self._note({"flow/frac_dead": dead / max(count, 1)})

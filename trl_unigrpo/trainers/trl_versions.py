@@ -21,8 +21,16 @@ OPTIONS = (
     *("adam_epsilon", "bf16", "dataloader_pin_memory", "ddp_find_unused_parameters", "disable_dropout"),
     *("gradient_accumulation_steps", "learning_rate", "log_multimodal", "loss_type", "max_completion_length"),
     *("num_generations", "num_iterations", "per_device_eval_batch_size", "per_device_train_batch_size"),
+    "multi_objective_aggregation",
     *("beta", "cast_lm_head_to_fp32", "generation_batch_size", "log_completions", "model_init_kwargs"),
-    *("num_generations_eval", "remove_unused_columns", "reward_weights", "steps_per_generation", "temperature"),
+    *(
+        "multi_objective_aggregation",
+        "num_generations_eval",
+        "remove_unused_columns",
+        "reward_weights",
+        "steps_per_generation",
+        "temperature",
+    ),
 )
 
 

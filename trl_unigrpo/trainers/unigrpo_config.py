@@ -367,7 +367,7 @@ class UniGRPOConfig(SizesConfig, RoundsConfig, AveragesConfig, ScoutsConfig, Thi
         """
         Less time for a point of reward, on one large GPU with LoRA: as [`single_gpu`], but the image is trained by
         DiffusionNFT, painted in 10 steps, and of the 16 trajectories of a prompt the 8 best and worst are trained on.
-        docs/performance.md has what each of these saved on ShapeWorld, where they were chosen; not the paper's method.
+        Chosen by the demo: docs/performance.md has what each of these saved there. It is not the paper's method.
         """
         return cls(output_dir=output_dir, **{**FAST, **kwargs})
 

@@ -1,6 +1,6 @@
 """The demo's settings, for which alone the tables of docs/shapeworld.md hold."""
 
-from trl_unigrpo.experiments.demo.paint import PAPER, PaintTask
+from trl_unigrpo.experiments.demo.paint import UNIGRPO, PaintTask
 from trl_unigrpo.shapeworld import demo_settings
 from trl_unigrpo.shapeworld.settings import fast_settings
 
@@ -11,7 +11,7 @@ def test_settings_are_those_that_were_measured():
     chosen |= {"num_generations": 16, "per_device_train_batch_size": 192, "num_inference_steps": 10}
     assert {name: settings[name] for name in chosen} == chosen
     assert not {"flow_epsilon", "flow_regularizer_weight", "num_iterations", "noise_level"} & set(settings)
-    paper = PaintTask(PAPER)
+    paper = PaintTask(UNIGRPO)
     assert (paper.rollouts, paper.settings(140)) == (140, settings)
 
 

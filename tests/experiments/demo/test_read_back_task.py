@@ -8,7 +8,7 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from trl_unigrpo.experiments.demo.demo import choose_task, train_demo_model
-from trl_unigrpo.experiments.demo.paint import FAST, PAPER, Beside, PaintTask
+from trl_unigrpo.experiments.demo.paint import UNIGRPO, UNINFT, Beside, PaintTask
 from trl_unigrpo.experiments.demo.read_back import ReadBackTask
 from trl_unigrpo.rewards import ReadBackReward
 from trl_unigrpo.shapeworld import verifier
@@ -109,7 +109,7 @@ def test_tasks_by_name():
     with pytest.raises(ValueError, match="reward='readback' with task='edit': expected 'rule', or 'readback' with"):
         choose_task("edit", "readback")
     methods = [choose_task("paint", "rule", method).method for method in ("fast", "paper", "both")]
-    assert methods == [FAST, PAPER, FAST]
+    assert methods == [UNINFT, UNIGRPO, UNINFT]
     with pytest.raises(ValueError, match="method='paper' with task='edit' and reward='rule': expected 'fast', or"):
         choose_task("edit", method="paper")
     with pytest.raises(ValueError, match="method='slow'"):

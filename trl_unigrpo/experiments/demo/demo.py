@@ -20,7 +20,7 @@ from ...shapeworld.base import load_base
 from ...trainers.unigrpo_config import UniGRPOConfig
 from ...trainers.unigrpo_trainer import UniGRPOTrainer
 from .edit import EditTask
-from .paint import PAPER, Beside, PaintTask
+from .paint import UNIGRPO, Beside, PaintTask
 from .read_back import ReadBackTask
 from .refine import RefineTask
 from .task import Task
@@ -78,7 +78,7 @@ def choose_task(task: str, reward: str = "rule", method: str = "fast") -> Task[A
         )
     if reward == "readback":
         return ReadBackTask()
-    return PaintTask(PAPER) if method == "paper" else DEMOS[task]()
+    return PaintTask(UNIGRPO) if method == "paper" else DEMOS[task]()
 
 
 def run_demo(
@@ -113,8 +113,8 @@ def run_demo(
     output = Path(output_dir)
     given: dict[str, Any] = {"task": task, "reward": reward, "seed": seed}
     if method == "both" and isinstance(chosen, PaintTask):
-        paper = train_and_report(PaintTask(PAPER), output / "paper", steps, num_prompts, given | {"method": "paper"})
-        chosen.beside = Beside(PAPER.name, *paper)
+        paper = train_and_report(PaintTask(UNIGRPO), output / "paper", steps, num_prompts, given | {"method": "paper"})
+        chosen.beside = Beside(UNIGRPO.name, *paper)
     given["method"] = "paper" if method == "paper" else "fast"
     return train_and_report(chosen, output, steps, num_prompts, given)[0]
 

@@ -36,14 +36,14 @@ class Method(NamedTuple):
     images: str
 
 
-FAST = Method(
+UNINFT = Method(
     "UniNFT",
     "the thinking by GRPO, the image by DiffusionNFT, on the best and the worst half of each prompt's images",
     fast_settings,
     FAST_ROLLOUTS,
     "they have fewer steps",
 )
-PAPER = Method(
+UNIGRPO = Method(
     "UniGRPO",
     "the thinking by GRPO, the image by FlowGRPO, as in the paper",
     demo_settings,
@@ -99,7 +99,7 @@ class PaintTask(Task[Measured]):
         "images/twins": "Images that repeat another of their prompt, share",
     }
 
-    def __init__(self, method: Method = FAST):
+    def __init__(self, method: Method = UNINFT):
         self.method, self.rollouts = method, method.rollouts
         self.beside: Beside | None = None
 
