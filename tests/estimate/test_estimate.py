@@ -217,8 +217,10 @@ def test_counted_generation_is_the_closed_form(tmp_path, ranks, checkpointing, a
         {"images_per_thinking": 2, "image_batch_size": 3},
         {"lines": True, "sde_window_size": 7, "reference": False},
         {"dead_share": 0.5, "reference": False, "num_iterations": 1},
+        {"scout_generations": 8, "scout_num_inference_steps": 2},
+        {"scout_generations": 8, "scout_num_inference_steps": 6, "lines": True, "reference": False},
     ],
-    ids=["images of thinkings", "cut in two", "lines", "dead"],
+    ids=["images of thinkings", "cut in two", "lines", "dead", "scouts", "exact scouts"],
 )
 def test_levers_are_counted_as_the_closed_form(tmp_path, changes):
     load = small(lora_ranks=None, gradient_checkpointing=False, completion_length=20, **changes)

@@ -113,6 +113,8 @@ def dry_config(load: Workload, device: torch.device, folder: str) -> UniGRPOConf
         image_objective="nft" if load.lines or load.image_old_policy else "flow_grpo",
         matching_samples=load.sde_window_size,
         images_per_thinking=load.images_per_thinking,
+        scout_generations=load.scout_generations,
+        scout_num_inference_steps=min(load.scout_num_inference_steps, load.num_inference_steps),
         gradient_checkpointing=load.gradient_checkpointing,
         trust_checks="off",  # random weights prove nothing
         alarms="off",
@@ -134,10 +136,8 @@ def random_trainer(
         lengths: of the thinkings, at most `completion_length` each; None for all of it.
 
     Raises:
-        ValueError: for scouts, more than one prompt or round, or a prompt too short for its markers.
+        ValueError: for more than one prompt or round, or a prompt too short for its markers.
     """
-    if load.scout_generations is not None:
-        raise ValueError(f"scout_generations={load.scout_generations}: a dry run has no scouts. Leave them out of it.")
     if load.num_prompts != 1 or load.prompt_length <= MARKERS or load.num_rounds != 1:
         raise ValueError(
             f"num_prompts={load.num_prompts}, prompt_length={load.prompt_length}, num_rounds={load.num_rounds}: a dry "
