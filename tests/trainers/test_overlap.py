@@ -96,7 +96,7 @@ def judged(make_trainer, folder, url, early):
 
 
 def untimed(log):
-    """What a log says, without what depends on the clock."""
+    """Leave out of a log all that depends on the clock."""
     return {name: value for name, value in log.items() if "time" not in name and not name.endswith("per_second")}
 
 

@@ -79,22 +79,15 @@ def _changes(load: Workload) -> list[tuple[str, dict[str, Any], str]]:
     if all(side >= 512 and side // 2 % load.config.pixels_per_token == 0 for side in load.size):
         changes.append((f"image_size={smaller}", {"image_size": smaller}, "what is learnt is learnt at another size"))
     if load.num_rounds == 1:
-        each = 2 * load.images_per_thinking
-        if group % each == 0 and each < group:
+        each, alone = 2 * load.images_per_thinking, load.scout_generations is None and load.images_per_thinking == 1
+        if load.scout_generations is None and group % each == 0 and each < group:
             cost = "half of the thinkings: at equal rollouts the text learns more slowly, the painter better"
             changes.append((f"images_per_thinking={each}", {"images_per_thinking": each}, cost))
         half = group // 2
-        few = load.lines or load.num_inference_steps >= SCOUT_STEPS
-        if (
-            few
-            and load.scout_generations is None
-            and group % 2 == 0
-            and half > 1
-            and half % load.images_per_thinking == 0
-        ):
-            setting = f"scout_generations={group}, num_generations={half}"
-            scouts = {"scout_generations": group, "num_generations": half}
-            scouts["scout_num_inference_steps"] = load.num_inference_steps if load.lines else SCOUT_STEPS
+        if alone and group % 2 == 0 and half > 1 and (load.lines or load.num_inference_steps >= SCOUT_STEPS):
+            steps = load.num_inference_steps if load.lines else SCOUT_STEPS
+            scouts = {"scout_generations": group, "num_generations": half, "scout_num_inference_steps": steps}
+            setting = ", ".join(f"{name}={value}" for name, value in scouts.items())
             cost = "half as many images are trained, the best and the worst; under noise scouts rank less well"
             changes.append((setting, scouts, cost))
     return changes

@@ -65,7 +65,7 @@ class Objective(Protocol):
 
 class Clipped:
     """
-    What all objectives have.
+    Base of the objectives.
 
     Args:
         args: the configuration.

@@ -126,7 +126,7 @@ class PerImage(ABC):
     @property
     @abstractmethod
     def per_image(self) -> bool:
-        """Whether parts may be asked about."""
+        """True where parts may be asked about."""
 
     @abstractmethod
     async def answers(
@@ -163,7 +163,7 @@ class AsyncReward(PerImage):
 
     @property
     def per_image(self) -> bool:
-        """Whether parts may be asked about: not where a subclass makes something else of a whole batch."""
+        """True unless a subclass makes something else of a whole batch."""
         return type(self).__call__ is AsyncReward.__call__
 
     async def __call__(

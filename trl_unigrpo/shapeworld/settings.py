@@ -44,17 +44,11 @@ def fast_settings(rollouts: int = FAST_ROLLOUTS) -> dict[str, Any]:
     Give the settings that reach the demo's gain in the least time, chosen on validation prompts: DiffusionNFT for the
     images, at few steps, and half of the trajectories trained on.
     """
-    return demo_settings(rollouts) | {
-        "image_objective": "nft",
-        "matching_samples": 3,
-        "flow_regularizer": "none",
-        "num_inference_steps": 6,
+    return read_back_settings(rollouts) | {
         "num_generations": 8,
         "scout_generations": 16,
         "scout_num_inference_steps": 6,
         "per_device_train_batch_size": 8 * PROMPTS_PER_GENERATION,
-        "learning_rate": 6e-4,
-        "image_learning_rate": 4e-4,
     }
 
 

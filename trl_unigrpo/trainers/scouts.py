@@ -1,6 +1,6 @@
 """Scouts: a pool of cheap images of each prompt, of which the best and the worst are painted exactly and trained on.
 
-    1. think for the whole pool, and paint it in a few steps       `_scout`
+    1. think for the whole pool, and paint it in a few steps       `_paint_first`
     2. reward these images, and choose some of each pool           `best_and_worst`
     3. paint the chosen exactly, from the same noise               the trainer's `_paint`
     4. reward them again; advantages are those within the pool     `_calculate_rewards`; TRL's
@@ -10,8 +10,8 @@ Source: Sol-RL (arXiv 2604.06916).
 
 Advantages within the pool have the mean 0 over the pool. Over the chosen of it they have not: where most images are
 good the worst stand far below the mean, the best close above it, and training on both alone pushes away from all that
-the policy paints. Measured (docs/log.md), that broke the images. So what the chosen of a pool have in
-common is taken from them, and their scale stays that of the pool.
+the policy paints. Measured (docs/log.md), that broke the images. So what the chosen of a pool have in common is taken
+from them, and their scale stays that of the pool.
 
 Shapes: P groups of M trajectories, of which G are trained on; N of all processes, F reward functions.
 """
@@ -70,7 +70,7 @@ def best_and_worst(rewards: Tensor, count: int, refill: bool = True) -> list[int
     from_bottom = known.sum(1, keepdim=True) - 1 - from_top
     turn = torch.minimum(2 * from_top, 2 * from_bottom + 1)
     advantages = group_advantages(rewards.flatten(), size, "group").view(pools, size).abs()
-    live = known & (advantages.amax(1, keepdim=True) > 1e-6)  # the mean of equal numbers may be a bit off
+    live = known & (advantages.amax(1, keepdim=True) > 0)
     worth = (2 * (live & (turn < count)) + live + known).flatten().tolist()
     size_of = advantages.flatten().tolist()
     places = range(pools * size)

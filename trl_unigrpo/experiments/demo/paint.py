@@ -63,7 +63,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Beside:
-    """What another method made of the same base: its name, its summary, and its model."""
+    """Another method on the same base: its name, its summary, and the model that it made."""
 
     name: str
     summary: dict[str, Any]

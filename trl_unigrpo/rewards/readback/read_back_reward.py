@@ -103,7 +103,7 @@ class ReadBackReward(ImageReward, PerImage):
 
     @property
     def per_image(self) -> bool:
-        """Whether parts of a batch may be read: behind an endpoint, not beside the model that paints."""
+        """True behind an endpoint: a reader in this process would read beside the model that paints."""
         kind = type(self)
         own = kind.__call__ is ReadBackReward.__call__ and kind.score is ReadBackReward.score
         return own and hasattr(self._reader, "read_async")
