@@ -42,7 +42,7 @@ from trl_unigrpo.sampling.self_reader import SelfReader
 from trl_unigrpo.shapeworld.base import load_base
 from trl_unigrpo.shapeworld.render import render_images
 from trl_unigrpo.trainers.averages import Averages
-from trl_unigrpo.trainers.dry_run import random_trainer
+from trl_unigrpo.trainers.dry_run import dry_config, random_trainer
 from trl_unigrpo.trajectory import Steps
 
 
@@ -264,6 +264,24 @@ def test_scouts_by_hand():
 def test_levers_that_no_run_has_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         small(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"images_per_thinking": 2}, {"scout_generations": 8, "scout_num_inference_steps": 2}, {"lines": True}],
+    ids=["plain", "images of thinkings", "scouts", "lines"],
+)
+def test_every_lever_is_a_setting_that_a_run_can_have(tmp_path, changes):
+    load = small(num_inference_steps=12, **changes)
+    found = levers(load)
+    assert len(found) > 3
+    for lever in found:
+        args = dry_config(lever.workload, CPU, str(tmp_path))
+        pool = (args.scout_generations, args.scout_num_inference_steps) if args.scout_generations else ()
+        assert not pool or args.images_per_thinking == 1
+        if "scout_generations" in lever.setting:
+            assert f"scout_generations={pool[0]}, " in lever.setting
+            assert lever.setting.endswith(f"scout_num_inference_steps={pool[1]}")
 
 
 def test_levers_say_what_they_save():
