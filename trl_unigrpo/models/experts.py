@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .contract import UnifiedModelMixin
+from .sharding import whole
 
 
 EXPERTS = ("text", "image")
@@ -115,6 +116,6 @@ def clip_by_expert(base: UnifiedModelMixin, model: nn.Module, max_norm: float) -
     One norm for both would be the text's: the image's gradients are orders of magnitude smaller.
     """
     return {
-        name: nn.utils.clip_grad_norm_(parameters, max_norm)
+        name: whole(nn.utils.clip_grad_norm_(parameters, max_norm))
         for name, parameters in parameters_by_expert(base, model).items()
     }

@@ -8,16 +8,28 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .sharding import is_sharded, own_slice, reshard
+
 
 def trained_weights(model: nn.Module, copied: bool = False) -> dict[str, Tensor]:
-    """Collect the data of the weights that are trained, by name; copies of it, or itself."""
-    trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """
+    Collect the data of the weights that are trained, by name; copies of it, or itself. Of a sharded model it is what
+    this process holds of them.
+    """
+    reshard(model)
+    trained = {
+        name: own_slice(parameter.data) for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     return {name: weight.clone() for name, weight in trained.items()} if copied else trained
 
 
 @contextmanager
 def weights_in_place(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put other weights, by name, in the place of a model's own, which come back afterwards."""
+    """Put other weights, by name, as [`trained_weights`] gives them, in the place of a model's own, which come back."""
+    if is_sharded(model):
+        with _slices_in_place(model, weights):
+            yield
+        return
     parameters = dict(model.named_parameters())
     own = {name: parameters[name].data for name in weights}
     try:
@@ -27,6 +39,23 @@ def weights_in_place(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterato
     finally:
         for name, weight in own.items():
             parameters[name].data = weight
+
+
+@contextmanager
+def _slices_in_place(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Do as [`weights_in_place`] does with a sharded model: FSDP gathers from the memory that it has shared out."""
+    reshard(model)
+    parameters = dict(model.named_parameters())
+    slices = {name: own_slice(parameters[name].data) for name in weights}
+    own = {name: weight.clone() for name, weight in slices.items()}
+    try:
+        for name, weight in weights.items():
+            slices[name].copy_(weight)
+        yield
+    finally:
+        reshard(model)
+        for name, weight in own.items():
+            slices[name].copy_(weight)
 
 
 @contextmanager

@@ -135,7 +135,7 @@ def check_choices(config: Any) -> None:
         value = getattr(config, name, allowed)
         if value != allowed and value:
             raise ValueError(f"{name}={value!r} does not work with UniGRPO: {reason}. Leave it at {allowed!r}.")
-    check_engine(config)
+    check_engine(config, shards=True)
     if "inputs" in (getattr(config, "include_for_metrics", None) or []):
         raise ValueError("include_for_metrics=['inputs'] does not work: batches are lists of rows here.")
     optim = getattr(config.optim, "value", str(config.optim))

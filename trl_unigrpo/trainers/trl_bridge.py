@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import trl
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils import ModelOutput
 from trl import GRPOTrainer
 
@@ -214,11 +215,17 @@ def return_velocity(base: UnifiedModelMixin) -> None:
     """
     forward = base.forward
 
+    def of_text(*args: Any, **kwargs: Any) -> Any:
+        # TRL reads the head's weight without calling the head, and would gather it past FSDP's reduction.
+        if isinstance(head := base.get_output_embeddings(), FSDPModule):
+            head.unshard()
+        return forward(*args, **kwargs)
+
     def packed_forward(*args: Any, steps: Steps | None = None, context_grad: bool = False, **kwargs: Any) -> Any:
         if steps is None:
-            return forward(*args, **kwargs)
+            return of_text(*args, **kwargs)
         velocities: list[Tensor] = []
-        outputs = forward(*args, steps=steps, context_grad=context_grad, into=velocities, **kwargs)
+        outputs = of_text(*args, steps=steps, context_grad=context_grad, into=velocities, **kwargs)
         return PackedOutput(outputs.log_probs, outputs.entropy, outputs.aux_loss, *velocities)
 
     packed_forward.__wrapped__ = forward.__func__ if hasattr(forward, "__func__") else forward  # type: ignore[attr-defined]
