@@ -172,6 +172,12 @@ class UnifiedModelMixin(SeesImages, _Base):
     frozen_modules: Sequence[str] = ()
     """Names of the parts that belong to neither expert and are not trained: adapters may not go there."""
 
+    gathered_layers: Sequence[str] = ()
+    """
+    Classes of the layers that FSDP2 gathers one by one, all of which run in every forward. By default those that the
+    model and its parts declare as transformers' `_no_split_modules`.
+    """
+
     context_types: Sequence[type] = (ContextRow,)
     """Dataclasses that `contexts` may return."""
 
@@ -355,9 +361,10 @@ class UnifiedModelMixin(SeesImages, _Base):
 
     _reference: dict[str, Tensor] | None = None
 
-    def keep_reference(self) -> None:
-        """Keep the weights that are trained as they are now: they are the reference from here on."""
-        self._reference = trained_weights(self, copied=True)
+    def keep_reference(self, device: torch.device | str | None = None) -> None:
+        """Keep the weights that are trained as they are now, on a device: they are the reference from here on."""
+        kept = trained_weights(self, copied=True)
+        self._reference = {name: weight.to(device or weight.device) for name, weight in kept.items()}
 
     def release_reference(self) -> None:
         """Let go of what `keep_reference` kept."""

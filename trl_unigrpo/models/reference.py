@@ -25,7 +25,7 @@ def trained_weights(model: nn.Module, copied: bool = False) -> dict[str, Tensor]
 
 @contextmanager
 def weights_in_place(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put other weights, by name, as [`trained_weights`] gives them, in the place of a model's own, which come back."""
+    """Put other weights, as [`trained_weights`] gives them, in the place of a model's own, which come back."""
     if is_sharded(model):
         with _slices_in_place(model, weights):
             yield

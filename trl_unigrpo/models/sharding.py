@@ -1,10 +1,10 @@
 """A model whose weights are spread over processes by FSDP2: in place, each process holds a slice of every weight."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -32,24 +32,60 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def slice_like(weight: Tensor, parameter: Tensor) -> Tensor:
-    """Cut this process' slice of a whole weight, as a parameter of its shape is cut."""
-    if not isinstance(parameter, DTensor) or weight.shape != parameter.shape:
-        return weight
-    cut = distribute_tensor(weight.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return own_slice(cut)
+def gathered(model: nn.Module, slices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put the processes' slices of a model's weights, or of others like them, together, on the CPU of each process."""
+    parameters, found = dict(model.named_parameters()), {}
+    for name, weight in slices.items():
+        like: Any = parameters[name]
+        if isinstance(like, DTensor):
+            weight = DTensor.from_local(
+                weight, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+            ).full_tensor()
+            weight = weight.cpu()
+        found[name] = weight
+    return found
+
+
+def sliced(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cut what [`gathered`] put together as the model's weights are cut; of this process what it holds."""
+    parameters, found = dict(model.named_parameters()), dict(weights)
+    for name, weight in weights.items():
+        like: Any = parameters.get(name)
+        if isinstance(like, DTensor) and weight.shape == like.shape:
+            cut = distribute_tensor(weight.to(like.device), like.device_mesh, like.placements)
+            found[name] = cut.to_local()
+    return found
+
+
+@contextmanager
+def weights_gathered(root: Any, reshard_after_forward: bool) -> Iterator[None]:
+    """
+    Hold all weights of a sharded model in each process, so that none waits for the calls of another one.
+
+    Args:
+        root: what FSDP has wrapped, prepared by [`call_through`].
+        reshard_after_forward: what FSDP does with a gathered weight otherwise.
+    """
+    units = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    root.call_whole(lambda: None)  # FSDP finds its root at the first call
+    try:
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(reshard_after_forward and unit is not root, recurse=False)
+            unit.reshard()
 
 
 def layer_classes(model: nn.Module) -> list[str]:
-    """
-    Name the classes of a model's layers, each of which FSDP gathers by itself: those that the model and its parts
-    declare (`_no_split_modules`), as far as there are any.
-    """
+    """Name the classes of a model's layers, as the model and its parts declare them, as far as there are any."""
     declared = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     return sorted(declared & {type(module).__name__ for module in model.modules()})
 
 
-def call_through(root: nn.Module, base: nn.Module, names: Sequence[str]) -> None:
+def call_through(root: Any, base: nn.Module, names: Sequence[str]) -> None:
     """
     Let methods that use weights, and are called outside of `forward`, gather them as `forward` does.
 

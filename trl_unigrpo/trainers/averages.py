@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..models.averages import WeightAverage, copy_weights
 from ..models.contract import UnifiedModelMixin
 from ..models.reference import trained_weights
-from ..models.registry import unified_model
+from ..models.sharding import gathered, sliced
 from .averages_config import AveragesConfig
 from .sharded import ShardedRun
 from .training_loop import TrainingLoop
@@ -72,14 +72,15 @@ class Averages(TrainerCallback):
 
     def state(self) -> dict[str, Any]:
         """Give what a checkpoint keeps; nothing where no average is on."""
-        state: dict[str, Any] = {name: average.weights for name, average in self._of.items()}
+        weights = {name: average.weights for name, average in self._of.items()}
         if self.ema is not None:
-            state["trained"] = trained_weights(self._base)
-        return state
+            weights["trained"] = trained_weights(self._base)
+        return {name: gathered(self._base, of) for name, of in weights.items()}
 
     def restore(self, state: Mapping[str, Any], checkpoint: str) -> None:
         """Take over what [`state`] gave. An average that the checkpoint lacks starts from its weights."""
         own = trained_weights(self._base)
+        state = {name: sliced(self._base, weights) for name, weights in state.items()}
         copy_weights(own, state.get("trained", own))
         for name, average in self._of.items():
             if name not in state:
@@ -94,11 +95,6 @@ class AveragedRun(TrainingLoop, ShardedRun):
     args: Any
     _averages: Averages | None = None  # of the training in progress
 
-    @property
-    def unified(self) -> UnifiedModelMixin:
-        """The unified model, out of any wrapper."""
-        return unified_model(self.accelerator.unwrap_model(self.model))
-
     def _old_policy(self) -> AbstractContextManager[None]:
         """Make the image expert that of the old policy, where this is an average; in evaluation it is not."""
         if self._averages is None or self._averages.old is None or not self.model.training:
@@ -112,11 +108,18 @@ class AveragedRun(TrainingLoop, ShardedRun):
         return self._averages.ema.in_place()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._begin_averages()
+        return super().train(*args, **kwargs)
+
+    def _begin_averages(self) -> None:
         if self._averages is not None:
             self.remove_callback(self._averages)
         self._averages = Averages(self.unified, self.args)
         self.callback_handler.callbacks.insert(0, self._averages)  # others are to find the averages as they are now
-        return super().train(*args, **kwargs)
+
+    def _keep_slices(self) -> None:
+        super()._keep_slices()
+        self._begin_averages()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self._averages is not None and self.model.training:

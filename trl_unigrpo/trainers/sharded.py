@@ -1,20 +1,21 @@
 """A run whose model is spread over processes by FSDP2, through accelerate."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from torch import nn
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from trl import GRPOTrainer
 
 from ..models.contract import OUTSIDE_FORWARD, UnifiedModelMixin
-from ..models.sharding import call_through, layer_classes
+from ..models.registry import unified_model
+from ..models.sharding import call_through, layer_classes, weights_gathered
 from .engines import asks_for
+from .trl_bridge import unwrap_model_for_generation
 
 
 @contextmanager
@@ -29,8 +30,13 @@ def sharding_on_cpus(args: Any) -> Iterator[None]:
 class ShardedRun(GRPOTrainer):
     """The hooks of `GRPOTrainer` that FSDP2 needs; without it they do nothing."""
 
-    unified: UnifiedModelMixin
-    _kept_slices = False
+    args: Any
+    _sliced = False  # whether FSDP has cut the model
+
+    @property
+    def unified(self) -> UnifiedModelMixin:
+        """The unified model, out of any wrapper."""
+        return unified_model(self.accelerator.unwrap_model(self.model))
 
     def create_accelerator_and_postprocess(self) -> None:
         with sharding_on_cpus(self.args):
@@ -46,21 +52,49 @@ class ShardedRun(GRPOTrainer):
             )
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_fsdp_enabled:
-            self.unified._no_split_modules = layer_classes(self.unified)
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args, **kwargs)
+        base = self.unified
+        base._no_split_modules = [*base.gathered_layers] or layer_classes(base)  # where accelerate looks for them
         prepared = super()._prepare_for_training(*args, **kwargs)
-        if self.is_fsdp_enabled:
-            call_through(self.model, self.unified, OUTSIDE_FORWARD)
-            self._keep_slices()
+        call_through(self.model, base, OUTSIDE_FORWARD)
+        # Where each token gathers, processes go on together until the texts of all of them have ended.
+        base._is_fsdp_managed_module = not self.args.gather_for_rollout
+        self._slice_once()
         return prepared
 
-    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self._keep_slices()
-        super()._load_from_checkpoint(*args, **kwargs)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._slice_once()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _slice_once(self) -> None:
+        """Call [`_keep_slices`] when the model has been cut, before a checkpoint is loaded into it."""
+        if self.is_fsdp_enabled and not self._sliced:
+            self._sliced = True
+            self._keep_slices()
 
     def _keep_slices(self) -> None:
-        """Keep the reference model from here on in slices, as the model is: here are its weights as they came."""
-        base = self.unified
-        if self.is_fsdp_enabled and not self._kept_slices and base.kept_reference is not None:
-            base.keep_reference()
-        self._kept_slices = True
+        """Keep copies of the model's weights in slices, as its own are now."""
+        if self.unified.kept_reference is not None:
+            self.unified.keep_reference("cpu" if self.args.reference_on_cpu else None)
+
+    # The rollout
+
+    @contextmanager
+    def _sampling_model(self) -> Iterator[UnifiedModelMixin]:
+        """Give the model as images are sampled from it: unwrapped, in the run's precision."""
+        how = {"gradient_checkpointing_kwargs": self.args.gradient_checkpointing_kwargs}
+        with (
+            unwrap_model_for_generation(self.model_wrapped, self.accelerator, **how) as model,
+            self.accelerator.autocast(),
+        ):
+            yield unified_model(model)
+
+    def _gathered(self) -> AbstractContextManager[None]:
+        """
+        Hold all weights in each process, where they are spread and the configuration wants it: then one may think and
+        paint while another one has ended. Weights that are put in their place meanwhile are gathered at first use.
+        """
+        if not (self._sliced and self.args.gather_for_rollout):
+            return nullcontext()
+        return weights_gathered(self.model, self.accelerator.state.fsdp_plugin.reshard_after_forward)

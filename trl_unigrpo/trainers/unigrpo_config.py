@@ -16,6 +16,7 @@ from .evaluation_checks import whole_groups
 from .recipes import EDITING, FAST, REFLECT_UNTIL_GOOD, SELF_REFINEMENT, SELF_REWARDED, SINGLE_GPU
 from .rounds_config import RoundsConfig, check_rounds
 from .scouts_config import ScoutsConfig, check_scouts
+from .sharding_config import ShardingConfig, check_sharding
 from .sizes_config import SizesConfig, check_micro_batches, check_sizes
 from .thinkings_config import ThinkingsConfig, check_thinkings
 from .trl_versions import check_options
@@ -26,7 +27,9 @@ _EPSILON = {"flow_grpo": 1e-6, "fpo": 3e-5, "awm": 1e-4, "nft": 1e-6}
 
 
 @dataclass
-class UniGRPOConfig(SizesConfig, RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig, GRPOConfig):
+class UniGRPOConfig(
+    SizesConfig, RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig, ShardingConfig, GRPOConfig
+):
     r"""
     Configuration of [`UniGRPOTrainer`]. Where a field's help says "Paper", its default is that of Table 3 (arXiv
     2603.23500); the others are ours. The batch of 32 prompts is [`UniGRPOConfig.paper`]'s.
@@ -35,8 +38,9 @@ class UniGRPOConfig(SizesConfig, RoundsConfig, AveragesConfig, ScoutsConfig, Thi
     too, and those of sizes, [`~trl_unigrpo.trainers.sizes_config.SizesConfig`], of several rounds,
     [`~trl_unigrpo.trainers.rounds_config.RoundsConfig`], of averaged weights,
     [`~trl_unigrpo.trainers.averages_config.AveragesConfig`], of scouts,
-    [`~trl_unigrpo.trainers.scouts_config.ScoutsConfig`], and of what a group is made of,
-    [`~trl_unigrpo.trainers.thinkings_config.ThinkingsConfig`].
+    [`~trl_unigrpo.trainers.scouts_config.ScoutsConfig`], of what a group is made of,
+    [`~trl_unigrpo.trainers.thinkings_config.ThinkingsConfig`], and of FSDP2,
+    [`~trl_unigrpo.trainers.sharding_config.ShardingConfig`].
     `epsilon`, `loss_type`, `beta`, `temperature` and the other options of TRL speak of the thinking tokens.
 
     Parameters:
@@ -347,6 +351,7 @@ class UniGRPOConfig(SizesConfig, RoundsConfig, AveragesConfig, ScoutsConfig, Thi
         check_averages(self)
         check_scouts(self, _world_size())
         check_thinkings(self)
+        check_sharding(self)
 
     @classmethod
     def paper(cls, output_dir: str, **kwargs: Any) -> "UniGRPOConfig":

@@ -31,7 +31,6 @@ from ..flow.states import rows_of
 from ..models.contract import UnifiedModelMixin
 from ..models.experts import clip_by_expert, rates_by_expert, split_groups
 from ..models.prompts import as_messages, choose_system_prompt, system_ids
-from ..models.registry import unified_model
 from ..models.tokenizer import check_messages
 from ..monitoring.alarms import default_alarms
 from ..monitoring.events import ImageLoss, Update
@@ -59,7 +58,6 @@ from .trl_bridge import (
     disable_gradient_checkpointing,
     generation_fields,
     profiling_context,
-    unwrap_model_for_generation,
 )
 from .unigrpo_config import UniGRPOConfig
 from .windows import draw_windows, guidance_of, rollout_plan
@@ -173,6 +171,10 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun):
 
     def _generate(self, prompts: list[Any]) -> Any:
         self._tell("on_rollout_begin", generation_config=self.generation_config)
+        with self._gathered():
+            return self._rollout(prompts)
+
+    def _rollout(self, prompts: list[Any]) -> Any:
         with self._phases("think"):
             outputs = super()._generate(prompts)
         prompt_ids, completion_ids, extra_fields = generation_fields(outputs)
@@ -221,17 +223,9 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun):
         key = (args.seed, TRAIN, self.generation) if self.mode == "train" else (args.seed, EVAL, 0)
         seeds = [image_stream(t, *key) for t in trajectories]
         generators = [row_generator(*seed) for seed in seeds]
-        with (
-            self._old_policy(),
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-            ) as model,
-            self.accelerator.autocast(),
-        ):
+        with self._old_policy(), self._sampling_model() as model:
             plan, ask = plan or self._plan(trajectories), self._score_early
-            images, painted = paint_and_decode(unified_model(model), trajectories, plan, generators, ask)
+            images, painted = paint_and_decode(model, trajectories, plan, generators, ask)
         for trajectory, image, seed, generator in zip(trajectories, images, seeds, generators, strict=True):
             image.seed = seed
             if self._trains_image:

@@ -61,6 +61,7 @@ class BagelForUnifiedGeneration(BagelTraining, BagelPixels, UnifiedModelMixin, P
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["BagelLayer", "BagelVisionLayer"]  # noqa: RUF012 - as transformers declares it
+    gathered_layers = ("BagelLayer",)  # only some forwards look at images
     _supports_sdpa = True
 
     packs_velocities = True
