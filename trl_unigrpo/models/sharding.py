@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -77,6 +78,47 @@ def weights_gathered(root: Any, reshard_after_forward: bool) -> Iterator[None]:
         for unit in units:
             unit.set_reshard_after_forward(reshard_after_forward and unit is not root, recurse=False)
             unit.reshard()
+
+
+@contextmanager
+def whole_weights_in_place(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put whole weights, by name, in the place of a model's slices, for something that writes files."""
+    reshard(model)
+    parameters = dict(model.named_parameters())
+    whole = {id(p): nn.Parameter(weights[name], p.requires_grad) for name, p in parameters.items()}
+    places = [(module, key) for module in model.modules() for key, p in module._parameters.items() if p is not None]
+    own = [module._parameters[key] for module, key in places]
+    for (module, key), parameter in zip(places, own, strict=True):
+        module._parameters[key] = whole[id(parameter)]
+    try:
+        yield
+    finally:
+        for (module, key), parameter in zip(places, own, strict=True):
+            module._parameters[key] = parameter
+
+
+@contextmanager
+def buffers_spread(model: nn.Module) -> Iterator[None]:
+    """
+    Leave buffers out of the state of a model while it is cut, and give all processes those of the first afterwards.
+
+    accelerate's cpu_ram_efficient_loading takes each entry of the state for a parameter (accelerate#3898).
+    """
+    saved = [
+        (module, name)
+        for module in model.modules()
+        for name, _ in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    ]
+    for module, name in saved:
+        module.register_buffer(name, module.get_buffer(name), persistent=False)
+    try:
+        yield
+    finally:
+        for module, name in saved:
+            module.register_buffer(name, module.get_buffer(name), persistent=True)
+    for buffer in model.buffers():
+        torch.distributed.broadcast(buffer, src=0)
 
 
 def layer_classes(model: nn.Module) -> list[str]:

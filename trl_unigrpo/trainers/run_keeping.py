@@ -234,11 +234,6 @@ class RunKeeping(AveragedRun):
 
     # Checkpoints and the card
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            self.unified.save_adapters(output_dir or self.args.output_dir)
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -254,10 +249,6 @@ class RunKeeping(AveragedRun):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> EpochsInOrder:
         return EpochsInOrder(super()._get_train_sampler(*args, **kwargs), lambda: int(self.state.epoch or 0))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.unified.load_checkpoint(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

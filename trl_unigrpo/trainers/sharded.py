@@ -1,7 +1,7 @@
 """A run whose model is spread over processes by FSDP2, through accelerate."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +9,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers import GenerationMixin
 from trl import GRPOTrainer
 
 from ..models.contract import OUTSIDE_FORWARD, UnifiedModelMixin
 from ..models.registry import unified_model
-from ..models.sharding import call_through, layer_classes, weights_gathered
+from ..models.sharding import (
+    buffers_spread,
+    call_through,
+    layer_classes,
+    weights_gathered,
+    whole_weights_in_place,
+)
 from .engines import asks_for
 from .trl_bridge import unwrap_model_for_generation
 
@@ -31,6 +38,7 @@ class ShardedRun(GRPOTrainer):
     """The hooks of `GRPOTrainer` that FSDP2 needs; without it they do nothing."""
 
     args: Any
+    _cutting: ExitStack
     _sliced = False  # whether FSDP has cut the model
 
     @property
@@ -56,27 +64,54 @@ class ShardedRun(GRPOTrainer):
             return super()._prepare_for_training(*args, **kwargs)
         base = self.unified
         base._no_split_modules = [*base.gathered_layers] or layer_classes(base)  # where accelerate looks for them
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        call_through(self.model, base, OUTSIDE_FORWARD)
-        # Where each token gathers, processes go on together until the texts of all of them have ended.
-        base._is_fsdp_managed_module = not self.args.gather_for_rollout
-        self._slice_once()
+        with ExitStack() as self._cutting:
+            if self._plugin.cpu_ram_efficient_loading and not self._sliced:
+                self._cutting.enter_context(buffers_spread(base))
+            prepared = super()._prepare_for_training(*args, **kwargs)
+            self._slice_once()
         return prepared
+
+    @property
+    def _plugin(self) -> Any:
+        """accelerate's settings of FSDP."""
+        return self.accelerator.state.fsdp_plugin
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._slice_once()
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # A model's own form of a checkpoint is of whole weights; beside it are the slices.
+        if self.is_fsdp_enabled or not self.unified.load_checkpoint(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _slice_once(self) -> None:
         """Call [`_keep_slices`] when the model has been cut, before a checkpoint is loaded into it."""
         if self.is_fsdp_enabled and not self._sliced:
             self._sliced = True
+            self._cutting.close()
             self._keep_slices()
 
     def _keep_slices(self) -> None:
-        """Keep copies of the model's weights in slices, as its own are now."""
+        """Make the model that has been cut ready, and keep copies of its weights as they are kept now, in slices."""
+        call_through(self.model, self.unified, OUTSIDE_FORWARD)
+        for model in (module for module in self.unified.modules() if isinstance(module, GenerationMixin)):
+            # Where each token gathers, processes go on together until the texts of all of them have ended.
+            model._is_fsdp_managed_module = not self.args.gather_for_rollout
         if self.unified.kept_reference is not None:
             self.unified.keep_reference("cpu" if self.args.reference_on_cpu else None)
+
+    # Files
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write whole weights, from slices too. Checkpoints of sharded state dicts are not told to."""
+        super().save_model(output_dir, _internal_call)
+        if self._sliced and not _internal_call and "SHARDED" in str(self._plugin.state_dict_type):
+            self._save(output_dir, self.accelerator.get_state_dict(self.model))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        whole = state_dict if self._sliced and self.args.should_save else None
+        with nullcontext() if whole is None else whole_weights_in_place(self.model, whole):
+            super()._save(output_dir, state_dict)
+            if self.args.should_save:
+                self.unified.save_adapters(output_dir or self.args.output_dir)
 
     # The rollout
 
@@ -97,4 +132,4 @@ class ShardedRun(GRPOTrainer):
         """
         if not (self._sliced and self.args.gather_for_rollout):
             return nullcontext()
-        return weights_gathered(self.model, self.accelerator.state.fsdp_plugin.reshard_after_forward)
+        return weights_gathered(self.model, self._plugin.reshard_after_forward)
