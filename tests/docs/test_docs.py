@@ -11,6 +11,7 @@ from trl_unigrpo import UniGRPOConfig
 from trl_unigrpo.trainers.averages_config import AveragesConfig
 from trl_unigrpo.trainers.rounds_config import RoundsConfig
 from trl_unigrpo.trainers.scouts_config import ScoutsConfig
+from trl_unigrpo.trainers.sharding_config import ShardingConfig
 from trl_unigrpo.trainers.sizes_config import SizesConfig
 from trl_unigrpo.trainers.thinkings_config import ThinkingsConfig
 
@@ -25,7 +26,8 @@ def test_config_table_names_every_documented_field(hooks):
 
 
 @pytest.mark.parametrize(
-    "config", [UniGRPOConfig, SizesConfig, RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig]
+    "config",
+    [UniGRPOConfig, SizesConfig, RoundsConfig, AveragesConfig, ScoutsConfig, ThinkingsConfig, ShardingConfig],
 )
 def test_config_docstring_names_every_new_field(config):
     own = set(config.__annotations__) - {field.name for field in dataclasses.fields(GRPOConfig)}

@@ -23,6 +23,7 @@ from trl_unigrpo.trainers.refl_trainer import ReFLConfig
 from trl_unigrpo.trainers.rounds_config import RoundsConfig
 from trl_unigrpo.trainers.scouts_config import ScoutsConfig
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig
+from trl_unigrpo.trainers.sharding_config import ShardingConfig
 from trl_unigrpo.trainers.sizes_config import SizesConfig
 from trl_unigrpo.trainers.thinkings_config import ThinkingsConfig
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
@@ -110,6 +111,8 @@ DEFAULTS = {
     "scout_reward": "repainted",
     "images_per_thinking": 1,
     "train_dead_images": True,
+    "gather_for_rollout": True,
+    "reference_on_cpu": False,
 }
 
 
@@ -119,6 +122,7 @@ def test_every_field_of_this_project_has_its_default_here():
         {"gradient_accumulation_steps", "per_device_eval_batch_size"},
     )
     configs = UniGRPOConfig, RoundsConfig, AveragesConfig, SizesConfig, ScoutsConfig, ThinkingsConfig
+    configs += (ShardingConfig,)
     own = {name for config in configs for name in config.__annotations__}
     assert own - of_the_machine - below <= set(DEFAULTS)
 
@@ -472,11 +476,18 @@ def test_generation_that_is_trained_as_it_is_sampled_is_allowed(tmp_path, extra)
 @pytest.mark.parametrize("config", [UniGRPOConfig, ReFLConfig, UnifiedSFTConfig])
 @pytest.mark.parametrize(("field", "name"), [("fsdp", "FSDP"), ("deepspeed", "DeepSpeed")])
 def test_engines_that_spread_the_model_are_refused_whoever_asks_for_them(tmp_path, monkeypatch, config, field, name):
-    with pytest.raises(ValueError, match=rf"{field}='zero.json' is not supported: .*clipped expert by expert"):
+    if (config, field) == (UniGRPOConfig, "fsdp"):
+        pytest.skip("runs under it: test_sharded.py")
+    with pytest.raises(ValueError, match=rf"{field}='zero.json' is not supported.*`accelerate launch --multi_gpu`"):
         config(str(tmp_path), **{field: "zero.json"})
     monkeypatch.setenv(f"ACCELERATE_USE_{field.upper()}", "true")
     with pytest.raises(ValueError, match=f"{name}, which `accelerate launch` was told to use, is not supported"):
         config(str(tmp_path))
+
+
+def test_deepspeed_s_refusal_names_the_way_out(tmp_path):
+    with pytest.raises(ValueError, match=r"clipped expert by expert.* Use FSDP2 \(examples/accelerate/fsdp2.yaml\)"):
+        UniGRPOConfig(str(tmp_path), deepspeed="zero.json")
 
 
 @pytest.mark.slow  # two processes that import everything, to see that the launcher sets the variable of the test above

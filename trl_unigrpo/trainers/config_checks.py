@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..flow.per_round import PER_ROUND, of_round, of_rounds, rounds_that_differ
-from .engines import check_engine
+from .engines import settle_engine
 
 
 # TRL options that cannot work here, the value that is allowed, and why. One that a release lacks needs no refusal.
@@ -135,7 +135,7 @@ def check_choices(config: Any) -> None:
         value = getattr(config, name, allowed)
         if value != allowed and value:
             raise ValueError(f"{name}={value!r} does not work with UniGRPO: {reason}. Leave it at {allowed!r}.")
-    check_engine(config, shards=True)
+    settle_engine(config, shards=True)
     if "inputs" in (getattr(config, "include_for_metrics", None) or []):
         raise ValueError("include_for_metrics=['inputs'] does not work: batches are lists of rows here.")
     optim = getattr(config.optim, "value", str(config.optim))

@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+import torch
+
 
 ENGINES = {"fsdp": "FSDP", "deepspeed": "DeepSpeed"}
 
@@ -16,33 +18,27 @@ def asks_for(config: Any, engine: str) -> str | None:
     return None
 
 
-def check_engine(config: Any, shards: bool = False) -> None:
+def settle_engine(config: Any, shards: bool = False) -> None:
     """
-    Raise ValueError for an engine that a trainer can't run under, whoever switched it on.
+    Settle what a run is spread over, before transformers reads it.
 
     Args:
+        config: the arguments. Where there are CPUs alone they are told so, or processes would not find each other.
         shards: whether the trainer runs under FSDP2.
+
+    Raises:
+        ValueError: for an engine that the trainer can't run under, whoever switched it on.
     """
-    asked = asks_for(config, "deepspeed")
-    if asked is not None:
+    config.use_cpu = config.use_cpu or not torch.accelerator.is_available()
+    plain = "plain data parallelism (`accelerate launch --multi_gpu`)"
+    ways = f"FSDP2 (examples/accelerate/fsdp2.yaml), or {plain}" if shards else f"one process, or {plain}"
+    if (asked := asks_for(config, "deepspeed")) is not None:
         raise ValueError(
             f"{asked} is not supported: it hides the gradients that are clipped expert by expert, so that one expert "
-            f"would train at another rate in silence. Use {_ways(shards)}."
+            f"would train at another rate in silence. Use {ways}."
         )
-    asked = asks_for(config, "fsdp")
-    if asked is None:
-        return
-    if not shards:
+    if not shards and (asked := asks_for(config, "fsdp")) is not None:
         raise ValueError(
-            f"{asked} is not supported by this trainer: parts of the model are called outside of its wrapper. "
-            f"Use {_ways(shards)}."
+            f"{asked} is not supported by this trainer: parts of the model are called outside of its wrapper. Use "
+            f"{ways}."
         )
-    own = config.fsdp_config if isinstance(config.fsdp_config, dict) else {}
-    version = int(own.get("version", 2) if config.fsdp else os.environ.get("FSDP_VERSION", 1))
-    if version != 2:
-        raise ValueError(f"{asked} means FSDP version {version}: only version 2 is supported. Set fsdp_version: 2.")
-
-
-def _ways(shards: bool) -> str:
-    plain = "plain data parallelism (`accelerate launch --multi_gpu`)"
-    return f"FSDP2 (examples/accelerate/fsdp2.yaml), or {plain}" if shards else f"one process, or {plain}"

@@ -50,7 +50,7 @@ from ..trajectory import Image
 from .arguments import check_lengths, check_painted, find_tokenizer
 from .config_numbers import read_numbers
 from .dataset_checks import check_rows, check_special_tokens
-from .engines import check_engine
+from .engines import settle_engine
 from .evaluation_checks import check_evaluation
 from .prompt_checks import CheckedRows
 from .refl import (
@@ -142,7 +142,7 @@ class ReFLConfig(SizesConfig, TrainingArguments):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
         late_step_range(self.num_inference_steps, self.late_steps)
-        check_engine(self)
+        settle_engine(self)
         super().__post_init__()
 
 

@@ -44,6 +44,7 @@ from .config_checks import check_generation
 from .dataset_checks import check_special_tokens
 from .prompt_checks import CheckedRows
 from .reward_checks import distinct
+from .sharding_config import check_sharded
 from .trl_bridge import ReferencePolicy, check_attributes, check_trl, compute_head_in_float32, return_velocity
 from .unigrpo_config import UniGRPOConfig
 
@@ -179,6 +180,7 @@ def finish_run(trainer: Any, setup: Setup) -> None:
     if not base.packs_velocities:
         _check_one_by_one(trainer, setup)
     _check_processes(trainer, setup)
+    check_sharded(base, trainer.is_fsdp_enabled, bool(setup.readers), setup.stories)
     freeze_experts(base, model, setup.trains)
     check_trained(base, model, setup.trains)
     base.check_trained_weights()

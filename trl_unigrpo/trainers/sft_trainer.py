@@ -31,7 +31,7 @@ from ..trajectory import Image, Round, Steps, Trajectory
 from .arguments import find_tokenizer
 from .config_numbers import read_numbers
 from .dataset_checks import check_rows, check_special_tokens
-from .engines import check_engine
+from .engines import settle_engine
 from .evaluation_checks import check_evaluation
 from .prompt_checks import CheckedRows
 from .reward_checks import callback_list
@@ -85,7 +85,7 @@ class UnifiedSFTConfig(TrainingArguments):
     system_prompt: str = field(default="auto", metadata={"help": "'auto': the model's own; '': none."})
 
     def __post_init__(self) -> None:
-        check_engine(self)
+        settle_engine(self)
         read_numbers(self)
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         for name, choices in {

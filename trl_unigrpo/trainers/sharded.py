@@ -1,13 +1,16 @@
 """A run whose model is spread over processes by FSDP2, through accelerate."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import GenerationMixin
 from trl import GRPOTrainer
@@ -25,13 +28,11 @@ from .engines import asks_for
 from .trl_bridge import unwrap_model_for_generation
 
 
-@contextmanager
-def sharding_on_cpus(args: Any) -> Iterator[None]:
-    """Let accelerate spread a model over CPU processes, which it does over GPUs alone, while it sets itself up."""
+def spread_over_cpus(args: Any) -> None:
+    """Have accelerate, before it sets itself up, spread a model over CPUs too. By itself it does over GPUs alone."""
     state = PartialState()
     if asks_for(args, "fsdp") and state.distributed_type is DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU  # becomes FSDP
-    yield
 
 
 class ShardedRun(GRPOTrainer):
@@ -47,11 +48,13 @@ class ShardedRun(GRPOTrainer):
         return unified_model(self.accelerator.unwrap_model(self.model))
 
     def create_accelerator_and_postprocess(self) -> None:
-        with sharding_on_cpus(self.args):
-            super().create_accelerator_and_postprocess()
+        spread_over_cpus(self.args)
+        super().create_accelerator_and_postprocess()
         if not self.is_fsdp_enabled:
+            if asks_for(self.args, "fsdp") is not None:
+                raise ValueError("FSDP was asked for, but there is one process: start it with `accelerate launch`.")
             return
-        plugin = self.accelerator.state.fsdp_plugin
+        plugin = self._plugin
         plugin.auto_wrap_policy = plugin.auto_wrap_policy or transformer_auto_wrap_policy
         if plugin.mixed_precision_policy is not None:
             # States, times and outputs stay as they are: FSDP would round those inside of dataclasses too.
@@ -63,6 +66,8 @@ class ShardedRun(GRPOTrainer):
         if not self.is_fsdp_enabled:
             return super()._prepare_for_training(*args, **kwargs)
         base = self.unified
+        # Nothing writes into what a layer returns.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         base._no_split_modules = [*base.gathered_layers] or layer_classes(base)  # where accelerate looks for them
         with ExitStack() as self._cutting:
             if self._plugin.cpu_ram_efficient_loading and not self._sliced:
@@ -78,6 +83,12 @@ class ShardedRun(GRPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._slice_once()
+        folder = Path(resume_from_checkpoint)
+        if self.is_fsdp_enabled and not [*folder.glob(f"{FSDP_MODEL_NAME}*")]:
+            raise ValueError(
+                f"{folder} has no {FSDP_MODEL_NAME}*, which FSDP2 writes. Resume it as it was written, or "
+                f"begin from its weights: model='{folder}', and no resume_from_checkpoint."
+            )
         # A model's own form of a checkpoint is of whole weights; beside it are the slices.
         if self.is_fsdp_enabled or not self.unified.load_checkpoint(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)

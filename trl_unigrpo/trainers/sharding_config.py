@@ -1,7 +1,11 @@
 """The options of a model that FSDP2 spreads over processes, and what is refused of them."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
+
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from .engines import asks_for
 
@@ -34,25 +38,63 @@ class ShardingConfig:
 
 
 def check_sharding(config: Any) -> None:
-    """Raise ValueError for what FSDP2 can't do, whoever switched it on."""
+    """Raise ValueError for what FSDP2 can't do, whoever switched it on: it is told before a model is loaded."""
     asked = asks_for(config, "fsdp")
     if asked is None:
         return
-    if config.cast_lm_head_to_fp32:
-        raise ValueError(
-            f"cast_lm_head_to_fp32=True with {asked} is not supported: FSDP2 gathers the language head in the "
-            "precision of all weights. Leave it False."
-        )
-    if config.gather_for_rollout:
+    plugin = FullyShardedDataParallelPlugin(**config.fsdp_plugin_args or {})
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"{asked} means FSDP version {plugin.fsdp_version}: set fsdp_version: 2.")
+    refused = {
+        "fsdp_offload_params": (
+            isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            "weights are used outside of FSDP's own calls. Set reference_on_cpu=True, or take more processes",
+        ),
+        "fsdp_activation_checkpointing": (
+            plugin.activation_checkpointing,
+            "it renames the weights. Set gradient_checkpointing=True instead, which does the same",
+        ),
+        "cast_lm_head_to_fp32": (
+            config.cast_lm_head_to_fp32,
+            "FSDP2 gathers the language head in the precision of all weights. Leave it False",
+        ),
+        f"num_rounds={config.num_rounds}": (
+            config.most_rounds > 1,
+            "processes read other numbers of images in an update. Use plain data parallelism",
+        ),
+        "gather_for_rollout=False without image_batch_size": (
+            not config.gather_for_rollout and config.image_batch_size is None,
+            "each process would paint as many images at once as its own memory holds, and wait for calls that the "
+            "others don't make. Set image_batch_size",
+        ),
+    }
+    for what, (is_so, reason) in refused.items():
+        if is_so:
+            raise ValueError(f"{what} is not supported with {asked.rstrip(',')}: {reason}.")
+
+
+def check_sharded(base: Any, asked: bool, readers: bool, stories: bool) -> None:
+    """
+    Raise ValueError for a model that FSDP2 can't spread, and for what a run does with it.
+
+    Args:
+        asked: whether it is to be spread.
+        readers: whether rewards read with the model itself.
+        stories: whether prompts have several turns.
+    """
+    if not asked:
         return
-    # Processes that gather at each call have to make equally many of them.
-    if config.image_batch_size is None:
-        raise ValueError(
-            f"gather_for_rollout=False with {asked} needs image_batch_size: else each process paints as many images "
-            "at once as its own free memory holds, and waits for calls that the others don't make."
-        )
-    if config.most_rounds > 1:
-        raise ValueError(
-            f"gather_for_rollout=False with num_rounds={config.num_rounds} and {asked} is not supported: processes "
-            "have different numbers of images in later rounds. Leave it True."
-        )
+    name, weights = type(base).__name__, dict(base.named_parameters(remove_duplicate=False))
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    tied = {id(part.weight) for part in ends if part is not None}
+    counts = Counter(id(weight) for weight in weights.values() if id(weight) not in tied)
+    shared = [key for key, weight in weights.items() if counts[id(weight)] > 1]
+    refused = {
+        f"{name} has weights that two of its modules share, such as {shared[:1]}": bool(shared),
+        f"{name} is quantized": any(not weight.is_floating_point() for weight in weights.values()),
+        "A reward that reads with the model itself": readers,
+        "A dataset with a column 'turns'": stories,
+    }
+    for what, is_so in refused.items():
+        if is_so:
+            raise ValueError(f"{what}: that is not supported with FSDP2. Use plain data parallelism, with adapters.")
