@@ -1,6 +1,9 @@
 """Two processes make the update that one makes, by rewards or by examples."""
 
+import shutil
 import socket
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from tests.helpers.rounds import STOP, FixedRounds, rounds_bagel, rounds_trainer
 from tests.helpers.runs import DIVERGING, alarms_of, assert_same_update
 from tests.helpers.sft import make_sft, many_rows
 from tests.helpers.stories import TURNS, stories, story_trainer
-from tests.helpers.tiny_unified import FixedTexts, build_trainer, redness, tiny_bagel, weights
+from tests.helpers.tiny_unified import FixedTexts, build_trainer, moved, redness, tiny_bagel, weights
 from trl_unigrpo.models.contract import ContextRow
 from trl_unigrpo.monitoring.alarm import read_alarms
 from trl_unigrpo.reporting.run_files import read_run
@@ -134,6 +137,37 @@ def fine_tune(folder, case, per_device_train_batch_size):
     return before, weights(trainer.model), trainer.state.log_history[0]
 
 
+RESUMED = {**SETTINGS, "max_steps": 4, "save_steps": 1}
+"""Two generations of two passes each: a checkpoint after each pass."""
+
+
+def go_on(folder, checkpoint=None, per_device_train_batch_size=2):
+    """Train from a checkpoint on; returns the weights, and what was warned of rollouts."""
+    trainer = build_trainer(folder, per_device_train_batch_size=per_device_train_batch_size, **RESUMED)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    told = [str(one.message) for one in caught if "has no rollouts" in str(one.message)]
+    return {"weights": weights(trainer.model), "warned": len(told), "step": trainer.state.global_step}
+
+
+def go_on_in_all_ways(folder, alone):
+    """The whole run, and those that go on from its checkpoints or from one of a single process."""
+    found = {"whole": go_on(folder / "whole")}
+    checkpoint = folder / "whole" / "checkpoint-3"
+    found["inside a generation"] = go_on(folder / "inside", checkpoint)
+    torch.distributed.barrier()
+    lost = folder / "lost" / "checkpoint-3"
+    if torch.distributed.get_rank() == 1:
+        shutil.copytree(checkpoint, lost)
+        (lost / "rollouts_1.pt").unlink()
+    torch.distributed.barrier()
+    found["rollouts of one are lost"] = go_on(folder / "lost", lost)
+    found["from one, inside"] = go_on(folder / "more", alone / "checkpoint-3")
+    found["from one, between"] = go_on(folder / "between", alone / "checkpoint-2")
+    return found
+
+
 def worker(rank, port, folder, cases):
     import os
 
@@ -154,6 +188,7 @@ def worker(rank, port, folder, cases):
         results[case] = {"weights": after, "windows": windows, "prompts": prompts, "log": trainer.state.log_history}
     results["diverging"] = diverge(f"{folder}/diverging", 2)
     results["sft"] = {case: fine_tune(f"{folder}/sft", case, 2) for case in SFT_CASES}
+    results["resumed"] = go_on_in_all_ways(Path(folder) / "resumed", Path(folder) / "alone")
     torch.save(results, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -163,6 +198,7 @@ def in_two_processes(folder, cases):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    go_on(folder / "alone", per_device_train_batch_size=4)
     mp.spawn(worker, args=(port, str(folder), list(cases)), nprocs=2)
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
     return folder, ranks
@@ -227,6 +263,38 @@ def test_processes_share_the_window_but_not_the_work(two_processes):
     windows = [rank["full"]["windows"] for rank in ranks]
     assert all(torch.equal(window, windows[0][0]) for rank in windows for window in rank)
     assert len(windows[0]) == len(windows[1]) == 4
+
+
+@pytest.mark.parametrize("way", ["inside a generation", "rollouts of one are lost"])
+def test_processes_go_on_together(two_processes, way):
+    """Where the rollouts of one are lost, all sample anew: one that went on would wait for the other for ever."""
+    _, ranks = two_processes
+    whole, resumed = ([rank["resumed"][name] for rank in ranks] for name in ("whole", way))
+    lost = way != "inside a generation"
+    assert [found["warned"] for found in resumed] == [int(lost)] * 2
+    assert [found["step"] for found in resumed] == [4, 4]
+    assert not moved(resumed[0]["weights"], resumed[1]["weights"])
+    assert bool(moved(whole[0]["weights"], resumed[0]["weights"])) is lost
+
+
+def distance(before, after, other):
+    """How far two ends are from each other, of the distance moved."""
+    squares = [sum((a[name] - b[name]).square().sum() for name in a) for a, b in ((after, other), (after, before))]
+    return (squares[0] / squares[1]).sqrt().item()
+
+
+def test_run_of_two_processes_goes_on_in_one_and_back(two_processes, tmp_path):
+    """Between two generations it is as if nothing had changed; inside of one, that is sampled anew."""
+    folder, ranks = two_processes
+    whole = folder / "resumed" / "whole"
+    start, end = weights(tiny_bagel()), ranks[0]["resumed"]["whole"]["weights"]
+    between, inside = (go_on(tmp_path / str(step), whole / f"checkpoint-{step}", 4) for step in (2, 3))
+    for found in (between, *(rank["resumed"]["from one, between"] for rank in ranks)):
+        assert found["warned"] == 0 and found["step"] == 4
+        assert distance(start, end, found["weights"]) < 1e-5
+    for found in (inside, *(rank["resumed"]["from one, inside"] for rank in ranks)):
+        assert found["warned"] == 1 and found["step"] == 4
+        assert distance(start, end, found["weights"]) > 1e-3
 
 
 def test_the_gallery_shows_the_images_of_all_processes(two_processes, tmp_path):

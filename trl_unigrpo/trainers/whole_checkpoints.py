@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +18,7 @@ from zipfile import is_zipfile
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -41,6 +40,8 @@ REMEDIES = {
 class WholeCheckpoints(Trainer):
     """The hooks of transformers' `Trainer` that write checkpoints, and choose the one to go on from."""
 
+    control: TrainerControl
+
     _saving = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -52,8 +53,6 @@ class WholeCheckpoints(Trainer):
             OSError: if a file can't be written or read, with what to do about it.
         """
         output = self.args.output_dir
-        if self.args.save_strategy != "no":
-            check_writable(output)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _newest(output)
         elif resume_from_checkpoint:
@@ -148,18 +147,17 @@ def _of_disk(error: Exception, folder: Path) -> OSError | None:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Raise OSError if no file can be written to a folder: a run would find out at its first checkpoint."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        code = error.errno or errno.EIO
-        raise OSError(
-            code,
-            f"output_dir={str(folder)!r} can't be written to: {error.strerror}. "
-            f"{REMEDIES.get(code, _WRITABLE)}. Nothing has been trained yet.",
-        ) from error
+    """Raise OSError if a folder is not one, or can't be written to: a run would find out at its first checkpoint."""
+    place = Path(folder).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        code = errno.ENOTDIR
+    elif not os.access(place, os.W_OK | os.X_OK):
+        code = errno.EACCES
+    else:
+        return
+    raise OSError(code, f"output_dir={str(folder)!r} can't be written to: {os.strerror(code)}: {place}. {_WRITABLE}.")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -201,9 +199,7 @@ def _newest(output: str) -> str:
         fault = next(filter(None, faults), None)
         if fault is None:
             if passed:
-                warnings.warn(
-                    f"Training goes on from {folder}. Passed over is what is not whole: {'; '.join(passed)}."
-                )
+                warnings.warn(f"Training goes on from {folder}. Not whole, and passed over: {'; '.join(passed)}.")
             return str(folder)
         passed.append(f"{folder}: {fault}")
     what = f" ({'; '.join(passed)})" if passed else ""
