@@ -1,8 +1,6 @@
 """Two processes make the update that one makes, by rewards or by examples."""
 
-import shutil
 import socket
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from tests.helpers.editing import edits, tiny_editor
+from tests.helpers.resuming import distance, go_on, go_on_in_all_ways
 from tests.helpers.rounds import STOP, FixedRounds, rounds_bagel, rounds_trainer
 from tests.helpers.runs import DIVERGING, alarms_of, assert_same_update
 from tests.helpers.sft import make_sft, many_rows
@@ -137,37 +136,6 @@ def fine_tune(folder, case, per_device_train_batch_size):
     return before, weights(trainer.model), trainer.state.log_history[0]
 
 
-RESUMED = {**SETTINGS, "max_steps": 4, "save_steps": 1}
-"""Two generations of two passes each: a checkpoint after each pass."""
-
-
-def go_on(folder, checkpoint=None, per_device_train_batch_size=2):
-    """Train from a checkpoint on; returns the weights, and what was warned of rollouts."""
-    trainer = build_trainer(folder, per_device_train_batch_size=per_device_train_batch_size, **RESUMED)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    told = [str(one.message) for one in caught if "has no rollouts" in str(one.message)]
-    return {"weights": weights(trainer.model), "warned": len(told), "step": trainer.state.global_step}
-
-
-def go_on_in_all_ways(folder, alone):
-    """The whole run, and those that go on from its checkpoints or from one of a single process."""
-    found = {"whole": go_on(folder / "whole")}
-    checkpoint = folder / "whole" / "checkpoint-3"
-    found["inside a generation"] = go_on(folder / "inside", checkpoint)
-    torch.distributed.barrier()
-    lost = folder / "lost" / "checkpoint-3"
-    if torch.distributed.get_rank() == 1:
-        shutil.copytree(checkpoint, lost)
-        (lost / "rollouts_1.pt").unlink()
-    torch.distributed.barrier()
-    found["rollouts of one are lost"] = go_on(folder / "lost", lost)
-    found["from one, inside"] = go_on(folder / "more", alone / "checkpoint-3")
-    found["from one, between"] = go_on(folder / "between", alone / "checkpoint-2")
-    return found
-
-
 def worker(rank, port, folder, cases):
     import os
 
@@ -275,12 +243,6 @@ def test_processes_go_on_together(two_processes, way):
     assert [found["step"] for found in resumed] == [4, 4]
     assert not moved(resumed[0]["weights"], resumed[1]["weights"])
     assert bool(moved(whole[0]["weights"], resumed[0]["weights"])) is lost
-
-
-def distance(before, after, other):
-    """How far two ends are from each other, of the distance moved."""
-    squares = [sum((a[name] - b[name]).square().sum() for name in a) for a, b in ((after, other), (after, before))]
-    return (squares[0] / squares[1]).sqrt().item()
 
 
 def test_run_of_two_processes_goes_on_in_one_and_back(two_processes, tmp_path):
