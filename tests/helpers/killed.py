@@ -8,6 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
+import pandas as pd
 import torch
 from transformers import TrainerCallback
 
@@ -27,6 +28,7 @@ WORLD = {
     "logging_steps": 2,
     "eval_strategy": "steps",
     "eval_steps": 3,
+    "log_completions": True,
     "gallery_steps": 3,
     "lr_scheduler_type": "linear",
     "ema_decay": 0.8,
@@ -121,6 +123,9 @@ def left_by(folder: Path, processes: int) -> dict:
         "problems": run.problems,
         "pictures": {name: (folder / "gallery" / name).read_bytes() for name in pictures},
         "alarms": read_alarms(folder),
+        "completions": {
+            file.name: pd.read_parquet(file).to_dict("list") for file in (folder / "completions").glob("completions_*")
+        },
     }
 
 

@@ -29,6 +29,7 @@ SETTINGS = {
     "gradient_accumulation_steps": 2,
     "num_inference_steps": 3,
     "sde_window_range": [0, 2],
+    "sde_window_size": 1,
     "eval_num_inference_steps": 2,
     "max_completion_length": 3,
     "ema_decay": 0.9,

@@ -5,8 +5,8 @@ import resource
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
-import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
@@ -185,13 +185,18 @@ def test_dataset_that_vanishes_costs_no_step(tmp_path):
 
 
 def test_log_that_had_begun_goes_on(make_trainer, tmp_path):
-    settings = {"max_steps": 4, "logging_steps": 4, "gallery_steps": 3}
+    """Its averages, and inside of a generation the table of its texts."""
+    settings = {"max_steps": 4, "logging_steps": 4, "log_completions": True}
     whole = run(make_trainer, tmp_path / "whole", **settings)
     for stop in (2, 3):
-        resumed = run(
-            make_trainer, tmp_path / f"resumed-{stop}", tmp_path / "whole" / f"checkpoint-{stop}", **settings
-        )
+        folder = tmp_path / f"resumed-{stop}"
+        resumed = run(make_trainer, folder, tmp_path / "whole" / f"checkpoint-{stop}", **settings)
         logs = [trainer.state.log_history[0] for trainer in (whole, resumed)]
         names = {name for name in logs[0] if "time" not in name}
         assert {name: logs[0][name] for name in names} == {name: logs[1][name] for name in names}
-        assert torch.isfinite(torch.tensor(logs[0]["loss"])) and logs[0]["loss"] != 0
+        assert logs[0]["loss"] != 0
+        tables = [
+            pd.read_parquet(one / "completions" / "completions_00004.parquet") for one in (tmp_path / "whole", folder)
+        ]
+        pd.testing.assert_frame_equal(*tables)
+        assert len(tables[0]) == 8

@@ -72,6 +72,15 @@ def gathered_means(accelerator: Accelerator, metrics: Mapping[str, Tensor]) -> d
     return dict(zip(metrics, accelerator.gather(own[None]).mean(0).tolist(), strict=True))
 
 
+def _plain(value: Any) -> Any:
+    """What a checkpoint keeps of a log's table: texts and numbers, no images."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple, deque)):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, (str, bool, int, float)) else None
+
+
 class RunKeeping(AveragedRun):
     """The hooks of `GRPOTrainer` that are not the algorithm. [`UniGRPOTrainer`] sets the attributes."""
 
@@ -289,14 +298,24 @@ class RunKeeping(AveragedRun):
             self._progress.resumed_log = known.get("log")
 
     def _open_log(self) -> dict[str, Any]:
-        """Give what the next log will average, of the steps since the last."""
-        return {"metrics": self._metrics["train"], "loss": self._tr_loss, "since": self._globalstep_last_logged}
+        """Give what the next log will average, of the steps since the last, and the texts of its table."""
+        tells = self.log_completions and self.accelerator.is_main_process
+        return {
+            "metrics": self._metrics["train"],
+            "loss": self._tr_loss,
+            "since": self._globalstep_last_logged,
+            "table": _plain({name: values for name, values in self._logs.items() if tells and name != "images"}),
+        }
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         log, self._progress.resumed_log = self._progress.resumed_log, None
         if log is not None:  # transformers has just begun one
             self._metrics["train"].update(log["metrics"])
             self._tr_loss, self._globalstep_last_logged = log["loss"].to(self.args.device), log["since"]
+            for name, kept in log["table"].items():
+                columns = kept.items() if isinstance(kept, dict) else [(None, kept)]
+                for column, values in columns:
+                    (self._logs[name] if column is None else self._logs[name][column]).extend(values)
         return super().get_batch_samples(*args, **kwargs)
 
     @property

@@ -139,10 +139,10 @@ def _of_disk(error: Exception, folder: Path) -> OSError | None:
     """Tell the error of the file system behind one that was met while saving; None if there is none."""
     if isinstance(error, OSError):
         return error
-    number = re.search(r"os error (\d+)", str(error))  # of safetensors; torch does not say which
-    if number is None and "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):
+    number = re.search(r"os error (\d+)", str(error))  # of safetensors
+    if number is None and not re.search("PytorchStreamWriter|unexpected pos|iostream error", str(error)):
         return None
-    code = int(number[1]) if number else errno.ENOSPC
+    code = int(number[1]) if number else errno.ENOSPC  # torch does not say what it was
     return OSError(code, os.strerror(code), str(folder))
 
 
