@@ -1,5 +1,6 @@
 """Runs of one and of several processes that go on from each other's checkpoints."""
 
+import faulthandler
 import os
 import shutil
 import socket
@@ -70,5 +71,6 @@ def _process(rank, count, port, folder, checkpoint):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(600, exit=True)  # processes that wait for each other would for ever
     torch.save(go_on(folder / "run", checkpoint, 4 // count), folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()

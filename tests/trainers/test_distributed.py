@@ -1,5 +1,6 @@
 """Two processes make the update that one makes, by rewards or by examples."""
 
+import faulthandler
 import socket
 from pathlib import Path
 
@@ -143,6 +144,7 @@ def worker(rank, port, folder, cases):
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(900, exit=True)  # processes that wait for each other would for ever
     results = {}
     for case in cases:
         trainer, _, after = run(f"{folder}/{case}", case, 2)
