@@ -157,7 +157,7 @@ def test_folder_that_can_t_be_written_to(tmp_path, make):
     with pytest.raises(
         NotADirectoryError, match=r"output_dir='\S+/file/run' can't be written to: Not a dir.*Make it wri"
     ):
-        make(tmp_path / "file" / "run")
+        make(tmp_path / "file" / "run", save_strategy="steps")
 
 
 def test_dataset_that_vanishes_costs_no_step(tmp_path):

@@ -216,7 +216,7 @@ class ReFLTrainer(TrainingLoop):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 check_names(check_rows(dataset, name, ("prompt",), args if name == "train_dataset" else None))
-        check_writable(args.output_dir)
+        check_writable(args)
         check_evaluation(args, eval_dataset)
         kwargs["callbacks"] = callback_list(kwargs.get("callbacks"))
         source = model if isinstance(model, str) else None

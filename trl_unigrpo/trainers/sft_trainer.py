@@ -198,7 +198,7 @@ class UnifiedSFTTrainer(TrainingLoop):
                     dataset, name, COLUMNS, args if name == "train_dataset" else None, shown=[SOURCE_IMAGE]
                 )
                 columns.update(*found.values())
-        check_writable(args.output_dir)
+        check_writable(args)
         check_evaluation(args, eval_dataset)
         kwargs["callbacks"] = callback_list(kwargs.get("callbacks"))
         if isinstance(model, str):

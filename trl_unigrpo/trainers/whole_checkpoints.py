@@ -18,7 +18,7 @@ from zipfile import is_zipfile
 
 from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
-from transformers import Trainer, TrainerControl
+from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -62,9 +62,9 @@ class WholeCheckpoints(Trainer):
         except OSError as error:
             if error.errno not in REMEDIES:
                 raise
-            folders = checkpoints(output)
-            kept = f"{folders[0]} is whole" if folders else "No checkpoint had been saved yet"
-            how = "`train(resume_from_checkpoint=True)`" if folders else "`train()`"
+            newest = next((folder for folder in checkpoints(output) if fault_of(folder) is None), None)
+            kept = "No checkpoint had been saved yet" if newest is None else f"{newest} is whole"
+            how = "`train()`" if newest is None else "`train(resume_from_checkpoint=True)`"
             problem = f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
             raise OSError(
                 error.errno,
@@ -95,10 +95,11 @@ class WholeCheckpoints(Trainer):
             if args.should_save:
                 self.state.save_to_json(str(begun / TRAINER_STATE_NAME))  # with the best one's final name
         except (OSError, RuntimeError, SafetensorError) as error:
-            if failed := _of_disk(error, begun):
-                shutil.rmtree(begun.parent, ignore_errors=True)
-                raise failed from error
-            raise
+            failed = _of_disk(error, begun)
+            if failed is None:
+                raise
+            shutil.rmtree(begun.parent, ignore_errors=True)  # room for what else is written
+            raise failed from None if failed is error else error
         finally:
             self._saving = False
         self._once_per_disk(partial(_finish, begun, whole))
@@ -146,8 +147,11 @@ def _of_disk(error: Exception, folder: Path) -> OSError | None:
     return OSError(code, os.strerror(code), str(folder))
 
 
-def check_writable(folder: str | Path) -> None:
-    """Raise OSError if a folder is not one, or can't be written to: a run would find out at its first checkpoint."""
+def check_writable(args: TrainingArguments) -> None:
+    """Raise OSError if there will be checkpoints that can't be written: a run would find out at the first of them."""
+    folder = args.output_dir
+    if args.save_strategy == "no":
+        return
     place = Path(folder).absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -157,7 +161,7 @@ def check_writable(folder: str | Path) -> None:
         code = errno.EACCES
     else:
         return
-    raise OSError(code, f"output_dir={str(folder)!r} can't be written to: {os.strerror(code)}: {place}. {_WRITABLE}.")
+    raise OSError(code, f"output_dir={folder!r} can't be written to: {os.strerror(code)}: {place}. {_WRITABLE}.")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
