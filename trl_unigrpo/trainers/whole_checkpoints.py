@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 
 UNFINISHED = "_unfinished"
@@ -106,7 +106,7 @@ class WholeCheckpoints(Trainer):
         if args.push_to_hub:
             self._push_from_checkpoint(str(whole))
         if args.should_save:
-            rotate_checkpoints(str(run), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            _drop_oldest(run, args.save_total_limit, self.state.best_model_checkpoint)
 
     def save_unsaved(self) -> None:
         """Save the steps since the last checkpoint, where a run that has them must end and is one process."""
@@ -121,6 +121,7 @@ class WholeCheckpoints(Trainer):
 
     def _once_per_disk(self, work: Callable[[], None]) -> None:
         """Do it in the first process, then in the first of each machine, which may have a disk of its own."""
+        self.accelerator.wait_for_everyone()
         for chosen in (self.args.process_index == 0, self.args.local_process_index == 0):
             if chosen:
                 work()
@@ -134,6 +135,23 @@ def _finish(begun: Path, whole: Path) -> None:
             whole.rename(begun.parent / "replaced")
         begun.rename(whole)
         shutil.rmtree(begun.parent, ignore_errors=True)
+
+
+def _drop_oldest(run: Path, limit: int | None, best: str | None) -> None:
+    """
+    Delete a run's oldest checkpoints but the best and the newest, as transformers' `rotate_checkpoints` does: but take
+    their names first. One that a kill left half deleted would be the last that was changed, which is the newest to it.
+    """
+    if not limit or limit < 0:
+        return
+    ordered = sort_checkpoints(str(run), use_mtime=True)
+    spared = {ordered[-1], best} & set(ordered)
+    old = [folder for folder in ordered if folder not in spared]
+    for folder in map(Path, old[: max(0, len(ordered) - max(limit, len(spared)))]):
+        gone = run / UNFINISHED / f"old-{folder.name}"
+        gone.parent.mkdir(exist_ok=True)
+        folder.rename(gone)
+    shutil.rmtree(run / UNFINISHED, ignore_errors=True)
 
 
 def _of_disk(error: Exception, folder: Path) -> OSError | None:
