@@ -102,6 +102,15 @@ def test_it_is_whole_at_every_save_and_goes_on_after_a_resumption(make_trainer, 
     run = read_run(tmp_path)
     assert [shown.step for shown in run.shown] == [0, 2, 4, 6] and run.finished
     assert [row["step"] for row in run.metrics if "loss" in row] == list(range(1, 9))
+    assert [row["step"] for row in run.metrics if "train_runtime" in row] == [8]  # the first run's end was none
+
+
+def test_a_resumed_run_shows_what_it_would_have_shown(make_trainer, tmp_path):
+    arguments = {"save_strategy": "steps", "save_steps": 2, "max_steps": 10, "gallery_steps": 6, "num_iterations": 2}
+    for folder, resume in (("whole", None), ("resumed", tmp_path / "whole" / "checkpoint-4")):
+        make_trainer(tmp_path / folder, **arguments).train(resume_from_checkpoint=resume and str(resume))
+    assert [shown.step for shown in read_run(tmp_path / "whole").shown] == [0, 6, 8]
+    assert [shown.step for shown in read_run(tmp_path / "resumed").shown] == [6, 8]
 
 
 def test_a_generation_is_unchanged_by_the_gallery(make_trainer, tmp_path, train):

@@ -1,6 +1,8 @@
 """Two processes make the update that one makes, by rewards or by examples."""
 
+import faulthandler
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from tests.helpers.editing import edits, tiny_editor
+from tests.helpers.resuming import distance, go_on, go_on_in_all_ways
 from tests.helpers.rounds import STOP, FixedRounds, rounds_bagel, rounds_trainer
 from tests.helpers.runs import DIVERGING, alarms_of, assert_same_update
 from tests.helpers.sft import make_sft, many_rows
 from tests.helpers.stories import TURNS, stories, story_trainer
-from tests.helpers.tiny_unified import FixedTexts, build_trainer, redness, tiny_bagel, weights
+from tests.helpers.tiny_unified import FixedTexts, build_trainer, moved, redness, tiny_bagel, weights
 from trl_unigrpo.models.contract import ContextRow
 from trl_unigrpo.monitoring.alarm import read_alarms
 from trl_unigrpo.reporting.run_files import read_run
@@ -141,6 +144,7 @@ def worker(rank, port, folder, cases):
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(900, exit=True)  # processes that wait for each other would for ever
     results = {}
     for case in cases:
         trainer, _, after = run(f"{folder}/{case}", case, 2)
@@ -154,6 +158,7 @@ def worker(rank, port, folder, cases):
         results[case] = {"weights": after, "windows": windows, "prompts": prompts, "log": trainer.state.log_history}
     results["diverging"] = diverge(f"{folder}/diverging", 2)
     results["sft"] = {case: fine_tune(f"{folder}/sft", case, 2) for case in SFT_CASES}
+    results["resumed"] = go_on_in_all_ways(Path(folder) / "resumed", Path(folder) / "alone")
     torch.save(results, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -163,6 +168,7 @@ def in_two_processes(folder, cases):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    go_on(folder / "alone", per_device_train_batch_size=4)
     mp.spawn(worker, args=(port, str(folder), list(cases)), nprocs=2)
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
     return folder, ranks
@@ -227,6 +233,32 @@ def test_processes_share_the_window_but_not_the_work(two_processes):
     windows = [rank["full"]["windows"] for rank in ranks]
     assert all(torch.equal(window, windows[0][0]) for rank in windows for window in rank)
     assert len(windows[0]) == len(windows[1]) == 4
+
+
+@pytest.mark.parametrize("way", ["inside a generation", "rollouts of one are lost"])
+def test_processes_go_on_together(two_processes, way):
+    """Where the rollouts of one are lost, all sample anew: one that went on would wait for the other for ever."""
+    _, ranks = two_processes
+    whole, resumed = ([rank["resumed"][name] for rank in ranks] for name in ("whole", way))
+    lost = way != "inside a generation"
+    assert [found["warned"] for found in resumed] == [int(lost)] * 2
+    assert [found["step"] for found in resumed] == [4, 4]
+    assert not moved(resumed[0]["weights"], resumed[1]["weights"])
+    assert bool(moved(whole[0]["weights"], resumed[0]["weights"])) is lost
+
+
+def test_run_of_two_processes_goes_on_in_one_and_back(two_processes, tmp_path):
+    """Between two generations it is as if nothing had changed; inside of one, that is sampled anew."""
+    folder, ranks = two_processes
+    whole = folder / "resumed" / "whole"
+    start, end = weights(tiny_bagel()), ranks[0]["resumed"]["whole"]["weights"]
+    between, inside = (go_on(tmp_path / str(step), whole / f"checkpoint-{step}", 4) for step in (2, 3))
+    for found in (between, *(rank["resumed"]["from one, between"] for rank in ranks)):
+        assert found["warned"] == 0 and found["step"] == 4
+        assert distance(start, end, found["weights"]) < 1e-5
+    for found in (inside, *(rank["resumed"]["from one, inside"] for rank in ranks)):
+        assert found["warned"] == 1 and found["step"] == 4
+        assert distance(start, end, found["weights"]) > 1e-3
 
 
 def test_the_gallery_shows_the_images_of_all_processes(two_processes, tmp_path):

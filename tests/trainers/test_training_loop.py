@@ -11,6 +11,7 @@ from transformers import PrinterCallback
 from tests.helpers.tiny_unified import IMAGE_SIZE, build_trainer, moved, tiny_bagel, tiny_tokenizer, weights
 from trl_unigrpo import ReFLConfig, ReFLTrainer
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
+from trl_unigrpo.trainers.whole_checkpoints import UNFINISHED, fault_of
 
 
 TRAINERS = ("unigrpo", "refl", "sft")
@@ -67,6 +68,16 @@ def test_finished_run_that_is_resumed_does_not_go_on(tmp_path, kind):
     longer = make(kind, tmp_path, max_steps=3)
     longer.train(resume_from_checkpoint=True)
     assert longer.state.global_step == 3
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_half_a_checkpoint_is_passed_over(tmp_path, kind):
+    make(kind, tmp_path).train()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"best_glo')
+    with pytest.warns(UserWarning, match="checkpoint-2: trainer_state.json is cut off"):
+        make(kind, tmp_path).train(resume_from_checkpoint=True)
+    assert fault_of(tmp_path / "checkpoint-2") is None
+    assert not (tmp_path / UNFINISHED).exists()
 
 
 def test_finished_run_on_a_stream_does_not_go_on(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ..monitoring.events import Generation, RoundNote, Series, Watcher
 from ..monitoring.image_statistics import diversity
@@ -39,7 +40,7 @@ Fetched = tuple[Mapping[int, Image.Image], Mapping[int, Series]]
 """Of the places that are kept: the last image, and where there is more, all of them."""
 
 
-class Gallery(Watcher):
+class Gallery(Watcher, ExportableState):
     """
     A watcher that keeps what a run painted and logged, and a page of it. The first process writes; nothing of it can
     stop a run.
@@ -53,18 +54,24 @@ class Gallery(Watcher):
     def __init__(self) -> None:
         self._records: Records | None = None
         self._worker = Worker("The gallery")
-        self._last_shown: int | None = None
+        self.last_shown: int | None = None
         self._evaluated: list[tuple[Generation, Fetched]] = []  # the batches of the evaluation in progress
         self._callbacks: Sequence[TrainerCallback] = ()
         self._page_cost, self._page_time = 0.0, 0.0
 
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"last_shown": self.last_shown}}
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        # In all processes: which generations are shown is decided in each alike, and so that a resumed run shows those
+        # that it would have shown.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.last_shown = saved["attributes"]["last_shown"] if state.global_step else None
         if not self._writes(args, state):
             return
         records = self._open(args)
-        self._last_shown = None
         info = describe_run(model, args, state)
         self._worker.do(lambda: records.info(info))
         start = state.global_step
@@ -148,11 +155,11 @@ class Gallery(Watcher):
         """
         Say whether the generation before this step is shown: the first in each `gallery_steps`, and the run's last.
         """
-        step, last = state.global_step, self._last_shown
+        step, last = state.global_step, self.last_shown
         of_generation = max(1, args.num_iterations * args.steps_per_generation // args.gradient_accumulation_steps)
         due = last is None or step // args.gallery_steps > last // args.gallery_steps
         if due or step + of_generation >= state.max_steps:
-            self._last_shown = step
+            self.last_shown = step
             return True
         return False
 

@@ -279,7 +279,7 @@ def _read_records(run: Run, file: Path) -> None:
             rows = [
                 (n, old)
                 for n, old in rows
-                if old.get("session") == row.get("session") or 0 < row["step"] >= old["step"]
+                if old.get("session") == row.get("session") or (0 < row["step"] >= old["step"] and not _sums_up(old))
             ]
             run.finished = False
         run.finished = run.finished or row["kind"] == "end"
@@ -296,6 +296,11 @@ def _read_records(run: Run, file: Path) -> None:
                 continue
             latest[shown.step, shown.mode, shown.dataset] = shown
     run.shown = sorted(latest.values(), key=lambda shown: shown.step)
+
+
+def _sums_up(row: Mapping[str, Any]) -> bool:
+    """Say whether a line is what a run logs when it ends: a run that goes on has not ended there."""
+    return "train_runtime" in (row.get("values") or {})
 
 
 def _shown(row: Mapping[str, Any]) -> Shown:

@@ -21,6 +21,7 @@ from .reward_checks import check_reward_funcs
 from .source_checks import check_sources
 from .turn_checks import check_turns
 from .unigrpo_config import UniGRPOConfig
+from .whole_checkpoints import check_writable
 
 
 UNSUPPORTED = {
@@ -60,6 +61,7 @@ def check_arguments(
     columns = check_training_data(trained, args)
     if (evaluated := datasets["eval_dataset"]) is not None:
         columns = {**columns, **check_dataset(evaluated, "eval_dataset")}
+    check_writable(args)
     check_evaluation(args, evaluated)
     names = {name for part in columns.values() for name in part}
     check_reward_funcs(reward_funcs, args, {"source_images" if name == "source_image" else name for name in names})

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..models.averages import WeightAverage, copy_weights
 from ..models.contract import UnifiedModelMixin
@@ -134,11 +133,10 @@ class AveragedRun(TrainingLoop, ShardedRun):
         with self._saved_weights():
             super().save_model(output_dir, _internal_call)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _add_to_checkpoint(self, folder: Path) -> None:
+        super()._add_to_checkpoint(folder)
         state = {} if self._averages is None else self._averages.state()
         if state and self.args.should_save and not self.args.save_only_model:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             torch.save(state, folder / FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -64,6 +64,7 @@ from .refl import (
 from .reward_checks import callback_list
 from .sizes_config import SizesConfig, check_sizes
 from .training_loop import TrainingLoop
+from .whole_checkpoints import check_writable
 
 
 TRAINS = {"text": False, "image": True}
@@ -215,6 +216,7 @@ class ReFLTrainer(TrainingLoop):
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             if dataset is not None:
                 check_names(check_rows(dataset, name, ("prompt",), args if name == "train_dataset" else None))
+        check_writable(args)
         check_evaluation(args, eval_dataset)
         kwargs["callbacks"] = callback_list(kwargs.get("callbacks"))
         source = model if isinstance(model, str) else None

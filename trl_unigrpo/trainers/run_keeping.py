@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..monitoring.events import Generation, Rollout, Watcher
 from ..monitoring.image_statistics import image_statistics
@@ -50,6 +49,7 @@ class Progress:
         eval_rows: trajectories of the evaluation so far.
         eval_prefix: of its metrics' names.
         images: of the last generation batches, for the log's tables.
+        resumed_log: what a checkpoint had ready for its next log, until the first step.
     """
 
     trajectories: list[Trajectory] = field(default_factory=list)
@@ -63,12 +63,22 @@ class Progress:
     eval_rows: int = 0
     eval_prefix: str = "eval"
     images: deque[Any] = field(default_factory=deque)
+    resumed_log: dict[str, Any] | None = None
 
 
 def gathered_means(accelerator: Accelerator, metrics: Mapping[str, Tensor]) -> dict[str, float]:
     """Average scalars over processes: all in one gather, and one wait for the device."""
     own = torch.stack([value.detach().float() for value in metrics.values()])
     return dict(zip(metrics, accelerator.gather(own[None]).mean(0).tolist(), strict=True))
+
+
+def _plain(value: Any) -> Any:
+    """What a checkpoint keeps of a log's table: texts and numbers, no images."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple, deque)):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, (str, bool, int, float)) else None
 
 
 class RunKeeping(AveragedRun):
@@ -98,7 +108,7 @@ class RunKeeping(AveragedRun):
     @property
     def generation(self) -> int:
         """Number of the generation batch that is trained on: the same however it is cut into micro-batches."""
-        return self._step // (self.args.steps_per_generation * self.num_iterations)
+        return self._step // self._generation_steps
 
     @property
     def _trains_image(self) -> bool:
@@ -234,16 +244,16 @@ class RunKeeping(AveragedRun):
 
     # Checkpoints and the card
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        passes_left = self._step % (self.args.steps_per_generation * self.num_iterations)
+    def _add_to_checkpoint(self, folder: Path) -> None:
+        super()._add_to_checkpoint(folder)
+        passes_left = self._step % self._generation_steps
         state = {
             "step": self._step,
             "geometry": self._geometry,
             "buffer": self._buffered_inputs if passes_left else None,
             "velocities": self._kept.state() if passes_left else {},
             "baseline": self._baseline,
+            "log": self._open_log(),
         }
         save_rollouts(folder, self.accelerator.process_index, state, self.unified.context_types)
 
@@ -252,20 +262,57 @@ class RunKeeping(AveragedRun):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = load_rollouts(checkpoint, self.accelerator.process_index, self.unified.context_types)
-        if state is not None and state["geometry"] == self._geometry:
-            # TRL's tensors go to the device; trajectories are no containers to it, and stay.
-            self._step, self._buffered_inputs = state["step"], send_to_device(state["buffer"], self.accelerator.device)
-            self._kept.restore(state["velocities"])
-            self._baseline = state.get("baseline")
-            return
+        if checkpoint is not None:
+            self._resume_generation(checkpoint)
+
+    def _resume_generation(self, checkpoint: str) -> None:
+        """Go on where a checkpoint stands between the passes over a generation batch, if all processes can."""
+        types, processes = self.unified.context_types, self.accelerator.num_processes
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        warnings.warn(
-            f"{checkpoint} has no rollouts of a run with these batch sizes and processes. Training goes on, but a "
-            "generation batch that was in use is sampled anew."
-        )
+        own = load_rollouts(checkpoint, self.accelerator.process_index, types)
+        fits = own is not None and own["geometry"] == self._geometry
+        known = own if own is not None else load_rollouts(checkpoint, 0, types)
+        ended = known is not None and known["buffer"] is None and self._step % self._generation_steps == 0
+        # A process that samples anew while another trains would wait for it for ever, and it for this one.
+        able = reduce(torch.tensor(float(fits or ended), device=self.args.device), reduction="sum")
+        if known is None or able < processes:
+            warnings.warn(
+                f"{checkpoint} has no rollouts of a run with these batch sizes and processes, or not for each of its "
+                "processes. Training goes on, but a generation batch that was in use is sampled anew."
+            )
+            return
+        self._baseline = known.get("baseline")
+        if fits:
+            # TRL's tensors go to the device; trajectories are no containers to it, and stay.
+            self._step, self._buffered_inputs = known["step"], send_to_device(known["buffer"], self.accelerator.device)
+            self._kept.restore(known["velocities"])
+            self._progress.resumed_log = known.get("log")
+
+    def _open_log(self) -> dict[str, Any]:
+        """Give what the next log will average, of the steps since the last, and the texts of its table."""
+        tells = self.log_completions and self.accelerator.is_main_process
+        return {
+            "metrics": self._metrics["train"],
+            "loss": self._tr_loss,
+            "since": self._globalstep_last_logged,
+            "table": _plain({name: values for name, values in self._logs.items() if tells and name != "images"}),
+        }
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        log, self._progress.resumed_log = self._progress.resumed_log, None
+        if log is not None:  # transformers has just begun one
+            self._metrics["train"].update(log["metrics"])
+            self._tr_loss, self._globalstep_last_logged = log["loss"].to(self.args.device), log["since"]
+            for name, kept in log["table"].items():
+                columns = kept.items() if isinstance(kept, dict) else [(None, kept)]
+                for column, values in columns:
+                    (self._logs[name] if column is None else self._logs[name][column]).extend(values)
+        return super().get_batch_samples(*args, **kwargs)
+
+    @property
+    def _generation_steps(self) -> int:
+        """Micro-steps that a generation batch is used for."""
+        return self.args.steps_per_generation * self.num_iterations
 
     @property
     def _geometry(self) -> list[int]:

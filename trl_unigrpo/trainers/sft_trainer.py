@@ -37,6 +37,7 @@ from .prompt_checks import CheckedRows
 from .reward_checks import callback_list
 from .training_loop import TrainingLoop
 from .trl_bridge import take_steps
+from .whole_checkpoints import check_writable
 
 
 COLUMNS = ("prompt", "completion", "image")
@@ -197,6 +198,7 @@ class UnifiedSFTTrainer(TrainingLoop):
                     dataset, name, COLUMNS, args if name == "train_dataset" else None, shown=[SOURCE_IMAGE]
                 )
                 columns.update(*found.values())
+        check_writable(args)
         check_evaluation(args, eval_dataset)
         kwargs["callbacks"] = callback_list(kwargs.get("callbacks"))
         if isinstance(model, str):

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.data import Sampler
-from transformers import Trainer
 
 from .dataset_checks import too_few_rows
+from .whole_checkpoints import WholeCheckpoints
 
 
 class EpochsInOrder(Sampler[int]):
@@ -34,7 +34,7 @@ class EpochsInOrder(Sampler[int]):
         return len(self.sampler)  # type: ignore[arg-type]
 
 
-class TrainingLoop(Trainer):
+class TrainingLoop(WholeCheckpoints):
     """The hook of transformers' loop where its batches come from."""
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -47,7 +47,11 @@ class TrainingLoop(Trainer):
         if self.state.global_step >= self.state.max_steps:  # a finished run was resumed
             self.control.should_training_stop = True
             return [], None
-        batches, number = super().get_batch_samples(*args, **kwargs)
+        try:
+            batches, number = super().get_batch_samples(*args, **kwargs)
+        except OSError:
+            self.save_unsaved()
+            raise
         if not batches and self.state.global_step == 0:
             raise ValueError(f"train_dataset ended before the first optimizer step: {too_few_rows(self.args)}")
         return batches, number
