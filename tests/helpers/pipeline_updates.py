@@ -3,12 +3,15 @@
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
 
 from tests.helpers.tiny_cosmos3 import tiny_cosmos3
 from tests.helpers.tiny_painters import tiny_model
 from tests.helpers.tiny_pipelines import tokenizer
-from tests.helpers.tiny_unified import SPECIAL, WORDS, FixedTexts, build_trainer, redness, weights
+from tests.helpers.tiny_unified import SPECIAL, WORDS, FixedTexts, build_trainer, prompts_dataset, redness, weights
 from tests.helpers.toy_painter import toy_painter
+from trl_unigrpo import ReFLConfig, ReFLTrainer
+from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
 
 
 def equal_for_some(prompts, completions, images, **_):
@@ -75,7 +78,46 @@ def update(folder, case, per_device_train_batch_size):
     )
     before = weights(trainer.model)
     trainer.train()
-    return before, weights(trainer.model), trainer.state.log_history
+    return before, weights(trainer.model), trainer.state.log_history[:-1]
+
+
+def other_update(folder, kind, size):
+    """The same of the other trainers."""
+    settings = {
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "max_steps": 2,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": 2,
+        "optim": "sgd",
+        "learning_rate": 0.5,
+    }
+    model = tiny_model()
+    if kind == "sft":
+        args = UnifiedSFTConfig(str(folder), **settings)
+        images = [Image.new("RGB", (8, 8), (60 * i, 200, 20)) for i in range(4)]
+        rows = prompts_dataset(copies=4, completion=["a b c", "d", "", "e f"], image=images)
+        trainer = UnifiedSFTTrainer(model, args, rows, processing_class=tokenizer())
+    else:
+        args = ReFLConfig(str(folder), image_size=8, max_completion_length=4, temperature=0.0, **settings)
+        trainer = ReFLTrainer(
+            model, lambda pixels, **_: pixels[:, 0].mean((1, 2)), args, prompts_dataset(), processing_class=tokenizer()
+        )
+    before = weights(trainer.model)
+    trainer.train()
+    return (
+        before,
+        weights(trainer.model),
+        [{"loss": log["loss"]} for log in trainer.state.log_history if "loss" in log],
+    )
+
+
+def other_updates(folder, rank, kinds):
+    return {kind: other_update(folder / kind, kind, 2)[1:] for kind in kinds}
 
 
 def updates(folder, rank, cases):
@@ -92,7 +134,7 @@ def assert_same_run(one, two):
         moved, off = ([a[name] - b[name] for name in names] for a, b in ((after, before), (found, after)))
         moved, off = (torch.cat([x.flatten() for x in parts]).norm().item() for parts in (moved, off))
         assert off <= 1e-4 * moved, f"{off:.2g} off, moved by {moved:.2g}"
-    for alone, together in zip(log[:-1], its_log[:-1], strict=True):
+    for alone, together in zip(log, its_log, strict=True):
         assert alone.keys() == together.keys()
         for name in (name for name in alone if not name.startswith((*TIMES, *OF_MICRO_BATCHES))):
             assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-6), name

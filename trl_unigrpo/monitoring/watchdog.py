@@ -22,6 +22,8 @@ BEAT = 2.0
 """Seconds from one sign of life to the next; with hundreds of processes longer, as each hears all others."""
 SILENT = 3
 """Missing signs of life of a process that is gone."""
+ANSWER = 10.0
+"""Seconds that the store has to answer."""
 GRACE = 30.0
 """Seconds that a collective has to raise by itself before the process is ended."""
 AGAIN = "Checkpoints are whole: go on from the last with train(resume_from_checkpoint=True)."
@@ -81,16 +83,16 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     @classmethod
-    def start(cls, rank: int, world: int, phases: Phases, timeout: float) -> "Watchdog":
+    def start(cls, accelerator: Accelerator, phases: Phases, timeout: float) -> "Watchdog":
         """Begin to watch; all processes must call it."""
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        wait = timedelta(seconds=timeout)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        host, wait = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=ANSWER)
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait) if rank == 0 else None
         (port,) = broadcast_object_list([store and store.port])
         if store is None:
             store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=wait)
         dog = cls(store, rank, world, phases, timeout)
-        dist.barrier()  # all have said something
+        accelerator.wait_for_everyone()  # all have said something
         dog.watch()
         return dog
 
@@ -102,14 +104,15 @@ class Watchdog:
         """End the watch."""
         self._over.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(2 * ANSWER)
 
     def failed(self, error: BaseException) -> None:
         """Tell the others what ends this process, and note in the error which of them it may come from."""
         self.stop()
         self._own.error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         for _ in range(SILENT + 1):  # as long as they need to hear it, and this process to see who is silent
-            if not self.hear():
+            if self._thread.is_alive() or not self.hear():  # it still waits for an answer
+                self._without_store()
                 break
             time.sleep(self.beat)
         if isinstance(error, RuntimeError) and (found := self.missing(SILENT * self.beat)):
@@ -139,7 +142,8 @@ class Watchdog:
     def _watch(self) -> None:
         said = 0.0
         while not self._over.wait(self.beat):
-            self.hear()
+            if not self.hear():
+                self._without_store()
             found = self.missing(self.timeout)
             if found and not said:
                 said = time.monotonic()
@@ -155,14 +159,18 @@ class Watchdog:
         told = {name: getattr(self._own, name) for name in ("beat", "begun", "phase", "error")}
         self.store.set(str(self.rank), json.dumps(told))
 
+    def _without_store(self) -> None:
+        """Take note that the first process is gone, and that of the others nothing is known."""
+        self._others = {other: heard for other, heard in self._others.items() if other == 0}
+        for heard in self._others.values():
+            heard.error = heard.error or "it no longer answers."
+
     def hear(self) -> bool:
         """Say how far this process is and hear of others; False where the first, which has the store, is not there."""
         try:
             self._say()
             told = self.store.multi_get([str(other) for other in self._others])
         except RuntimeError:
-            self._others = {0: self._others[0]}  # of the others nothing is known now
-            self._others[0].error = self._others[0].error or "it no longer answers."
             return False
         for heard, one in zip(self._others.values(), told, strict=True):
             heard.take(json.loads(one))
@@ -172,10 +180,10 @@ class Watchdog:
 @contextmanager
 def under_watch(accelerator: Accelerator, phases: Phases, timeout: float) -> Iterator[None]:
     """Have a watchdog over a run, where it has several processes."""
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or not dist.is_initialized():
         yield
         return
-    dog = Watchdog.start(accelerator.process_index, accelerator.num_processes, phases, timeout)
+    dog = Watchdog.start(accelerator, phases, timeout)
     try:
         yield
     except Exception as error:
@@ -183,6 +191,6 @@ def under_watch(accelerator: Accelerator, phases: Phases, timeout: float) -> Ite
         raise
     else:
         dog.stop()
-        dist.barrier()  # the first keeps the store until nobody asks any more
+        accelerator.wait_for_everyone()  # the first keeps the store until nobody asks any more
     finally:
         dog.stop()

@@ -132,13 +132,13 @@ class RunKeeping(AveragedRun):
 
     def _generate(self, prompts: list[Any]) -> Any:
         """Sample texts, whose lengths TRL gathers for its metrics: there, too, only rows that count."""
-        progress, gather, real = self._progress, self.accelerator.gather, None
-        if self.mode == "eval":
-            count = len(prompts) * self.accelerator.num_processes
-            total, before = progress.eval_total, sum(progress.eval_counts)
-            real = count if total is None else min(count, total - before)
-            progress.eval_counts.append(real)
-        progress.real = real
+        progress, gather = self._progress, self.accelerator.gather
+        if self.mode == "train":
+            progress.real = None
+            return super()._generate(prompts)
+        count, total = len(prompts) * self.accelerator.num_processes, progress.eval_total
+        real = progress.real = count if total is None else min(count, total - sum(progress.eval_counts))
+        progress.eval_counts.append(real)
         with attributes(self.accelerator, gather=lambda tensor: gather(tensor)[:real]):
             return super()._generate(prompts)
 
