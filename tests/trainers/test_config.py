@@ -526,3 +526,26 @@ def test_text_alone_needs_no_window(tmp_path):
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd"])
 def test_other_optimizers_are_allowed(tmp_path, optim):
     assert tiny_config(tmp_path, optim=optim).optim == optim
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings", "message"),
+    [
+        (3, {"gradient_accumulation_steps": 3, "num_generations": 8}, r"_steps=3 .* makes 36 .* a multiple of 2\b"),
+        (
+            5,
+            {"steps_per_generation": 1, "per_device_train_batch_size": 2},
+            r"_generation=1 .* 5 proc.* multiple of 2",
+        ),
+        (3, {"generation_batch_size": 32}, r"generation_batch_size=32 .*_size=4 on 3 processes .* multiple of 12\b"),
+        (
+            1,
+            {"per_device_train_batch_size": 3},
+            r"size=3 on 1 process makes 6 .*gradient_.*_steps to a multiple of 4",
+        ),
+    ],
+)
+def test_worlds_that_cut_no_whole_groups(tmp_path, monkeypatch, processes, settings, message):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, **settings)

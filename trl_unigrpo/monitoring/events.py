@@ -1,7 +1,7 @@
 """The events of a run for those who watch it, beside those of `transformers.TrainerCallback`."""
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,14 @@ from ..flow import Transition
 from ..flow.states import SDESteps
 from ..trajectory import Trajectory
 from .image_statistics import ImageStatistics
+
+
+MadeOf = Callable[[Image.Image], Image.Image]
+
+
+def unchanged(image: Image.Image) -> Image.Image:
+    """Give the image itself."""
+    return image
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,14 @@ class Series:
     painted: Sequence[Image.Image | None] = ()
     begun: Sequence[Image.Image | None] = ()
 
+    def made(self, made: MadeOf) -> "Series":
+        """Give the same of what is made of each image."""
+
+        def each(images: Sequence[Image.Image | None]) -> list[Any]:
+            return [None if image is None else made(image) for image in images]
+
+        return Series(each(self.sources), each(self.painted), each(self.begun))
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -96,25 +112,48 @@ class Generation:
     series: Sequence[Series] = ()
     """Of this process' samples, where there are `rounds`."""
 
-    def fetch(self, places: Sequence[int]) -> dict[int, Image.Image]:
+    def fetch(self, places: Sequence[int], made: MadeOf = unchanged) -> dict[int, Image.Image]:
         """
         Bring the images at some places to the first process: place -> image; nothing in the others.
 
         All processes must call it, with the same places.
+
+        Args:
+            made: of each image before it travels: a full one is 3 MB at 1024 pixels.
         """
-        return self._fetch(places, self.images)
+        return self._fetch({place: made(self.images[place - self.first]) for place in places if self.holds(place)})
 
-    def fetch_series(self, places: Sequence[int]) -> dict[int, Series]:
+    def fetch_series(self, places: Sequence[int], made: MadeOf = unchanged) -> dict[int, Series]:
         """Bring all that some samples painted and edit, as [`fetch`] does; nothing where there are no `rounds`."""
-        return self._fetch(places, self.series) if self.rounds else {}
+        if not self.rounds:
+            return {}
+        held = {place: self.series[place - self.first] for place in places if self.holds(place)}
+        return self._fetch({place: one.made(made) for place, one in held.items()})
 
-    def _fetch(self, places: Sequence[int], held: Sequence[Any]) -> dict[int, Any]:
-        own = {place: held[place - self.first] for place in places if self.holds(place)}
+    def _fetch(self, own: dict[int, Any]) -> dict[int, Any]:
         if not (dist.is_available() and dist.is_initialized()):
             return own
         parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(own, parts)
         return {place: one for part in parts or [] for place, one in part.items()}
+
+    def first_of(self, count: int | None) -> "Generation":
+        """Give the first samples of this batch alone; all for None."""
+        if count is None or count >= len(self.prompts):
+            return self
+        own = max(0, min(len(self.images), count - self.first))
+        return replace(
+            self,
+            prompts=self.prompts[:count],
+            thinking=self.thinking[:count],
+            images=self.images[:own],
+            statistics=self.statistics[:count],
+            rewards={name: values[:count] for name, values in self.rewards.items()},
+            advantages=self.advantages[:count],
+            extra={name: values[:count] for name, values in self.extra.items()},
+            rounds=self.rounds[:count],
+            series=self.series[:own],
+        )
 
     def holds(self, place: int) -> bool:
         """Say whether this process has the image at a place."""

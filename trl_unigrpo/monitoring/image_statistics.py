@@ -154,6 +154,6 @@ def diversity(statistics: Sequence[ImageStatistics], group_size: int) -> float:
     return float(np.sqrt(((vectors_PGD[:, first] - vectors_PGD[:, second]) ** 2).mean(2)).mean())
 
 
-def pixel_spread(images: Sequence[Image.Image]) -> float:
-    """Average the standard deviation of each image's pixels, in [0, 255]: near 0 where images turn blank."""
-    return float(np.mean([np.asarray(image, dtype=np.float32).std() for image in images]))
+def pixel_spread(image: Image.Image) -> float:
+    """Measure the standard deviation of an image's pixels, in [0, 255]: near 0 where it turns blank."""
+    return float(np.asarray(image, dtype=np.float32).std())

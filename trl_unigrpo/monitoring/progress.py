@@ -26,6 +26,7 @@ class Phases:
         self.record, self.shows, self.slow = record, shows, slow
         self._running: list[str] = []
         self._since = 0.0
+        self._turns, self._place = 0, "start"
         self._seconds: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._bars: dict[str, _Bar] = {}
@@ -39,12 +40,18 @@ class Phases:
         finally:
             self.end(name)
 
+    @property
+    def place(self) -> tuple[int, str]:
+        """How many phases have begun and ended so far, and the one that runs, or that was the last."""
+        return self._turns, self._place
+
     def begin(self, name: str) -> None:
         """Start a phase, unless it runs already."""
         if name in self._running:
             return
         self._accrue()
         self._running.append(name)
+        self._turns, self._place = self._turns + 1, name
         if self.shows:
             self._bars[name] = _Bar(name, self._last.get(name, 0.0), self.slow, len(self._running))
 
@@ -53,6 +60,7 @@ class Phases:
         while name in self._running:
             self._accrue()
             ended = self._running.pop()
+            self._turns, self._place = self._turns + 1, self._running[-1] if self._running else f"after {ended}"
             seconds = self._last[ended] = self._seconds.pop(ended)
             if ended in self._bars:
                 self._bars.pop(ended).close()

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from ..monitoring.events import Generation, RoundNote, Series, Watcher
 from ..monitoring.image_statistics import diversity
 from .description import describe_run
-from .pages import jpeg, prompt_text, write_page
+from .pages import jpeg, prompt_text, shrunk, write_page
 from .run_files import (
     Records,
     Shown,
@@ -37,7 +38,7 @@ SIDE, QUALITY = 256, 80  # of the images, as JPEG
 SHARE = 0.01  # of the time that may go into pages, between the last and the next
 
 Fetched = tuple[Mapping[int, Image.Image], Mapping[int, Series]]
-"""Of the places that are kept: the last image, and where there is more, all of them."""
+"""Of the places that are kept: the last image, and where there is more, all of them; as small as they are written."""
 
 
 class Gallery(Watcher, ExportableState):
@@ -210,7 +211,8 @@ def choose_places(generation: Generation) -> list[int]:
 
 
 def _fetch(generation: Generation, places: Sequence[int]) -> Fetched:
-    return generation.fetch(places), generation.fetch_series(places)
+    small = partial(shrunk, max_side=SIDE)  # as they are written: in full, a batch would be gigabytes
+    return generation.fetch(places, small), generation.fetch_series(places, small)
 
 
 def choose(

@@ -93,7 +93,7 @@ class Shown:
         dataset: name of the evaluation's dataset, "" if it has none.
         group_size: samples per prompt, which lie side by side.
         total: samples in the batch, of which `samples` are shown.
-        side: pixels of its images' longer side.
+        side: pixels of its images' longer side, as they are kept.
     """
 
     step: int

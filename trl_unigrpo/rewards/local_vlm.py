@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from .common import Seen, images_of
+from .own_device import OwnDevice
 from .pixels import differentiable_pixels
 
 
-class LocalVLM:
+class LocalVLM(OwnDevice):
     """
     Base of what asks a vision-language model in this process.
 
@@ -22,7 +23,7 @@ class LocalVLM:
         model: folder or hub id of an image-text-to-text model, or the model itself. Its weights are frozen.
         processor: needed with a model that is no name.
         dtype: of the weights, as "bfloat16" or `torch.bfloat16`; "auto" for the checkpoint's.
-        device: where it computes; by default the GPU if there is one.
+        device: where it computes; by default its process' own GPU if there is one.
         batch_size: images at once; where the memory runs out, half as many from then on.
         max_side: larger images are scaled down to so many pixels before the model's own processor; None for never.
         offload: keep the weights in the CPU's memory between uses.
@@ -59,11 +60,9 @@ class LocalVLM:
                 "image-text-to-text model with its processor."
             )
         self.model, self.processor = model.eval().requires_grad_(False), processor
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.wanted_device = device
         self.batch_size, self.max_side, self.offload = batch_size, max_side, offload
         self._turn = threading.Lock()
-        if not offload:
-            self.model.to(self.device)
 
     def release(self) -> None:
         """Move the weights back to the CPU, with `offload=True`."""
@@ -75,7 +74,7 @@ class LocalVLM:
     def loaded(self) -> Iterator[None]:
         """Have the weights where they compute; one at a time."""
         with self._turn:
-            self.model.to(self.device)
+            self.placed()
             try:
                 yield
             finally:

@@ -1,5 +1,6 @@
 """Checks of a `UniGRPOConfig`: each error names the value, what was expected, and the remedy."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -283,4 +284,27 @@ def check_epochs(config: Any) -> None:
             f"{config.gradient_accumulation_steps} and steps_per_generation={config.steps_per_generation}, all "
             "passes over a generation fall into one optimizer step. Leave steps_per_generation unset, or set "
             f"gradient_accumulation_steps={config.steps_per_generation}."
+        )
+
+
+def check_groups(config: Any, processes: int) -> None:
+    """Raise ValueError where the generation batch of so many processes can't be cut, or is no number of groups."""
+    group, batch = config.num_generations or 1, config.generation_batch_size
+    once = config.per_device_train_batch_size * processes
+    told = (
+        f"per_device_train_batch_size={config.per_device_train_batch_size} on {processes} "
+        f"process{'es' * (processes > 1)}"
+    )
+    if batch is not None and config.steps_per_generation is None and batch % math.lcm(once, group):
+        raise ValueError(
+            f"generation_batch_size={batch} with {told} and num_generations={group}: expected a multiple of "
+            f"{math.lcm(once, group)}, so that each process has as much of it, and all of them whole groups. Or leave "
+            "it unset."
+        )
+    name = "gradient_accumulation_steps" if config.steps_per_generation is None else "steps_per_generation"
+    steps, least = getattr(config, name), math.lcm(once, group) // once
+    if batch is None and steps % least:
+        raise ValueError(
+            f"{name}={steps} with {told} makes {steps * once} trajectories, no whole groups of "
+            f"num_generations={group}: set {name} to a multiple of {least}, or another batch size."
         )

@@ -13,16 +13,21 @@ from ..images import has_failed
 from ..monitoring.image_statistics import pixel_spread
 
 
-def image_metrics(accelerator: Accelerator, images: Sequence[Image.Image]) -> dict[str, float]:
+def image_metrics(
+    accelerator: Accelerator, images: Sequence[Image.Image], real: int | None = None
+) -> dict[str, float]:
     """
     Measure the images that were painted on all processes.
+
+    Args:
+        real: how many of them count, by default all.
 
     Raises:
         ValueError: if none of them is a number.
     """
     failed = [has_failed(image) for image in images]
-    spread = torch.tensor(pixel_spread(images), device=accelerator.device)
-    share = accelerator.gather(torch.tensor(failed, dtype=torch.float32, device=accelerator.device)).mean().item()
+    own = torch.tensor([[*map(pixel_spread, images)], failed], dtype=torch.float32, device=accelerator.device)
+    spread, share = accelerator.gather(own.T.contiguous())[:real].double().mean(0).tolist()
     if share == 1:
         raise ValueError(
             f"All {len(images)} images of a batch came out of the VAE as NaN or infinity. Mostly it overflows in half "
@@ -34,7 +39,7 @@ def image_metrics(accelerator: Accelerator, images: Sequence[Image.Image]) -> di
             "Some images came out of the VAE as NaN or infinity: they have no reward and don't count. The metric "
             "`images/not_finite` has their share. A VAE that overflows in half precision needs float32."
         )
-    return {"images/pixel_std": accelerator.gather(spread).mean().item(), "images/not_finite": share}
+    return {"images/pixel_std": spread, "images/not_finite": share}
 
 
 def without_failed(

@@ -109,7 +109,7 @@ class RoundsTrainer(RunKeeping):
             for t, seen, own in zip(walk.trajectories, walk.seen, walk.painted, strict=True):
                 own.append(painted.get(id(t)))
                 seen.append(seen[-1] if own[-1] is None else own[-1])
-            self._note(image_metrics(self.accelerator, [seen[-1] for seen in walk.seen]))
+            self._note(image_metrics(self.accelerator, [seen[-1] for seen in walk.seen], self._progress.real))
             if self._trains_image:
                 self._tell_rollout(
                     [replace(t, rounds=t.rounds[number:][:1]) for t in walk.trajectories], number=number
@@ -247,7 +247,7 @@ class RoundsTrainer(RunKeeping):
         """Score one image of each trajectory: (N, F), without failures."""
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         rewards = mask_failed(self.accelerator, rewards, inputs)
-        return self._book.enter(rewards, self.group_size, self.scale_rewards)
+        return self._book.enter(rewards, self.group_size, self.scale_rewards, self._progress.real)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
         """Score what credit needs of the rounds that are not scored yet; returns the last images' (N, F)."""
@@ -340,7 +340,8 @@ class RoundsTrainer(RunKeeping):
         texts = [self._decoded([part.text_ids for part in t.rounds]) for t in walk.trajectories]
         self._progress.told = tell_rounds(walk, own.start, texts, rewards[own], stood[own], advantages[own])
         told = rewards.masked_fill(~counted, torch.nan)
-        self._note({"rounds/baseline": share, **_metrics(told, stood, acted, painted)})
+        real = (values[: self._progress.real] for values in (told, stood, acted, painted))
+        self._note({"rounds/baseline": share, **_metrics(*real)})
 
     def _observed(self, rows: Sequence[dict[str, Any]], advantages: Tensor) -> Generation:
         """Describe the generation batch of all processes, with its rounds."""
@@ -400,7 +401,8 @@ class RoundsTrainer(RunKeeping):
         mine = [winner - first for winner in sorted(set(winners[~ended].tolist())) if first <= winner < first + count]
         self._show_images(walk, mine)
         found = {first + i: (walk.shown[i], walk.seen[i][-1]) for i in mine}
-        found = {winner: image for part in gather_object([found]) for winner, image in part.items()}
+        if count % group:  # else all of a group are in one process, and no image need travel
+            found = {winner: image for part in gather_object([found]) for winner, image in part.items()}
         for i in going:
             walk.shown[i], walk.seen[i][-1] = found[int(winners[first + i])]
 

@@ -13,10 +13,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce, send_to_device
 from torch import Tensor
+from transformers.trainer_utils import has_length
 
+from ..models.patching import attributes
 from ..monitoring.events import Generation, Rollout, Watcher
 from ..monitoring.image_statistics import image_statistics
 from ..monitoring.progress import Phases
+from ..monitoring.watchdog import under_watch
 from ..reporting.completion_images import write_completion_images
 from ..reporting.gallery import Gallery
 from ..reporting.model_card import rewrite_card
@@ -44,9 +47,14 @@ class Progress:
         told: of these rounds, for watchers.
         reading: trajectories whose texts are being read, where these show images.
         forward: of the micro-batch whose loss is being computed.
-        metrics: of the image's objective, of the optimizer step's micro-batches.
+        parts: metrics of the image's objective, of the parts of the micro-batch, each times its share of the whole.
+        metrics: the same of the optimizer step's micro-batches, over all processes.
         learning_rates: that the last optimizer step used, for the log.
         eval_rows: trajectories of the evaluation so far.
+        eval_total: trajectories of the whole evaluation; None where its length is not known.
+        eval_counts: how many each of its batches had.
+        real: how many trajectories of the batch count; None for all. Accelerate fills an evaluation's last batch with
+            rows of the first.
         eval_prefix: of its metrics' names.
         images: of the last generation batches, for the log's tables.
         resumed_log: what a checkpoint had ready for its next log, until the first step.
@@ -58,9 +66,13 @@ class Progress:
     told: list[Any] = field(default_factory=list)
     reading: Sequence[Trajectory] | None = None
     forward: TextAndVelocities | None = None
+    parts: list[dict[str, Tensor]] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     learning_rates: dict[str, float] = field(default_factory=dict)
     eval_rows: int = 0
+    eval_total: int | None = None
+    eval_counts: list[int] = field(default_factory=list)
+    real: int | None = None
     eval_prefix: str = "eval"
     images: deque[Any] = field(default_factory=deque)
     resumed_log: dict[str, Any] | None = None
@@ -122,6 +134,31 @@ class RunKeeping(AveragedRun):
             self._progress.eval_rows += count * self.accelerator.num_processes
         return range(first, first + count)
 
+    # Each row once
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = len(dataloader.dataset) if has_length(dataloader.dataset) else None
+        self._progress.eval_total = rows and rows * self.num_generations_eval
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        """Sample texts, whose lengths TRL gathers for its metrics: there, too, only rows that count."""
+        progress, gather = self._progress, self.accelerator.gather
+        if self.mode == "train":
+            progress.real = None
+            return super()._generate(prompts)
+        count, total = len(prompts) * self.accelerator.num_processes, progress.eval_total
+        real = progress.real = count if total is None else min(count, total - sum(progress.eval_counts))
+        progress.eval_counts.append(real)
+        with attributes(self.accelerator, gather=lambda tensor: gather(tensor)[:real]):
+            return super()._generate(prompts)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        outputs = super()._generate_and_score_completions(inputs)
+        if self.mode == "eval" and (real := self._progress.real):  # TRL counts a row without a reward
+            self._metrics["eval"]["frac_reward_zero_std"][-1] *= len(self._book.rewards) / real
+        return outputs
+
     # The precision of the rollout
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -161,7 +198,8 @@ class RunKeeping(AveragedRun):
             self._progress.images.extend(shown)
             if self.log_multimodal:
                 self._logs["images"].extend([image] for image in shown)
-        self._tell("on_generation", generation=observed, metrics=self._metrics[self.mode])
+        counted = observed.first_of(self._progress.real)
+        self._tell("on_generation", generation=counted, metrics=self._metrics[self.mode])
 
     def _observed(self, rows: Sequence[dict[str, Any]], advantages: Tensor) -> Generation:
         """Describe the generation batch of all processes."""
@@ -189,6 +227,14 @@ class RunKeeping(AveragedRun):
         for name, value in metrics.items():
             self._metrics[self.mode][name].append(value)
 
+    def _note_parts(self) -> None:
+        """Note the metrics of a micro-batch's images: gathered once, as not every process has as many parts."""
+        parts, self._progress.parts = self._progress.parts, []
+        whole = {name: torch.stack([part[name] for part in parts]).sum() for name in parts[0]}
+        for name, mean in gathered_means(self.accelerator, whole).items():
+            self._note({name: mean})
+            self._progress.metrics.setdefault(name, []).append(mean)
+
     def _record_seconds(self, phase: str, seconds: float) -> None:
         self._note({f"time/{phase}": seconds})
 
@@ -199,11 +245,12 @@ class RunKeeping(AveragedRun):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)
+            with under_watch(self.accelerator, self._phases, self.args.ddp_timeout):
+                return super().train(*args, **kwargs)
         finally:  # an error leaves an update half done
             self._phases.stop()
             self._progress.forward = self._progress.reading = self._progress.walk = None
-            self._progress.told = []
+            self._progress.told, self._progress.parts = [], []
             self._progress.metrics.clear()
 
     def evaluate(
@@ -212,6 +259,7 @@ class RunKeeping(AveragedRun):
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             check_dataset(eval_dataset, "eval_dataset")
         self._progress.eval_rows, self._progress.eval_prefix = 0, metric_key_prefix
+        self._progress.eval_counts.clear()
         device = self.accelerator.device
         # Every evaluation draws the same thinkings and the same noise, and training goes on as if there had been none.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -234,11 +282,14 @@ class RunKeeping(AveragedRun):
             write_completion_images(self.args.output_dir, self.state.global_step, columns, self._progress.images)
 
     def _eval_means(self) -> dict[str, float | None]:
-        """Take the metrics of an evaluation, under the name of its dataset."""
+        """Take the metrics of an evaluation, under the name of its dataset: each batch counts by its rows."""
         means: dict[str, float | None] = {}
         for name, values in self._metrics["eval"].items():
-            known = [value for value in values if not math.isnan(value)]
-            means[f"{self._progress.eval_prefix}_{name}"] = sum(known) / len(known) if known else None
+            counts = self._progress.eval_counts
+            shares = [n / counts[0] for n in counts] if len(values) == len(counts) else [1.0] * len(values)
+            known = [(value, share) for value, share in zip(values, shares, strict=True) if not math.isnan(value)]
+            whole = sum(value * share for value, share in known)
+            means[f"{self._progress.eval_prefix}_{name}"] = whole / sum(share for _, share in known) if known else None
         self._metrics["eval"].clear()
         return means
 

@@ -171,7 +171,7 @@ class RewardBook:
         total = (scores * self.image_weights.to(scores.device)).nansum(1)
         return total.masked_fill(scores.isnan().all(1), torch.nan)
 
-    def enter(self, rewards: Tensor, group_size: int, scale_rewards: str) -> Tensor:
+    def enter(self, rewards: Tensor, group_size: int, scale_rewards: str, real: int | None = None) -> Tensor:
         """
         Mask failures and take the process rewards out of a generation batch of all processes, and note its metrics.
 
@@ -179,16 +179,20 @@ class RewardBook:
             rewards: (N, F) as TRL gathered them, groups side by side.
             group_size: G, samples per prompt.
             scale_rewards: see [`group_advantages`].
+            real: how many rows count, by default all; others repeat rows, and have no reward.
 
         Returns:
             The rewards as TRL goes on with them.
         """
-        of_images, failed = mask_failed_rewards(rewards[:, ~self.is_process], group_size)
+        real = len(rewards) if real is None else real
+        rewards[real:] = torch.nan
+        of_images, failed = mask_failed_rewards(rewards[:, ~self.is_process], group_size, real)
         metrics = {"reward/frac_none": failed}
         if self.is_process.any():
             weights = self.weights[self.is_process]
-            found = process_advantages(rewards[:, self.is_process], weights, group_size, scale_rewards)
-            self.process_advantages, of_process = found
+            found = process_advantages(rewards[:real, self.is_process], weights, group_size, scale_rewards)
+            advantages, of_process = found
+            self.process_advantages = torch.cat([advantages, advantages.new_zeros(len(rewards) - real)])
             metrics = {**of_process, **metrics}
             # To TRL a sample without a score of its image has none.
             rewards = torch.where(rewards.isfinite(), rewards, torch.nan)
@@ -213,7 +217,7 @@ class RewardBook:
         self.rows = [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def mask_failed_rewards(rewards: Tensor, group_size: int) -> tuple[Tensor, float]:
+def mask_failed_rewards(rewards: Tensor, group_size: int, real: int | None = None) -> tuple[Tensor, float]:
     """
     Mask samples whose score is incomplete, so that a failure is never read as a low score.
 
@@ -223,6 +227,7 @@ def mask_failed_rewards(rewards: Tensor, group_size: int) -> tuple[Tensor, float
     Args:
         rewards: (B, F) of F functions, groups side by side.
         group_size: G, samples per prompt.
+        real: how many of the rows count, by default all.
 
     Returns:
         The masked rewards and the share of samples that have none.
@@ -231,7 +236,7 @@ def mask_failed_rewards(rewards: Tensor, group_size: int) -> tuple[Tensor, float
     missing = rewards.isnan().view(-1, group_size, rewards.shape[1])
     failed = (missing & ~missing.all(dim=1, keepdim=True)).any(dim=2).flatten()
     rewards = rewards.masked_fill(failed[:, None], torch.nan)
-    return rewards, rewards.isnan().all(dim=1).float().mean().item()
+    return rewards, rewards[:real].isnan().all(dim=1).float().mean().item()
 
 
 def process_advantages(

@@ -239,8 +239,12 @@ def _keep_reference(trainer: Any, setup: Setup) -> None:
 def _check_one_by_one(trainer: Any, setup: Setup) -> None:
     """Raise ValueError for what a model that computes its velocities one by one can't do."""
     name = type(setup.base).__name__
-    if trainer.accelerator.num_processes > 1:
-        raise ValueError(f"{name} computes its velocities one by one, which several processes don't support yet.")
+    if trainer.accelerator.num_processes > 1 and trainer.args.ddp_find_unused_parameters:
+        raise ValueError(
+            f"ddp_find_unused_parameters=True: {name} computes its velocities past the one forward that DDP looks at, "
+            "which would call all of the painter's weights unused. Leave it at False: weights that nothing uses are "
+            "no matter."
+        )
     if setup.objective.pools_steps and setup.trains["image"]:
         raise ValueError(
             f"image_objective={setup.args.image_objective!r} needs all velocities of an image at once, but {name} "

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import trl
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import ModelOutput
 from trl import GRPOTrainer
 
@@ -306,14 +307,38 @@ class TextAndVelocities:
 
         return call
 
-    def velocities(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield as the model's own `velocities` does. Raises [`TRLChangedError`] if TRL made no packed call."""
+    def parts(self, model: Any, text_loss: Callable[[], Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """
+        Yield as the model's own `velocities` does, with the text's loss beside the last part and None before.
+
+        The text's forward is the one that goes through DDP, which expects one backward pass of it: those of the parts
+        before only accumulate.
+
+        Args:
+            model: that TRL calls, in its wrapper.
+            text_loss: calls TRL's loss.
+
+        Raises:
+            TRLChangedError: if TRL made no packed call.
+        """
         if not self.base.packs_velocities:
-            yield from self.base.velocities(self.steps, self.context_grad, self.autocast)
+            done = 0
+            for index, velocity in self.base.velocities(self.steps, self.context_grad, self.autocast):
+                done += len(index)
+                last = done == len(self.steps)
+                yield index, velocity, text_loss() + no_gradient(model) if last else None
             return
-        velocity, self._packed = self._packed, None
-        if velocity is None:
+        loss = text_loss()
+        packed, self._packed = self._packed, None
+        if packed is None:
             raise TRLChangedError("GRPOTrainer._compute_loss did not call _get_per_token_logps_and_entropies")
         with self.autocast():
-            velocity = self.base.guided(self.steps, velocity, self.context_grad)
-        yield torch.arange(len(self.steps)), velocity
+            velocity = self.base.guided(self.steps, packed, self.context_grad)
+        yield torch.arange(len(self.steps)), velocity, loss
+
+
+def no_gradient(model: Any) -> Tensor | float:
+    """Give 0, whose gradient is one of 0 for each trained weight: DDP waits for all, and a painter may not use all."""
+    if not isinstance(model, DistributedDataParallel) or not model.require_backward_grad_sync:
+        return 0.0
+    return torch.stack([p[None][:0].sum().float() for p in model.parameters() if p.requires_grad]).sum()

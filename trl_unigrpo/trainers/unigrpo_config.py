@@ -10,7 +10,7 @@ from trl import GRPOConfig
 
 from ..flow.per_round import PER_ROUND
 from .averages_config import AveragesConfig, check_averages
-from .config_checks import check_choices, check_epochs, check_sampling, check_values, check_window
+from .config_checks import check_choices, check_epochs, check_groups, check_sampling, check_values, check_window
 from .config_numbers import FloatOfRounds, IntOfRounds, RangeOfRounds, read_numbers
 from .evaluation_checks import whole_groups
 from .recipes import EDITING, FAST, REFLECT_UNTIL_GOOD, SELF_REFINEMENT, SELF_REWARDED, SINGLE_GPU
@@ -342,6 +342,7 @@ class UniGRPOConfig(
         if self.flow_epsilon is None:
             self.flow_epsilon = _EPSILON[self.image_objective]
         check_values(self)
+        check_groups(self, _world_size())
         super().__post_init__()
         check_sampling(self)
         check_window(self)

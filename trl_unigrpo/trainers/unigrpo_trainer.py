@@ -19,6 +19,7 @@ Shapes: B trajectories, S trained steps of their images, `latent` the model's ow
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -47,7 +48,7 @@ from .editing import EditingRun
 from .failed_images import image_metrics
 from .kept import KeptVelocities
 from .reward_checks import as_list, callback_list
-from .run_keeping import Progress, gathered_means
+from .run_keeping import Progress
 from .scoring import RewardBook, with_names
 from .scouts import ScoutingRun
 from .setup import finish_run, prepare_run
@@ -208,7 +209,7 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun):
     def _paint(self, trajectories: list[Trajectory]) -> list[Any]:
         """Paint the next image of each trajectory, and tell of it; returns them as PIL images."""
         painted = self._painted(trajectories)
-        self._note(image_metrics(self.accelerator, painted))
+        self._note(image_metrics(self.accelerator, painted, self._progress.real))
         if self._trains_image:
             one_window = self._setup.objective.stochastic and self.args.sde_window_scope == "generation"
             window = trajectories[0].rounds[-1].images[-1].steps.t[None].to(self.accelerator.device)
@@ -310,26 +311,25 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun):
             return loss + self._without_images() if self._trains_image else loss
         # TRL blanks the rows that `mask_truncated_completions` leaves out of training: so are their images.
         steps = Steps.of(inputs["trajectories"], inputs["completion_mask"].any(1)).to(self.accelerator.device)
-        context_grad = self.args.flow_context_grad == "full"
         forward = self._progress.forward = TextAndVelocities(
-            self.unified, steps, context_grad, self.accelerator.autocast
+            self.unified, steps, self.args.flow_context_grad == "full", self.accelerator.autocast
         )
-        loss = self.args.text_weight * super()._compute_loss(model, of_text)
-        self._progress.forward = None
         old, reference = self._kept.at("old", steps), self._kept.at("reference", steps)
         advantages = inputs.get("round_advantages", inputs["advantages"])
-        seen, done = [], 0
-        for index, velocity in forward.velocities():
+        loss, seen = torch.zeros((), device=steps.x.device), []
+        for index, velocity, text_loss in forward.parts(model, partial(super()._compute_loss, model, of_text)):
             if old is None:
                 seen.append((index, velocity.detach().float()))
             of_old, of_ref = (None if known is None else known[index] for known in (old, reference))
             flow_loss = self._flow_loss(velocity.float(), of_old, of_ref, steps[index], advantages)
             flow_loss = flow_loss / self.current_gradient_accumulation_steps
-            done += len(index)
-            if done < len(steps):  # back-propagated at once, so that only one step's activations are alive
+            if text_loss is None:  # back-propagated at once, so that only one part's activations are alive
                 self.accelerator.backward(flow_loss)
-                flow_loss = flow_loss.detach()
-            loss = loss + flow_loss
+                loss = loss + flow_loss.detach()
+            else:
+                loss = loss + self.args.text_weight * text_loss + flow_loss
+        self._progress.forward = None
+        self._note_parts()
         if old is None:
             self._kept.keep("old", steps, in_order(seen))
         return loss
@@ -348,22 +348,20 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun):
         """
         objective, place = self._setup.objective, (steps.row, steps.round)[: advantages.ndim]
         of_step = advantages[tuple(x.to(advantages.device) for x in place)].to(velocity.device)
-        old_velocity, whole = velocity.detach() if old is None else old, steps.total / len(steps)
+        old_velocity, share = velocity.detach() if old is None else old, len(steps) / steps.total
         losses, metrics = objective.loss(velocity, old_velocity, steps.states, of_step, steps.image, steps.round)
         flow, regularizer = steps.mean(losses), None
-        metrics["flow/loss"] = flow * whole  # logs average over the parts of a table
+        metrics = {"flow/loss": flow, **{name: share * value for name, value in metrics.items()}}
         loss = self.args.flow_weight * flow
         if self._setup.regularized:
             reference = velocity.detach() if reference is None else reference  # of dead images none is kept
             distance = objective.regularizer(velocity, reference, steps.states, steps.round)
             regularizer = steps.mean_of_live(distance)
             loss = loss + self._setup.weight_of(velocity) * regularizer
-            metrics[f"flow/{self.args.flow_regularizer}"] = regularizer * whole
+            metrics[f"flow/{self.args.flow_regularizer}"] = regularizer
         told = ImageLoss(velocity.detach(), steps.states, old is None, objective, regularizer, reference, steps.round)
         self._tell("on_image_loss", image_loss=told)
-        for name, mean in gathered_means(self.accelerator, metrics).items():
-            self._note({name: mean})
-            self._progress.metrics.setdefault(name, []).append(mean)
+        self._progress.parts.append({name: value.detach() for name, value in metrics.items()})
         return loss
 
     # 6. Optimizer

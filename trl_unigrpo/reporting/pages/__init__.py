@@ -2,7 +2,7 @@
 
 from .curves import Curve, Panel, chart
 from .environment import page_environment, render_page, write_page
-from .images import data_uri, jpeg, png_uri
+from .images import data_uri, jpeg, png_uri, shrunk
 from .text import prompt_text, readable, shown_text, thinking_and_answer
 
 
@@ -18,6 +18,7 @@ __all__ = [
     "readable",
     "render_page",
     "shown_text",
+    "shrunk",
     "thinking_and_answer",
     "write_page",
 ]

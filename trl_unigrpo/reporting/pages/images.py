@@ -10,15 +10,12 @@ from PIL import Image
 SMALL = 96  # pixels of a side up to which JPEG saves little and blurs much
 
 
-def jpeg(image: Image.Image, max_side: int = 256, quality: int = 80) -> bytes:
+def shrunk(image: Image.Image, max_side: int = 256) -> Image.Image:
     """
-    Encode the image as a JPEG file, scaled down to `max_side` pixels where it is larger.
-
-    Transparency is shown on white. Small images keep their colours at full resolution.
+    Give the image in RGB, scaled down to `max_side` pixels where it is larger. Transparency is shown on white.
 
     Args:
         max_side: pixels of the longer side at most, at least 1.
-        quality: of JPEG, 1 to 95.
     """
     if max_side < 1:
         raise ValueError(f"max_side={max_side}: expected at least 1 pixel.")
@@ -30,6 +27,18 @@ def jpeg(image: Image.Image, max_side: int = 256, quality: int = 80) -> bytes:
     if scale < 1:
         size = [max(1, round(side * scale)) for side in image.size]
         image = image.resize((size[0], size[1]), Image.Resampling.BOX)
+    return image
+
+
+def jpeg(image: Image.Image, max_side: int = 256, quality: int = 80) -> bytes:
+    """
+    Encode the image as a JPEG file, [`shrunk`]. Small images keep their colours at full resolution.
+
+    Args:
+        max_side: pixels of the longer side at most, at least 1.
+        quality: of JPEG, 1 to 95.
+    """
+    image = shrunk(image, max_side)
     small = max(image.size) <= SMALL
     out = io.BytesIO()
     image.save(out, "JPEG", quality=max(quality, 90) if small else quality, subsampling=0 if small else 2)

@@ -62,9 +62,7 @@ class ClipReward(ImageReward):
         if head == "sigmoid" and not hasattr(clip, "logit_bias"):
             raise ValueError(f"head='sigmoid' needs SigLIP's bias, which {type(clip).__name__} lacks: use 'cosine'.")
         if isinstance(head, nn.Module):
-            head = (
-                head.to(self.embedder.device, torch.promote_types(dtype, torch.float32)).eval().requires_grad_(False)
-            )
+            head = head.to(torch.promote_types(dtype, torch.float32)).eval().requires_grad_(False)
         self.head = head
         self.scale = clip.logit_scale.float().exp().item() if scale is None else scale
 
@@ -86,6 +84,8 @@ class ClipReward(ImageReward):
 
     def _scores(self, image_BD: Tensor, prompts: Sequence[str]) -> Tensor:
         if isinstance(self.head, nn.Module):
+            with torch.inference_mode(False):
+                self.head.to(image_BD.device)
             return self.scale * self.head(image_BD).flatten()
         # Cloned: autograd refuses tensors made in inference mode.
         score = self.scale * (image_BD * self.embedder.texts(prompts).clone()).sum(-1)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, PreTrainedModel
 
 from ..common import to_rgb
+from ..own_device import OwnDevice
 
 
 _MODES = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
@@ -24,7 +25,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class ClipEmbedder:
+class ClipEmbedder(OwnDevice):
     """
     A frozen model of the CLIP family and its processor.
 
@@ -32,7 +33,7 @@ class ClipEmbedder:
         model: id or folder of a model with `get_image_features` and `get_text_features`, or the model itself, which is
             then moved, cast and frozen.
         processor: its processor; loaded from `model` if that is an id or a folder.
-        device: a GPU if there is one, by default.
+        device: its process' own GPU if there is one, by default.
         dtype: of the weights.
         batch_size: images or texts at once.
 
@@ -57,8 +58,8 @@ class ClipEmbedder:
         loaded = AutoModel.from_pretrained(model) if isinstance(model, str) else model
         if not (hasattr(loaded, "get_image_features") and hasattr(loaded, "get_text_features")):
             raise ValueError(f"{name} is a {type(loaded).__name__}: expected a CLIP or SigLIP model.")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = loaded.to(device=self.device, dtype=dtype).eval().requires_grad_(False)
+        self.wanted_device = device
+        self.model = loaded.to(dtype).eval().requires_grad_(False)
         self.dtype, self.batch_size = dtype, batch_size
         self.max_length: int = self.model.config.text_config.max_position_embeddings
         self._warned = False
@@ -91,7 +92,7 @@ class ClipEmbedder:
                 max_length=self.max_length,
                 return_tensors="pt",
             )["input_ids"]
-            features = self.model.get_text_features(input_ids=ids.to(self.device)).pooler_output
+            features = self.placed().get_text_features(input_ids=ids.to(self.device)).pooler_output
             rows.append(F.normalize(at_least_float32(features), dim=-1))
         return torch.cat(rows)
 
@@ -100,7 +101,7 @@ class ClipEmbedder:
         return self._image_features(prepare_pixels(pixels.to(self.device), self.processor.image_processor))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        features = self.model.get_image_features(pixel_values=pixels.to(self.device, self.dtype)).pooler_output
+        features = self.placed().get_image_features(pixel_values=pixels.to(self.device, self.dtype)).pooler_output
         return F.normalize(at_least_float32(features), dim=-1)
 
     def _warn_of_long(self, texts: Sequence[str]) -> None:

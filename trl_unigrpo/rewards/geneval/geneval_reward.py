@@ -21,6 +21,7 @@ from ..common import (
     column,
     to_rgb,
 )
+from ..own_device import OwnDevice
 from .rules import (
     GENEVAL_COLORS,
     THRESHOLD,
@@ -47,7 +48,7 @@ Detector = Callable[[Sequence[Image.Image]], list[list[Detection]]]
 ColorNamer = Callable[[Image.Image, Sequence[Detection]], Sequence[str]]
 
 
-class Mask2FormerDetector:
+class Mask2FormerDetector(OwnDevice):
     """
     A detector of objects and their masks by a Mask2Former of transformers.
 
@@ -55,7 +56,7 @@ class Mask2FormerDetector:
         model: id or folder of a Mask2Former for instances, or the model itself with its `processor`.
         processor: its image processor; loaded from `model` if that is an id or a folder.
         threshold: detections below it are not returned.
-        device: a GPU if there is one, by default.
+        device: its process' own GPU if there is one, by default.
         batch_size: images of one size at once.
     """
 
@@ -77,8 +78,8 @@ class Mask2FormerDetector:
             raise ImportError("transformers' Mask2Former needs scipy: pip install 'trl-unigrpo[eval]'.")
         self.processor = AutoImageProcessor.from_pretrained(model) if processor is None else processor
         loaded = Mask2FormerForUniversalSegmentation.from_pretrained(model) if isinstance(model, str) else model
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = loaded.to(self.device).eval().requires_grad_(False)
+        self.wanted_device = device
+        self.model = loaded.eval().requires_grad_(False)
         self.threshold, self.batch_size = threshold, batch_size
         names = {int(index): name for index, name in self.model.config.id2label.items()}
         self.labels = {index: GENEVAL_NAMES.get(name, name) for index, name in names.items()}
@@ -103,7 +104,7 @@ class Mask2FormerDetector:
 
     def _detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
         inputs = self.processor([to_rgb(image) for image in images], return_tensors="pt").to(self.device)
-        outputs = self.model(pixel_values=inputs["pixel_values"], pixel_mask=inputs.get("pixel_mask"))
+        outputs = self.placed()(pixel_values=inputs["pixel_values"], pixel_mask=inputs.get("pixel_mask"))
         return self.detections(outputs, [(image.height, image.width) for image in images])
 
     def detections(self, outputs: Any, sizes: Sequence[tuple[int, int]]) -> list[list[Detection]]:
@@ -182,7 +183,7 @@ class GenEvalReward(ImageReward):
         credit: "strict" for [`strict_score`], "partial" for [`partial_score`].
         detector: id or folder of a Mask2Former, or a function from images to [`Detection`]s.
         colors: id or folder of a CLIP, or a function from an image and objects of one class to their colours.
-        device: of the models; a GPU if there is one, by default.
+        device: of the models; their process' own GPU if there is one, by default.
         batch_size: images, or objects, at once.
         name, max_dead_batches: see [`ImageReward`].
 

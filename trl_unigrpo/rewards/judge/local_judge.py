@@ -121,7 +121,7 @@ class LocalVLMJudge(LocalVLM, ImageReward):
                 f"Got pixels of shape {tuple(pixels.shape)} and {len(questions)} questions: expected (B, 3, H, W) and "
                 "as many questions."
             )
-        self.model.to(self.device)
+        self.placed()
         # The processor lays out the text and says what the model expects to see; the pixels take another way.
         inputs = self._inputs([to_image(image) for image in pixels.detach()], self._questions(questions))
         return self._yes_probabilities(self.see(inputs, pixels)).to(pixels)

@@ -100,7 +100,7 @@ class LocalReader(LocalVLM):
                 f"Got pixels of shape {tuple(pixels.shape)} and {len(prompts)} prompts: expected (B, 3, H, W) and "
                 "as many prompts."
             )
-        self.model.to(self.device)
+        self.placed()
         images = [to_image(image) for image in pixels.detach()]
         ready = self._prepared(images, [prompt.strip() for prompt in prompts])
         scores = [pixels.new_tensor(torch.nan)] * len(pixels)
