@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOTrainer
 
 from ..models.averages import WeightAverage, copy_weights
 from ..models.contract import UnifiedModelMixin
@@ -24,6 +23,7 @@ from ..models.reference import trained_weights
 from ..models.registry import unified_model
 from .averages_config import AveragesConfig
 from .training_loop import TrainingLoop
+from .vllm_thinking import EngineRun
 
 
 FILE = "averages.pt"
@@ -88,7 +88,7 @@ class Averages(TrainerCallback):
             average.restore(state.get(name, {key: own[key] for key in average.weights}))
 
 
-class AveragedRun(TrainingLoop, GRPOTrainer):
+class AveragedRun(TrainingLoop, EngineRun):
     """The hooks of `GRPOTrainer` that put averaged weights where they belong."""
 
     args: Any

@@ -30,6 +30,7 @@ OPTIONS = (
         "reward_weights",
         "steps_per_generation",
         "temperature",
+        "use_vllm",
     ),
 )
 
