@@ -66,15 +66,16 @@ def test_doctor_for_several_gpus():
     load = Workload(released_config(), 512, lora_ranks=None, **settings)
     found = traffic(load)
     assert {"rollout", "update, all-gather", "gradients, reduce-scatter"} <= {*found}
+    said = result.output.partition("Communication per generation and GPU: 8 processes, FSDP2, 300 GB/s")[2]
     for name, part in found.items():
         number = part.bytes / 1e9
-        assert row(result.output, name) == [str(part.times), f"{number:.1f}", f"{number / 300:.2f}"]
+        assert row(said, name) == [str(part.times), f"{number:.1f}", f"{number / 300:.2f}"]
     for name, ranks in {"LoRA, rank 32": (32, 32), "full fine-tuning": None}.items():
         for size in (512, 1024):
             one = estimate(replace(load, image_size=size, lora_ranks=ranks))
             number = sum(part.bytes for part in traffic(one.workload).values()) / 1e9
             cells = [f"{one.memory.peak / GIB:.1f}", f"{one.floor_seconds(790e12, 3.35e12):.1f}", f"{number:.1f}"]
-            assert row(result.output, f"{name}, {size} pixels") == [*cells, f"{number / 300:.2f}"]
+            assert row(said, f"{name}, {size} pixels") == [*cells, f"{number / 300:.2f}"]
     tiny = doctor("--model", str(TINY), *SMALL, "--processes", "2")
     assert "2 processes, DDP, 450 GB/s" in tiny.output and row(tiny.output, "gradients, all-reduce")[0] == "2"
 
