@@ -66,7 +66,7 @@ def test_doctor_for_several_gpus():
     load = Workload(released_config(), 512, lora_ranks=None, **settings)
     found = traffic(load)
     assert {"rollout", "update, all-gather", "gradients, reduce-scatter"} <= {*found}
-    said = result.output.partition("Communication per generation and GPU: 8 processes, FSDP2, 300 GB/s")[2]
+    said = result.output.partition("What reaches a GPU: 8 processes, FSDP2, 300 GB/s")[2]
     for name, part in found.items():
         number = part.bytes / 1e9
         assert row(said, name) == [str(part.times), f"{number:.1f}", f"{number / 300:.2f}"]

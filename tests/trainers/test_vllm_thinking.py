@@ -7,6 +7,7 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import TrainerCallback
 
 from tests.helpers import vllm_engine
 from tests.helpers.tiny_cosmos3 import tiny_cosmos3
@@ -144,6 +145,19 @@ def test_averages_are_evaluated_with_their_own_thinkings(with_engine):
     assert moved.any() and torch.allclose(average, (1 - 2 / 11) * moved, atol=1e-6)  # decay (1 + 1) / (10 + 1)
 
 
+def test_an_evaluation_within_a_step_has_the_averages_too(with_engine):
+    class Evaluates(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                trainer.evaluate(prompts_dataset(copies=1))
+
+    settings = {"ema_decay": 0.9, "max_steps": 2, "gradient_accumulation_steps": 2}
+    trainer, engine = with_engine("bagel", callbacks=[Evaluates()], **settings)
+    trainer.train()
+    _, trained, averaged, _ = engine.syncs
+    assert not torch.equal(*(sent["language_model.lm_head.weight"] for sent in (trained, averaged)))
+
+
 def test_adapters_are_merged_in_their_own_precision(with_engine):
     """Under autocast their product would be one of bfloat16."""
     trainer, engine = with_engine("bagel", peft_config=LORA, bf16=True, max_steps=1)
@@ -201,20 +215,22 @@ def test_settings_that_vllm_cannot_have(tmp_path, changes, message):
 
 def test_models_that_vllm_cannot_think_for(monkeypatch, tmp_path):
     with pytest.raises(ImportError, match=r"vLLM is not installed. pip install 'trl\[vllm\]'"):
-        check_served(tiny_bagel(), shows_images=False)
+        check_served(tiny_bagel(), shows_images=False, mode="server")
     vllm_engine.install(monkeypatch, tmp_path)
-    check_served(tiny_bagel(), shows_images=False)
+    check_served(tiny_bagel(), shows_images=False, mode="server")
     with pytest.raises(ValueError, match="BagelForUnifiedGeneration sees them while it thinks"):
-        check_served(tiny_bagel(), shows_images=True)
+        check_served(tiny_bagel(), shows_images=True, mode="server")
     with pytest.raises(ValueError, match=r"ToyPainter does not say which part .* override `served_thinker`"):
-        check_served(toy_painter(30), shows_images=False)
+        check_served(toy_painter(30), shows_images=False, mode="server")
     with pytest.raises(ValueError, match="shares its weights with the painter"):
-        check_served(tiny_cosmos3(), shows_images=False)
+        check_served(tiny_cosmos3(), shows_images=False, mode="server")
+    with pytest.raises(ValueError, match="'colocate': vLLM loads what thinks from a folder"):
+        check_served(tiny_bagel(), shows_images=False, mode="colocate")
     rounded = tiny_bagel()
     head = rounded.get_output_embeddings()
     head.weight = torch.nn.Parameter(head.weight.detach().to(torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"quantised weights \('language_model.lm_head.weight' and others\)"):
-        check_served(rounded, shows_images=False)
+        check_served(rounded, shows_images=False, mode="server")
 
 
 def test_vllm_is_missed_before_the_model_is_tried_out(make_trainer, monkeypatch):

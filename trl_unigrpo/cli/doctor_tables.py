@@ -145,7 +145,7 @@ def _flops(result: Estimate, tflops: float | None, bandwidth: float | None) -> T
 def _traffic(load: Workload, interconnect: float) -> Table:
     """Say what travels in a generation with its updates: seconds beside the floor's, where nothing hides them."""
     how = "FSDP2" if load.fsdp else "DDP"
-    title = f"Communication per generation and GPU: {load.processes} processes, {how}, {interconnect:g} GB/s"
+    title = f"What reaches a GPU: {load.processes} processes, {how}, {interconnect:g} GB/s"
     table = Table("part", "times", "GB received", "seconds", title=title)
     parts = traffic(load)
     for name, part in parts.items():

@@ -52,7 +52,9 @@ def _changes(load: Workload) -> list[tuple[str, dict]]:
         ("image_batch_size=1", {"image_batch_size": 1}),
         ("per_device_train_batch_size=1", {"micro_batch_size": 1}),
     ]
-    if not load.fsdp:
+    if load.fsdp:
+        changes.append(("gather_for_rollout=False", {"gather_for_rollout": False}))
+    else:
         changes.append(("nf4 weights: --load_in_4bit", {"quantization": "nf4"}))
     for size in (512, 256):
         if size**2 < math.prod(load.size) and size % unit == 0:

@@ -160,7 +160,7 @@ def prepare_run(
 def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig, edits: bool, reads: bool) -> None:
     """Find out whether the model can be trained with these arguments; whether it can edit and read, where it is to."""
     if args.use_vllm:
-        check_served(base, edits)
+        check_served(base, edits, args.vllm_mode)
     check_lengths(args, base)
     check_round_lengths(args, base)
     check_sight(base, args.most_rounds)

@@ -31,6 +31,7 @@ OPTIONS = (
         "steps_per_generation",
         "temperature",
         "use_vllm",
+        "vllm_mode",
     ),
 )
 

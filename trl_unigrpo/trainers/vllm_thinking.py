@@ -22,12 +22,13 @@ BANNED = -100.0
 """Added to the logit of a token that is never sampled; vLLM takes nothing below."""
 
 
-def check_served(base: UnifiedModelMixin, shows_images: bool) -> None:
+def check_served(base: UnifiedModelMixin, shows_images: bool, mode: str) -> None:
     """
     Raise an error if vLLM can't think for a model, before it is started.
 
     Args:
         shows_images: whether prompts have source images.
+        mode: "server" or "colocate".
     """
     if not is_vllm_available():
         raise ImportError("use_vllm=True: vLLM is not installed. pip install 'trl[vllm]', or leave it out.")
@@ -36,6 +37,11 @@ def check_served(base: UnifiedModelMixin, shows_images: bool) -> None:
         raise ValueError(
             f"use_vllm=True with source images: {type(base).__name__} sees them while it thinks, and vLLM gets none. "
             "Leave one of the two out."
+        )
+    if mode == "colocate" and not thinker.name_or_path:
+        raise ValueError(
+            "use_vllm=True with vllm_mode='colocate': vLLM loads what thinks from a folder or hub id, and this model "
+            "came from none. Save it, and load it by from_pretrained; or use a server."
         )
     rounded = [name for name, p in thinker.named_parameters() if not p.is_floating_point()]
     if rounded:
