@@ -1,11 +1,15 @@
 """One run on several GPUs: memory and traffic of each, beside closed forms written out from the released sizes."""
 
+import json
+import sys
 from dataclasses import replace
+from subprocess import PIPE, Popen
 
 import pytest
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
+from tests.helpers.paths import ROOT
 from trl_unigrpo.estimate import Workload, estimate_memory, parameter_counts, released_config, traffic
 from trl_unigrpo.estimate.advice import advise
 from trl_unigrpo.estimate.flops import floor_flops
@@ -78,9 +82,10 @@ def test_what_travels_by_fsdp():
     found = traffic(load(lora_ranks=None, fsdp=True, gather_for_rollout=False))
     forward, once = 28 * LAYER + WORDS * WIDTH, ENDS + TOWER - WORDS * WIDTH
     times = {"thinking": 512, "contexts": 3, "denoising": 75, "reference pass": 6, "old log-probs of the text": 6}
-    times["update, all-gather"] = 2 * 2 * 6
     for name, number in times.items():
         assert found[name] == (number, 2 * (number * forward + once) * 7 // 8)
+    times["update, all-gather"] = 24
+    assert found["update, all-gather"] == (24, 2 * (24 * forward + 12 * once) * 7 // 8)
     assert found["gradients, reduce-scatter"] == (2, 2 * 4 * TRAINED * 7 // 8)
     assert {*found} == {*times, "gradients, reduce-scatter"}
     gathered = traffic(load(lora_ranks=None, fsdp=True))
@@ -99,6 +104,25 @@ def test_what_travels_of_adapters():
     assert traffic(load()) == {"gradients, all-reduce": (2, 2 * 2 * 4 * LORA * 7 // 8)}
     assert traffic(load(processes=2)) == {"gradients, all-reduce": (2, 2 * 2 * 4 * LORA // 2)}
     assert traffic(load(processes=1)) == {}
+
+
+def test_gathered_and_reduced_as_torch_does(tmp_path):
+    """A table, layers, a head and another part, each a unit: those behind the layers stay until the update is over."""
+    layers, table, head, rest = 3 * [16], 32, 32, 16
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "counted_collectives.py")]
+    processes = [Popen([*command, str(rank), str(tmp_path / "store")], stdout=PIPE) for rank in (0, 1)]
+    try:
+        printed = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    found = {name: {kind: sorted(of) for kind, of in seen.items()} for name, seen in json.loads(printed[0]).items()}
+    assert found["forward"]["gathered"] == sorted([*layers, table, head, rest])
+    assert found["another"]["gathered"] == sorted([*layers, table])
+    for name in ("update", "another update", "without sync"):
+        assert found[name]["gathered"] == sorted([*layers, table, *layers, table, head, rest])
+    assert found["update"]["reduced"] == found["another update"]["reduced"] == sorted([*layers, table, head, rest])
+    assert found["without sync"]["reduced"] == []
 
 
 @pytest.mark.parametrize(

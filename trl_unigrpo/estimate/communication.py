@@ -2,9 +2,9 @@
 
 An all-gather and a reduce-scatter bring each of N devices (N - 1) / N of what is gathered or reduced; an all-reduce is
 one of each. FSDP2 gathers all weights once for a rollout, or for each of its forwards. Else it gathers, for each
-forward and each backward, every layer (both experts) and the table of embeddings, and once a phase what is in no
-layer: in the precision of products. Gradients travel in float32. Scores, statistics and thumbnails also travel:
-kilobytes an image, left out here.
+forward and each backward, every layer (both experts) and the table of embeddings, and what is in no layer once a
+phase, or a micro-batch of the update: in the precision of products. Gradients travel in float32. Scores, statistics
+and thumbnails also travel: kilobytes an image, left out here.
 """
 
 from typing import NamedTuple
@@ -40,8 +40,8 @@ def traffic(load: Workload) -> dict[str, Traffic]:
     micro_batches = -(-load.trajectories // load.scored_at_once)
     passes = load.num_iterations * micro_batches
     reduced = passes if load.sync_each_batch else load.num_iterations
-    found = {name: _gathered(load, times) for name, times in _forwards(load, micro_batches).items() if times}
-    found["update, all-gather"] = _gathered(load, 2 * passes)
+    found = {name: _gathered(load, times, 1) for name, times in _forwards(load, micro_batches).items() if times}
+    found["update, all-gather"] = _gathered(load, 2 * passes, passes)
     found["gradients, reduce-scatter"] = _received(load, reduced, gradients)
     return found
 
@@ -63,13 +63,14 @@ def _forwards(load: Workload, micro_batches: int) -> dict[str, int]:
     }
 
 
-def _gathered(load: Workload, forwards: int) -> Traffic:
+def _gathered(load: Workload, times: int, kept: int) -> Traffic:
+    """Count what is gathered so many times, and what is then kept as often."""
     llm = load.config.llm_config
     table = llm.hidden_size * llm.vocab_size
     each = llm.num_hidden_layers * layer_parameters(load) + table
     behind = end_parameters(load) - table
-    weights = load.activation_bytes * (forwards * each + behind)
-    return Traffic(forwards, weights * (load.processes - 1) // load.processes)
+    weights = load.activation_bytes * (times * each + kept * behind)
+    return Traffic(times, weights * (load.processes - 1) // load.processes)
 
 
 def _received(load: Workload, times: int, size: int) -> Traffic:
