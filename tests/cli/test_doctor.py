@@ -19,6 +19,7 @@ from trl_unigrpo.estimate import (
     estimate,
     estimate_memory,
     released_config,
+    traffic,
 )
 from trl_unigrpo.estimate.advice import advise
 from trl_unigrpo.estimate.hardware import copy_rate, matmul_rate
@@ -57,6 +58,28 @@ def test_doctor_says_what_the_released_model_takes():
     assert "Fits: peak" in result.output
 
 
+def test_doctor_for_several_gpus():
+    machine = ("--memory", "80", "--tflops", "790", "--bandwidth", "3.35", "--interconnect", "300")
+    settings = {"processes": 8, "fsdp": True, "sync_each_batch": True, "image_batch_size": 8}
+    result = doctor("--processes", "8", "--fsdp", "--sync-each-batch", "--lora-rank", "0", *machine)
+    assert result.exit_code == 0
+    load = Workload(released_config(), 512, lora_ranks=None, **settings)
+    found = traffic(load)
+    assert {"rollout", "update, all-gather", "gradients, reduce-scatter"} <= {*found}
+    said = result.output.partition("What reaches a GPU: 8 processes, FSDP2, 300 GB/s")[2]
+    for name, part in found.items():
+        number = part.bytes / 1e9
+        assert row(said, name) == [str(part.times), f"{number:.1f}", f"{number / 300:.2f}"]
+    for name, ranks in {"LoRA, rank 32": (32, 32), "full fine-tuning": None}.items():
+        for size in (512, 1024):
+            one = estimate(replace(load, image_size=size, lora_ranks=ranks))
+            number = sum(part.bytes for part in traffic(one.workload).values()) / 1e9
+            cells = [f"{one.memory.peak / GIB:.1f}", f"{one.floor_seconds(790e12, 3.35e12):.1f}", f"{number:.1f}"]
+            assert row(said, f"{name}, {size} pixels") == [*cells, f"{number / 300:.2f}"]
+    tiny = doctor("--model", str(TINY), *SMALL, "--processes", "2")
+    assert "2 processes, DDP, 450 GB/s" in tiny.output and row(tiny.output, "gradients, all-reduce")[0] == "2"
+
+
 @pytest.mark.slow
 def test_doctor_advises_until_it_fits():
     result = doctor("--memory", "24", "--no-gradient-checkpointing")
@@ -77,6 +100,9 @@ def test_doctor_without_a_gpu_says_what_is_missing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--processes", "2", "--dry-run"), "A dry run is one of one GPU"),
+        (("--fsdp",), "fsdp=True with processes=1"),
+        (("--interconnect", "0"), "interconnect=0: expected a number above 0"),
         (("--model", "no/such/folder/at-all"), "no/such/folder"),
         (("--model", str(TINY.parent)), "is not a BAGEL checkpoint: expected `llm_config.json`"),
         (("--image-size", "500"), "image_size=500: .*multiples of 16, at most 1024"),

@@ -333,7 +333,6 @@ def test_settings_of_each_round_on_the_command_line_and_in_yaml(tmp_path):
 
 
 REFUSED = [
-    ({"use_vllm": True}, "use_vllm=True does not work with UniGRPO.*vLLM"),
     ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching.*bfloat16"),
     ({"use_liger_kernel": True}, "use_liger_kernel=True does not work"),
     ({"sync_ref_model": True}, "sync_ref_model=True does not work"),
@@ -444,9 +443,10 @@ OF_BOTH = """
     pad_to_multiple_of generation_batch_size steps_per_generation num_iterations reward_weights scale_rewards
     multi_objective_aggregation mask_truncated_completions chat_template_kwargs generation_kwargs cache_implementation
     log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
+    use_vllm
 """
 LEFT_ALONE = "top_p top_k min_p repetition_penalty"  # at the values that change nothing
-# Of vLLM, DeepSpeed, continuous batching, tools, and a reference that is synced, all of which are refused.
+# Of DeepSpeed, continuous batching, tools, and a reference that is synced, all of which are refused.
 WITHOUT_EFFECT = """
     ds3_gather_for_generation max_tool_calling_iterations ref_model_mixup_alpha ref_model_sync_steps
     transformers_continuous_batching_config

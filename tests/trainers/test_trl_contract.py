@@ -24,8 +24,12 @@ from tests.helpers.tiny_unified import images_of, tiny_bagel, weights
 from trl_unigrpo.trainers import setup, trl_bridge, trl_versions
 from trl_unigrpo.trainers.trl_bridge import (
     ATTRIBUTES,
+    ENGINE_HOOKS,
     HOOKS,
+    OF_SAMPLING,
     TRLChangedError,
+    VLLMGeneration,
+    check_attributes,
     check_trl,
     compute_head_in_float32,
     generation_fields,
@@ -33,6 +37,7 @@ from trl_unigrpo.trainers.trl_bridge import (
 from trl_unigrpo.trainers.trl_versions import OPTIONS, RANGE, TESTED, note_untested
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
+from trl_unigrpo.trainers.vllm_thinking import ThinkingEngine
 
 
 PACKAGE = Path(trl_unigrpo.__file__).parent
@@ -173,8 +178,8 @@ def test_option_that_is_gone(monkeypatch, tmp_path, option):
 def test_refused_option_that_is_gone_needs_no_refusal(monkeypatch, tmp_path, option):
     config = config_without(monkeypatch, option)
     assert not hasattr(config(output_dir=str(tmp_path), use_cpu=True), option)
-    with pytest.raises(ValueError, match="use_vllm=True does not work"):  # the others are refused as ever
-        config(output_dir=str(tmp_path), use_cpu=True, use_vllm=True)
+    with pytest.raises(ValueError, match="sync_ref_model=True does not work"):  # the others are refused as ever
+        config(output_dir=str(tmp_path), use_cpu=True, sync_ref_model=True)
 
 
 @pytest.mark.parametrize("name", HOOKS)
@@ -259,16 +264,45 @@ def test_attributes_that_are_used_are_checked():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "trainer")
     }
-    assert {"_step", "reward_weights"} <= used & of_trl <= set(ATTRIBUTES)
+    of_sampling = {name for names in OF_SAMPLING.values() for name in names}
+    assert {"_step", "reward_weights"} | of_sampling <= used & of_trl <= set(ATTRIBUTES) | of_sampling
 
 
-@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_attributes_of_the_engine_are_checked(make_trainer):
+    trainer = make_trainer()
+    trainer.args.use_vllm = True  # but the trainer has none
+    with pytest.raises(TRLChangedError, match="GRPOTrainer has no attribute vllm_generation"):
+        check_attributes(trainer)
+
+
+@pytest.mark.parametrize("name", ENGINE_HOOKS)
+def test_hook_of_the_engine_that_is_gone_or_another(monkeypatch, name):
+    monkeypatch.setattr(VLLMGeneration, name, lambda something_else: None)
+    with pytest.raises(TRLChangedError, match=rf"VLLMGeneration.{name} takes .*, expected \('self'"):
+        check_trl()
+    monkeypatch.delattr(VLLMGeneration, name)
+    with pytest.raises(TRLChangedError, match=rf"VLLMGeneration.{name} is gone.*{REMEDY}"):
+        check_trl()
+
+
+def test_every_override_of_the_engine_is_a_checked_hook():
+    own = {name for name, member in vars(ThinkingEngine).items() if inspect.isfunction(member)}
+    assert {"_init_vllm", "_iter_named_params"} == own & {*vars(VLLMGeneration)} <= {*ENGINE_HOOKS}
+
+
+def test_trainer_that_thinks_by_another_engine(monkeypatch):
+    monkeypatch.delattr(inspect.getmodule(GRPOTrainer), "VLLMGeneration")
+    with pytest.raises(TRLChangedError, match="GRPOTrainer does not think by VLLMGeneration"):
+        check_trl()
+
+
+@pytest.mark.parametrize("name", [*ATTRIBUTES, *OF_SAMPLING[False]])
 def test_attribute_that_is_gone(make_trainer, monkeypatch, name):
     initialise = GRPOTrainer.__init__
 
     def other(self, *args, **kwargs):
         initialise(self, *args, **kwargs)
-        if ATTRIBUTES[name]:
+        if ATTRIBUTES.get(name):
             getattr(self, name).pop(ATTRIBUTES[name][-1])
         else:
             delattr(self, name)

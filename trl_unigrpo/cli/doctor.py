@@ -18,6 +18,9 @@ class DoctorOptions:
     memory: Annotated[float | None, typer.Option(help="GiB to fit into; without it, the GPU's.")] = None
     tflops: Annotated[float | None, typer.Option(help="TFLOP/s; without it, measured on the GPU.")] = None
     bandwidth: Annotated[float | None, typer.Option(help="TB/s of memory; without it, measured on the GPU.")] = None
+    interconnect: Annotated[
+        float | None, typer.Option(help="GB/s that reach a GPU from the others; without it an H100's NVLink, 450.")
+    ] = None
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Also run one step with random weights.")] = False
 
 
@@ -57,6 +60,12 @@ class WorkloadOptions:
     scout_num_inference_steps: Annotated[int, typer.Option(help="Denoising steps of a scout.")] = 4
     dead_share: Annotated[float, typer.Option(help="Share of images left out of the update: flow/frac_dead.")] = 0.0
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again in the update.")] = True
+    processes: Annotated[int, typer.Option(help="GPUs; all other numbers are those of one of them.")] = 1
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Spread weights over them (FSDP2) instead of DDP.")] = False
+    gather_for_rollout: Annotated[bool, typer.Option(help="Under FSDP2, hold all weights while sampling.")] = True
+    sync_each_batch: Annotated[
+        bool, typer.Option("--sync-each-batch", help="Under FSDP2, reduce gradients after each micro-batch.")
+    ] = False
 
     def settings(self) -> dict[str, Any]:
         """Arguments of [`Workload`]."""
@@ -76,6 +85,7 @@ def doctor_command(options: DoctorOptions, workload: WorkloadOptions) -> None:
             options.memory,
             options.tflops,
             options.bandwidth,
+            options.interconnect,
             options.dry_run,
             **workload.settings(),
         )

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..estimate.advice import advise
+from ..estimate.communication import NVLINK, traffic
 from ..estimate.flops import overhead_flops
 from ..estimate.hardware import (
     copy_rate,
@@ -39,6 +40,7 @@ def run_doctor(
     memory_gib: float | None = None,
     tflops: float | None = None,
     bandwidth: float | None = None,
+    interconnect: float | None = None,
     dry: bool = False,
     console: Console | None = None,
     **settings: Any,
@@ -50,15 +52,19 @@ def run_doctor(
         model: folder or hub id; None for the released 7B's sizes.
         memory_gib: memory to fit into, in GiB; None for that of the GPU found.
         tflops, bandwidth: rates in TFLOP/s and TB/s; None to measure them on the GPU found.
+        interconnect: GB/s that reach a GPU from the others; None for NVLink's.
         dry: also run one step with random weights.
         settings: of the [`Workload`].
 
     Raises:
         OSError, ValueError: for a folder without a BAGEL, or settings that no run can have.
     """
-    for name, value in {"memory": memory_gib, "tflops": tflops, "bandwidth": bandwidth}.items():
+    rates = {"memory": memory_gib, "tflops": tflops, "bandwidth": bandwidth, "interconnect": interconnect}
+    for name, value in rates.items():
         if value is not None and value <= 0:
             raise ValueError(f"{name}={value:g}: expected a number above 0.")
+    if dry and settings.get("processes", 1) > 1:
+        raise ValueError("A dry run is one of one GPU: leave --processes out, or --dry-run.")
     console = console or Console()
     result = estimate(Workload(read_config(model), **settings))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,9 +72,14 @@ def run_doctor(
         memory_gib = memory_gib or torch.cuda.get_device_properties(device).total_memory / GIB
         tflops = tflops or matmul_rate(device) / 1e12
         bandwidth = bandwidth or copy_rate(device) / 1e12
+    interconnect = interconnect or NVLINK
     console.print(_machine(device, memory_gib, tflops, bandwidth))
     console.print(_memory_parts(result), _peaks(result))
     console.print(_flops(result, tflops, bandwidth))
+    if result.workload.processes > 1:
+        console.print(
+            _traffic(result.workload, interconnect), _per_gpu(result.workload, tflops, bandwidth, interconnect)
+        )
     _verdict(console, result, memory_gib)
     found = levers(result.workload, int(memory_gib * GIB * USABLE) if memory_gib else None)
     if found:
@@ -128,6 +139,35 @@ def _flops(result: Estimate, tflops: float | None, bandwidth: float | None) -> T
     table.add_row("floor", f"{sum(result.flops.values()) / 1e15:.3f}", total, style="bold")
     for name, flops in overhead_flops(load).items():
         table.add_row(f"beyond it: {name}", f"{flops / 1e15:.3f}", "")
+    return table
+
+
+def _traffic(load: Workload, interconnect: float) -> Table:
+    """Say what travels in a generation with its updates: seconds beside the floor's, where nothing hides them."""
+    how = "FSDP2" if load.fsdp else "DDP"
+    title = f"What reaches a GPU: {load.processes} processes, {how}, {interconnect:g} GB/s"
+    table = Table("part", "times", "GB received", "seconds", title=title)
+    parts = traffic(load)
+    for name, part in parts.items():
+        table.add_row(name, str(part.times), f"{part.bytes / 1e9:.1f}", f"{part.bytes / 1e9 / interconnect:.2f}")
+    whole = sum(part.bytes for part in parts.values()) / 1e9
+    table.add_section()
+    table.add_row("all", "", f"{whole:.1f}", f"{whole / interconnect:.2f}", style="bold")
+    return table
+
+
+def _per_gpu(load: Workload, tflops: float | None, bandwidth: float | None, interconnect: float) -> Table:
+    """Compare adapters and full fine-tuning at two sizes, with all other settings of the workload."""
+    table = Table("per GPU", "peak GiB", "floor, seconds", "GB received", "seconds", title="The same run with")
+    adapters = load.lora_ranks or (32, 32)
+    unit, most = load.config.pixels_per_token, load.config.max_latent_size
+    for name, ranks in {f"LoRA, rank {max(adapters)}": adapters, "full fine-tuning": None}.items():
+        for size in [size for size in (512, 1024) if size % unit == 0 and size <= unit * most]:
+            one = estimate(replace(load, lora_ranks=ranks, image_size=size))
+            floor = one.floor_seconds(tflops * 1e12, bandwidth * 1e12) if tflops and bandwidth else None
+            received = sum(part.bytes for part in traffic(one.workload).values()) / 1e9
+            cells = (f"{one.memory.peak / GIB:.1f}", f"{floor:.1f}" if floor else "-", f"{received:.1f}")
+            table.add_row(f"{name}, {size} pixels", *cells, f"{received / interconnect:.2f}")
     return table
 
 

@@ -1,5 +1,6 @@
 """The cost of a generation before it runs: memory by part, FLOPs by part, the floor in seconds."""
 
+from .communication import Traffic, traffic
 from .flops import (
     decode_read_bytes,
     floor_flops,
@@ -15,6 +16,7 @@ from .workload import Workload
 __all__ = [
     "Estimate",
     "Memory",
+    "Traffic",
     "Workload",
     "decode_read_bytes",
     "estimate",
@@ -25,4 +27,5 @@ __all__ = [
     "overhead_flops",
     "parameter_counts",
     "released_config",
+    "traffic",
 ]

@@ -38,6 +38,10 @@ def _changes(load: Workload) -> list[tuple[str, dict]]:
     """List changes in the order of their cost: first time, then precision, then what is learned."""
     unit = load.config.pixels_per_token
     changes: list[tuple[str, dict]] = []
+    if load.processes > 1 and load.quantization is None:
+        changes.append(("FSDP2: examples/accelerate/fsdp2.yaml", {"fsdp": True}))
+    if load.fsdp:
+        changes.append(("sync_each_batch in accelerator_config", {"sync_each_batch": True}))
     if load.lora_ranks is None:
         changes.append(
             ("adapters instead of full fine-tuning: LoraConfig(r=32, lora_alpha=64)", {"lora_ranks": (32, 32)})
@@ -47,8 +51,11 @@ def _changes(load: Workload) -> list[tuple[str, dict]]:
         ("gradient_checkpointing=True", {"gradient_checkpointing": True}),
         ("image_batch_size=1", {"image_batch_size": 1}),
         ("per_device_train_batch_size=1", {"micro_batch_size": 1}),
-        ("nf4 weights: --load_in_4bit", {"quantization": "nf4"}),
     ]
+    if load.fsdp:
+        changes.append(("gather_for_rollout=False", {"gather_for_rollout": False}))
+    else:
+        changes.append(("nf4 weights: --load_in_4bit", {"quantization": "nf4"}))
     for size in (512, 256):
         if size**2 < math.prod(load.size) and size % unit == 0:
             changes.append((f"image_size={size}", {"image_size": size}))

@@ -20,7 +20,22 @@ from .workload import Workload
 
 # TRL's language head works on tiles of at most so many tokens and words.
 TILE_TOKENS, TILE_WORDS = 4096, 32768
-RESIDENT = ("weights", "VAE", "reference copy", "averaged weights", "adapters", "optimizer state")
+IN_HALF = "trained weights in bfloat16"  # autocast keeps them until its context ends
+GATHERED, ROLLOUT = "gathered weights", "weights gathered for the rollout"
+RESIDENT = ("weights", "VAE", "reference copy", "averaged weights", "adapters", "optimizer state", "DDP's buckets")
+# Of these each process of FSDP2 holds its share.
+SHARDED = ("weights", "reference copy", "averaged weights", "adapters", "optimizer state")
+PHASES = {
+    "thinking": (IN_HALF, ROLLOUT, "thinking's cache", "sampling's logits"),
+    "denoising": (IN_HALF, ROLLOUT, "contexts' cache", "denoising's workspace", "rollout records"),
+    "VAE decode": (ROLLOUT, "VAE decode", "rollout records"),
+    "reference pass": (IN_HALF, GATHERED, "reference's workspace", "records of a micro-batch"),
+    "update": (
+        *(IN_HALF, GATHERED, "gradients", "gradients being reduced", "saved activations", "update's workspace"),
+        *("logits' tile", "records of a micro-batch"),
+    ),
+}
+"""What is held in each phase beside what is held all the time."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +142,6 @@ def estimate_memory(load: Workload) -> Memory:
     layer = saved_by_layer(load)
     inputs = load.scored_at_once * packed * width * a * layers
     full = load.lora_ranks is None
-    cast = "trained weights in bfloat16"  # autocast keeps them until its context ends
     parts = {
         "weights": weights,
         "VAE": 4 * vae_parameters(load.config),
@@ -136,7 +150,7 @@ def estimate_memory(load: Workload) -> Memory:
         "adapters": 0 if full else 4 * trained,
         "optimizer state": 8 * trained,
         "gradients": 4 * trained,
-        cast: 2 * trained if load.half else 0,
+        IN_HALF: 2 * trained if load.half else 0,
         "saved activations": inputs + layer if load.gradient_checkpointing else layers * layer,
         "update's workspace": backward_workspace(load, load.scored_at_once * packed),
         "logits' tile": tile + 4 * load.scored_at_once * load.texts * width,
@@ -149,15 +163,46 @@ def estimate_memory(load: Workload) -> Memory:
         "records of a micro-batch": load.scored_at_once * update_states * numbers,
         "VAE decode": 3 * 4 * load.denoised_at_once * vae_decode(load.config, load.size)[1],
     }
-    resident = sum(parts[name] for name in RESIDENT)
-    phases = {
-        "thinking": (cast, "thinking's cache", "sampling's logits"),
-        "denoising": (cast, "contexts' cache", "denoising's workspace", "rollout records"),
-        "VAE decode": ("VAE decode", "rollout records"),
-        "reference pass": (cast, "reference's workspace", "records of a micro-batch"),
-        "update": (
-            *(cast, "gradients", "saved activations", "update's workspace", "logits' tile"),
-            "records of a micro-batch",
-        ),
+    parts |= spread_parts(load, parts)
+    resident = sum(parts.get(name, 0) for name in RESIDENT)
+    return Memory(parts, {name: resident + sum(parts.get(part, 0) for part in held) for name, held in PHASES.items()})
+
+
+def layer_parameters(load: Workload) -> int:
+    """Count the weights of one layer, both experts and their adapters: what FSDP2 gathers at once."""
+    counts, llm = parameter_counts(load.config), load.config.llm_config
+    adapters = 0 if load.lora_ranks is None else sum(trained_parameter_counts(load))
+    return (counts["text expert"] + counts["image expert"] - 2 * llm.hidden_size + adapters) // llm.num_hidden_layers
+
+
+def end_parameters(load: Workload) -> int:
+    """Count the weights that are in no layer of the experts."""
+    counts = parameter_counts(load.config)
+    tower = counts["understanding tower"] * load.with_tower
+    return counts["embeddings"] + counts["image ends"] + 2 * load.config.llm_config.hidden_size + tower
+
+
+def spread_parts(load: Workload, whole: dict[str, int]) -> dict[str, int]:
+    """
+    Give the parts of memory that are others on several devices than on one; nothing for one.
+
+    Under FSDP2 weights are gathered in the precision of products: a layer that is used, the next one in the buffer
+    that it arrives in and cut out of it, and what is in no layer; or all, for the rollout. A gradient is held as it
+    was computed, and in float32.
+    """
+    llm, a, trained = load.config.llm_config, load.activation_bytes, sum(trained_parameter_counts(load))
+    if load.processes == 1:
+        return {}
+    if not load.fsdp:
+        return {"DDP's buckets": 4 * trained}
+    layer, ends = layer_parameters(load), end_parameters(load)
+    layers, table = llm.num_hidden_layers, llm.hidden_size * llm.vocab_size
+    at_once = max(layer, table) if load.lora_ranks is None else trained // layers
+    return {
+        **{name: -(-whole[name] // load.processes) for name in SHARDED},
+        "gradients": -(-whole["gradients"] // (load.processes if load.sync_each_batch else 1)),
+        "gradients being reduced": (4 + a) * at_once,
+        IN_HALF: 0,
+        GATHERED: a * (3 * layer + ends),
+        ROLLOUT: a * ((layers if load.gather_for_rollout else 3) * layer + ends),
     }
-    return Memory(parts, {name: resident + sum(parts[part] for part in held) for name, held in phases.items()})

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from torch.distributed.fsdp import FSDPModule
+
 from ..flow.per_round import of_round
 from ..image_sizes import GivenSize, Size, plain_size, read_size
 from ..models.bagel.configuration import BagelConfig
@@ -15,13 +17,14 @@ _AT_LEAST_ONE = (
     *("prompt_length", "completion_length", "num_generations", "num_prompts", "num_inference_steps"),
     *("sde_window_size", "num_iterations", "micro_batch_size", "image_batch_size"),
     *("num_rounds", "look_length", "reflection_length", "images_per_thinking", "scout_num_inference_steps"),
+    "processes",
 )
 
 
 @dataclass(frozen=True)
 class Workload:
     """
-    One generation of UniGRPO and the passes over it, on one device.
+    One generation of UniGRPO and the passes over it, on one device, or on each of several.
 
     Args:
         config: sizes of the model.
@@ -51,6 +54,10 @@ class Workload:
         scout_generations, scout_num_inference_steps: trajectories of a pool for each prompt, None for none, and the
             steps that its images take; G of them are painted again exactly, and trained.
         dead_share: share of images that is left out of the update, as their advantage is 0.
+        processes: devices, one process each; all other numbers are those of one of them.
+        fsdp: weights, gradients and optimizer state are spread over them (FSDP2); else each has all (DDP).
+        gather_for_rollout: under FSDP2 each device has all weights while it thinks and paints.
+        sync_each_batch: under FSDP2 gradients are reduced after each micro-batch, and not kept whole until the last.
 
     Raises:
         ValueError: for a size that no run can have.
@@ -84,6 +91,10 @@ class Workload:
     scout_generations: int | None = None
     scout_num_inference_steps: int = 4
     dead_share: float = 0.0
+    processes: int = 1
+    fsdp: bool = False
+    gather_for_rollout: bool = True
+    sync_each_batch: bool = False
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
@@ -97,6 +108,7 @@ class Workload:
                 f"{limit}."
             )
         self._check_group()
+        self._check_spread()
         if self.sde_window_size >= self.num_inference_steps and not self.lines:
             raise ValueError(
                 f"sde_window_size={self.sde_window_size} with num_inference_steps={self.num_inference_steps}: "
@@ -135,6 +147,15 @@ class Workload:
             )
         if not 0 <= self.dead_share <= 1:
             raise ValueError(f"dead_share={self.dead_share}: expected a share from 0 to 1.")
+
+    def _check_spread(self) -> None:
+        if self.fsdp and self.processes == 1:
+            raise ValueError("fsdp=True with processes=1: there is nothing to spread weights over. Give processes.")
+        if self.fsdp and self.quantization:
+            raise ValueError(
+                f"fsdp=True with quantization={self.quantization!r}: quantised weights are estimated on each device "
+                "whole. Leave one of the two out."
+            )
 
     @property
     def size(self) -> Size:
@@ -237,6 +258,7 @@ class Workload:
             state = getattr(getattr(module, "weight", None), "quant_state", None)
             if state is not None:
                 quantization = "nf4-double" if state.nested else "nf4"
+        accumulation = getattr(args.accelerator_config, "gradient_accumulation_kwargs", None) or {}
         return cls(
             config=model.config,
             image_size=plain_size(max(args.sizes(training=True), key=math.prod)),
@@ -266,4 +288,8 @@ class Workload:
             images_per_thinking=args.images_per_thinking,
             scout_generations=args.scout_generations if args.num_rounds == 1 else None,
             scout_num_inference_steps=args.scout_num_inference_steps,
+            processes=args.world_size,
+            fsdp=any(isinstance(module, FSDPModule) for module in model.modules()),
+            gather_for_rollout=getattr(args, "gather_for_rollout", True),
+            sync_each_batch=bool(accumulation.get("sync_each_batch")),
         )

@@ -2,7 +2,8 @@
 
 import copy
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,12 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import CONFIG_NAME
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    get_pattern_key,
+)
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
@@ -222,6 +228,60 @@ def keep_adapters_in_float32(model: nn.Module, masters: Mapping[str, Tensor]) ->
                         parameter.data = parameter.data.float()
         if isinstance(module, LoraLayer) and not module.lora_variant:
             module.cast_input_dtype_enabled = OutsideAutocast()
+
+
+def merged_weights(
+    module: Any, left_out: Callable[[str], bool], prefix: str = "", seen: set[Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """
+    Yield a module's parameters with its adapters merged into them, by the names that they have without adapters; tied
+    ones once.
+
+    Layers are merged one by one, and get their own numbers back to the bit. PEFT's way back is to subtract, which
+    rounds: frozen weights would drift.
+
+    Args:
+        left_out: says of a name whether it is not wanted.
+        prefix: of all names.
+        seen: parameters that are not to be yielded again.
+
+    Raises:
+        ValueError: for an adapter of one of two tied layers, which no one weight can stand for.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(module, ModulesToSaveWrapper):
+        module = module.modules_to_save[module.active_adapters[0]]
+    elif isinstance(module, TrainableTokensWrapper):
+        module = module.token_adapter
+    adapted = isinstance(module, BaseTunerLayer)
+    own = module.get_base_layer() if adapted else module
+    if isinstance(module, LoraLayer) and any(parameter in seen for parameter in own.parameters()):
+        raise ValueError(f"{prefix} is adapted and tied to another layer: leave it out of target_modules.")
+    found = {name: p for name, p in own.named_parameters(prefix, recurse=adapted) if p not in seen}
+    wanted = [name for name in found if not left_out(name)]
+    seen.update(found.values())
+    with _merged(module, own) if adapted and wanted else nullcontext():
+        weights = [(name, found[name].detach().clone() if adapted else found[name].detach()) for name in wanted]
+    yield from weights
+    for name, child in () if adapted else module.named_children():
+        yield from merged_weights(child, left_out, f"{prefix}.{name}" if prefix else name, seen)
+
+
+@contextmanager
+def _merged(layer: nn.Module, base: nn.Module) -> Iterator[None]:
+    """Merge the adapters of a layer into its base layer for a while."""
+    tuners = [part for part in layer.modules() if isinstance(part, BaseTunerLayer) and not part.disable_adapters]
+    before = [(parameter, parameter.detach().clone()) for parameter in base.parameters()]
+    with torch.no_grad():
+        try:
+            for tuner in tuners:
+                tuner.merge()
+            yield
+        finally:
+            for tuner in reversed(tuners):
+                tuner.unmerge()
+            for parameter, value in before:
+                parameter.data.copy_(value)
 
 
 class OutsideAutocast:

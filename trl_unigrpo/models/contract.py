@@ -215,6 +215,19 @@ class UnifiedModelMixin(SeesImages, _Base):
         """Raise ValueError, naming them, if weights are to be trained that can't be. By default all can."""
         return
 
+    def served_thinker(self) -> nn.Module:
+        """
+        Give the part that vLLM samples thinkings with, for `use_vllm=True`: it knows the folder or hub id
+        `name_or_path`, and all parameters but the image expert's by their names.
+
+        Raises:
+            ValueError: for a model that vLLM can't think for, as it is by default.
+        """
+        raise ValueError(
+            f"use_vllm=True: {type(self).__name__} does not say which part of it vLLM can sample thinkings with. "
+            "Leave it out, or override `served_thinker`."
+        )
+
     def initial_latents(self, image_size: tuple[int, int], generators: Sequence[torch.Generator]) -> Tensor | None:
         """
         Draw the noise (B, *latent), float32, that images start from, each by its own generator. None for independent

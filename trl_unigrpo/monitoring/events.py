@@ -246,10 +246,10 @@ class Watcher(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        generation_config: GenerationConfig,
+        generation_config: GenerationConfig | None,
         **kwargs: Any,
     ) -> None:
-        """Thinkings are about to be sampled."""
+        """Thinkings are about to be sampled: as the configuration says, or (None) by vLLM."""
 
     def on_rollout(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, rollout: Rollout, **kwargs: Any

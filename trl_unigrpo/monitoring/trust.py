@@ -51,9 +51,9 @@ class TrustChecks(Watcher):
             self._report(weights_problem(model))
 
     def on_rollout_begin(
-        self, args: Any, state: Any, control: Any, generation_config: GenerationConfig, **kwargs: Any
+        self, args: Any, state: Any, control: Any, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> None:
-        if self._first("sampling"):
+        if generation_config is not None and self._first("sampling"):
             self._report(sampling_problem(generation_config, args.temperature))
 
     def on_rollout(self, args: Any, state: Any, control: Any, rollout: Rollout, **kwargs: Any) -> None:

@@ -23,6 +23,7 @@ from ..models.sharding import gathered, sliced
 from .averages_config import AveragesConfig
 from .sharded import ShardedRun
 from .training_loop import TrainingLoop
+from .vllm_thinking import EngineRun
 
 
 FILE = "averages.pt"
@@ -88,7 +89,7 @@ class Averages(TrainerCallback):
             average.restore(state.get(name, {key: own[key] for key in average.weights}))
 
 
-class AveragedRun(TrainingLoop, ShardedRun):
+class AveragedRun(TrainingLoop, EngineRun, ShardedRun):
     """The hooks of `GRPOTrainer` that put averaged weights where they belong."""
 
     args: Any

@@ -10,10 +10,6 @@ from .engines import settle_engine
 
 # TRL options that cannot work here, the value that is allowed, and why. One that a release lacks needs no refusal.
 _REFUSED: dict[str, tuple[Any, str]] = {
-    "use_vllm": (
-        False,
-        "vLLM can neither serve nor sync the image expert of a unified model",
-    ),
     "use_transformers_continuous_batching": (
         False,
         "it casts the whole model, adapters included, to bfloat16",
@@ -80,6 +76,14 @@ _REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "label_smoothing_factor": (0.0, "there are no labels"),
 }
+_ROUNDS = "later rounds are written before the model's own images, which vLLM is not given"
+# What is bound where vLLM samples the thinkings, the values that it may have, and why.
+_WITH_VLLM: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_rounds": ((1,), _ROUNDS),
+    "eval_num_rounds": ((None, 1), _ROUNDS),
+    "thinking": ((True,), "there is no thinking for vLLM to sample"),
+    "vllm_structured_outputs_regex": ((None,), "log-probs are those of the whole distribution, not of what it leaves"),
+}
 # Options of `generate` that make the sampled distribution another than the one whose log-probs are trained, the whole
 # one at `temperature`, and the values that leave it as it is. Bans of tokens are allowed.
 _RESHAPING: dict[str, tuple[Any, ...]] = {
@@ -102,6 +106,9 @@ _RESHAPING: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (),
     "penalty_alpha": (0.0,),
     "dola_layers": (),
+    "logit_bias": (),
+    "frequency_penalty": (0.0,),
+    "presence_penalty": (0.0,),
 }
 # Keys of `generation_kwargs` that TRL's own reading of the sampled tokens does not know of, and what sets them.
 _OF_TRL = {
@@ -110,6 +117,9 @@ _OF_TRL = {
     "pad_token_id": "the tokenizer's padding token",
     "num_return_sequences": "`num_generations`",
     "return_dict_in_generate": "nothing",
+    "n": "`num_generations`",
+    "max_tokens": "`max_completion_length`",
+    "logprobs": "nothing",
 }
 # Optimizers that bring parameter groups of their own, which two learning rates would break up.
 _OWN_GROUPS = ("galore", "apollo", "lomo", "layerwise")
@@ -136,6 +146,9 @@ def check_choices(config: Any) -> None:
         value = getattr(config, name, allowed)
         if value != allowed and value:
             raise ValueError(f"{name}={value!r} does not work with UniGRPO: {reason}. Leave it at {allowed!r}.")
+    for name, (allowed, reason) in _WITH_VLLM.items() if config.use_vllm else ():
+        if (value := getattr(config, name)) not in allowed:
+            raise ValueError(f"use_vllm=True with {name}={value!r} does not work: {reason}. Leave one of the two out.")
     settle_engine(config, shards=True)
     if "inputs" in (getattr(config, "include_for_metrics", None) or []):
         raise ValueError("include_for_metrics=['inputs'] does not work: batches are lists of rows here.")

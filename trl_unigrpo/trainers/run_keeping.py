@@ -4,6 +4,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -162,8 +163,8 @@ class RunKeeping(AveragedRun):
     # The precision of the rollout
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        # One autocast for all tokens: it casts each trained weight once and keeps it.
-        with self.accelerator.autocast():
+        # One autocast for all tokens: it casts each trained weight once and keeps it. vLLM has a precision of its own.
+        with nullcontext() if self.use_vllm else self.accelerator.autocast():
             return super()._generate_single_turn(*args, **kwargs)
 
     # What watchers are told

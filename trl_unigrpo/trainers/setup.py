@@ -47,6 +47,7 @@ from .reward_checks import distinct
 from .sharding_config import check_sharded
 from .trl_bridge import ReferencePolicy, check_attributes, check_trl, compute_head_in_float32, return_velocity
 from .unigrpo_config import UniGRPOConfig
+from .vllm_thinking import check_served
 
 
 @dataclass
@@ -159,6 +160,8 @@ def prepare_run(
 
 def _try_out(base: UnifiedModelMixin, args: UniGRPOConfig, edits: bool, reads: bool) -> None:
     """Find out whether the model can be trained with these arguments; whether it can edit and read, where it is to."""
+    if args.use_vllm:
+        check_served(base, edits, args.vllm_mode)
     check_lengths(args, base)
     check_round_lengths(args, base)
     check_sight(base, args.most_rounds)
@@ -186,7 +189,8 @@ def finish_run(trainer: Any, setup: Setup) -> None:
     base.check_trained_weights()
     keep_adapters_in_float32(model, setup.masters)
     keep_trainable_layout(model)
-    check_generation(base.generation_config, trainer.generation_kwargs)
+    if not trainer.use_vllm:
+        check_generation(base.generation_config, trainer.generation_kwargs)
     if setup.float32_head:
         trainer.args.cast_lm_head_to_fp32 = True
         compute_head_in_float32(base, trainer.temperature)
@@ -198,8 +202,16 @@ def finish_run(trainer: Any, setup: Setup) -> None:
     check_optimizer(base, model, trainer.optimizer)
     trainer.data_collator = CheckedRows(trainer.data_collator)
     trainer.reward_func_names = distinct(trainer.reward_func_names)
+    _sample_as_trained(trainer, never_sampled(base, setup.tokenizer, trainer.eos_token_ids) or ())
+
+
+def _sample_as_trained(trainer: Any, never: Sequence[int]) -> None:
+    """Let nobody sample the tokens that no thinking may hold."""
+    if trainer.use_vllm:
+        trainer.generation_config = None
+        trainer.vllm_generation.sample_as_trained(never, trainer.eos_token_ids)
+        return
     sampling = trainer.generation_config
-    never = never_sampled(base, setup.tokenizer, trainer.eos_token_ids) or ()
     sampling.suppress_tokens = sorted({*never, *(sampling.suppress_tokens or ())}) or None
 
 

@@ -21,13 +21,17 @@ class ThinkingsRun(RunKeeping):
         """K: in evaluation, as for a user, each image has a thinking of its own."""
         return self.args.images_per_thinking if self.mode == "train" else 1
 
-    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, **kwargs: Any
+    ) -> Any:
         """Sample a thinking for every K-th row, which the rows behind it repeat."""
         if not self.args.thinking:
             # TRL needs a token per completion; the image is painted as if there were none.
             return [[self._tokenizer.eos_token_id] for _ in prompt_ids], None
         each = self._images_of_each
-        sampled = super()._generate_single_turn(prompt_ids[::each], *args, **kwargs)
+        sampled = super()._generate_single_turn(
+            prompt_ids[::each], images, multimodal_fields, num_generations // each, **kwargs
+        )
         return tuple(part and [row for row in part for _ in range(each)] for part in sampled)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

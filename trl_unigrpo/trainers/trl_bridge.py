@@ -3,6 +3,7 @@ travel through TRL's one forward."""
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers.utils import ModelOutput
 from trl import GRPOTrainer
 
 from ..models.contract import UnifiedModelMixin, UnifiedOutput
+from ..models.patching import attributes
 from ..trajectory import Steps
 from .trl_versions import TRLChangedError, check_options, note_untested
 
@@ -26,6 +28,8 @@ from .trl_versions import TRLChangedError, check_options, note_untested
 # Not TRL's public API: every such name is imported here, and by other modules from here.
 try:
     from trl.extras.profiling import profiling_context
+    from trl.generation.vllm_generation import VLLMGeneration
+    from trl.import_utils import is_vllm_available
     from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
     from trl.trainer.utils import add_fused_lm_head, get_callable_name, is_async_callable, nanstd
 except ImportError as error:
@@ -37,12 +41,15 @@ Autocast = Callable[[], AbstractContextManager]
 
 __all__ = [
     "ATTRIBUTES",
+    "ENGINE_HOOKS",
     "HOOKS",
+    "OF_SAMPLING",
     "Autocast",
     "PackedOutput",
     "ReferencePolicy",
     "TRLChangedError",
     "TextAndVelocities",
+    "VLLMGeneration",
     "add_fused_lm_head",
     "check_attributes",
     "check_trl",
@@ -52,9 +59,11 @@ __all__ = [
     "generation_fields",
     "get_callable_name",
     "is_async_callable",
+    "is_vllm_available",
     "nanstd",
     "profiling_context",
     "return_velocity",
+    "thinking_by",
     "unwrap_model_for_generation",
     "with_rows",
 ]
@@ -64,7 +73,7 @@ __all__ = [
 HOOKS: dict[str, tuple[str, ...]] = {
     "_generate": ("self", "prompts"),
     "_tokenize_prompts": ("self", "prompts"),
-    "_generate_single_turn": ("self", "prompt_ids"),
+    "_generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "num_generations"),
     "_generate_and_score_completions": ("self", "inputs"),
     "_calculate_rewards": (
         "self",
@@ -100,14 +109,23 @@ HOOKS: dict[str, tuple[str, ...]] = {
 }
 
 
+# The same of the engine that samples where `use_vllm` is on.
+ENGINE_HOOKS: dict[str, tuple[str, ...]] = {
+    "_init_vllm": ("self",),
+    "_iter_named_params": ("self",),
+    "_fix_param_name_to_vllm": ("self", "name"),
+    "sync_weights": ("self",),
+    "generate": ("self", "prompts", "images", "num_generations"),
+}
+
+
 # Attributes of a constructed trainer that are used, and keys of those that are dictionaries.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "_step": (),
     "_buffered_inputs": (),
     "_tokenizer": (),
     "eos_token_ids": (),
-    "generation_config": (),
-    "generation_kwargs": (),
+    "use_vllm": (),
     "reward_funcs": (),
     "reward_weights": (),
     "scale_rewards": (),
@@ -124,6 +142,8 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "reward_func_names": (),
     "_logs": ("images", "prompt", "completion", "rewards", "advantages"),
 }
+# Further ones, by whether vLLM samples.
+OF_SAMPLING = {False: ("generation_config", "generation_kwargs"), True: ("vllm_generation", "_last_loaded_step")}
 
 
 def check_trl() -> None:
@@ -134,13 +154,16 @@ def check_trl() -> None:
     scaled. A release that passes is used, whether or not it was tested.
     """
     check_options()
-    for name, expected in HOOKS.items():
-        hook = getattr(GRPOTrainer, name, None)
+    hooks = {GRPOTrainer: HOOKS, VLLMGeneration: ENGINE_HOOKS}
+    for owner, name, expected in [(owner, *hook) for owner, own in hooks.items() for hook in own.items()]:
+        hook = getattr(owner, name, None)
         if hook is None:
-            raise TRLChangedError(f"GRPOTrainer.{name} is gone")
+            raise TRLChangedError(f"{owner.__name__}.{name} is gone")
         found = tuple(inspect.signature(hook).parameters)
         if found[: len(expected)] != expected:
-            raise TRLChangedError(f"GRPOTrainer.{name} takes {found}, expected {expected}")
+            raise TRLChangedError(f"{owner.__name__}.{name} takes {found}, expected {expected}")
+    if getattr(_module_of_trainer(), "VLLMGeneration", None) is not VLLMGeneration:
+        raise TRLChangedError("GRPOTrainer does not think by VLLMGeneration")
     if getattr(GRPOTrainer, "loss_is_scaled_for_ga", None) is not True:
         raise TRLChangedError("GRPOTrainer.loss_is_scaled_for_ga is not True")
     note_untested(trl.__version__)
@@ -148,7 +171,7 @@ def check_trl() -> None:
 
 def check_attributes(trainer: GRPOTrainer) -> None:
     """Raise [`TRLChangedError`] if a constructed trainer lacks an attribute, or a key in it, that is used here."""
-    for name, keys in ATTRIBUTES.items():
+    for name, keys in {**ATTRIBUTES, **dict.fromkeys(OF_SAMPLING[bool(trainer.args.use_vllm)], ())}.items():
         if not hasattr(trainer, name):
             raise TRLChangedError(f"GRPOTrainer has no attribute {name}")
         missing = [key for key in keys if key not in getattr(trainer, name)]
@@ -156,6 +179,15 @@ def check_attributes(trainer: GRPOTrainer) -> None:
             raise TRLChangedError(f"GRPOTrainer.{name} has no key {missing[0]!r}")
     if any(map(is_async_callable, trainer.reward_funcs)) and not hasattr(trainer, "async_loop"):
         raise TRLChangedError("GRPOTrainer has no attribute async_loop, where a reward function is asynchronous")
+
+
+def _module_of_trainer() -> Any:
+    return sys.modules[GRPOTrainer.__module__]
+
+
+def thinking_by(engine: type[VLLMGeneration]) -> AbstractContextManager[None]:
+    """Have trainers that are made meanwhile use an engine of this class, where they use vLLM."""
+    return attributes(_module_of_trainer(), VLLMGeneration=engine)
 
 
 def generation_fields(outputs: tuple) -> tuple[list[list[int]], list[list[int]], dict]:

@@ -30,6 +30,8 @@ OPTIONS = (
         "reward_weights",
         "steps_per_generation",
         "temperature",
+        "use_vllm",
+        "vllm_mode",
     ),
 )
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .decoder import BagelLanguageModel
@@ -39,6 +40,10 @@ class BagelTraining(_Base):
 
     def compile_layers(self, backend: str = "inductor") -> None:
         self.language_model.model.compile_layers(backend)
+
+    def served_thinker(self) -> nn.Module:
+        # vLLM's own BAGEL is its text expert, under the released names.
+        return self
 
     def is_image_parameter(self, name: str) -> bool:
         return "moe_gen" in name or any(part in name for part in ("vae2llm", "llm2vae", "time_embedder"))

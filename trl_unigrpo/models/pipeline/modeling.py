@@ -385,6 +385,14 @@ class PipelineForUnifiedGeneration(PipelineEyes, UnifiedModelMixin, PreTrainedMo
         media = [i for name, i in named if name.startswith(MEDIA) and name.endswith(("_token_id", "_token_index"))]
         return [i for i in media if isinstance(i, int)]
 
+    def served_thinker(self) -> PreTrainedModel:
+        if self._shared or self.config.shared_encoder:
+            raise ValueError(
+                "use_vllm=True: this thinker shares its weights with the painter, whose adapters and folder are not "
+                "those of a language model. Leave it out, or pass a thinker of its own."
+            )
+        return self.thinker
+
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         check_thinker(self.thinker, tokenizer)
 
