@@ -60,8 +60,8 @@ def test_doctor_says_what_the_released_model_takes():
 
 def test_doctor_for_several_gpus():
     machine = ("--memory", "80", "--tflops", "790", "--bandwidth", "3.35", "--interconnect", "300")
-    settings = {"processes": 8, "fsdp": True, "sync_each_batch": True, "image_batch_size": 8}
-    result = doctor("--processes", "8", "--fsdp", "--sync-each-batch", "--lora-rank", "0", *machine)
+    settings = {"processes": 8, "fsdp": True, "image_batch_size": 8}
+    result = doctor("--processes", "8", "--fsdp", "--lora-rank", "0", *machine)
     assert result.exit_code == 0
     load = Workload(released_config(), 512, lora_ranks=None, **settings)
     found = traffic(load)

@@ -45,7 +45,7 @@ def test_units_are_those_of_the_released_model():
 def test_full_fine_tuning_by_fsdp(image_size):
     settings = {"lora_ranks": None, "image_size": image_size, "ema": True}
     one = estimate_memory(load(processes=1, **settings)).parts
-    found = estimate_memory(load(fsdp=True, sync_each_batch=True, **settings))
+    found = estimate_memory(load(fsdp=True, **settings))
     assert found.parts["weights"] == -(-4 * (28 * LAYER + ENDS + TOWER) // 8)
     assert found.parts["reference copy"] == found.parts["averaged weights"] == -(-4 * TRAINED // 8)
     assert found.parts["optimizer state"] == -(-8 * TRAINED // 8)
@@ -62,7 +62,7 @@ def test_full_fine_tuning_by_fsdp(image_size):
     each = estimate_memory(load(fsdp=True, gather_for_rollout=False, **settings))
     for phase in ("thinking", "denoising", "VAE decode"):
         assert found.peaks[phase] - each.peaks[phase] == 2 * 25 * LAYER
-    whole = estimate_memory(load(fsdp=True, **settings))
+    whole = estimate_memory(load(fsdp=True, sync_each_batch=False, **settings))
     assert whole.parts["gradients"] == 4 * TRAINED
     assert whole.peaks["update"] - found.peaks["update"] == 4 * TRAINED - -(-4 * TRAINED // 8)
 
@@ -88,11 +88,11 @@ def test_what_travels_by_fsdp():
     assert found["update, all-gather"] == (24, 2 * (24 * forward + 12 * once) * 7 // 8)
     assert found["gradients, reduce-scatter"] == (2, 2 * 4 * TRAINED * 7 // 8)
     assert {*found} == {*times, "gradients, reduce-scatter"}
-    gathered = traffic(load(lora_ranks=None, fsdp=True))
+    gathered = traffic(load(lora_ranks=None, fsdp=True, sync_each_batch=False))
     assert gathered.pop("rollout") == (1, 2 * (28 * LAYER + ENDS + TOWER) * 7 // 8)
     sampled = ("thinking", "contexts", "denoising")
     assert gathered == {name: part for name, part in found.items() if name not in sampled}
-    synced = traffic(load(lora_ranks=None, fsdp=True, sync_each_batch=True))
+    synced = traffic(load(lora_ranks=None, fsdp=True))
     assert synced["gradients, reduce-scatter"] == (12, 12 * 4 * TRAINED * 7 // 8)
     in_float32 = traffic(load(lora_ranks=None, fsdp=True, half=False))
     assert in_float32["reference pass"].bytes == 4 * (6 * forward + once) * 7 // 8
@@ -157,19 +157,21 @@ def test_settings_that_no_run_can_have(changes, message):
 
 
 def test_advice_for_several_gpus():
-    """Full fine-tuning on eight: spread, and reduced after each micro-batch, before anything is given up."""
+    """Full fine-tuning on eight: spread, before anything is given up."""
     run = replace(load(lora_ranks=None), image_batch_size=4)
-    fits = estimate_memory(replace(run, fsdp=True, sync_each_batch=True)).peak
+    fits = estimate_memory(replace(run, fsdp=True)).peak
     advice = [item.setting for item in advise(replace(run, gradient_checkpointing=True), fits)]
-    assert advice == ["FSDP2: examples/accelerate/fsdp2.yaml", "sync_each_batch in accelerator_config"]
+    assert advice == ["FSDP2: examples/accelerate/fsdp2.yaml"]
+    late = replace(run, fsdp=True, sync_each_batch=False)
+    assert [item.setting for item in advise(late, fits)] == ["sync_each_batch in accelerator_config"]
     least = {"image_size": 256, "micro_batch_size": 1, "image_batch_size": 1, "sde_window_size": 1}
-    assert [item.setting for item in advise(load(fsdp=True, **least), 1)] == ["gather_for_rollout=False", advice[1]]
+    assert [item.setting for item in advise(load(fsdp=True, **least), 1)] == ["gather_for_rollout=False"]
 
 
 def test_a_run_says_itself_how_it_is_spread(make_trainer):
-    trainer = make_trainer(accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}})
+    trainer = make_trainer(accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": False}})
     found = Workload.of_run(trainer.unified, trainer.args)
-    assert (found.processes, found.fsdp, found.sync_each_batch) == (1, False, True)
+    assert (found.processes, found.fsdp, found.sync_each_batch) == (1, False, False)
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         fully_shard(trainer.unified)

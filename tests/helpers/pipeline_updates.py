@@ -63,8 +63,8 @@ SLOW = {
 }
 
 
-def update(folder, case, per_device_train_batch_size):
-    """Weights before and after a run, and its log."""
+def update(folder, case, per_device_train_batch_size, weights=weights):
+    """Weights before and after a run, and its log; `weights` copies those of a model."""
     settings = {"model": tiny_model, **SETTINGS, **(FAST | SLOW)[case]}
     lora, make = settings.pop("lora", False), settings.pop("model")
     trainer = build_trainer(

@@ -3,11 +3,11 @@
 import os
 import warnings
 
-import torch
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as groups
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from tests.helpers import pipeline_updates
 from tests.helpers.tiny_unified import FixedTexts, build_trainer, prompts_dataset, tiny_bagel
 from trl_unigrpo.models.sharding import whole
 from trl_unigrpo.trainers.unigrpo_trainer import UniGRPOTrainer
@@ -40,6 +40,7 @@ CASES = {
 MORE_CASES = {
     "full, checkpointing": {"gradient_checkpointing": True},
     "accumulation": {"gradient_accumulation_steps": 4},
+    "gradients stay": {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": False}}},
     "weights travel": {"reference_on_cpu": True, **TRAVEL},
     "image": {"lora": True, "text_weight": 0.0},
     "text": {"flow_weight": 0.0},
@@ -48,7 +49,7 @@ MORE_CASES = {
     "images of thinkings": {"images_per_thinking": 2},
     "evaluation, best": {
         "eval_strategy": "steps",
-        "eval_steps": 2,
+        "eval_steps": 1,
         "load_best_model_at_end": True,
         "metric_for_best_model": "eval_reward",
     },
@@ -100,8 +101,22 @@ def update(folder, case, per_device_train_batch_size, **more):
 def updates(folder, rank, cases, environment=()):
     """What one of several processes makes of some cases under FSDP2."""
     os.environ.update({**ENVIRONMENT, **dict(environment)})
-    count = torch.distributed.get_world_size() if torch.distributed.is_initialized() else int(os.environ["WORLD_SIZE"])
-    return {case: update(folder / case, case, 4 // count) for case in cases}
+    return {case: update(folder / case, case, 4 // int(os.environ["WORLD_SIZE"])) for case in cases}
+
+
+def go_on(folder, rank, checkpoint, environment):
+    """Train from a checkpoint of another number of processes on, under FSDP2; returns the weights."""
+    os.environ.update(environment)
+    settings = {**SETTINGS, **CASES["full"], "per_device_train_batch_size": 4 // int(os.environ["WORLD_SIZE"])}
+    trainer = build_trainer(folder, model=tiny_bagel(), **settings)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    return whole_weights(trainer.model)
+
+
+def spread_pipelines(folder, rank, cases):
+    """What one of two processes makes of pipelines under FSDP2."""
+    os.environ.update(ENVIRONMENT)
+    return {case: pipeline_updates.update(folder / case, case, 2, whole_weights)[1:] for case in cases}
 
 
 def gathers(folder, rank):

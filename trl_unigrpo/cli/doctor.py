@@ -63,9 +63,7 @@ class WorkloadOptions:
     processes: Annotated[int, typer.Option(help="GPUs; all other numbers are those of one of them.")] = 1
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Spread weights over them (FSDP2) instead of DDP.")] = False
     gather_for_rollout: Annotated[bool, typer.Option(help="Under FSDP2, hold all weights while sampling.")] = True
-    sync_each_batch: Annotated[
-        bool, typer.Option("--sync-each-batch", help="Under FSDP2, reduce gradients after each micro-batch.")
-    ] = False
+    sync_each_batch: Annotated[bool, typer.Option(help="Under FSDP2, reduce gradients after each micro-batch.")] = True
 
     def settings(self) -> dict[str, Any]:
         """Arguments of [`Workload`]."""

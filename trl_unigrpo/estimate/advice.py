@@ -40,7 +40,7 @@ def _changes(load: Workload) -> list[tuple[str, dict]]:
     changes: list[tuple[str, dict]] = []
     if load.processes > 1 and load.quantization is None:
         changes.append(("FSDP2: examples/accelerate/fsdp2.yaml", {"fsdp": True}))
-    if load.fsdp:
+    if load.fsdp and not load.sync_each_batch:
         changes.append(("sync_each_batch in accelerator_config", {"sync_each_batch": True}))
     if load.lora_ranks is None:
         changes.append(

@@ -94,7 +94,7 @@ class Workload:
     processes: int = 1
     fsdp: bool = False
     gather_for_rollout: bool = True
-    sync_each_batch: bool = False
+    sync_each_batch: bool = True
 
     def __post_init__(self) -> None:
         for name in _AT_LEAST_ONE:
@@ -291,5 +291,5 @@ class Workload:
             processes=args.world_size,
             fsdp=any(isinstance(module, FSDPModule) for module in model.modules()),
             gather_for_rollout=getattr(args, "gather_for_rollout", True),
-            sync_each_batch=bool(accumulation.get("sync_each_batch")),
+            sync_each_batch=bool(accumulation.get("sync_each_batch", True)),
         )

@@ -28,10 +28,16 @@ from .engines import asks_for
 from .trl_bridge import unwrap_model_for_generation
 
 
-def spread_over_cpus(args: Any) -> None:
-    """Have accelerate, before it sets itself up, spread a model over CPUs too. By itself it does over GPUs alone."""
-    state = PartialState()
-    if asks_for(args, "fsdp") and state.distributed_type is DistributedType.MULTI_CPU:
+def prepare_accelerate(args: Any) -> None:
+    """
+    Have accelerate, before it sets itself up, spread a model over CPUs too, and gradients after each micro-batch. By
+    itself it spreads models over GPUs alone, and holds whole gradients until the last.
+    """
+    if asks_for(args, "fsdp") is None:
+        return
+    state, config = PartialState(), args.accelerator_config
+    config.gradient_accumulation_kwargs = {"sync_each_batch": True, **(config.gradient_accumulation_kwargs or {})}
+    if state.distributed_type is DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU  # becomes FSDP
 
 
@@ -48,7 +54,7 @@ class ShardedRun(GRPOTrainer):
         return unified_model(self.accelerator.unwrap_model(self.model))
 
     def create_accelerator_and_postprocess(self) -> None:
-        spread_over_cpus(self.args)
+        prepare_accelerate(self.args)
         super().create_accelerator_and_postprocess()
         if not self.is_fsdp_enabled:
             if asks_for(self.args, "fsdp") is not None:
