@@ -1,6 +1,7 @@
 """The demo's training time by where it goes: the model, the optimizer, the reward, and what lies around them.
 
     python benchmarks/step_profile.py --rollouts 10
+    python benchmarks/step_profile.py --processes 2    # what FSDP2 costs beside DDP: sharding.py
 
 Overhead is the time outside of the model's forward and backward passes (language head and VAE included), the optimizer
 and the reward. The Python part of `generate`, which belongs to transformers, is reported apart.
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from sharding import compare
 from transformers import PrinterCallback
 
 from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
@@ -31,7 +33,7 @@ from trl_unigrpo.shapeworld import (
 )
 
 
-RESULTS = Path(__file__).parent / "results" / "step_profile.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 class Stopwatch:
@@ -66,8 +68,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=10, help="rollouts of 192 trajectories")
     parser.add_argument("--steps", dest="rollouts", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--processes", type=int, default=1, help="above 1: compare FSDP2 with DDP instead")
+    parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
+    if arguments.processes > 1:
+        compare_engines(arguments.processes, arguments.rollouts, arguments.results)
+        return
+    arguments.results = arguments.results or RESULTS / "step_profile.json"
     quiet()
     watch = Stopwatch()
     model, tokenizer = load_base()
@@ -101,6 +108,18 @@ def main() -> None:
     shares = {name: value / total for name, value in watch.seconds.items()}
     result = {"date": str(date.today()), "steps": arguments.rollouts, "seconds": total, "shares": shares}
     arguments.results.write_text(json.dumps({**result, "threads": torch.get_num_threads()}, indent=2) + "\n")
+
+
+def compare_engines(processes: int, rollouts: int, results: Path | None) -> None:
+    """Print and keep what FSDP2 costs beside DDP."""
+    found = compare(processes, rollouts)
+    table = Table("", "s outside of collectives", "s inside")
+    for engine in ("ddp", "fsdp2"):
+        table.add_row(engine, f"{found[engine]['outside']:.2f}", f"{found[engine]['inside']:.2f}")
+    Console().print(table, f"FSDP2 takes {found['overhead']:+.1%} outside of collectives.")
+    result = {"date": str(date.today()), "processes": processes, "rollouts": rollouts, **found}
+    file = results or RESULTS / "sharding.json"
+    file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -148,6 +148,33 @@ def gathers(folder, rank):
     return found
 
 
+def precisions(folder, rank):
+    """The precision of a rollout's weights and of what it keeps, where FSDP2 gathers in bf16; its gradients' norms."""
+    os.environ.update(ENVIRONMENT)
+    trainer = build_trainer(folder / "bf16", bf16=True, per_device_train_batch_size=2, trainer_class=FixedTexts)
+    rollout, gathered = trainer._rollout, set()
+
+    def watched(prompts):
+        gathered.update(p.dtype for p in trainer.unified.language_model.model.layers.parameters())
+        return rollout(prompts)
+
+    trainer._rollout = watched
+    trainer.train()
+    steps = [
+        image.steps
+        for batch in trainer._buffered_inputs
+        for trajectory in batch["trajectories"]
+        for _, image in trajectory.painted()
+    ]
+    kept = {x.dtype for one in steps for x in (one.x, one.t, one.states.velocity) if x is not None}
+    return {"gathered": gathered, "kept": kept, "norms": norms_of(trainer)}
+
+
+def norms_of(trainer):
+    """The norms of the first update."""
+    return {name: trainer.state.log_history[0][f"grad_norm/{name}"] for name in ("text", "image")}
+
+
 def saved_weights(folder):
     """The weights in a folder that `save_model` wrote."""
     (file,) = folder.glob("*model.safetensors")

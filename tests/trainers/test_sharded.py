@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.helpers.processes import in_processes
-from tests.helpers.sharding import CASES, gathers, saved_weights, update, updates
-from tests.helpers.tiny_unified import tiny_config
+from tests.helpers.sharding import CASES, gathers, norms_of, precisions, saved_weights, update, updates
+from tests.helpers.tiny_unified import FixedTexts, build_trainer, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +15,11 @@ def sharded(tmp_path_factory):
 
 
 def all_of_them(folder, rank):
-    return {"updates": updates(folder, rank, CASES), "gathers": gathers(folder, rank)}
+    return {
+        "updates": updates(folder, rank, CASES),
+        "gathers": gathers(folder, rank),
+        "bf16": precisions(folder, rank),
+    }
 
 
 def assert_same_run(one, two):
@@ -75,6 +79,17 @@ def test_processes_hold_all_weights_in_a_rollout_or_go_on_together(sharded):
     assert held <= 1 < travelling  # `generate` lets go of the weights that belong to no layer
 
 
+def test_states_stay_float32_where_weights_are_gathered_in_bf16(sharded, tmp_path):
+    """Start-up and trust checks pass, too, which raise."""
+    alone = build_trainer(tmp_path, bf16=True, per_device_train_batch_size=4, trainer_class=FixedTexts)
+    alone.train()
+    for rank in sharded[1]:
+        found = rank["bf16"]
+        assert found["gathered"] == {torch.bfloat16}
+        assert found["kept"] == {torch.float32}
+        assert found["norms"] == pytest.approx(norms_of(alone), rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("environment", "settings", "message"),
     [
@@ -82,6 +97,7 @@ def test_processes_hold_all_weights_in_a_rollout_or_go_on_together(sharded):
         ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params is not supported .*Set reference_on_cpu=True"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "fsdp_activation_checkpointing .*gradient_checkpointing=True"),
         ({}, {"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32 is not supported with FSDP, which"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, {}, "parallelism_config is not supported .*Leave it out"),
         ({}, {"num_rounds": 2}, "num_rounds=2 is not supported with FSDP.*plain data parallelism"),
         (
             {},

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .contract import UnifiedModelMixin
-from .sharding import whole
+from .sharding import norm_of_slices, own_slice
 
 
 EXPERTS = ("text", "image")
@@ -111,11 +111,15 @@ def describe_trained(base: UnifiedModelMixin, model: nn.Module) -> str:
 
 def clip_by_expert(base: UnifiedModelMixin, model: nn.Module, max_norm: float) -> dict[str, Tensor]:
     """
-    Scale the gradients of each expert to a norm of at most `max_norm`; returns the norms before.
+    Scale the gradients of each expert to a norm of at most `max_norm`, over all processes that have slices of them;
+    returns the norms before.
 
     One norm for both would be the text's: the image's gradients are orders of magnitude smaller.
     """
-    return {
-        name: whole(nn.utils.clip_grad_norm_(parameters, max_norm))
-        for name, parameters in parameters_by_expert(base, model).items()
-    }
+    norms = {}
+    for name, parameters in parameters_by_expert(base, model).items():
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norms[name] = norm = norm_of_slices(gradients)
+        # On slices: torch's own `clip_grad_norm_` asks at every step again how each of them is spread.
+        torch._foreach_mul_([own_slice(gradient) for gradient in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norms

@@ -33,6 +33,17 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+def norm_of_slices(tensors: Sequence[Tensor]) -> Tensor:
+    """Compute the norm of tensors together: of whole ones, and of ones whose slices all processes have."""
+    norm = nn.utils.get_total_norm([own_slice(tensor) for tensor in tensors])
+    spread = next((tensor for tensor in tensors if isinstance(tensor, DTensor)), None)
+    if spread is None:
+        return norm
+    squared = norm.square()
+    torch.distributed.all_reduce(squared, group=spread.device_mesh.get_group())
+    return squared.sqrt()
+
+
 def gathered(model: nn.Module, slices: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put the processes' slices of a model's weights, or of others like them, together, on the CPU of each process."""
     parameters, found = dict(model.named_parameters()), {}

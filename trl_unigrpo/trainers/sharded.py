@@ -115,6 +115,14 @@ class ShardedRun(GRPOTrainer):
         if self.unified.kept_reference is not None:
             self.unified.keep_reference("cpu" if self.args.reference_on_cpu else None)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.is_fsdp_enabled and not self._sliced:
+            raise ValueError(
+                "evaluate() before train(): under FSDP2 a model is spread when training begins. Set eval_on_start=True, "
+                "or evaluate in one process."
+            )
+        return super().evaluate(*args, **kwargs)
+
     # Files
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -1,5 +1,6 @@
 """The options of a model that FSDP2 spreads over processes, and what is refused of them."""
 
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,10 @@ def check_sharding(config: Any) -> None:
     if plugin.fsdp_version != 2:
         raise ValueError(f"{asked} means FSDP version {plugin.fsdp_version}: set fsdp_version: 2.")
     refused = {
+        "parallelism_config": (
+            bool(getattr(config, "parallelism_config", None) or os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG")),
+            "images are sampled past what would spread them. Leave it out",
+        ),
         "fsdp_offload_params": (
             isinstance(plugin.cpu_offload, CPUOffloadPolicy),
             "weights are used outside of FSDP's own calls. Set reference_on_cpu=True, or take more processes",

@@ -3,10 +3,12 @@
 Shapes: B rows, H hidden size.
 """
 
+from functools import partial
+
 from torch import Tensor, nn
 from transformers import Cache
 
-from .attention import Layout
+from .attention import Layout, attend_streams
 from .configuration import BagelConfig
 from .layers import BagelLayer, BagelRMSNorm, head_size, rotary_tables
 
@@ -41,8 +43,9 @@ class BagelDecoder(nn.Module):
         if gen is not None and positions_gen is not None:
             rotary_gen = rotary_tables(positions_gen, self.head_dim, self.theta, gen.dtype)
         keys, values = [], []
+        attend = partial(attend_streams, layout=layout)  # FSDP would look for tensors in the table, at every layer
         for layer in self.layers:
-            und, gen, k, v = layer(und, gen, rotary_und, rotary_gen, layout, past_key_values)
+            und, gen, k, v = layer(und, gen, rotary_und, rotary_gen, attend, past_key_values)
             keys.append(k)
             values.append(v)
         return self.norm(und), None if gen is None else self.norm_moe_gen(gen), keys, values

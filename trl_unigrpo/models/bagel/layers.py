@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, Qwen2Config
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import Layout, attend_streams, attention_kernels
+from .attention import attention_kernels
 
 
 Rotary = tuple[Tensor, Tensor]
@@ -127,16 +127,17 @@ class BagelLayer(GradientCheckpointingLayer):
         gen: Tensor | None,
         rotary_und: Rotary,
         rotary_gen: Rotary | None,
-        layout: Layout,
+        attend: Callable[..., Any],
         past_key_values: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Run both streams through the layer; `attend` is `attend_streams`, with the table of who sees whom."""
         before, after = compiled_parts(self.compiled) if self.compiled else (BagelLayer.before, BagelLayer.after)
         und_qkv, gen_qkv = before(self, und, rotary_und, ""), None
         if gen is not None and rotary_gen is not None:
             gen_qkv = before(self, gen, rotary_gen, "_moe_gen")
         with attention_kernels(self.self_attn.config):
-            und_heads, gen_heads, keys, values = attend_streams(
-                und_qkv, gen_qkv, layout, self.self_attn.layer, past_key_values
+            und_heads, gen_heads, keys, values = attend(
+                und_qkv, gen_qkv, layer=self.self_attn.layer, past_key_values=past_key_values
             )
         und = after(self, und, und_heads, "")
         if gen is not None and gen_heads is not None:
