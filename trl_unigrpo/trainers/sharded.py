@@ -118,8 +118,8 @@ class ShardedRun(GRPOTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.is_fsdp_enabled and not self._sliced:
             raise ValueError(
-                "evaluate() before train(): under FSDP2 a model is spread when training begins. Set eval_on_start=True, "
-                "or evaluate in one process."
+                "evaluate() before train(): under FSDP2 a model is spread when training begins. Set "
+                "eval_on_start=True, or evaluate in one process."
             )
         return super().evaluate(*args, **kwargs)
 
