@@ -3,6 +3,7 @@
 import os
 import warnings
 
+import torch
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as groups
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -166,7 +167,8 @@ def precisions(folder, rank):
         for trajectory in batch["trajectories"]
         for _, image in trajectory.painted()
     ]
-    kept = {x.dtype for one in steps for x in (one.x, one.t, one.states.velocity) if x is not None}
+    tensors = [x for one in steps for x in vars(one).values() if isinstance(x, torch.Tensor)]
+    kept = {x.dtype for x in tensors if x.is_floating_point()}
     return {"gathered": gathered, "kept": kept, "norms": norms_of(trainer)}
 
 
