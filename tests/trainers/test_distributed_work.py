@@ -74,7 +74,16 @@ def evaluation(folder, size):
     )
     found = trainer.evaluate()
     trainer.create_model_card()  # waits for the page
-    times = ("eval_time", "eval_runtime", "eval_samples", "eval_steps", "eval_loss", "eval_entropy", "eval_clip")
+    times = (
+        "eval_time",
+        "eval_model_preparation",
+        "eval_runtime",
+        "eval_samples",
+        "eval_steps",
+        "eval_loss",
+        "eval_entropy",
+        "eval_clip",
+    )
     return {name: value for name, value in found.items() if not name.startswith(times)}
 
 
