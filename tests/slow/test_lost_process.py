@@ -29,6 +29,7 @@ calls = []
 def reward(prompts, completions, images, **_):
     calls.append(1)
     if len(calls) == 3 and os.environ["RANK"] == "1":
+        time.sleep(8)  # a few signs of life, by which the other one hears where it is
         if fate == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if fate == "fails":

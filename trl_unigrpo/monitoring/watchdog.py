@@ -64,7 +64,7 @@ class Watchdog:
     Tells the other processes how far this one is, and watches how far they are, in a thread of its own.
 
     A collective ends by itself where a process has died or does not come: at once, or after the timeout. Which one it
-    was, and what it was doing, no collective says; and not each ends.
+    was, and what it was doing by its last sign of life, no collective says; and not each ends.
 
     Args:
         store: that all processes reach.

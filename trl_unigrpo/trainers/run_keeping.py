@@ -156,8 +156,10 @@ class RunKeeping(AveragedRun):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         outputs = super()._generate_and_score_completions(inputs)
-        if self.mode == "eval" and (real := self._progress.real):  # TRL counts a row without a reward
-            self._metrics["eval"]["frac_reward_zero_std"][-1] *= len(self._book.rewards) / real
+        if self.mode == "eval" and (real := self._progress.real):
+            # TRL counts groups without a reward among those that differ, but for groups of one, which are all alike.
+            shares = self._metrics["eval"]["frac_reward_zero_std"]
+            shares[-1] = min(1.0, shares[-1] * len(self._book.rewards) / real)
         return outputs
 
     # The precision of the rollout
