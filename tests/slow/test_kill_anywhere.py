@@ -27,22 +27,18 @@ def wait(started):
     return not any(codes)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Processes -> what a run leaves that nothing interrupts, its seconds, and its writes and events."""
-    found = {}
-    for processes in KILLS:
-        folder = tmp_path_factory.mktemp("whole") / "run"
-        begun = time.monotonic()
-        assert wait(start(processes, folder)), folder.with_name("run.0.log").read_text()
-        counts = [int(folder.with_name(f"run.{rank}.count").read_text()) for rank in range(processes)]
-        found[processes] = left_by(folder), time.monotonic() - begun, counts
-    return found
+@pytest.fixture(scope="module", params=KILLS)
+def whole(request, tmp_path_factory):
+    """Processes, what a run of them leaves that nothing interrupts, its seconds, and the writes and events of each."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    begun = time.monotonic()
+    assert wait(start(request.param, folder)), folder.with_name("run.0.log").read_text()
+    counts = [int(folder.with_name(f"run.{rank}.count").read_text()) for rank in range(request.param)]
+    return request.param, left_by(folder), time.monotonic() - begun, counts
 
 
-@pytest.mark.parametrize("processes", KILLS)
-def test_a_run_that_is_killed_anywhere_goes_on_as_if_it_had_not(whole, tmp_path, processes):
-    expected, seconds, counts = whole[processes]
+def test_a_run_that_is_killed_anywhere_goes_on_as_if_it_had_not(whole, tmp_path):
+    processes, expected, seconds, counts = whole
     draw, killed, runs = random.Random(processes), 0, 0
     while killed < KILLS[processes]:
         runs += 1
