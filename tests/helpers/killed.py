@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -90,21 +91,20 @@ def context():
     return found
 
 
-def start(processes: int, folder: Path, fatal: int | None = None) -> list:
-    """Start a session; a fatal blow hits the last of its processes."""
+def start(processes: int, folder: Path, fatal: Mapping[int, int] | None = None) -> list:
+    """Start a session, in which processes may have a fatal blow: its number among the blows that could fall."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     started = []
     for rank in range(processes):
-        blow = fatal if rank == processes - 1 else None
-        process = context().Process(target=session, args=(rank, processes, port, str(folder), blow))
-        process.start()
-        started.append(process)
+        arguments = (rank, processes, port, str(folder), (fatal or {}).get(rank))
+        started.append(context().Process(target=session, args=arguments))
+        started[-1].start()
     return started
 
 
-def left_by(folder: Path, processes: int) -> dict:
+def left_by(folder: Path) -> dict:
     """All that a run has left that does not tell of time."""
     last = folder / f"checkpoint-{STEPS}"
     state = json.loads((last / "trainer_state.json").read_text())

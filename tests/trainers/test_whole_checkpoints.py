@@ -63,6 +63,14 @@ def test_what_is_not_whole_is_passed_over_and_named(two):
     assert fault_of(two / "checkpoint-2") is None
 
 
+def test_finished_run_tidies_up_what_a_kill_left(two):
+    """It fell when the last checkpoint had its name, before the old ones went."""
+    shutil.copytree(two / "checkpoint-1", two / UNFINISHED / "old-checkpoint-0")
+    settings = {"save_strategy": "steps", "save_steps": 1, "image_objective": "nft", "ema_decay": 0.5}
+    build_trainer(two, save_total_limit=1, **settings).train(resume_from_checkpoint=True)
+    assert [path.name for path in two.iterdir() if path.is_dir()] == ["checkpoint-2"]
+
+
 def test_no_checkpoint_to_go_on_from(two, tmp_path):
     trainer = build_trainer(tmp_path / "empty")
     with pytest.raises(

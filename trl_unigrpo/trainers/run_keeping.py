@@ -344,7 +344,7 @@ class RunKeeping(AveragedRun):
 
     def _open_log(self) -> dict[str, Any]:
         """Give what the next log will average, of the steps since the last, and the texts of its table."""
-        tells = self.log_completions and self.accelerator.is_main_process
+        tells = self.args.log_completions and self.accelerator.is_main_process
         return {
             "metrics": self._metrics["train"],
             "loss": self._tr_loss,

@@ -95,6 +95,7 @@ HOOKS: dict[str, tuple[str, ...]] = {
     "_save": ("self", "output_dir", "state_dict"),
     "_save_checkpoint": ("self", "model", "trial"),
     "_get_output_dir": ("self", "trial"),
+    "_finalize_training": ("self", "trial"),
     "_push_from_checkpoint": ("self", "checkpoint_folder"),
     "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),

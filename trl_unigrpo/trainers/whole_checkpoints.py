@@ -108,6 +108,12 @@ class WholeCheckpoints(Trainer):
         if args.should_save:
             _drop_oldest(run, args.save_total_limit, self.state.best_model_checkpoint)
 
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.args.should_save:  # a kill after the last checkpoint had its name has left this to do
+            run, best = Path(self._get_output_dir(trial)), self.state.best_model_checkpoint
+            _drop_oldest(run, self.args.save_total_limit, best)
+        return super()._finalize_training(trial, *args, **kwargs)
+
     def save_unsaved(self) -> None:
         """Save the steps since the last checkpoint, where a run that has them must end and is one process."""
         step, args = self.state.global_step, self.args
@@ -142,12 +148,11 @@ def _drop_oldest(run: Path, limit: int | None, best: str | None) -> None:
     Delete a run's oldest checkpoints but the best and the newest, as transformers' `rotate_checkpoints` does: but take
     their names first. One that a kill left half deleted would be the last that was changed, which is the newest to it.
     """
-    if not limit or limit < 0:
-        return
     ordered = sort_checkpoints(str(run), use_mtime=True)
-    spared = {ordered[-1], best} & set(ordered)
+    spared = {*ordered[-1:], best} & set(ordered)
     old = [folder for folder in ordered if folder not in spared]
-    for folder in map(Path, old[: max(0, len(ordered) - max(limit, len(spared)))]):
+    surplus = len(ordered) - max(limit, len(spared)) if limit and limit > 0 else 0
+    for folder in map(Path, old[: max(0, surplus)]):
         gone = run / UNFINISHED / f"old-{folder.name}"
         gone.parent.mkdir(exist_ok=True)
         folder.rename(gone)
