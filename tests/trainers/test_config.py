@@ -370,7 +370,7 @@ REFUSED = [
     ({"optim": "galore_adamw"}, "optim='galore_adamw' brings its own parameter groups"),
     ({"optim": "lomo"}, "optim='lomo' brings"),
     ({"num_generations": 1, "per_device_train_batch_size": 1}, "at least 2 generations"),
-    ({"gradient_accumulation_steps": 1, "per_device_train_batch_size": 6}, "divisible by num_generations"),
+    ({"gradient_accumulation_steps": 1, "per_device_train_batch_size": 6}, "no whole groups of num_generations=4"),
     ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "num_iterations=2 does nothing here.*Leave"),
     ({"gradient_accumulation_steps": 8, "steps_per_generation": 2}, "num_iterations=2 does nothing here"),
     ({"sde_window_size": 4, "sde_window_range": [0, 3]}, "sde_window_size=4 does not fit.*expected 1 to 3"),
