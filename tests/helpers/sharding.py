@@ -159,7 +159,14 @@ def precisions(folder, rank):
         gathered.update(p.dtype for p in trainer.unified.language_model.model.layers.parameters())
         return rollout(prompts)
 
-    trainer._rollout = watched
+    score, rounded = trainer._get_per_token_logps_and_entropies, []
+
+    def scored(*args, **kwargs):
+        outputs = score(*args, **kwargs)
+        rounded.append(torch.equal(outputs[0], outputs[0].bfloat16().float()))
+        return outputs
+
+    trainer._rollout, trainer._get_per_token_logps_and_entropies = watched, scored
     trainer.train()
     steps = [
         image.steps
@@ -169,7 +176,7 @@ def precisions(folder, rank):
     ]
     tensors = [x for one in steps for x in vars(one).values() if isinstance(x, torch.Tensor)]
     kept = {x.dtype for x in tensors if x.is_floating_point()}
-    return {"gathered": gathered, "kept": kept, "norms": norms_of(trainer)}
+    return {"gathered": gathered, "kept": kept, "rounded": rounded, "norms": norms_of(trainer)}
 
 
 def norms_of(trainer):

@@ -87,6 +87,7 @@ def test_states_stay_float32_where_weights_are_gathered_in_bf16(sharded, tmp_pat
         found = rank["bf16"]
         assert found["gathered"] == {torch.bfloat16}
         assert found["kept"] == {torch.float32}
+        assert found["rounded"] and not any(found["rounded"])  # log-probs
         assert found["norms"] == pytest.approx(norms_of(alone), rel=0.05)
 
 

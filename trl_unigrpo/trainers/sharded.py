@@ -36,7 +36,8 @@ def prepare_accelerate(args: Any) -> None:
     if asks_for(args, "fsdp") is None:
         return
     state, config = PartialState(), args.accelerator_config
-    config.gradient_accumulation_kwargs = {"sync_each_batch": True, **(config.gradient_accumulation_kwargs or {})}
+    accumulation = {"sync_each_batch": True, **(config.gradient_accumulation_kwargs or {})}
+    args.accelerator_config = replace(config, gradient_accumulation_kwargs=accumulation)  # transformers writes into it
     if state.distributed_type is DistributedType.MULTI_CPU:
         state.distributed_type = DistributedType.MULTI_GPU  # becomes FSDP
 

@@ -1,13 +1,14 @@
 """The options of a model that FSDP2 spreads over processes, and what is refused of them."""
 
 import os
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 
+from ..models.sharding import layer_classes
 from .engines import asks_for
 
 
@@ -91,11 +92,16 @@ def check_sharded(base: Any, asked: bool, readers: bool, stories: bool) -> None:
         return
     name, weights = type(base).__name__, dict(base.named_parameters(remove_duplicate=False))
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
-    tied = {id(part.weight) for part in ends if part is not None}
-    counts = Counter(id(weight) for weight in weights.values() if id(weight) not in tied)
-    shared = [key for key, weight in weights.items() if counts[id(weight)] > 1]
+    classes = [*base.gathered_layers] or layer_classes(base)
+    layers = [path for path, module in base.named_modules(remove_duplicate=False) if type(module).__name__ in classes]
+    units: dict[Tensor, set[str]] = {part.weight: {"together"} for part in ends if part is not None}
+    for key, weight in weights.items():
+        of = units.setdefault(weight, set())
+        if of != {"together"}:
+            of.add(next((path for path in layers if key.startswith(f"{path}.")), ""))
+    shared = [key for key, weight in weights.items() if len(units[weight]) > 1]
     refused = {
-        f"{name} has weights that two of its modules share, such as {shared[:1]}": bool(shared),
+        f"{name} has weights that two of its layers share, such as {shared[:1]}": bool(shared),
         f"{name} is quantized": any(not weight.is_floating_point() for weight in weights.values()),
         "A reward that reads with the model itself": readers,
         "A dataset with a column 'turns'": stories,
