@@ -131,10 +131,13 @@ def assert_same_run(one, two):
     found, its_log = two
     for of_image in (False, True):
         names = [name for name in before if ("paint" in name) == of_image]
+        if not names:
+            continue
         moved, off = ([a[name] - b[name] for name in names] for a, b in ((after, before), (found, after)))
         moved, off = (torch.cat([x.flatten() for x in parts]).norm().item() for parts in (moved, off))
         assert off <= 1e-4 * moved, f"{off:.2g} off, moved by {moved:.2g}"
     for alone, together in zip(log, its_log, strict=True):
         assert alone.keys() == together.keys()
         for name in (name for name in alone if not name.startswith((*TIMES, *OF_MICRO_BATCHES))):
-            assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-6), name
+            of_pixels = 1e-3 if name.startswith("images/") else 1e-6  # a share of pixels beyond a threshold
+            assert together[name] == pytest.approx(alone[name], rel=1e-3, abs=of_pixels), name

@@ -1,5 +1,6 @@
 """Runs of models that FSDP2 spreads over processes, and the same of one process."""
 
+import copy
 import os
 import warnings
 
@@ -84,7 +85,8 @@ def update(folder, case, per_device_train_batch_size, **more):
             model=tiny_bagel(),
             peft_config=LoraConfig(r=2, init_lora_weights=False) if lora else None,
             per_device_train_batch_size=per_device_train_batch_size,
-            **{"eval_dataset": prompts_dataset(copies=1) if "eval_strategy" in settings else None, **settings},
+            eval_dataset=prompts_dataset(copies=1) if "eval_strategy" in settings else None,
+            **copy.deepcopy(settings),  # transformers writes into accelerator_config
         )
 
     trainer = built("run")
