@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from trl_unigrpo.monitoring import watchdog
 from trl_unigrpo.monitoring.progress import Phases
-from trl_unigrpo.monitoring.watchdog import Watchdog
+from trl_unigrpo.monitoring.watchdog import Watchdog, in_collective
 
 
 TIMEOUT = 0.4
@@ -113,3 +116,27 @@ def test_a_process_that_waits_for_nobody_ends_with_the_sentence():
     assert done.returncode == 1
     assert "Process 0: Process 1, last heard of 0 s ago in the phase 'start', is gone." in done.stderr
     assert "go on from the last with train(resume_from_checkpoint=True)" in done.stderr
+
+
+def test_one_that_works_while_others_wait_for_it_in_the_same_phase_hangs(three, monkeypatch):
+    monkeypatch.setattr(watchdog, "in_collective", lambda worker: worker == "waits")
+    for dog, worker in zip(three, ("works", "waits", "waits"), strict=True):
+        dog._worker = worker
+        dog.phases.begin("reward")
+    time_passes(three, 1.5 * TIMEOUT)
+    (said,) = three[1].missing(TIMEOUT)
+    assert said.startswith("Process 0 hangs in the phase 'reward' for ")
+    assert three[0].missing(TIMEOUT) == []
+
+
+def test_a_thread_in_a_collective_is_seen():
+    seen = []
+
+    class Pickled:
+        def __reduce__(self):
+            seen.append(in_collective(threading.get_ident()))
+            return int, ()
+
+    dist.distributed_c10d._object_to_tensor(Pickled(), torch.device("cpu"), None)
+    assert seen == [True]
+    assert not in_collective(threading.get_ident())

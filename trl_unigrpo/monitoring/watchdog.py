@@ -38,12 +38,14 @@ class Heard:
         beat: number of its sign of life.
         begun: how many phases it has begun and ended.
         phase: that it is in.
+        waits: whether it is in a collective.
         error: that has ended it, if any.
     """
 
     beat: int = 0
     begun: int = 0
     phase: str = ""
+    waits: bool = False
     error: str = ""
     since_beat: float = field(default_factory=time.monotonic)
     since_begun: float = field(default_factory=time.monotonic)
@@ -53,7 +55,7 @@ class Heard:
         now = time.monotonic()
         if said["beat"] != self.beat:
             self.since_beat = now
-        if said["begun"] != self.begun:
+        if (said["begun"], said["waits"]) != (self.begun, self.waits):
             self.since_begun = now
         for name, value in said.items():
             setattr(self, name, value)
@@ -79,6 +81,7 @@ class Watchdog:
         self._own = Heard()
         self._others = {other: Heard() for other in range(world) if other != rank}
         self._over = threading.Event()
+        self._worker = threading.get_ident()
         self._say()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -133,7 +136,7 @@ class Watchdog:
                 found.append(f"Process {other} ended {where}: {heard.error}")
             elif silent >= patience:
                 found.append(f"Process {other}, last heard of {silent:.0f} s ago {where}, is gone.")
-            elif heard.begun < self._own.begun and waits >= self.timeout:
+            elif (heard.begun, heard.waits) < (self._own.begun, self._own.waits) and waits >= self.timeout:
                 found.append(
                     f"Process {other} hangs {where} for {waits:.0f} s, while this one waits in {self._own.phase!r}."
                 )
@@ -155,8 +158,9 @@ class Watchdog:
 
     def _say(self) -> None:
         begun, phase = self.phases.place
-        self._own.take({"beat": self._own.beat + 1, "begun": begun, "phase": phase})
-        told = {name: getattr(self._own, name) for name in ("beat", "begun", "phase", "error")}
+        waits = in_collective(self._worker)
+        self._own.take({"beat": self._own.beat + 1, "begun": begun, "phase": phase, "waits": waits})
+        told = {name: getattr(self._own, name) for name in ("beat", "begun", "phase", "waits", "error")}
         self.store.set(str(self.rank), json.dumps(told))
 
     def _without_store(self) -> None:
@@ -175,6 +179,14 @@ class Watchdog:
         for heard, one in zip(self._others.values(), told, strict=True):
             heard.take(json.loads(one))
         return True
+
+
+def in_collective(thread: int) -> bool:
+    """Say whether a thread of this process is in a call of torch.distributed."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None and frame.f_code.co_filename != dist.distributed_c10d.__file__:
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager
