@@ -140,3 +140,11 @@ def test_a_thread_in_a_collective_is_seen():
     dist.distributed_c10d._object_to_tensor(Pickled(), torch.device("cpu"), None)
     assert seen == [True]
     assert not in_collective(threading.get_ident())
+
+
+def test_an_error_is_told_of_the_phase_that_it_came_up_in(three):
+    with pytest.raises(KeyError), three[2].phases("update"), three[2].phases("reward"):
+        raise KeyError("no such judge")
+    three[2].failed(KeyError("no such judge"))
+    time_passes(three[:2], TIMEOUT / 2)
+    assert three[0].missing(TIMEOUT) == ["Process 2 ended in the phase 'reward': KeyError: 'no such judge'"]

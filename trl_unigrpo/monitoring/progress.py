@@ -37,8 +37,12 @@ class Phases:
         self.begin(name)
         try:
             yield
-        finally:
+        except BaseException:
+            place = self._place
             self.end(name)
+            self._place = place  # where the error came up
+            raise
+        self.end(name)
 
     @property
     def place(self) -> tuple[int, str]:
