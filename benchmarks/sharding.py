@@ -1,4 +1,4 @@
-"""What FSDP2 costs in time outside of its collectives, against DDP: the demo's training in processes on CPUs.
+"""Measure the time that FSDP2 costs outside of its collectives, against DDP: the demo's training on CPUs.
 
     python benchmarks/step_profile.py --processes 2
 

@@ -13,7 +13,7 @@ PROCESSES = {"ddp": 8, "fsdp2": 8, "fsdp2_cpu": 2, "fsdp2_nodes": 16}
 
 
 def launched(file, *options):
-    """What the launcher makes of a file: its arguments, and the environment of the processes."""
+    """Give the arguments and the environment of processes that the launcher makes of a file."""
     parser = launch_command_parser()
     args = _validate_launch_command(parser.parse_args(["--config_file", str(file), *options, "train.py"]))[0]
     return args, prepare_multi_gpu_env(args)

@@ -121,7 +121,7 @@ def other_updates(folder, rank, kinds):
 
 
 def updates(folder, rank, cases):
-    """What one of two processes makes of some cases."""
+    """Make the updates of some cases in one of two processes."""
     return {case: update(folder / case, case, 2)[1:] for case in cases}
 
 

@@ -21,7 +21,7 @@ ENVIRONMENT = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }
-"""What `accelerate launch` sets for a file of FSDP2."""
+"""Variables that `accelerate launch` sets for a file of FSDP2."""
 
 # torch can't resume plain SGD under FSDP2: it has no state.
 SETTINGS = {
@@ -102,7 +102,7 @@ def update(folder, case, per_device_train_batch_size, **more):
 
 
 def updates(folder, rank, cases, environment=()):
-    """What one of several processes makes of some cases under FSDP2."""
+    """Make the updates of some cases under FSDP2, in one of several processes."""
     os.environ.update({**ENVIRONMENT, **dict(environment)})
     return {case: update(folder / case, case, 4 // int(os.environ["WORLD_SIZE"])) for case in cases}
 
@@ -117,7 +117,7 @@ def go_on(folder, rank, checkpoint, environment):
 
 
 def spread_pipelines(folder, rank, cases):
-    """What one of two processes makes of pipelines under FSDP2."""
+    """Make the updates of pipelines under FSDP2, in one of two processes."""
     os.environ.update(ENVIRONMENT)
     return {case: pipeline_updates.update(folder / case, case, 2, whole_weights)[1:] for case in cases}
 
@@ -178,7 +178,8 @@ def precisions(folder, rank):
     ]
     tensors = [x for one in steps for x in vars(one).values() if isinstance(x, torch.Tensor)]
     kept = {x.dtype for x in tensors if x.is_floating_point()}
-    return {"gathered": gathered, "kept": kept, "rounded": rounded, "norms": norms_of(trainer)}
+    found = {"gathered": gathered, "kept": kept, "rounded": rounded, "norms": norms_of(trainer)}
+    return found | {"accumulation": trainer.accelerator.gradient_state.plugin_kwargs}
 
 
 def norms_of(trainer):

@@ -37,7 +37,7 @@ def time_passes(dogs, seconds):
 
 
 def raised(dog):
-    """What an error of a collective has learnt, in the process of this watchdog."""
+    """Give the notes that an error of a collective gets, in the process of this watchdog."""
     error = RuntimeError("Connection closed by peer [127.0.0.1]:1")
     dog.failed(error)
     return getattr(error, "__notes__", [])

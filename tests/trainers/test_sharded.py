@@ -91,6 +91,12 @@ def test_states_stay_float32_where_weights_are_gathered_in_bf16(sharded, tmp_pat
         assert found["norms"] == pytest.approx(norms_of(alone), rel=0.05)
 
 
+def test_gradients_are_reduced_after_each_micro_batch(sharded):
+    """By itself accelerate lets whole ones stay until the last."""
+    for rank in sharded[1]:
+        assert rank["bf16"]["accumulation"]["sync_each_batch"] is True
+
+
 @pytest.mark.parametrize(
     ("environment", "settings", "message"),
     [

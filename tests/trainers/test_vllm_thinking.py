@@ -69,7 +69,7 @@ def thinking_part(model):
 
 
 def noted_weights(trainer):
-    """What thinks, at each time that the engine is to be sent it."""
+    """The part that thinks, at each time that the engine is to be sent it."""
     noted, sync = [], trainer.vllm_generation.sync_weights
 
     def spied():

@@ -35,7 +35,7 @@ PHASES = {
         *("logits' tile", "records of a micro-batch"),
     ),
 }
-"""What is held in each phase beside what is held all the time."""
+"""Parts that each phase holds beside those that are held all the time."""
 
 
 @dataclass(frozen=True)

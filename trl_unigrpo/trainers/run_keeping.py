@@ -86,7 +86,7 @@ def gathered_means(accelerator: Accelerator, metrics: Mapping[str, Tensor]) -> d
 
 
 def _plain(value: Any) -> Any:
-    """What a checkpoint keeps of a log's table: texts and numbers, no images."""
+    """Turn a log's table into what a checkpoint keeps of it: texts and numbers, no images."""
     if isinstance(value, Mapping):
         return {name: _plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple, deque)):

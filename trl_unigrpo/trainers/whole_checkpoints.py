@@ -34,7 +34,7 @@ REMEDIES = {
     errno.ENOENT: "Put it back where it was",
     errno.EIO: "Look after the disk",
 }
-"""What to do about an error of the file system."""
+"""Remedies for errors of the file system, by their number."""
 
 
 class WholeCheckpoints(Trainer):
