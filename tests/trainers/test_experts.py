@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.helpers.tiny_unified import IMAGE_SIZE, PROMPTS, images_of, moved, redness, tiny_bagel, weights
+from trl_unigrpo.models.experts import clip_by_expert
 from trl_unigrpo.monitoring.trust import TrustError
 from trl_unigrpo.trajectory import Round, Trajectory
 
@@ -200,6 +201,21 @@ def test_each_expert_is_clipped_by_its_own_norm(make_trainer, train, max_grad_no
     assert log["grad_norm/text"] > 0.5 > 10 * log["grad_norm/image"]
     both = (log["grad_norm/text"] ** 2 + log["grad_norm/image"] ** 2) ** 0.5
     assert log["grad_norm"] == pytest.approx(both, rel=1e-4)
+
+
+def test_gradients_are_scaled_as_torch_scales_them_and_an_expert_may_have_none():
+    model = tiny_bagel()
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad and not is_image(name)}
+    for parameter in own.values():
+        parameter.grad = torch.randn_like(parameter)
+    expected = {name: torch.nn.Parameter(p.detach().clone()) for name, p in own.items()}
+    for name, parameter in expected.items():
+        parameter.grad = own[name].grad.clone()
+    norms = clip_by_expert(model, model, 0.5)
+    assert norms["image"] == 0
+    torch.testing.assert_close(norms["text"], torch.nn.utils.clip_grad_norm_(expected.values(), 0.5))
+    for name, parameter in own.items():
+        torch.testing.assert_close(parameter.grad, expected[name].grad)
 
 
 def test_an_optimizer_of_the_user_is_left_alone(make_trainer):

@@ -4,12 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch.distributed.fsdp import FSDPModule
-
 from ..flow.per_round import of_round
 from ..image_sizes import GivenSize, Size, plain_size, read_size
 from ..models.bagel.configuration import BagelConfig
 from ..models.bagel.processing import vit_rule
+from ..models.sharding import is_sharded
 
 
 QUANTIZATIONS = (None, "nf4", "nf4-double")
@@ -289,7 +288,7 @@ class Workload:
             scout_generations=args.scout_generations if args.num_rounds == 1 else None,
             scout_num_inference_steps=args.scout_num_inference_steps,
             processes=args.world_size,
-            fsdp=any(isinstance(module, FSDPModule) for module in model.modules()),
-            gather_for_rollout=getattr(args, "gather_for_rollout", True),
+            fsdp=is_sharded(model),
+            gather_for_rollout=args.gather_for_rollout,
             sync_each_batch=bool(accumulation.get("sync_each_batch", True)),
         )

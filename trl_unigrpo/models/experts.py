@@ -120,6 +120,8 @@ def clip_by_expert(base: UnifiedModelMixin, model: nn.Module, max_norm: float) -
     for name, parameters in parameters_by_expert(base, model).items():
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norms[name] = norm = norm_of_slices(gradients)
-        # On slices: torch's own `clip_grad_norm_` asks at every step again how each of them is spread.
-        torch._foreach_mul_([own_slice(gradient) for gradient in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        if gradients:
+            # On slices: torch's own `clip_grad_norm_` asks at every step again how each of them is spread.
+            slices = [own_slice(gradient) for gradient in gradients]
+            torch._foreach_mul_(slices, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norms

@@ -8,13 +8,13 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from trl import GRPOTrainer
 
 from ..models.adapters import merged_weights
 from ..models.contract import UnifiedModelMixin
 from ..models.patching import attributes
 from ..models.registry import unified_model
+from ..models.sharding import whole
 from .trl_bridge import VLLMGeneration, is_vllm_available, thinking_by
 
 
@@ -65,7 +65,7 @@ class ThinkingEngine(VLLMGeneration):
         base = unified_model(self.model)
         for name, weight in merged_weights(base.served_thinker(), base.is_image_parameter):
             weight = weight.to(self.accelerator.device)  # parameters may be offloaded
-            yield self._fix_param_name_to_vllm(name), weight.full_tensor() if isinstance(weight, DTensor) else weight
+            yield self._fix_param_name_to_vllm(name), whole(weight)
 
     def sample_as_trained(self, never: Collection[int], ends: Collection[int]) -> None:
         """
