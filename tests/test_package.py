@@ -25,15 +25,23 @@ def run_python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("module", ["trl_unigrpo", "trl_unigrpo.cli"])
-def test_import_loads_nothing_heavy(module):
-    code = f"import {module}, json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
-    assert json.loads(run_python(code)) == []
+HELP = "from trl_unigrpo.cli import app; app(['--help'], standalone_mode=False)"
 
 
-def test_import_is_fast():
-    code = "from time import perf_counter as now; start = now(); import trl_unigrpo; print(now() - start)"
-    assert min(float(run_python(code)) for _ in range(5)) < 0.1
+@pytest.mark.parametrize(
+    "code", ["import trl_unigrpo", "import trl_unigrpo.cli", HELP], ids=["package", "cli", "help"]
+)
+def test_nothing_heavy_is_loaded(code):
+    answer = run_python(f"{code}\nimport json, sys; print(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))")
+    assert json.loads(answer.splitlines()[-1]) == []
+
+
+def test_import_loads_the_standard_library_and_little_of_its_own():
+    code = "import sys; old = {*sys.modules}; import trl_unigrpo; print(*({*sys.modules} - old))"
+    new = run_python(code).split()
+    assert {name.split(".")[0] for name in new} <= {"trl_unigrpo", *sys.stdlib_module_names}
+    own = sorted(name for name in new if name.startswith("trl_unigrpo"))
+    assert own == ["trl_unigrpo", "trl_unigrpo.__about__", "trl_unigrpo.lazy"]
 
 
 @pytest.mark.parametrize("name", trl_unigrpo.__all__)
