@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..__about__ import __version__
-from .build import build_command
+from .build import build_command, build_reward_command
 from .decompose import decompose_command
 from .demo import demo_command
 from .doctor import doctor_command
@@ -71,6 +71,7 @@ app.command("eval")(as_command(eval_command))
 app.command("paper")(as_command(paper_command))
 app.command("report")(as_command(report_command))
 app.command("build-shapeworld")(as_command(build_command))
+app.command("build-shapeworld-reward")(as_command(build_reward_command))
 app.command("serve-rewards")(as_command(serve_command))
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .dataset import shapeworld_dataset, shapeworld_edit_dataset, shapeworld_story_dataset
     from .edits import shapeworld_edit_reward, shapeworld_story_reward
     from .evaluate import evaluate_model
+    from .preference import preference_reward, soft_preference_reward
     from .reflection import REFLECTION_TEMPLATE, shapeworld_diagnosis_reward
     from .settings import demo_settings
     from .soft_reward import soft_shapeworld_reward
@@ -23,6 +24,7 @@ _PUBLIC = {
     "evaluate_model": "evaluate",
     "load_base": "base",
     "picture_error": "verifier",
+    "preference_reward": "preference",
     "shapeworld_dataset": "dataset",
     "shapeworld_diagnosis_reward": "reflection",
     "shapeworld_edit_dataset": "dataset",
@@ -30,6 +32,7 @@ _PUBLIC = {
     "shapeworld_reward": "verifier",
     "shapeworld_story_dataset": "dataset",
     "shapeworld_story_reward": "edits",
+    "soft_preference_reward": "preference",
     "soft_shapeworld_reward": "soft_reward",
 }
 
@@ -41,6 +44,7 @@ __all__ = [
     "evaluate_model",
     "load_base",
     "picture_error",
+    "preference_reward",
     "shapeworld_dataset",
     "shapeworld_diagnosis_reward",
     "shapeworld_edit_dataset",
@@ -48,6 +52,7 @@ __all__ = [
     "shapeworld_reward",
     "shapeworld_story_dataset",
     "shapeworld_story_reward",
+    "soft_preference_reward",
     "soft_shapeworld_reward",
 ]
 
