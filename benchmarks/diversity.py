@@ -1,8 +1,8 @@
 """Diversity after training on ShapeWorld, and what keeps it: a text KL, an entropy bonus, diversity-aware advantages.
 
     python benchmarks/diversity.py
-    python benchmarks/diversity.py --sets fast,off fast,diversity --seeds 0 1 2
-    python benchmarks/diversity.py --table                                          what was measured, no run
+    python benchmarks/diversity.py --sets fast/off fast/text --seeds 0 1 2
+    python benchmarks/diversity.py --table                                     what was measured, no run
 
 One thread a run, one run at a time; seconds are those of the processor. The model is scored on 700 validation prompts,
 and on 16 images of each of 40. Each run is written as soon as it is done, and not made again.
@@ -36,18 +36,20 @@ RESULTS = Path(__file__).parent / "results" / "diversity.jsonl"
 SPLIT, PROMPTS, PER_CATEGORY = "validation", 700, 20
 BASES = {
     "fast": fast_settings(50) | {"diversity_weight": 0.0},
+    "fast60": fast_settings(60) | {"diversity_weight": 0.0},
     "long": fast_settings(135) | {"diversity_weight": 0.0},
     "paper": demo_settings(140),
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "off": {},
-    "beta .01": {"beta": 0.01},
-    "beta .04": {"beta": 0.04},
-    "entropy .01": {"entropy_coef": 0.01},
-    "diversity .5": {"diversity_weight": 0.5},
-    "diversity": {"diversity_weight": 1.0},
+    "beta.01": {"beta": 0.01},
+    "beta.04": {"beta": 0.04},
+    "entropy.01": {"entropy_coef": 0.01},
+    "half": {"diversity_weight": 0.5},
+    "text": {"diversity_weight": 1.0},
+    "both": {"diversity_weight": 1.0, "diversity_experts": "both"},
 }
-SETS = {f"{base},{change}": BASES[base] | CHANGES[change] for base in BASES for change in CHANGES}
+SETS = {f"{base}/{change}": BASES[base] | CHANGES[change] for base in BASES for change in CHANGES}
 
 
 def scores(model: Any, tokenizer: Any) -> dict[str, float]:

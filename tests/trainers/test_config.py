@@ -112,6 +112,7 @@ DEFAULTS = {
     "images_per_thinking": 1,
     "train_dead_images": True,
     "diversity_weight": 0.0,
+    "diversity_experts": "text",
     "gather_for_rollout": True,
     "reference_on_cpu": False,
 }

@@ -148,13 +148,15 @@ class Painted(FixedTexts):
         return images
 
 
-def test_what_a_run_trains_on(make_trainer, train):
+@pytest.mark.parametrize("experts", ["text", "both"])
+def test_what_a_run_trains_on(make_trainer, train, experts):
     """Process rewards are added to what is shared."""
     words = thinking_reward(lambda completions, **_: [float(place) for place in range(len(completions))])
     trainer = make_trainer(
         trainer_class=Painted,
         reward_funcs=[lambda images, **_: [0.2, 0.8, 0.9, 0.5, 0.5, 0.1, 0.6], words],
         diversity_weight=0.75,
+        diversity_experts=experts,
         process_reward_weight=0.5,
         max_steps=1,
     )
@@ -163,7 +165,7 @@ def test_what_a_run_trains_on(make_trainer, train):
     known = [*trl_advantages([0.2, 0.8, 0.9], 3), 0.0, *trl_advantages([0.5, 0.5, 0.1, 0.6], 4)]
     expected, distances = by_loops(known, features_of(trainer.shown).tolist(), 0.75, 4)
     assert distances[1] == distances[2] == 0 and math.isnan(distances[3])
-    assert of_rows(seen) == pytest.approx(expected, abs=1e-4)
+    assert of_rows(seen) == pytest.approx(expected if experts == "both" else known, abs=1e-4)
     assert max(abs(one - other) for one, other in zip(expected, known, strict=True)) > 0.05
     process = [*trl_advantages([0.0, 1.0, 2.0], 3), 0.0, *trl_advantages([4.0, 5.0, 6.0, 7.0], 4)]
     texts = [a + 0.5 * p for a, p in zip(expected, process, strict=True)]
@@ -210,7 +212,8 @@ def test_pools_of_scouts_are_shared_before_some_are_chosen(make_trainer, train):
     shared, _ = by_loops(trl_advantages(rewards, 8), features_of(trainer.shown).tolist(), 1.0, 8)
     chosen = sorted({t.row for batch in seen.batches for t in batch["trajectories"]})
     means = {pool: np.mean([shared[row] for row in chosen if row // 8 == pool]) for pool in (0, 1)}
-    assert of_rows(seen) == pytest.approx([shared[row] - means[row // 8] for row in chosen], abs=1e-4)
+    expected = [shared[row] - means[row // 8] for row in chosen]
+    assert of_rows(seen, "text_advantages") == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +222,8 @@ def test_pools_of_scouts_are_shared_before_some_are_chosen(make_trainer, train):
         ({"diversity_weight": -0.1}, "diversity_weight=-0.1: expected a number from 0"),
         ({"diversity_weight": 1.5}, "expected a number from 0"),
         ({"diversity_weight": NAN}, "expected a number from 0"),
+        ({"diversity_experts": "image"}, "diversity_experts='image': expected 'text' or 'both'"),
+        ({"diversity_weight": 0.5, "text_weight": 0.0}, "the text that would be paid is not trained"),
         ({"diversity_weight": 0.5, "num_rounds": 2}, "num_rounds=2: images are compared"),
         ({"diversity_weight": 0.5, "images_per_thinking": 2}, "images_per_thinking=2: images are compared"),
     ],

@@ -46,7 +46,9 @@ class ThinkingsRun(RunKeeping):
             alike = self._own(credit.alike(compared, self.group_size), inputs)
             outputs["advantages"] = outputs["advantages"].masked_fill(alike, 0.0)
             if self.mode == "train" and self.args.diversity_weight > 0:
-                outputs["advantages"] = self._diverse(outputs["advantages"], inputs)
+                outputs["text_advantages"] = self._diverse(outputs["advantages"], inputs)
+                if self.args.diversity_experts == "both":
+                    outputs["advantages"] = outputs["text_advantages"]
         return outputs
 
     def _diverse(self, advantages: Tensor, inputs: Sequence[Any]) -> Tensor:

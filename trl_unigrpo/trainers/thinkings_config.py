@@ -25,6 +25,9 @@ class ThinkingsConfig:
             How far, from 0 to 1, positive advantages are shared among the images of a group by how different each is:
             by its distance to the nearest other one (diversity-aware advantage shaping of GARDO, arXiv 2512.24138).
             Their sum stays the same. 0 leaves advantages as they are.
+        diversity_experts (`str`, *optional*, defaults to `"text"`):
+            Whose advantages are shared so: the `"text"`'s, so that thinkings stay different, or `"both"`, text and
+            image.
     """
 
     images_per_thinking: int = field(
@@ -38,6 +41,10 @@ class ThinkingsConfig:
     diversity_weight: float = field(
         default=0.0,
         metadata={"help": "0 to 1: how far good images are paid by how different they are; 0: not at all. GARDO: 1."},
+    )
+    diversity_experts: str = field(
+        default="text",
+        metadata={"help": "Who is paid so: the 'text', or 'both', text and image."},
     )
 
 
@@ -81,6 +88,13 @@ def check_diversity(config: Any) -> None:
     weight = config.diversity_weight
     if not 0 <= weight <= 1:
         raise ValueError(f"diversity_weight={weight}: expected a number from 0 (off) to 1.")
+    if config.diversity_experts not in ("text", "both"):
+        raise ValueError(f"diversity_experts={config.diversity_experts!r}: expected 'text' or 'both'.")
+    if weight and config.diversity_experts == "text" and config.text_weight == 0:
+        raise ValueError(
+            f"diversity_weight={weight} with text_weight=0: the text that would be paid is not trained. Set "
+            "diversity_experts='both', which pays the image so."
+        )
     for name in ("num_rounds", "images_per_thinking"):
         if weight and getattr(config, name) > 1:
             raise ValueError(

@@ -265,7 +265,8 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun):
                 self._pay(outputs)
             elif self.args.process_reward_weight > 0:
                 process = self._book.process_advantages.split(len(inputs))[self.accelerator.process_index]
-                outputs["text_advantages"] = outputs["advantages"] + self.args.process_reward_weight * process
+                of_text = outputs.get("text_advantages", outputs["advantages"])
+                outputs["text_advantages"] = of_text + self.args.process_reward_weight * process
             self._show(inputs, outputs["advantages"])
             self._share_credit(outputs, inputs)
             outputs, trajectories = self._chosen(outputs, trajectories)
