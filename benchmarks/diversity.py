@@ -36,9 +36,8 @@ RESULTS = Path(__file__).parent / "results" / "diversity.jsonl"
 SPLIT, PROMPTS, PER_CATEGORY = "validation", 700, 20
 BASES = {
     "fast": fast_settings(50) | {"diversity_weight": 0.0},
-    "fast60": fast_settings(60) | {"diversity_weight": 0.0},
     "long": fast_settings(135) | {"diversity_weight": 0.0},
-    "paper": demo_settings(140),
+    "paper": demo_settings(70),
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "off": {},
