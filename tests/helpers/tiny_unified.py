@@ -134,6 +134,7 @@ def build_trainer(
 ):
     """A trainer; arguments of `UniGRPOTrainer` are passed on, all others go to the configuration."""
     own = ("eval_dataset", "peft_config", "callbacks", "optimizers", "tools", "rollout_func", "environment_factory")
+    own += ("image_features",)
     passed = {name: arguments.pop(name) for name in own if name in arguments}
     return trainer_class(
         model=tiny_bagel() if model is None else model,

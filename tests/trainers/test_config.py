@@ -111,6 +111,8 @@ DEFAULTS = {
     "scout_reward": "repainted",
     "images_per_thinking": 1,
     "train_dead_images": True,
+    "diversity_weight": 0.0,
+    "diversity_experts": "text",
     "gather_for_rollout": True,
     "reference_on_cpu": False,
 }

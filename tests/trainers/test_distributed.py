@@ -67,6 +67,8 @@ MORE_CASES = {
     # The stories of the second process end with their first turn.
     "stories": {"stories": True, "round_group": "tree", "round_reward": "own", "gradient_accumulation_steps": 2},
     "averages": {"image_objective": "nft", "image_old_policy_decay": 0.5, "ema_decay": 0.5, "max_steps": 4},
+    # Each process has half of the group.
+    "diversity": {"diversity_weight": 1.0, "diversity_experts": "both", "num_generations": 8},
     "lines, no thinking": {"image_objective": "fpo", "thinking": False, "text_weight": 0.0},
 }
 

@@ -42,7 +42,8 @@ NOISY = (
     "Look at them: if it is noise, lower image_learning_rate, or use sde_type='cps' or more num_inference_steps: "
     "both leave less of it."
 )
-DIVERSITY = "Diversity is what training costs first: stop earlier, or raise flow_regularizer_weight."
+DIVERSITY = "Diversity is what training costs first: set diversity_weight=1, raise beta, or stop earlier."
+ACROSS = "Prompts lose their meaning: stop earlier, or raise flow_regularizer_weight."
 RULES = {
     "images/dark_share": Rule(+1, 0.15, False, "the images have become darker", LOOK),
     "images/bright_share": Rule(+1, 0.15, False, "the images have become brighter", LOOK),
@@ -50,7 +51,7 @@ RULES = {
     "images/edge_density": Rule(-1, 0.3, True, "the images have lost detail", LOOK),
     "images/noise": Rule(+1, 0.02, False, "the images have become noisy", NOISY),
     "images/twins": Rule(+1, 0.3, False, "images of one prompt repeat each other", DIVERSITY),
-    "images/twins_across": Rule(+1, 0.3, False, "images of different prompts repeat each other", DIVERSITY),
+    "images/twins_across": Rule(+1, 0.3, False, "images of different prompts repeat each other", ACROSS),
 }
 """In UniRL#407, by rollout 100, the dark share rose by .475, colour entropy fell by 54 % and edge density by 60 %: the
 limits are a third to a half of that, to be met while most images are still good."""

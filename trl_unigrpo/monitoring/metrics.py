@@ -15,6 +15,7 @@ LOGGED_METRICS = {
     "images/not_finite": "share of images that came out of the VAE as NaN or infinity; they have no reward",
     "images/pixel_std": "mean standard deviation of an image's pixels, 0 to 127.5; near 0 where images turn blank",
     "images/diversity": "mean distance between the thumbnails of a prompt's images, 0 to 1; where there is a gallery",
+    "images/isolation": "mean distance of an image to the nearest other one of its prompt, with `diversity_weight`",
     "images/dark_share": "share of an image's pixels that are darker than a quarter, 0 to 1",
     "images/bright_share": "share of an image's pixels that are brighter than three quarters, 0 to 1",
     "images/color_entropy": "bits of the histogram of an image's colours, 8 steps each of red, green and blue; 0 to 9",

@@ -124,13 +124,15 @@ def group_diversity(
     categories: tuple[str, ...] = ("two_object", "color_attr"),
     seed: int = 5,
     thinking: bool = True,
+    split: str = "test",
+    per_category: int = 10,
 ) -> Diversity:
-    """Measure how much 16 samples of one prompt differ: the mean over ten prompts of each category."""
-    dataset = shapeworld_dataset("test", seed=seed)
+    """Measure how much 16 samples of one prompt differ: the mean over the first prompts of each category."""
+    dataset = shapeworld_dataset(split, seed=seed)
     prompts = [
         prompt
         for category in categories
-        for prompt in [row["prompt"] for row in dataset if row["category"] == category][:10]
+        for prompt in [row["prompt"] for row in dataset if row["category"] == category][:per_category]
         for _ in range(16)
     ]
     samples = generate(

@@ -10,11 +10,14 @@ from ..flow.states import rows_of
 from ..models.experts import parameters_by_expert
 from ..trajectory import Trajectory
 from . import credit
+from .diversity import ImageFeatures, diverse_advantages, features_of, isolation
 from .run_keeping import RunKeeping
 
 
 class ThinkingsRun(RunKeeping):
     """A run whose rows may share thinkings, K of them side by side, and whose dead images are left out."""
+
+    _image_features: ImageFeatures | None = None
 
     @property
     def _images_of_each(self) -> int:
@@ -42,7 +45,20 @@ class ThinkingsRun(RunKeeping):
             compared = self._book.total(rewards)[:, None] if summed else counted
             alike = self._own(credit.alike(compared, self.group_size), inputs)
             outputs["advantages"] = outputs["advantages"].masked_fill(alike, 0.0)
+            if self.mode == "train" and self.args.diversity_weight > 0:
+                outputs["text_advantages"] = self._diverse(outputs["advantages"], inputs)
+                if self.args.diversity_experts == "both":
+                    outputs["advantages"] = outputs["text_advantages"]
         return outputs
+
+    def _diverse(self, advantages: Tensor, inputs: Sequence[Any]) -> Tensor:
+        """Pay the good images of a prompt more, the less they resemble its others."""
+        features = features_of([row["images"] for row in inputs], self._image_features).to(self.accelerator.device)
+        features, whole = (self.accelerator.gather(x.contiguous()).cpu() for x in (features, advantages))
+        apart = isolation(features, self.group_size)
+        if not apart.isnan().all():
+            self._note({"images/isolation": apart.nanmean().item()})
+        return self._own(diverse_advantages(whole, apart, self.args.diversity_weight, self.group_size), inputs)
 
     def _own(self, values: Tensor, inputs: Sequence[Any]) -> Tensor:
         """Take this process' part of the values (N, ..) of all."""

@@ -44,6 +44,7 @@ from ..sampling import paint_and_decode
 from ..sampling.rounds import image_stream
 from ..seeding import EVAL, TRAIN, row_generator
 from ..trajectory import Round, Steps, Trajectory, has_steps, in_order
+from .diversity import ImageFeatures
 from .editing import EditingRun
 from .failed_images import image_metrics
 from .kept import KeptVelocities
@@ -103,6 +104,8 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun):
             Tokenizer; loaded from the model's folder if not given.
         peft_config (`PeftConfig`, *optional*):
             Adapters. Without `target_modules` they go to the linear layers of the experts that are trained.
+        image_features (`Callable`, *optional*):
+            For `diversity_weight`: takes a list of N PIL images, gives (N, F) features. By default small thumbnails.
         quantization_config, reward_processing_classes, callbacks, optimizers:
             As in [`~trl.GRPOTrainer`].
     """
@@ -130,6 +133,7 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun):
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        image_features: ImageFeatures | None = None,
         **unsupported: Any,
     ):
         reward_funcs, callbacks = as_list(reward_funcs), callback_list(callbacks)
@@ -138,7 +142,7 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun):
             model, args, reward_funcs, datasets, processing_class, quantization_config, peft_config, unsupported
         )
         args = setup.args
-        self._setup, self._kept = setup, KeptVelocities()
+        self._setup, self._kept, self._image_features = setup, KeptVelocities(), image_features
         self._progress = Progress(images=deque(maxlen=args.generation_batch_size))
         self._phases = Phases(self._record_seconds, shows=args.local_process_index == 0 and not args.disable_tqdm)
         watchers = [*default_checks(args.trust_checks), *default_alarms(args.alarms), Gallery()]
@@ -261,7 +265,8 @@ class UniGRPOTrainer(ScoutingRun, ThinkingsRun, EditingRun):
                 self._pay(outputs)
             elif self.args.process_reward_weight > 0:
                 process = self._book.process_advantages.split(len(inputs))[self.accelerator.process_index]
-                outputs["text_advantages"] = outputs["advantages"] + self.args.process_reward_weight * process
+                of_text = outputs.get("text_advantages", outputs["advantages"])
+                outputs["text_advantages"] = of_text + self.args.process_reward_weight * process
             self._show(inputs, outputs["advantages"])
             self._share_credit(outputs, inputs)
             outputs, trajectories = self._chosen(outputs, trajectories)
