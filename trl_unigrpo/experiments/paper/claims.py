@@ -17,11 +17,11 @@ from .order import main_mode
 
 Side = tuple[str, str]
 """A system and the mode in which it is evaluated."""
-Pair = tuple[Side, Side]
+SidePair = tuple[Side, Side]
 
 ClaimVerdict = Literal["holds", "does not hold", "not measured yet"]
 
-BASE: Side = ("base", "sampled")
+BASE_SIDE: Side = ("base", "sampled")
 REFERENCE: Side = ("unigrpo", "sampled")
 LONG: Side = ("long_velocity_mse", "sampled")
 """UniGRPO as it is, in a long run."""
@@ -44,17 +44,19 @@ ONE_EXPERT = tuple(
     for name in ("refl_thinking", "fpo_thinking", "awm_thinking", "nft_thinking", "flow_grpo_thinking", "text_grpo")
 )
 """Methods that train one of the two experts, each in its best way: with thinking."""
-SFT_BASE: tuple[Pair, ...] = tuple((("sft", mode), ("base", mode)) for mode in ("sampled", "direct"))
-ABOVE_BASE: tuple[Pair, ...] = tuple((side, BASE) for side in ONE_EXPERT)
-WITH_AND_WITHOUT: tuple[Pair, ...] = (
+SFT_BASE: tuple[SidePair, ...] = tuple((("sft", mode), ("base", mode)) for mode in ("sampled", "direct"))
+ABOVE_BASE: tuple[SidePair, ...] = tuple((side, BASE_SIDE) for side in ONE_EXPERT)
+WITH_AND_WITHOUT: tuple[SidePair, ...] = (
     *(((name, "sampled"), (name, "direct")) for name in ("base", "sft")),
     *(((f"{name}_thinking", "sampled"), (name, "direct")) for name in ("refl", "fpo", "awm", "flow_grpo")),
 )
-UNREGULARIZED: Pair = (("long_none", "sampled"), LONG)
+UNREGULARIZED: SidePair = (("long_none", "sampled"), LONG)
 LATENT_KL: tuple[Side, ...] = (("long_latent_kl", "sampled"), ("long_latent_kl_matched", "sampled"))
-IN_BETWEEN: tuple[Pair, ...] = tuple(pair for side in LATENT_KL for pair in ((side, UNREGULARIZED[0]), (LONG, side)))
-GUIDANCE_PAIR: Pair = (("guidance_off", "guided"), ("guidance_on", "guided"))
-UNIFPO: Pair = (("unifpo", "sampled"), BASE)
+IN_BETWEEN: tuple[SidePair, ...] = tuple(
+    pair for side in LATENT_KL for pair in ((side, UNREGULARIZED[0]), (LONG, side))
+)
+GUIDANCE_PAIR: SidePair = (("guidance_off", "guided"), ("guidance_on", "guided"))
+UNIFPO: SidePair = (("unifpo", "sampled"), BASE_SIDE)
 
 COMPARISONS = (
     *(*SFT_BASE, *ABOVE_BASE, *WITH_AND_WITHOUT, UNREGULARIZED, *IN_BETWEEN, GUIDANCE_PAIR, UNIFPO),
@@ -135,14 +137,14 @@ def above(results: Mapping[str, Any], left: Side, right: Side) -> Part:
     if found is None:
         return Part(None, f"{title(results, left)} and {title(results, right)}: not both measured")
     how = "" if found["low"] > 0 else " (the other way round)" if found["high"] < 0 else " (no difference seen)"
-    means = [f"{title(results, side)} {score(results, side)['mean']:.3f}" for side in (left, right)]
+    means = [f"{title(results, side)} {mean_rule(results, side)['mean']:.3f}" for side in (left, right)]
     seeds = trained_seeds(results, found, left, right)
     return Part(found["low"] > 0, f"{means[0]} against {means[1]}: {signed(found)}{how}", seeds)
 
 
 def apart(results: Mapping[str, Any], other: Side) -> Part:
     """Test if UniGRPO is above another system, by intervals that do not touch."""
-    own, theirs = score(results, REFERENCE), score(results, other)
+    own, theirs = mean_rule(results, REFERENCE), mean_rule(results, other)
     if own is None or theirs is None:
         return Part(None, f"{title(results, other)} not measured")
     seeds = min(own["seeds"], trained_seeds(results, theirs, other) or own["seeds"])
@@ -150,10 +152,12 @@ def apart(results: Mapping[str, Any], other: Side) -> Part:
 
 
 def unigrpo_above_each(results: Mapping[str, Any]) -> Judgement:
-    own = score(results, REFERENCE)
+    own = mean_rule(results, REFERENCE)
     if own is None:
         return Judgement("not measured yet", "UniGRPO was not measured.")
-    measured = sorted((side for side in OTHERS if score(results, side)), key=lambda s: -score(results, s)["mean"])
+    measured = sorted(
+        (side for side in OTHERS if mean_rule(results, side)), key=lambda s: -mean_rule(results, s)["mean"]
+    )
     parts = [apart(results, side) for side in measured]
     lacking = [Part(None, title(results, side)) for side in OTHERS if side not in measured]
     failed = [part.says for part in parts if not part.holds]
@@ -168,7 +172,7 @@ def unigrpo_above_each(results: Mapping[str, Any]) -> Judgement:
 
 
 def unigrpo_above_two_stage(results: Mapping[str, Any]) -> Judgement:
-    own = score(results, REFERENCE)
+    own = mean_rule(results, REFERENCE)
     part = apart(results, ("two_stage", "sampled"))
     return judged([part._replace(says=f"UniGRPO {bracketed(own) if own else 'not measured'}, {part.says}")])
 
@@ -179,7 +183,7 @@ def hacked(results: Mapping[str, Any]) -> Judgement:
     learned = comparison(results, *UNREGULARIZED, "learned")
     if rule is None or learned is None:
         return Judgement("not measured yet", "Not both long runs were measured.")
-    own, other = score(results, none), score(results, long)
+    own, other = mean_rule(results, none), mean_rule(results, long)
     fell = rule["mean"] <= -HACKED and own["high"] < other["low"]
     return judged(
         [
@@ -205,7 +209,7 @@ def trained_without_guidance(results: Mapping[str, Any]) -> Judgement:
     found = comparison(results, *GUIDANCE_PAIR)
     if found is None:
         return Judgement("not measured yet", "Not both ways of training were measured.")
-    means = " and ".join(f"{score(results, side)['mean']:.3f}" for side in GUIDANCE_PAIR)
+    means = " and ".join(f"{mean_rule(results, side)['mean']:.3f}" for side in GUIDANCE_PAIR)
     says = f"Evaluated with guidance, trained without and with it: {means}, difference {signed(found)}"
     return judged([Part(found["low"] > -AS_GOOD, says, found["seeds"])])
 
@@ -214,7 +218,7 @@ def unifpo_fails(results: Mapping[str, Any]) -> Judgement:
     found = comparison(results, *UNIFPO)
     if found is None:
         return Judgement("not measured yet", "UniFPO was not measured.")
-    means = [f"{score(results, side)['mean']:.3f}" for side in UNIFPO]
+    means = [f"{mean_rule(results, side)['mean']:.3f}" for side in UNIFPO]
     says = f"UniFPO {means[0]}, the base {means[1]}, difference {signed(found)}"
     return judged([Part(found["high"] < AS_GOOD, says, found["seeds"])])
 
@@ -280,7 +284,7 @@ def comparison(results: Mapping[str, Any], left: Side, right: Side, by: str = "r
     return results["comparisons"][by].get(f"{'/'.join(left)} - {'/'.join(right)}")
 
 
-def score(results: Mapping[str, Any], side: Side) -> Any:
+def mean_rule(results: Mapping[str, Any], side: Side) -> Any:
     """Look up the mean rule of a system in a mode with its interval, None where it was not measured."""
     return results["systems"].get(side[0], {}).get("modes", {}).get(side[1], {}).get("rule")
 

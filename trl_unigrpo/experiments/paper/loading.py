@@ -122,8 +122,8 @@ def read_runs(output: Path, prompts: Prompts) -> tuple[list[FinishedRun], list[P
             continue
         try:
             curves = (
-                read_rows(folder / "history.jsonl", ("rollouts", "cpu_seconds")),
-                read_rows(folder / "validation.jsonl", ("rollouts", *SCORES, "picture_error")),
+                read_json_lines(folder / "history.jsonl", ("rollouts", "cpu_seconds")),
+                read_json_lines(folder / "validation.jsonl", ("rollouts", *SCORES, "picture_error")),
             )
         except ValueError as error:
             problems.append(Problem(name, f"{error} The run is used, its curves are not."))
@@ -165,10 +165,10 @@ def check_record(record: dict[str, Any], folder: Path, num_prompts: int) -> None
         if not isinstance(trace, dict) or not {"prompt", "category", "thinking", *SCORES} <= set(trace):
             raise ValueError("run.json's traces are not all objects with prompt, category, thinking and scores.")
     for mode, evaluation in record["evaluations"].items():
-        check_evaluation(mode, evaluation, num_prompts)
+        check_scores(mode, evaluation, num_prompts)
 
 
-def check_evaluation(mode: str, evaluation: Any, num_prompts: int) -> None:
+def check_scores(mode: str, evaluation: Any, num_prompts: int) -> None:
     """Raise a ValueError that says what of an evaluation is missing or wrong."""
     what = f"run.json's evaluation {mode!r}"
     for name in SCORES:
@@ -198,7 +198,7 @@ def check_settings(record: dict[str, Any], first: dict[str, Any]) -> None:
         raise ValueError(f"was trained otherwise than seed {first['seed']}: {changes}.")
 
 
-def read_rows(file: Path, needed: Sequence[str]) -> list[dict[str, float]]:
+def read_json_lines(file: Path, needed: Sequence[str]) -> list[dict[str, float]]:
     """Read the rows of a file of JSON lines, each with the needed numbers; none without the file."""
     if not file.is_file():
         return []

@@ -46,7 +46,7 @@ from .systems import (
     is_start,
 )
 from .training import make_trainer, make_validation, rollouts, run_settings
-from .validation import NUM_PROMPTS
+from .validation import VALIDATION_PROMPTS
 
 
 def run_job(job: Job, output: Path, scale: Scale, settings: Settings) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def run_job(job: Job, output: Path, scale: Scale, settings: Settings) -> dict[st
     guidance_scale = settings.get("eval_guidance_scale")
     train_cpu_seconds, chosen_point = 0.0, None
     if system.method != "none":
-        few = Scale(scale.generations, NUM_PROMPTS, "validation")
+        few = Scale(scale.generations, VALIDATION_PROMPTS, "validation")
         validation = make_validation(
             system,
             settings,

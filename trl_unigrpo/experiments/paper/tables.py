@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .claims import LONG, REFERENCE, score, title
+from .claims import LONG, REFERENCE, mean_rule, title
 from .markdown import (
     NONE,
     escape,
@@ -245,11 +245,13 @@ def seed_lines(results: Mapping[str, Any]) -> list[str]:
 
 def above_unigrpo(results: Mapping[str, Any]) -> str:
     """Name the rows of Table 1 that are above UniGRPO, intervals apart."""
-    own = score(results, REFERENCE)
+    own = mean_rule(results, REFERENCE)
     if own is None:
         return "not known, UniGRPO was not measured"
     shown = [(name, mode) for name, _, mode in rows(results, "table1")]
-    return ", ".join(escape(title(results, of)) for of in shown if score(results, of)["low"] > own["high"]) or "none"
+    return (
+        ", ".join(escape(title(results, of)) for of in shown if mean_rule(results, of)["low"] > own["high"]) or "none"
+    )
 
 
 def rate_table(results: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from ...trainers.unigrpo_config import UniGRPOConfig
 from ...trainers.unigrpo_trainer import UniGRPOTrainer
 from .numbers import digits
 from .systems import Scale, Settings, System
-from .validation import POINTS, Scores, Validation, validation_steps
+from .validation import VALIDATION_POINTS, PointScores, Validation, validation_steps
 
 
 NO_SETTING_OF = {
@@ -179,11 +179,11 @@ class HistoryFile(TrainerCallback):
 
 
 def make_validation(
-    system: System, settings: Settings, folder: Path, model: torch.nn.Module, score: Callable[[], Scores]
+    system: System, settings: Settings, folder: Path, model: torch.nn.Module, score: Callable[[], PointScores]
 ) -> Validation:
     """Make the callback that writes `validation.jsonl` and stops early, if the system does."""
     seen = rollouts(settings)
-    steps = validation_steps(settings["max_steps"], seen // IMAGES_PER_ROLLOUT, POINTS * system.length)
+    steps = validation_steps(settings["max_steps"], seen // IMAGES_PER_ROLLOUT, VALIDATION_POINTS * system.length)
     return Validation(
         folder / "validation.jsonl", model, score, steps, images_per_step(settings), system.early_stopping
     )

@@ -16,11 +16,11 @@ from transformers import TrainerCallback
 from .numbers import digits
 
 
-POINTS = 7
+VALIDATION_POINTS = 7
 """Points at which a run of usual length is validated, evenly spaced, besides its start."""
-NUM_PROMPTS = 210
+VALIDATION_PROMPTS = 210
 
-Scores = dict[str, float]
+PointScores = dict[str, float]
 """`learned`, by which is chosen, and `rule` and `picture_error`, for the figure alone."""
 
 
@@ -58,7 +58,7 @@ class Validation(TrainerCallback):
         self,
         file: Path,
         model: torch.nn.Module,
-        score: Callable[[], Scores],
+        score: Callable[[], PointScores],
         steps: list[int],
         images_per_step: float,
         restores: bool = True,
