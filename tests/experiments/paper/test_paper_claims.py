@@ -114,9 +114,9 @@ def test_what_is_missing_is_not_measured_yet(tmp_path):
     found = verdicts(tmp_path, systems=("base", "unigrpo", "text_grpo"))
     assert found["joint"]["verdict"] == "not measured yet"
     assert "is above 3 of 14; the next is text grpo" in found["joint"]["sentence"]
-    assert "not measured: sft" in found["joint"]["sentence"] and "nft_thinking" in found["joint"]["sentence"]
+    assert "not measured: SFT, no thinking, SFT, thinking, ReFL," in found["joint"]["sentence"]
     assert found["one_expert"]["verdict"] == "not measured yet"
-    assert "flow_grpo_thinking and base, thinking: not both measured" in found["one_expert"]["sentence"]
+    assert "FlowGRPO (thinking) and base, thinking: not both measured" in found["one_expert"]["sentence"]
     assert {of["verdict"] for of in found.values()} == {"not measured yet"}
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from .order import main_mode
+from .systems import SYSTEMS
 
 
 Side = tuple[str, str]
@@ -290,16 +291,15 @@ def mean_rule(results: Mapping[str, Any], side: Side) -> Any:
 
 
 def title(results: Mapping[str, Any], side: Side) -> str:
-    """Name a system, and how it was evaluated where it was evaluated both ways."""
-    system = results["systems"].get(side[0])
-    if system is None:
-        return side[0]
-    kind = "direct" if "direct" in system["modes"] else "rounds"
-    if not {"sampled", kind} <= set(system["modes"]):
-        return system["title"]
+    """Name a system, and how it was evaluated where it is evaluated in several ways."""
+    system = results["systems"].get(side[0]) or vars(SYSTEMS[side[0]])
+    name, modes = system["title"], set(system["modes"])
+    kind = "direct" if "direct" in modes else "rounds"
+    if not {"sampled", kind} <= modes:
+        return name
     names = {"direct": {"sampled": ", thinking", "direct": ", no thinking"}}
     names["rounds"] = {"sampled": ", first image", "rounds": ", second image"}
-    return system["title"] + names[kind].get(side[1], "")
+    return name + names[kind].get(side[1], "")
 
 
 def trained_seeds(results: Mapping[str, Any], interval: Mapping[str, Any], *sides: Side) -> int:
