@@ -23,17 +23,17 @@ class GridOptions:
     ] = None
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Systems or groups (table1, figure4, figure5, ablations), repeated or with commas."),
+        typer.Option(help="Systems or groups (table1, figure5, figure4, extras, ablations), repeated or with commas."),
     ] = None
     seeds: Annotated[
         list[str] | None,
-        typer.Option(help="Seeds, repeated or with commas; 0 to 4 for table1, 0 to 2 for the others."),
+        typer.Option(help="Seeds, repeated or with commas; 0 to 4, for extras and ablations 0 to 2."),
     ] = None
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time, a core each; by default all cores.")] = None
     quick: Annotated[bool, typer.Option("--quick", help="A few systems, shorter: minutes instead of hours.")] = False
-    search: Annotated[
-        bool, typer.Option("--search", help="Choose the learning rates on validation prompts instead.")
-    ] = False
+    search: Annotated[bool, typer.Option("--search", help="Choose learning rates on validation prompts instead.")] = (
+        False
+    )
     chosen: Annotated[str | None, typer.Option(help="File of the chosen rates; without it, the shipped one.")] = None
     page: Annotated[str | None, typer.Option(help="Markdown file to write; paper.md in the output folder.")] = None
     from_results: Annotated[
@@ -44,13 +44,13 @@ class GridOptions:
     )
     rollouts: Annotated[
         int | None,
-        typer.Option(min=2, help="Rollouts of 192 trajectories per run, to try things out; 70."),
+        typer.Option(min=2, help="Rollouts of 192 trajectories per run, to try things out; 70, 210 of long runs."),
         "--steps",
     ] = None
 
 
 def paper_command(options: GridOptions) -> None:
-    """Train every system of the paper's tables on ShapeWorld, and write them as a page. Goes on where it stopped."""
+    """Train every system of the paper's tables on ShapeWorld and write a page. Goes on where it stopped."""
     from rich.console import Console
 
     from ..experiments.paper.runner import run_paper, show_grid

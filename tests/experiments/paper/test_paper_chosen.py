@@ -55,12 +55,13 @@ def test_edges_and_ties_are_reported():
 
 
 def test_from_the_folders_to_the_file(tmp_path):
-    """The mode that counts is the system's own, and the entries of other systems stay as they are."""
+    """What counts is the learned reward in the system's own mode; the entries of other systems stay as they are."""
     system = SYSTEMS["flow_grpo_thinking"]
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "prompts.json").write_text(json.dumps({"prompts": PROMPTS}))
     for job, values in zip(search_jobs(system), rewards(0.5, 0.7, 0.6, 0.4, 0.3), strict=True):
-        evaluations = {"greedy": {"reward": [1 - value for value in values]}, "sampled": {"reward": values}}
+        others = [1 - value for value in values]  # by the rule the worst is the best
+        evaluations = {"greedy": {"learned": others}, "sampled": {"learned": values, "rule": others}}
         run = {"evaluations": evaluations, "split": "validation", "seed": job.seed, "rollouts": 9}
         job.folder(tmp_path).mkdir(parents=True)
         (job.folder(tmp_path) / "run.json").write_text(json.dumps(run))

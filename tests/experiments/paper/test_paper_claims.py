@@ -2,13 +2,13 @@
 
 import pytest
 
-from tests.helpers.synthetic import World, planted_errors, planted_means, write_world
+from tests.helpers.synthetic import World, planted_errors, planted_learned, planted_means, write_world
 from trl_unigrpo.experiments.paper.claims import (
     AS_GOOD,
     CLAIMS,
     DECAY,
+    HACKED,
     OTHERS,
-    SIMILAR,
     Judgement,
     Part,
     judged,
@@ -20,9 +20,10 @@ from trl_unigrpo.experiments.paper.results import collect
 SYSTEMS = tuple(name for group in ("table1", "figure4", "figure5") for name in GROUP_SYSTEMS[group])
 
 
-def verdicts(output, means=None, errors=None, systems=SYSTEMS, seeds=None, **world):
+def verdicts(output, means=None, errors=None, learned=None, systems=SYSTEMS, seeds=None, **world):
     """Claim -> its entry in the results of a world with these changes."""
-    planted = World(planted_means() | (means or {}), planted_errors() | (errors or {}), num_prompts=28, **world)
+    parts = (planted_means() | (means or {}), planted_errors() | (errors or {}))
+    planted = World(*parts, learned=planted_learned() | (learned or {}), num_prompts=28, **world)
     write_world(output, planted, systems, seeds)
     return {claim["id"]: claim for claim in collect(output)["claims"]}
 
@@ -34,41 +35,54 @@ def test_what_is_planted_as_the_paper_claims_it_holds(tmp_path):
 
 FLIPS = {
     # One change, and the claims that it turns. The planted spreads leave differences of 0.03 beyond doubt.
-    "fine-tuning harms": ({"sft": 0.42}, {}, {"sft"}),
-    "text alone harms": ({"text_grpo": 0.42}, {}, {"one_expert"}),
-    "one system above": ({"awm_thinking": 0.84}, {}, {"joint"}),
-    "two stages above": ({"two_stage": 0.84}, {}, {"joint", "two_stage"}),
-    "thinking harms ReFL": ({"refl": 0.65}, {}, {"thinking"}),
-    "UniFPO converges": ({"unifpo": 0.6}, {}, {"unifpo"}),
-    "guidance in training is better": ({"guidance_on": 0.75}, {}, {"guidance"}),
-    "pictures decay a little": ({}, {"no_regularizer": 0.02}, {"regularizer"}),
-    "decay with less reward": ({"no_regularizer": 0.7}, {}, {"regularizer"}),
-    "the latent KL keeps pictures": ({}, {"latent_kl_matched": 0.002}, {"velocity_mse"}),
-    # The clean corpus is no system of the paper.
-    "clean fine-tuning above": ({"sft_clean": 0.84}, {}, set()),
+    "fine-tuning harms": ({"sft": 0.42}, {}, {}, {"sft"}),
+    "text alone harms": ({"text_grpo": 0.42}, {}, {}, {"one_expert"}),
+    "an image objective harms": ({"nft_thinking": 0.42}, {}, {}, {"one_expert"}),
+    "one system above": ({"awm_thinking": 0.84}, {}, {}, {"joint"}),
+    "two stages above": ({"two_stage": 0.84}, {}, {}, {"two_stage"}),
+    "thinking harms ReFL": ({"refl": 0.65}, {}, {}, {"thinking"}),
+    "UniFPO converges": ({"unifpo": 0.6}, {}, {}, {"unifpo"}),
+    "guidance in training is better": ({"guidance_on": 0.75}, {}, {}, {"guidance"}),
+    "the rule does not fall": ({"long_none": 0.79}, {}, {}, {"hacking", "latent_kl"}),
+    "the learned reward falls, too": ({}, {}, {"long_none": 0.6}, {"hacking"}),
+    "the latent KL keeps the rule": ({"long_latent_kl": 0.83}, {}, {}, {"latent_kl"}),
+    "a strong latent KL loses it": ({"long_latent_kl_matched": 0.6}, {}, {}, {"latent_kl"}),
+    "images decay a little": ({}, {"long_none": 0.005}, {}, {"decay"}),
+    # The clean corpus is no system of the paper, and of other joint ones it claims nothing.
+    "clean fine-tuning above": ({"sft_clean": 0.84}, {}, {}, set()),
+    "UniNFT above": ({"uninft": 0.84}, {}, {}, set()),
 }
 
 
 @pytest.mark.parametrize("kind", FLIPS)
 def test_verdicts_flip_with_what_is_planted(tmp_path, kind):
-    means, errors, expected = FLIPS[kind]
-    found = verdicts(tmp_path, means, errors)
+    means, errors, learned, expected = FLIPS[kind]
+    found = verdicts(tmp_path, means, errors, learned)
     assert {name for name, of in found.items() if of["verdict"] != "holds"} == expected
     assert all(found[name]["verdict"] == "does not hold" for name in expected)
 
 
+def test_only_hacking_asks_for_the_learned_reward(tmp_path):
+    """Turned around, it leaves all other verdicts as they are."""
+    upside_down = {name: 0.9 - mean for name, mean in planted_learned().items()}
+    found = verdicts(tmp_path, learned=upside_down | {"long_none": 0.1})
+    assert {name for name, of in found.items() if of["verdict"] != "holds"} == {"hacking"}
+
+
 def test_ties_do_not_hold(tmp_path):
     means = {"sft": 0.45, "text_grpo": 0.45, "two_stage": 0.8, "refl": 0.6}
-    found = verdicts(tmp_path, means, {"latent_kl": 0.003})
+    means |= {"long_latent_kl": 0.8}
+    found = verdicts(tmp_path, means)
     assert {name for name, of in found.items() if of["verdict"] == "does not hold"} == {
-        "sft", "one_expert", "joint", "two_stage", "thinking", "velocity_mse",
+        "sft", "one_expert", "two_stage", "thinking", "latent_kl",
     }  # fmt: skip
     assert "(no difference seen)" in found["one_expert"]["sentence"]
 
 
 def test_an_exact_tie_does_not_hold(tmp_path):
     still = {"seed_spread": 0.0, "prompt_spread": 0.0, "rest": 0.0}
-    found = verdicts(tmp_path, {"sft": 0.45, "two_stage": 0.8, "guidance_on": 0.7, "unifpo": 0.45}, **still)
+    tied = {"sft": 0.45, "two_stage": 0.8, "awm_thinking": 0.8, "guidance_on": 0.7, "unifpo": 0.45}
+    found = verdicts(tmp_path, tied, **still)
     lost = {name for name, of in found.items() if of["verdict"] == "does not hold"}
     assert lost == {"sft", "joint", "two_stage"}, "as good as, and no better than, hold in a tie"
 
@@ -76,28 +90,33 @@ def test_an_exact_tie_does_not_hold(tmp_path):
 def test_sentences_carry_the_numbers(tmp_path):
     still = {"seed_spread": 0.0, "prompt_spread": 0.0, "rest": 0.0}
     found = verdicts(tmp_path, {"flow_grpo_thinking": 0.4}, **still)
-    assert found["one_expert"]["sentence"].startswith(
-        "flow grpo, thinking 0.400 against base, thinking 0.450: -0.050 [-0.050, -0.050] (the other way round); text"
+    assert (
+        "; flow grpo, thinking 0.400 against base, thinking 0.450: -0.050 [-0.050, -0.050] (the other way round)"
+        in (found["one_expert"]["sentence"])
     )
     assert found["joint"]["sentence"] == (
-        "UniGRPO 0.800 [0.800, 0.800] is above 16 of 16; the next is two stage 0.650 [0.650, 0.650]."
+        "UniGRPO 0.800 [0.800, 0.800] is above 14 of 14; the next is refl, thinking 0.600 [0.600, 0.600]."
     )
-    assert "began at 0.450, was 0.450 at its best and 0.440 at the end" in found["unifpo"]["sentence"]
-    assert "image error x 28.7 [" in found["regularizer"]["sentence"]
+    assert found["unifpo"]["sentence"] == "UniFPO 0.440, the base 0.450, difference -0.010 [-0.010, -0.010]."
+    assert found["hacking"]["sentence"] == (
+        "the rule 0.650 [0.650, 0.650] against 0.800 [0.800, 0.800]: -0.150 [-0.150, -0.150]; "
+        "the learned reward +0.000 [+0.000, +0.000]."
+    )
+    assert "image error x " in found["decay"]["sentence"]
 
 
 def test_other_systems_are_named_where_unigrpo_is_not_above_them(tmp_path):
     sentence = verdicts(tmp_path, {"awm": 0.9, "refl": 0.85})["joint"]["sentence"]
-    assert "above 14 of 16; not apart from these, or below: awm 0." in sentence and ", refl 0.8" in sentence
+    assert "above 12 of 14; not apart from these, or below: awm 0." in sentence and ", refl 0.8" in sentence
 
 
 def test_what_is_missing_is_not_measured_yet(tmp_path):
     found = verdicts(tmp_path, systems=("base", "unigrpo", "text_grpo"))
     assert found["joint"]["verdict"] == "not measured yet"
-    assert "is above 3 of 16; the next is text grpo" in found["joint"]["sentence"]
-    assert "not measured: sft" in found["joint"]["sentence"] and "two_stage" in found["joint"]["sentence"]
+    assert "is above 3 of 14; the next is text grpo" in found["joint"]["sentence"]
+    assert "not measured: SFT, no thinking, SFT, thinking, ReFL," in found["joint"]["sentence"]
     assert found["one_expert"]["verdict"] == "not measured yet"
-    assert "flow_grpo_thinking and base, thinking: not both measured" in found["one_expert"]["sentence"]
+    assert "FlowGRPO (thinking) and base, thinking: not both measured" in found["one_expert"]["sentence"]
     assert {of["verdict"] for of in found.values()} == {"not measured yet"}
 
 
@@ -122,13 +141,13 @@ def test_a_single_seed_is_said(tmp_path):
 def test_margins_are_those_of_the_texts():
     text = {claim.id: claim.text for claim in CLAIMS}
     assert str(AS_GOOD) in text["unifpo"] and str(AS_GOOD) in text["guidance"]
-    assert str(DECAY) in text["regularizer"] and str(SIMILAR) in text["regularizer"]
+    assert str(DECAY) in text["decay"] and str(HACKED) in text["hacking"] and str(AS_GOOD) in text["hacking"]
 
 
-def test_others_are_the_systems_of_the_paper():
-    assert len(set(OTHERS)) == len(OTHERS) == 16
-    assert ("base", "direct") in OTHERS and ("flow_grpo", "direct") in OTHERS and ("unifpo", "sampled") in OTHERS
-    assert not {"unigrpo", "sft_clean"} & {system for system, _ in OTHERS}
+def test_others_are_what_trains_one_expert_or_none():
+    assert len(set(OTHERS)) == len(OTHERS) == 14
+    assert ("base", "direct") in OTHERS and ("flow_grpo", "direct") in OTHERS and ("text_grpo", "sampled") in OTHERS
+    assert not {"unigrpo", "sft_clean", "unifpo", "uninft", "two_stage"} & {system for system, _ in OTHERS}
 
 
 def test_judged():
@@ -144,17 +163,19 @@ def interval(low, high, seeds=5):
     return {"mean": (low + high) / 2, "low": low, "high": high, "seeds": seeds}
 
 
-def judgement(name, rewards, differences=None, ratio=None):
-    """The verdict of a claim from intervals made by hand. `rewards`: system -> its reward in its own mode."""
+def judgement(name, scores, differences=None, learned=None, ratio=None):
+    """The verdict of a claim from intervals made by hand. `scores`: system -> its rule in its own mode."""
     systems = {
-        system: {"title": system, "trained": system != "base", "modes": {main_mode(system): {"reward": interval(*of)}}}
-        for system, of in rewards.items()
+        system: {"title": system, "trained": system != "base", "modes": {main_mode(system): {"rule": interval(*of)}}}
+        for system, of in scores.items()
     }
     results = {
         "systems": systems,
-        "comparisons": {key: interval(*of) for key, of in (differences or {}).items()},
-        "figure5": {"no_regularizer": {"picture_error_ratio": ratio}},
-        "curves": {},
+        "comparisons": {
+            "rule": {key: interval(*of) for key, of in (differences or {}).items()},
+            "learned": {key: interval(*of) for key, of in (learned or {}).items()},
+        },
+        "figure5": {"long_none": {"picture_error_ratio": ratio}},
     }
     return next(claim for claim in CLAIMS if claim.id == name).judge(results).verdict
 
@@ -181,18 +202,26 @@ def test_failing_to_converge_is_a_gain_that_is_surely_small(difference, verdict)
 
 
 @pytest.mark.parametrize(
-    ("ratio", "difference", "verdict"),
+    ("none", "difference", "learned", "verdict"),
     [
-        ((11, 40), (-0.04, 0.04), "holds"),
-        ((9, 40), (-0.04, 0.04), "does not hold"),
-        ((11, 40), (-0.06, 0.04), "does not hold"),
-        ((11, 40), (-0.04, 0.06), "does not hold"),
-        ((11, 40), (-0.2, -0.1), "does not hold"),
+        ((0.70, 0.74), (-0.10, -0.04), (-0.01, 0.05), "holds"),
+        ((0.70, 0.74), (-0.10, -0.04), (-0.03, 0.09), "does not hold"),  # the learned reward may have fallen, too
+        ((0.70, 0.74), (-0.08, -0.01), (-0.01, 0.05), "does not hold"),  # a smaller fall
+        ((0.70, 0.76), (-0.10, -0.04), (-0.01, 0.05), "does not hold"),  # intervals that touch
+        ((0.84, 0.88), (0.04, 0.10), (-0.01, 0.05), "does not hold"),
     ],
 )
-def test_decay_is_surely_large_at_a_reward_that_is_surely_similar(ratio, difference, verdict):
-    rewards = {"no_regularizer": (0.7, 0.8), "unigrpo": (0.7, 0.8)}
-    found = {"ratio": 20.0, "low": ratio[0], "high": ratio[1], "seeds": 5}
-    assert (
-        judgement("regularizer", rewards, {"no_regularizer/sampled - unigrpo/sampled": difference}, found) == verdict
-    )
+def test_hacking_is_a_rule_that_fell_and_a_learned_reward_that_did_not(none, difference, learned, verdict):
+    pair = "long_none/sampled - long_velocity_mse/sampled"
+    scores = {"long_none": none, "long_velocity_mse": (0.76, 0.82)}
+    assert judgement("hacking", scores, {pair: difference}, {pair: learned}) == verdict
+    assert judgement("hacking", scores, {pair: difference}) == "not measured yet"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "verdict"), [((2.1, 8), "holds"), ((1.9, 8), "does not hold"), ((0.5, 1.5), "does not hold")]
+)
+def test_decay_is_surely_large(ratio, verdict):
+    found = {"ratio": 4.0, "low": ratio[0], "high": ratio[1], "seeds": 5}
+    assert judgement("decay", {"long_none": (0.7, 0.8)}, ratio=found) == verdict
+    assert judgement("decay", {}) == "not measured yet"

@@ -79,13 +79,26 @@ def test_list_shows_what_is_done_and_left(tmp_path):
     assert "guided_base" in paper("--output-dir", tmp_path, "--search", "--list").output
 
 
+def test_a_long_run_takes_as_long_as_it_is(tmp_path):
+    folder = Job("unigrpo", 0).folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"system": "unigrpo", "seconds": 600}))
+    arguments = ("--output-dir", tmp_path, "--only", "long_none", "--seeds", 0, "--list", "--jobs", 1)
+    assert "about 30 min left" in " ".join(paper(*arguments).output.split())
+    folder = Job("long_none", 1).folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"system": "long_none", "seconds": 2400}))
+    assert "about 40 min left" in " ".join(paper(*arguments).output.split())
+
+
 def test_options():
     quick = PaperOptions(output=None, chosen=None, jobs=1, seeds=(0, 1), quick=True)
     assert {job.system for job in quick.all_jobs} == set(QUICK_SYSTEMS) and len(quick.all_jobs) == 11
     full = PaperOptions(output=None, chosen=None, jobs=1)
     assert {job.system for job in full.all_jobs} == set(SYSTEMS)
-    of_table1 = [name for name, system in SYSTEMS.items() if system.group == "table1" and name != "base"]
-    assert len(full.all_jobs) == 1 + 5 * len(of_table1) + 3 * (len(SYSTEMS) - 1 - len(of_table1))
+    trained = [system for system in SYSTEMS.values() if system.method != "none"]
+    thrice = [system for system in trained if system.group in ("extras", "ablations")]
+    assert len(full.all_jobs) == 2 + 3 * len(thrice) + 5 * (len(trained) - len(thrice))
     search = PaperOptions(output=None, chosen=None, jobs=1, search=True)
     assert len(search.all_jobs) == 5 * len([system for system in SYSTEMS.values() if system.candidates])
     assert search.scale == Scale(70, 700, "validation")
@@ -151,7 +164,7 @@ def test_the_search_chooses_and_waits_for_what_it_takes_over(tmp_path):
     assert list(entries) == ["sft", "guided_base"]
     for name, mode in (("sft", "sampled"), ("guided_base", "guided")):
         runs = [json.loads((output / "search" / name / str(i) / "run.json").read_text()) for i in range(5)]
-        means = [sum(run["evaluations"][mode]["reward"]) / 700 for run in runs]
+        means = [sum(run["evaluations"][mode]["learned"]) / 700 for run in runs]
         assert entries[name]["settings"] == SYSTEMS[name].candidates[means.index(max(means))]
         assert [of["reward"] for of in entries[name]["candidates"]] == pytest.approx(means, abs=1e-4)
     assert runs[0]["settings"]["learning_rate"] == load_chosen(file)["sft"]["learning_rate"]

@@ -35,7 +35,7 @@ def lines_of(axes, system):
 
 def test_table_figure_draws_each_interval(results):
     [axes] = figures.table_figure(results).axes
-    found = results["systems"]["unigrpo"]["modes"]["sampled"]["reward"]
+    found = results["systems"]["unigrpo"]["modes"]["sampled"]["rule"]
     interval, point = lines_of(axes, "unigrpo")
     assert list(interval.get_xdata()) == [found["low"], found["high"]]
     assert list(point.get_xdata()) == [found["mean"]]
@@ -61,17 +61,29 @@ def test_guidance_and_regularizer_figures_draw_the_results(results):
     [axes] = figures.guidance_figure(results).axes
     cells = results["figure4"]["cells"]["guidance_on"]
     assert [cells["sampled"]["mean"], cells["guided"]["mean"]] in [list(line.get_ydata()) for line in axes.lines]
-    end, way = figures.regularizer_figure(results).axes
-    point = lines_of(end, "no_regularizer")[-1]
-    found = results["figure5"]["no_regularizer"]
-    assert (point.get_xdata()[0], point.get_ydata()[0]) == (found["picture_error"], found["reward"]["mean"])
-    [line] = lines_of(way, "latent_kl")
-    assert list(line.get_ydata()) == results["curves"]["latent_kl"]["picture_error"]
+    found = results["validation"]["long_none"]
+    for axes, name in zip(figures.regularizer_figure(results).axes, ("learned", "rule", "picture_error"), strict=True):
+        [line] = lines_of(axes, "long_none")
+        assert list(line.get_xdata()) == found["rollouts"]
+        assert list(line.get_ydata()) == pytest.approx(np.mean(found[name], axis=0))
+
+
+def test_the_hacking_figure_draws_the_rule_over_the_learned_reward(results):
+    [axes] = figures.hacking_figure(results).axes
+    found = results["validation"]["long_none"]
+    *seeds, mean, end = lines_of(axes, "long_none")
+    assert [list(line.get_xdata()) for line in seeds] == found["learned"]
+    assert [list(line.get_ydata()) for line in seeds] == found["rule"] and len(seeds) == 5
+    expected = [np.mean(found[name], axis=0) for name in ("learned", "rule")]
+    assert np.allclose(mean.get_data(), expected) and np.allclose(end.get_data(), [[of[-1]] for of in expected])
+    [start] = lines_of(axes, "base")
+    assert np.allclose(start.get_data(), [[of[0]] for of in expected])
+    assert {text.get_text() for text in axes.texts} == {name.replace("_", " ") for name in GROUP_SYSTEMS["figure5"]}
 
 
 def test_systems_that_share_a_figure_differ_in_colour():
     methods = {name.removesuffix("_thinking") for name in GROUP_SYSTEMS["table1"]}
-    for shown in (methods, {*GROUP_SYSTEMS["figure5"], "unigrpo", "base"}, set(GROUP_SYSTEMS["figure4"])):
+    for shown in (methods, {*GROUP_SYSTEMS["figure5"], "base"}, set(GROUP_SYSTEMS["figure4"])):
         colors = np.array([to_rgb(figures.color(name)) for name in shown])
         distances = np.linalg.norm(colors[:, None] - colors[None], axis=-1) + 9 * np.eye(len(colors))
         assert distances.min() > 0.12
@@ -105,11 +117,11 @@ def test_labels_that_fit_stay_and_those_that_collide_move_apart_evenly():
 
 def test_trace_picture_is_cut_from_the_strips(output, results):
     trace = results["traces"][2]
-    assert trace["prompt"] == "prompt 2" and list(trace["samples"]) == ["base", "sft", "unigrpo"]
-    picture = np.asarray(figures.trace_image(output, trace, ["base", "sft", "unigrpo"]))
+    assert trace["prompt"] == "prompt 2" and list(trace["samples"]) == list(COLORS)
+    picture = np.asarray(figures.trace_image(output, trace, list(COLORS)))
     side, gap = 48 * figures.SCALE, figures.TILE_GAP
-    assert picture.shape == (side, 3 * side + 2 * gap, 3)
-    for i, system in enumerate(("base", "sft", "unigrpo")):
+    assert picture.shape == (side, 4 * side + 3 * gap, 3)
+    for i, system in enumerate(COLORS):
         left = i * (side + gap)
         assert (picture[:, left : left + side] == np.array(COLORS[system]) + 2).all()
     assert (picture[:, side : side + gap] == 255).all()

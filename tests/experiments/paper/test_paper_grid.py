@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from trl_unigrpo.experiments.paper.chosen import read_entries
+from trl_unigrpo.experiments.paper.constants import matched_kl_weight
 from trl_unigrpo.experiments.paper.jobs import grid_jobs, search_jobs
 from trl_unigrpo.experiments.paper.systems import (
     CHOSEN,
@@ -17,10 +18,11 @@ from trl_unigrpo.experiments.paper.systems import (
     SEARCH_SEED,
     SYSTEMS,
     Scale,
-    matched_kl_weight,
     select,
 )
 from trl_unigrpo.experiments.paper.training import rollouts, run_settings, trainer_arguments
+from trl_unigrpo.flow.objectives import constants
+from trl_unigrpo.shapeworld.settings import demo_settings, fast_settings, refine_settings
 from trl_unigrpo.trainers.unigrpo_config import UniGRPOConfig
 
 
@@ -39,12 +41,16 @@ def test_the_grid_is_consistent():
     assert len(SYSTEMS) == len(GRID)
     for place, system in enumerate(GRID):
         assert system.method in ("none", "sft", "refl", "unigrpo")
-        assert set(system.modes) <= {"sampled", "greedy", "direct", "guided"}
+        assert set(system.modes) <= {"sampled", "greedy", "direct", "guided", "rounds"}
         assert system.start is None or SYSTEMS[system.start] in GRID[:place]
         assert all(SYSTEMS[name].candidates for name in system.takes)
         assert system.hidden == (system.name in {other.start for other in GRID})
         assert system.settings.get("thinking", True) == (system.modes != ("direct",))
-    assert GROUPS == ("table1", "figure5", "figure4", "ablations")
+        assert system.early_stopping == (system.length == 1) == (system.group != "figure5")
+        assert system.sees == ("sees" in system.title) and not (system.sees and system.start)
+    assert GROUPS == ("table1", "figure5", "figure4", "extras", "ablations")
+    assert {len(SYSTEMS[name].seeds) for name in ("unigrpo", "long_none", "guidance_on", "guided_base")} == {5}
+    assert {len(SYSTEMS[name].seeds) for name in ("rounds", "cps")} == {3} and len(SYSTEMS["base_seeing"].seeds) == 1
     assert set(QUICK_SYSTEMS) <= set(SYSTEMS)
 
 
@@ -57,7 +63,8 @@ def test_every_method_tries_five_candidates():
         assert all(candidate.keys() == system.candidates[0].keys() for candidate in system.candidates)
     image_only = [s for s in SEARCHED if s.method == "unigrpo" and s.settings.get("text_weight") == 0]
     assert len(image_only) == 4 and all(system.candidates == IMAGE_RATES for system in image_only)
-    assert SYSTEMS["unigrpo"].candidates == SYSTEMS["unifpo"].candidates == JOINT_RATES
+    for name in ("unigrpo", "unifpo", "uniawm", "uninft"):
+        assert SYSTEMS[name].candidates == JOINT_RATES
 
 
 @by_name
@@ -65,7 +72,8 @@ def test_every_method_sees_as_many_pictures(system):
     seen = rollouts(settings_of(system.name))
     if system.part == "second half":
         seen += rollouts(settings_of(system.start))
-    assert seen == 192 * FULL.generations or system.part == "first half"
+    assert seen == 192 * FULL.generations * system.length or system.part == "first half"
+    assert system.length == (3 if system.group == "figure5" else 1)
 
 
 @pytest.mark.parametrize("generations", [5, 34])
@@ -94,8 +102,11 @@ def test_systems_differ_from_unigrpo_in_what_they_declare():
     own = settings_of("unigrpo")
     assert own["learning_rate"] == CHOICE["unigrpo"]["learning_rate"]
     assert own["image_learning_rate"] == CHOICE["unigrpo"]["image_learning_rate"]
-    for name in ("no_regularizer", "cps", "window_1", "context_full", "lambda_3", "no_ratio_norm", "latent_kl"):
+    for name in ("cps", "window_1", "context_full", "lambda_3", "no_ratio_norm", "rounds"):
         settings = settings_of(name)
+        assert {key for key in settings if settings[key] != own.get(key)} == set(SYSTEMS[name].settings)
+    for name in ("long_velocity_mse", "long_none", "long_latent_kl"):
+        settings = {**settings_of(name), "max_steps": own["max_steps"]}
         assert {key for key in settings if settings[key] != own.get(key)} == set(SYSTEMS[name].settings)
     assert settings_of("one_epoch")["max_steps"] * 2 == own["max_steps"]
     off, on = settings_of("guidance_off"), settings_of("guidance_on")
@@ -110,7 +121,7 @@ def test_a_candidate_replaces_the_choice():
     # The search for guidance takes SFT's choice over, and needs none of its own.
     without = {name: chosen for name, chosen in CHOICE.items() if name != "guided_base"}
     settings = run_settings(SYSTEMS["guided_base"], without, FULL, 0)
-    assert settings["eval_guidance_scale"] == 1.25 and settings["learning_rate"] == CHOICE["sft"]["learning_rate"]
+    assert settings["eval_guidance_scale"] == 1.5 and settings["learning_rate"] == CHOICE["sft"]["learning_rate"]
 
 
 def test_a_missing_choice_is_refused_with_the_remedy():
@@ -143,7 +154,8 @@ def test_jobs_come_seed_by_seed_and_after_their_starts():
 
 def test_selection():
     assert [system.name for system in select(["figure5", "base"])] == [
-        *("base", "no_regularizer", "latent_kl", "latent_kl_matched", "velocity_mse_10", "velocity_mse_100")
+        "base",
+        *(f"long_{name}" for name in ("velocity_mse", "none", "latent_kl", "latent_kl_matched", "velocity_mse_10")),
     ]
     assert not [system for system in select([]) if system.hidden]
     assert select(["guided_base"]) == [SYSTEMS["guided_base"]]
@@ -166,14 +178,42 @@ def test_matched_kl_weight():
     windows = [(0, 1, 2), (1, 2, 3), (2, 3, 4)]
     average = sum(sum(divergences[k] for k in window) / 3 for window in windows) / 3
     assert matched_kl_weight() * average == pytest.approx(1.5e-5 * dv**2, rel=1e-9)
-    assert settings_of("latent_kl_matched")["flow_regularizer_weight"] == matched_kl_weight()
+    assert settings_of("long_latent_kl_matched")["flow_regularizer_weight"] == matched_kl_weight()
 
 
-@pytest.mark.parametrize("factor", [10, 100])
-def test_weights_of_the_regularizer_are_multiples_of_the_default(factor):
-    weight = settings_of(f"velocity_mse_{factor}")["flow_regularizer_weight"]
-    assert weight == pytest.approx(factor * UniGRPOConfig(output_dir="").flow_regularizer_weight)
+def resolved(name):
+    """The clip range and the regulariser's weight with which a system is trained, carried to its steps."""
+    return constants(trainer_arguments(SYSTEMS[name], settings_of(name), "", seed=0))
 
 
-def test_wider_clip_range_is_ten_times_the_default():
-    assert settings_of("clip_10")["flow_epsilon"] == pytest.approx(10 * UniGRPOConfig(output_dir="").flow_epsilon)
+def test_constants_are_multiples_of_what_unigrpo_is_trained_with():
+    """Of the values that the trainer makes of them: ten times the change of velocity, not ten times a number."""
+    epsilon, weight = resolved("unigrpo")
+    assert epsilon == pytest.approx(3.23e-6, rel=2e-3), "ten steps are 3.2 times as long as the paper's"
+    assert weight == pytest.approx(15 * epsilon, rel=1e-9)
+    assert resolved("clip_10") == pytest.approx((10 * epsilon, weight))
+    assert resolved("long_velocity_mse") == resolved("long_latent_kl") == (epsilon, weight)
+    assert resolved("long_velocity_mse_10") == pytest.approx((epsilon, 10 * weight))
+    assert resolved("long_none") == (epsilon, 0)
+    assert resolved("long_latent_kl_matched") == pytest.approx((epsilon, weight * matched_kl_weight() / 1.5e-5))
+
+
+def test_fpo_and_awm_have_the_clip_ranges_of_the_configuration():
+    for name, objective in (("fpo", "fpo"), ("unifpo", "fpo"), ("awm_thinking", "awm"), ("uniawm", "awm")):
+        assert "flow_epsilon" not in settings_of(name)
+        expected = UniGRPOConfig(output_dir="", image_objective=objective).flow_epsilon
+        assert trainer_arguments(SYSTEMS[name], settings_of(name), "", seed=0).flow_epsilon == expected
+
+
+def test_extras_have_what_their_demos_have():
+    """Two rounds but for the rates, which are UniGRPO's, and scouts but for the regulariser, which is kept."""
+    rates = {"learning_rate", "image_learning_rate", "lr_scheduler_type", "max_steps", "reward_weights"}
+    rounds = settings_of("rounds")
+    assert {key: rounds[key] for key in refine_settings() if key not in rates} == {
+        key: value for key, value in refine_settings().items() if key not in rates
+    }
+    scouts, demo = settings_of("scouts"), demo_settings()
+    changed = {key: value for key, value in fast_settings().items() if demo.get(key) != value and key not in rates}
+    assert changed.pop("flow_regularizer") == "none" and "flow_regularizer" not in scouts
+    assert {key: scouts[key] for key in changed} == changed
+    assert settings_of("read_back") == settings_of("uninft")

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from tests.helpers.paths import ROOT
 from tests.helpers.synthetic import World, edit, write, write_world
 from trl_unigrpo.cli import app
+from trl_unigrpo.experiments.paper import page as page_module
 from trl_unigrpo.experiments.paper.markdown import (
     cpu_time,
     escape,
@@ -32,6 +33,7 @@ from trl_unigrpo.experiments.paper.tables import changed, unwrapped
 
 NASTY = "<script>alert(1)</script> | `a` **b** [c](javascript:d) &lt; {{ parameters x Y }} \\| # _e_ ![f](g)"
 TITLE = "<b>x</b> | $y_1^$"
+KEPT = ROOT / "benchmarks" / "results" / "paper"
 RENDERERS = {
     "mkdocs": lambda text: markdown.markdown(text, extensions=["tables", "admonition"]),
     "GitHub": lambda text: MarkdownIt("commonmark", {"html": True}).enable("table").render(text),
@@ -86,17 +88,19 @@ def page(output):
 
 def test_sections_stand_in_order_with_claims_first(page):
     assert re.findall(r"^## (.*)", page, re.MULTILINE) == [
-        "Claims and verdicts",
+        "Which claims hold under a reward that can be hacked",
+        "The numbers behind the verdicts",
+        "What changed against the first edition",
         "What was run",
         "Table 1: all systems",
         "Table 2: by category",
         "Figure 3: training curves",
         "Figure 4: guidance in training and in evaluation",
         "Figure 5: the regulariser",
+        "Extras: beyond the paper",
         "Ablations",
         "Search",
         "Thinkings and images (Figures 2 and 6 to 8)",
-        "Where ShapeWorld differs from the paper",
         "What the numbers do not say",
     ]
 
@@ -105,25 +109,38 @@ def test_sections_stand_in_order_with_claims_first(page):
 def test_tables_hold_the_numbers_of_the_results(output, page, renderer):
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     table = cells(page, "Table 1", renderer)
-    header, last = table[0], table[19]
+    header, last = table[0], table[21]
     row = dict(zip(header, last, strict=True))
     found = results["systems"]["unigrpo"]["modes"]["sampled"]
     assert row["system"] == "unigrpo" and row["thinking"] == "yes" and row["seeds"] == "5"
-    assert row["reward, sampled"].startswith(f"{found['reward']['mean']:.3f}")
-    assert len(table[1]) == len(header) == 7
-    row = dict(zip(table[20], table[39], strict=True))
+    assert row["rule"].startswith(f"{found['rule']['mean']:.3f}") and row["questions"] == "0.700"
+    assert row["learned reward"].startswith(f"{found['learned']['mean']:.3f}")
+    assert len(table[1]) == len(header) == 8
+    row = dict(zip(table[22], table[43], strict=True))
     assert (row["system"], row["strict"], row["plan"], row["clipped"]) == ("unigrpo", "0.500", "0.600", "0.19")
-    claims = cells(page, "Claims and verdicts", renderer)
-    assert [line[1] for line in claims[1:]] == [of["verdict"] for of in results["claims"]]
-    assert {len(line) for line in claims} == {3}
+    assert row["stopped at"] == "0.50" and row["greedy"].startswith("0.8")
+    verdicts = cells(page, "Which claims hold", renderer)
+    assert [line[1] for line in verdicts[1:]] == [of["verdict"] for of in results["claims"]]
+    numbers = cells(page, "The numbers behind", renderer)
+    assert [line[0].rsplit(": ", 1)[1] for line in numbers[1:]] == [of["verdict"] for of in results["claims"]]
+    end = {line[0]: line for line in cells(page, "Figure 5", renderer)}["long none"]
+    found = results["systems"]["long_none"]["modes"]["sampled"]
+    assert end[1].startswith(f"{found['learned']['mean']:.3f}") and end[2].startswith(f"{found['rule']['mean']:.3f}")
+    extras = [line[0] for line in cells(page, "Extras", renderer)]
+    assert "rounds, first image" in extras and "rounds, second image" in extras
     assert cells(page, "Figure 4", renderer)[1][0] == "guidance off"
     assert cells(page, "Search", renderer)[0] == ["system", "learning rate", "of the image expert"]
+
+
+def test_the_first_figure_is_the_learned_reward_against_the_rule_right_under_the_title(page):
+    title, _, figure = page.splitlines()[:3]
+    assert title.startswith("# ") and figure.endswith("(paper/hacking.svg)")
 
 
 def test_every_figure_of_the_page_is_there_and_nothing_else_is(output, page):
     named = re.findall(r"!\[[^\]]*\]\((.*?)\)", page)
     there = [f"paper/{file.name}" for file in (output / "paper").iterdir()]
-    assert sorted(named) == sorted(there) and len(named) == 4 + 7
+    assert sorted(named) == sorted(there) and len(named) == 5 + 7
 
 
 def test_the_same_results_give_the_same_bytes(output, page):
@@ -150,7 +167,7 @@ def test_numbers_of_the_page_come_from_the_results_alone(output, tmp_path):
         text = text.replace(known, "")
     assert re.findall(r"\S*\d\S*", text) == []
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    results["systems"]["unigrpo"]["modes"]["sampled"]["reward"] |= {"mean": 0.1234, "low": 0.1, "high": 0.1468}
+    results["systems"]["unigrpo"]["modes"]["sampled"]["rule"] |= {"mean": 0.1234, "low": 0.1, "high": 0.1468}
     write(tmp_path / "results.json", results)
     assert "0.123\u00a0±\u00a00.023" in write_paper_page(tmp_path).read_text(encoding="utf-8")
 
@@ -163,11 +180,12 @@ def test_page_needs_the_results_and_not_the_runs(output, tmp_path):
     assert not list((tmp_path / "docs").glob("*.png"))
 
 
+@pytest.mark.skipif(not (KEPT / "results.json").is_file(), reason="no run is kept yet")
 def test_the_page_in_the_docs_is_made_from_the_results_that_are_kept(tmp_path):
-    (tmp_path / "shapeworld.md").touch()  # the page links to it where it lies beside it
-    kept, page = ROOT / "benchmarks" / "results" / "paper", tmp_path / "paper.md"
-    before = sorted(kept.rglob("*"))
-    command = ["paper", "--from-results", "--output-dir", str(kept), "--page", str(page)]
+    for name in ("shapeworld.md", "config.md", "paper_first.md"):
+        (tmp_path / name).touch()  # the page links to what lies beside it
+    page, before = tmp_path / "paper.md", sorted(KEPT.rglob("*"))
+    command = ["paper", "--from-results", "--output-dir", str(KEPT), "--page", str(page)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0 and "paper.md" in result.output.replace("\n", "")  # lines are as wide as a terminal
     assert page.read_bytes() == (ROOT / "docs" / "paper.md").read_bytes()
@@ -176,7 +194,20 @@ def test_the_page_in_the_docs_is_made_from_the_results_that_are_kept(tmp_path):
     for one, other in zip(made, shown, strict=True):
         if one.suffix == ".png":
             assert Image.open(one).tobytes() == Image.open(other).tobytes()
-    assert sorted(kept.rglob("*")) == before
+    assert sorted(KEPT.rglob("*")) == before
+
+
+def test_the_first_edition_s_page_has_the_numbers_of_its_results():
+    results = json.loads((ROOT / "benchmarks/results/paper_first/results.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/paper_first.md").read_text(encoding="utf-8")
+    claims = cells(page, "Claims and verdicts")[1:]
+    assert [line[1] for line in claims] == [claim["verdict"] for claim in results["claims"]]
+    table = {(line[0], line[1]): line[2] for line in cells(page, "Table 1") if line[1] in ("yes", "no")}
+    assert len(table) == 19
+    for system in results["systems"].values():
+        for mode, thinking in (("sampled", "yes"), ("direct", "no")):
+            if system["group"] == "table1" and mode in system["modes"]:
+                assert table[system["title"], thinking] == interval(system["modes"][mode]["reward"])
 
 
 def test_page_alone_without_results_is_an_error(tmp_path):
@@ -192,13 +223,24 @@ def test_without_results_there_is_no_page(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "system", ["base", "sft_clean", "flow_grpo", "two_stage", "two_stage_refl", "guidance_on", "latent_kl", "cps"]
+    "system",
+    [
+        "base",
+        "sft_clean",
+        "flow_grpo",
+        "two_stage",
+        "two_stage_refl",
+        "guidance_on",
+        "long_latent_kl",
+        "rounds",
+        "cps",
+    ],
 )
 def test_any_single_system_makes_a_page(tmp_path, system):
     write_world(tmp_path, World(num_prompts=14), systems=(system,), seeds=(0,))
     collect(tmp_path)
     page = write_paper_page(tmp_path).read_text(encoding="utf-8")
-    assert "**Not complete.**" in page and "## Claims and verdicts" in page
+    assert "**Not complete.**" in page and "## Which claims hold" in page
     assert "None" not in page and "nan" not in page
 
 
@@ -212,23 +254,11 @@ def test_what_is_missing_is_said_exactly(tmp_path):
     assert "> - 0 of 5 seeds: `sft_clean`, `refl`," in page
     assert "> - `sft`: no evaluation `greedy` of seeds 1\n" in page
     assert "- `fpo/seed-0` has no run.json: the run is not finished.\n" in page
-    assert "Not measured yet:" in page
+    assert "| **not measured yet** |" in page
 
 
 def test_a_complete_page_says_nothing_of_gaps(page):
-    assert "Not complete" not in page and "Left out" not in page and "Not measured yet" not in page
-    assert "No claim that was measured fails." in page
-
-
-def test_failed_claims_stand_in_the_section_of_differences(tmp_path):
-    write_world(tmp_path, World(means=World().means | {"text_grpo": 0.4}), systems=("base", "text_grpo"))
-    collect(tmp_path)
-    page = write_paper_page(tmp_path).read_text(encoding="utf-8")
-    section = page.split("## Where ShapeWorld differs")[1]
-    assert (
-        "- **FlowGRPO (with thinking) and TextGRPO are each above the base** (Table 1): does not hold here." in section
-    )
-    assert "(the other way round)" in section
+    assert "Not complete" not in page and "Left out" not in page and "not measured" not in page
 
 
 def test_unequal_rollouts_are_said(tmp_path):
@@ -256,7 +286,7 @@ def test_nothing_that_a_model_thought_marks_the_page_up(tmp_path, renderer):
         re.findall('(?:href|src)="[^"]*"', html)
     )
     row = next(row for row in parsed.rows if NASTY in row[1])
-    assert len(row) == 4 and row[0] == TITLE
+    assert len(row) == 5 and row[0] == TITLE
     assert not re.search(r"^\{\{ parameters", page, re.MULTILINE)
 
 
@@ -281,13 +311,15 @@ def test_commentary_goes_under_its_section(output):
     assert "Ignored" not in page and page.count("An *explanation*.") == 1
 
 
-def test_commentary_speaks_of_the_whole_grid_and_stands_on_its_page_alone(page, tmp_path):
-    remarks = [line for body in read_commentary().values() for line in body.splitlines() if line]
-    assert remarks and all(line in page for line in remarks)
+REMARK = {"table": "A remark on all of it."}
+
+
+def test_commentary_speaks_of_the_whole_grid_and_stands_on_its_page_alone(output, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_module, "read_commentary", lambda: dict.fromkeys(read_commentary(), "") | REMARK)
+    assert REMARK["table"] in write_paper_page(output, tmp_path / "whole.md").read_text(encoding="utf-8")
     write_world(tmp_path, World(num_prompts=14), systems=("base", "unigrpo"), seeds=(0,))
     collect(tmp_path)
-    part = write_paper_page(tmp_path).read_text(encoding="utf-8")
-    assert not any(line in part for line in remarks)
+    assert REMARK["table"] not in write_paper_page(tmp_path).read_text(encoding="utf-8")
 
 
 def test_commentary_with_a_number_is_refused():
@@ -300,10 +332,13 @@ def test_shipped_commentary_has_a_section_wherever_the_page_has_room():
     assert set(re.findall(r"commentary\.(\w+)", template)) == set(read_commentary())
 
 
-def test_the_page_links_to_shapeworld_where_that_page_is(output, tmp_path):
-    (tmp_path / "shapeworld.md").write_text("# ShapeWorld\n")
-    assert "[ShapeWorld](shapeworld.md)" in write_paper_page(output, tmp_path / "paper.md").read_text(encoding="utf-8")
-    assert "shapeworld.md" not in write_paper_page(output).read_text(encoding="utf-8")
+def test_the_page_links_to_others_where_they_are(output, tmp_path):
+    names = ("shapeworld.md", "paper_first.md", "config.md")
+    for name in names:
+        (tmp_path / name).write_text("# A page\n")
+    beside = write_paper_page(output, tmp_path / "paper.md").read_text(encoding="utf-8")
+    assert all(f"]({name})" in beside for name in names)
+    assert not any(name in write_paper_page(output).read_text(encoding="utf-8") for name in names)
 
 
 def test_numbers_as_text():

@@ -26,7 +26,10 @@ def display(output, **console):
 
 
 def test_lines_where_there_is_no_terminal(folder, tmp_path):
-    evaluations = {"sampled": {"reward": [0.5, 1.0]}, "greedy": {"reward": [1.0, 1.0]}}
+    evaluations = {
+        "sampled": {"learned": [0.5, 1.0], "rule": [0.2, 0.4]},
+        "greedy": {"learned": [1, 1], "rule": [1, 1]},
+    }
     (folder / "run.json").write_text(json.dumps({"evaluations": evaluations, "seconds": 291.4}))
     out, shown = display(tmp_path, force_terminal=False)
     with shown:
@@ -35,7 +38,7 @@ def test_lines_where_there_is_no_terminal(folder, tmp_path):
         shown.finished(JOB)
         shown.failed(Job("sft", 0), "exit code 1\nValueError: [bold] is no colour")
     assert out.getvalue().strip().splitlines() == [
-        "unigrpo seed 2: sampled 0.750, greedy 1.000, 291 s (1 of 3)",
+        "unigrpo seed 2: sampled 0.750 (rule 0.300), greedy 1.000 (rule 1.000), 291 s (1 of 3)",
         "sft seed 0 failed (2 of 3): exit code 1",
         "ValueError: [bold] is no colour",
     ]

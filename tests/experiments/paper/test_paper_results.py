@@ -30,10 +30,10 @@ def results(output):
     return collect(output)
 
 
-def table(output, system, mode):
+def table(output, system, mode, score="rule"):
     """(seeds, prompts) of the run folders, read without the code under test."""
     files = sorted(output.glob(f"{system}/seed-*/run.json"))
-    return np.array([json.loads(file.read_text())["evaluations"][mode]["reward"] for file in files])
+    return np.array([json.loads(file.read_text())["evaluations"][mode][score] for file in files])
 
 
 def holds(interval, truth):
@@ -42,9 +42,36 @@ def holds(interval, truth):
 
 def test_means_and_intervals_are_those_of_the_runs(output, results):
     expected = crossed_interval(table(output, "unigrpo", "greedy"))
-    found = results["systems"]["unigrpo"]["modes"]["greedy"]["reward"]
+    found = results["systems"]["unigrpo"]["modes"]["greedy"]["rule"]
     assert [found["mean"], found["low"], found["high"]] == pytest.approx(expected[:3], abs=5e-5)
     assert found["seeds"] == 5 and found["prompts"] == 70
+
+
+def test_the_learned_reward_has_intervals_of_its_own(output, results):
+    expected = crossed_interval(table(output, "unigrpo", "sampled", "learned"))
+    found = results["systems"]["unigrpo"]["modes"]["sampled"]["learned"]
+    assert [found["mean"], found["low"], found["high"]] == pytest.approx(expected[:3], abs=5e-5)
+    rows = (table(output, name, "sampled", "learned") for name in ("long_none", "long_velocity_mse"))
+    expected = crossed_interval(np.subtract(*rows))
+    found = results["comparisons"]["learned"]["long_none/sampled - long_velocity_mse/sampled"]
+    assert [found["mean"], found["low"], found["high"]] == pytest.approx(expected[:3], abs=5e-5)
+
+
+def test_validations_are_those_of_the_long_runs(output, results):
+    assert list(results["validation"]) == list(GROUP_SYSTEMS["figure5"])
+    found = results["validation"]["long_none"]
+    lines = [json.loads(line) for line in (output / "long_none/seed-3/validation.jsonl").read_text().splitlines()]
+    assert found["rollouts"] == [line["rollouts"] for line in lines] and found["seeds"] == [0, 1, 2, 3, 4]
+    for name in ("learned", "rule", "picture_error"):
+        assert found[name][3] == [line[name] for line in lines]
+
+
+def test_where_runs_were_stopped_is_a_share_of_them(output, results):
+    edit(output / "unigrpo/seed-1/run.json", lambda record: record["chosen_point"].update(rollouts=960))
+    assert collect(output)["systems"]["unigrpo"]["stopped"] == [0.5, 0.25, 0.5, 0.5, 0.5]
+    edit(output / "unigrpo/seed-1/run.json", lambda record: record["chosen_point"].update(rollouts=1920))
+    collect(output)
+    assert results["systems"]["base"]["stopped"] == []
 
 
 def test_results_file_holds_what_is_returned(output, results):
@@ -81,6 +108,14 @@ def test_differences_to_unigrpo_are_paired_by_seed_and_prompt(output, results):
     assert "difference" not in results["systems"]["guidance_on"]["modes"]["sampled"], "starts from another base"
 
 
+def test_long_runs_are_compared_with_the_long_run_of_unigrpo(output, results):
+    left, right = table(output, "long_none", "sampled"), table(output, "long_velocity_mse", "sampled")
+    expected = crossed_interval(left - right)
+    found = results["systems"]["long_none"]["modes"]["sampled"]["difference"]
+    assert [found["mean"], found["low"], found["high"]] == pytest.approx(expected[:3], abs=5e-5)
+    assert "difference" not in results["systems"]["long_velocity_mse"]["modes"]["sampled"]
+
+
 def test_the_base_stands_beside_every_seed(output, results):
     expected = crossed_interval(table(output, "base", "sampled") - table(output, "unigrpo", "sampled"))
     found = results["systems"]["base"]["modes"]["sampled"]["difference"]
@@ -90,13 +125,15 @@ def test_the_base_stands_beside_every_seed(output, results):
 
 
 def test_p_values_are_corrected_within_each_table(results):
-    families = {"table1": [], "ablations": []}
+    families = {"table1": [], "figure5": [], "extras": [], "ablations": []}
     for system in results["systems"].values():
         for mode in system["modes"].values():
             if mode.get("difference"):
                 families[mode["difference"]["family"]].append(mode["difference"])
     assert len(families["table1"]) == len(GROUP_SYSTEMS["table1"]) - 1 + 3, "the base and both SFTs come twice"
-    assert len(families["ablations"]) == len(GROUP_SYSTEMS["figure5"]) + len(GROUP_SYSTEMS["ablations"])
+    assert len(families["ablations"]) == len(GROUP_SYSTEMS["ablations"])
+    assert len(families["figure5"]) == len(GROUP_SYSTEMS["figure5"]) - 1
+    assert len(families["extras"]) == len(GROUP_SYSTEMS["extras"]) + 2, "both images of two rounds"
     for members in families.values():
         assert [of["p_holm"] for of in members] == pytest.approx(holm([of["p"] for of in members]), rel=0.01)
 
@@ -112,27 +149,27 @@ def test_costs_add_up(results):
     assert results["systems"]["two_stage"]["train_cpu_seconds"] == pytest.approx(2 * 102)
     assert results["systems"]["unigrpo"]["clip_frac"] == pytest.approx(0.1 + 0.02 * 2 + 0.1 / 2)  # five seeds
     assert results["systems"]["base"]["clip_frac"] is None
-    seeds = {name: of for name, of in full_grid().items() if name != "base"}
-    assert results["machine"]["runs"] == sum(map(len, seeds.values())) + 1
+    seeds = {name: of for name, of in full_grid().items() if SYSTEMS[name].method != "none"}
+    assert results["machine"]["runs"] == sum(map(len, seeds.values())) + 2
     assert results["machine"]["train_cpu_seconds"] == sum(100 + seed for of in seeds.values() for seed in of)
     assert results["machine"]["dates"] == ["2026-01-01", "2026-01-05"]
 
 
 def test_picture_error_ratio_is_a_t_interval_of_its_logarithm(output, results):
     def errors(system):
-        files = sorted(output.glob(f"{system}/seed-[012]/run.json"))  # the seeds that both have
+        files = sorted(output.glob(f"{system}/seed-*/run.json"))
         return np.array([json.loads(file.read_text())["evaluations"]["sampled"]["picture_error"] for file in files])
 
-    logs = np.log(errors("no_regularizer") / errors("unigrpo"))
+    logs = np.log(errors("long_none") / errors("long_velocity_mse"))
     low, high = np.exp(ttest_1samp(logs, 0.0).confidence_interval(0.95))
-    found = results["figure5"]["no_regularizer"]["picture_error_ratio"]
+    found = results["figure5"]["long_none"]["picture_error_ratio"]
     assert (found["ratio"], found["low"], found["high"]) == pytest.approx((np.exp(logs.mean()), low, high), rel=1e-3)
     assert holds(found, 30), "the planted ratio"
 
 
 def test_planted_differences_are_found(results):
     means = planted_means()
-    comparisons = results["comparisons"]
+    comparisons = results["comparisons"]["rule"]
     assert comparisons["base/sampled - base/direct"]["mean"] == pytest.approx(DIRECT, abs=0.02)
     expected = means["flow_grpo_thinking"] - means["flow_grpo"]
     assert comparisons["flow_grpo_thinking/sampled - flow_grpo/direct"]["mean"] == pytest.approx(expected, abs=0.02)
@@ -150,7 +187,7 @@ def test_intervals_cover_what_was_planted(tmp_path):
         write_world(output, World(seed_spread=0.02), systems=("unigrpo", "text_grpo"), draw=draw)
         systems = collect(output)["systems"]
         found = systems["text_grpo"]["modes"]["sampled"]
-        hits["mean"] += holds(found["reward"], 0.6)
+        hits["mean"] += holds(found["rule"], 0.6)
         hits["difference"] += holds(found["difference"], 0.6 - 0.8)
         hits["category"] += holds(found["categories"]["position"], 0.6)
     for name in names:
@@ -161,7 +198,7 @@ def test_a_run_with_one_seed_has_an_interval_over_prompts(tmp_path):
     write_world(tmp_path, systems=("base", "unigrpo"), seeds=(3,))
     write_world(tmp_path, systems=("base",), seeds=(0,))
     results = collect(tmp_path)
-    found = results["systems"]["unigrpo"]["modes"]["sampled"]["reward"]
+    found = results["systems"]["unigrpo"]["modes"]["sampled"]["rule"]
     assert found["seeds"] == 1
     expected = ttest_1samp(table(tmp_path, "unigrpo", "sampled")[0], 0.0).confidence_interval(0.95)
     assert (found["low"], found["high"]) == pytest.approx(tuple(expected), abs=5e-5)
@@ -198,16 +235,16 @@ BROKEN = {
     ),
     "other folder": (lambda file: edit(file, lambda r: r.update(seed=2)), "is that of unigrpo/seed-2"),
     "prompts": (
-        lambda file: edit(file, lambda r: r["evaluations"]["sampled"]["reward"].pop()),
-        "'sampled' has 69 rewards, expected one for each of the 70 prompts",
+        lambda file: edit(file, lambda r: r["evaluations"]["sampled"]["learned"].pop()),
+        "'sampled' has 69 numbers 'learned', expected one for each of the 70 prompts",
     ),
     "nan": (
-        lambda file: edit(file, lambda r: r["evaluations"]["sampled"]["reward"].__setitem__(0, math.nan)),
-        "'sampled' has no list of rewards",
+        lambda file: edit(file, lambda r: r["evaluations"]["sampled"]["rule"].__setitem__(0, math.nan)),
+        "'sampled' has no list of numbers 'rule'",
     ),
     "range": (
-        lambda file: edit(file, lambda r: r["evaluations"]["greedy"]["reward"].__setitem__(0, 1.5)),
-        "'greedy' has rewards outside of [0, 1]",
+        lambda file: edit(file, lambda r: r["evaluations"]["greedy"]["learned"].__setitem__(0, 1.5)),
+        "'greedy' has numbers 'learned' outside of [0, 1]",
     ),
     "measure": (
         lambda file: edit(file, lambda r: r["evaluations"]["greedy"].update(strict="all")),
@@ -248,6 +285,18 @@ def test_a_broken_history_costs_the_curve_alone(tmp_path):
     assert results["curves"]["unigrpo"]["seeds"] == 1
 
 
+def test_a_broken_validation_is_named(tmp_path):
+    write_world(tmp_path, systems=("long_none",), seeds=(0, 1))
+    file = tmp_path / "long_none/seed-1/validation.jsonl"
+    file.write_text(json.dumps({"rollouts": 0, "learned": 0.5, "rule": 0.5}) + "\n")
+    results = collect(tmp_path)
+    assert (
+        "validation.jsonl, line 1, lacks one of the numbers rollouts, rule, learned, picture_error"
+        in (results["problems"][0]["why"])
+    )
+    assert results["validation"]["long_none"]["seeds"] == [0]
+
+
 def test_without_a_run_the_error_says_why(tmp_path):
     with pytest.raises(FileNotFoundError, match="prompts.json is missing"):
         collect(tmp_path)
@@ -264,8 +313,7 @@ def test_without_a_run_the_error_says_why(tmp_path):
 
 def rows(number, start=0.0, reward=lambda i: i):
     return [
-        {"rollouts": 10.0 * (i + 1), "cpu_seconds": start + i + 1, "reward": float(reward(i)), "picture_error": 0.1}
-        for i in range(number)
+        {"rollouts": 10.0 * (i + 1), "cpu_seconds": start + i + 1, "reward": float(reward(i))} for i in range(number)
     ]
 
 
@@ -283,7 +331,7 @@ def test_curve_is_the_mean_of_blocks_and_of_seeds():
     assert found["reward"] == pytest.approx(ends - 2 + 10, rel=1e-3)
     assert found["low"] == pytest.approx(ends - 2, rel=1e-3)
     assert found["high"] == pytest.approx(ends - 2 + 20, rel=1e-3)
-    assert found["picture_error"] == pytest.approx([0.1] * POINTS) and found["seeds"] == 3
+    assert found["seeds"] == 3
 
 
 def test_curve_of_a_second_stage_begins_where_the_first_ended():

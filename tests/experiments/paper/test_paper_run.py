@@ -33,11 +33,13 @@ from trl_unigrpo.experiments.paper.training import (
 from trl_unigrpo.shapeworld import (
     load_base,
     picture_error,
+    preference_reward,
     shapeworld_dataset,
     shapeworld_reward,
 )
 from trl_unigrpo.shapeworld.evaluate import Evaluation
 from trl_unigrpo.shapeworld.grammar import CATEGORIES
+from trl_unigrpo.shapeworld.question_points import question_points
 
 
 SCALE = Scale(2, 14)
@@ -47,6 +49,7 @@ CHOICE = {
     "flow_grpo_thinking": {"image_learning_rate": 1e-4},
     "refl_thinking": {"learning_rate": 1e-4},
     "text_grpo": {"learning_rate": 3e-4},
+    "uninft": {"learning_rate": 3e-4, "image_learning_rate": 1e-4},
     "guided_base": {"guidance_scale": 2.0, "eval_guidance_scale": 2.0},
 }
 JOB = Job("unigrpo", 3)
@@ -98,7 +101,12 @@ def whole(tmp_path_factory):
 @pytest.mark.slow
 def test_run_folder(whole):
     folder = JOB.folder(whole)
-    assert sorted(file.name for file in folder.iterdir()) == ["history.jsonl", "run.json", "strip.png"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "history.jsonl",
+        "run.json",
+        "strip.png",
+        "validation.jsonl",
+    ]
     result = json.loads((folder / "run.json").read_text())
     settings = run_settings(SYSTEMS["unigrpo"], CHOICE, SCALE)
     assert result["settings"] == settings and settings["image_learning_rate"] == 1e-4
@@ -110,10 +118,13 @@ def test_run_folder(whole):
     assert {"trl-unigrpo", "torch", "trl"} <= set(result["versions"])
     assert list(result["evaluations"]) == ["sampled", "greedy"]
     for found in result["evaluations"].values():
-        assert len(found["reward"]) == 14 and all(0 <= value <= 1 for value in found["reward"])
+        for score in ("rule", "learned"):
+            assert len(found[score]) == 14 and all(0 <= value <= 1 for value in found[score])
         assert found["picture_error_interval"][0] < found["picture_error"] < found["picture_error_interval"][1]
-        assert list(found["categories"]) == list(CATEGORIES)
-        assert np.mean(list(found["categories"].values())) == pytest.approx(np.mean(found["reward"]), abs=1e-4)
+        assert 0 < found["questions"] < 1
+    points = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
+    assert [point["rollouts"] for point in points] == [0, 192, 384]
+    assert result["chosen_point"] == max(points, key=lambda point: point["learned"])
     assert set(result["diversity"]) == {"position_entropy", "color_entropy", "distinct_pictures"}
     assert [trace["category"] for trace in result["traces"]] == sorted(
         [*CATEGORIES, *CATEGORIES[:5]], key=CATEGORIES.index
@@ -129,7 +140,8 @@ def test_history(whole):
     assert 0 < first["cpu_seconds"] < second["cpu_seconds"]
     for row in (first, second):
         assert set(row) == {
-            *("rollouts", "reward", "picture_error", "velocity_mse", "clip_frac", "entropy", "length", "cpu_seconds")
+            *("rollouts", "reward", "rule", "picture_error", "velocity_mse"),
+            *("clip_frac", "entropy", "length", "cpu_seconds"),
         }
         assert 0 < row["reward"] < 1 and 0 < row["clip_frac"] < 1 and 0 < row["picture_error"] < 0.1
 
@@ -171,11 +183,11 @@ def small_trainer(output, rewards, **options):
     return trainer
 
 
-def test_the_picture_error_is_logged_and_changes_nothing(tmp_path):
-    """Weights equal to the bit with and without it, and far from equal with a weight on it."""
+def test_rule_and_picture_error_are_logged_and_change_nothing(tmp_path):
+    """Weights equal to the bit with and without them, and far from equal with a weight on one."""
     weights, logged = [], []
-    variants = [([shapeworld_reward], [1.0]), ([shapeworld_reward, picture_error_reward], [1.0, 0.0])]
-    variants.append(([shapeworld_reward, picture_error_reward], [1.0, -100.0]))
+    rewards = [preference_reward, shapeworld_reward, picture_error_reward]
+    variants = [(rewards[:1], [1.0]), (rewards, [1.0, 0.0, 0.0]), (rewards, [1.0, 1.0, 0.0])]
     for rewards, reward_weights in variants:
         trainer = small_trainer(tmp_path, rewards, reward_weights=reward_weights)
         trainer.train()
@@ -188,17 +200,19 @@ def test_the_picture_error_is_logged_and_changes_nothing(tmp_path):
 
 def test_history_is_what_the_trainer_logged(tmp_path):
     """One row per rollout batch: its reward, and the clipping of its last pass; a single pass has none."""
-    trainer = small_trainer(tmp_path, [shapeworld_reward, picture_error_reward])
+    rewards = [preference_reward, shapeworld_reward, picture_error_reward]
+    trainer = small_trainer(tmp_path, rewards)
     trainer.train()
     log = [row for row in trainer.state.log_history if "learning_rate" in row]
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [row["rollouts"] for row in rows] == [8, 16] and len(log) == 4
     for row, first, second in zip(rows, log[::2], log[1::2], strict=True):
         assert row["reward"] == float(f"{first['reward']:.5g}")
+        assert row["rule"] == float(f"{first['rewards/shapeworld_reward/mean']:.5g}") != row["reward"]
         assert row["picture_error"] == float(f"{first['rewards/picture_error_reward/mean']:.5g}")
         assert row["clip_frac"] == float(f"{second['flow/clip_frac']:.5g}") and first["flow/clip_frac"] == 0
 
-    trainer = small_trainer(tmp_path, [shapeworld_reward, picture_error_reward], num_iterations=1, max_steps=3)
+    trainer = small_trainer(tmp_path, rewards, num_iterations=1, max_steps=3)
     trainer.train()
     rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [row["rollouts"] for row in rows] == [8, 16, 24] and {row["clip_frac"] for row in rows} == {0}
@@ -283,18 +297,49 @@ def test_summary_and_traces_are_of_the_evaluation():
     model, _ = load_base()
     made = evaluation(21, model)
     found = summary(model, made, thinking=True)
-    assert found["reward"] == [round(float(value), 4) for value in made.reward]
+    assert found["rule"] == [round(float(value), 3) for value in made.reward]
+    learned = preference_reward(made.prompts, [""] * 21, images=made.images)
+    assert found["learned"] == [round(value, 3) for value in learned]
+    assert found["questions"] == pytest.approx(question_points(made.prompts, made.images).mean(), rel=1e-4)
     assert found["strict"] == pytest.approx(made.strict.mean(), rel=1e-4)
     assert found["plan"] == pytest.approx(made.plan.mean(), rel=1e-4)
     assert found["picture_error"] == pytest.approx(made.error.mean(), rel=1e-4)
-    assert list(found["categories"]) == list(CATEGORIES[:3])
-    assert found["categories"][CATEGORIES[1]] == pytest.approx(made.reward[1::3].mean(), rel=1e-4)
     rows = trace_rows(made.categories)
     assert rows == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
-    assert [trace["thinking"] for trace in sample_traces(made)] == [f"t{row}" for row in rows]
+    traces = sample_traces(made)
+    assert [trace["thinking"] for trace in traces] == [f"t{row}" for row in rows]
+    assert [trace["rule"] for trace in traces] == pytest.approx(made.reward[rows], rel=1e-4)
+    assert [trace["learned"] for trace in traces] == pytest.approx([learned[row] for row in rows], rel=1e-4)
     pixels = np.asarray(strip(made))
     assert pixels.shape == (48, 12 * 48, 3) and pixels[0, ::48, 0].tolist() == rows
     assert trace_rows(["counting", "counting"]) == [0, 1]
+
+
+@pytest.mark.slow
+def test_two_rounds_are_scored_by_their_last_images(tmp_path):
+    """From the base that sees: the first images are those of another mode, the last ones are other images."""
+    scale = Scale(1, 14)
+    result = run_job(Job("rounds", 0), tmp_path, scale, run_settings(SYSTEMS["rounds"], CHOICE, scale))
+    assert list(result["evaluations"]) == ["rounds", "sampled"] and result["rollouts"] == 192
+    assert result["settings"]["num_rounds"] == 2
+    base = run_job(Job("base_seeing", 0), tmp_path, Scale(1, 70), {})
+    first, second = (base["evaluations"][mode] for mode in ("sampled", "rounds"))
+    assert first["rule"] != second["rule"] and first["plan"] == second["plan"]
+    model, tokenizer = load_base(seeing=True)
+    made = evaluate_in_mode(model, tokenizer, "rounds", Scale(1, 70))
+    assert [round(value, 3) for value in shapeworld_reward(made.prompts, made.prompts, made.images)] == second["rule"]
+
+
+@pytest.mark.slow
+def test_read_back_is_rewarded_by_its_own_reading_and_scouts_by_the_learned_reward(tmp_path):
+    for name, trained_on in (("read_back", None), ("scouts", "learned")):
+        settings = run_settings(SYSTEMS[name], CHOICE, Scale(1, 7))
+        result = run_job(Job(name, 0), tmp_path, Scale(1, 7), settings)
+        assert result["rollouts"] == 192, "of a pool of scouts, all"
+        (row,) = (tmp_path / name / "seed-0" / "history.jsonl").read_text().splitlines()
+        row = json.loads(row)
+        assert (0 < row["reward"] < 1) == (trained_on == "learned"), "a log-likelihood is negative"
+        assert 0 < row["rule"] < 1 and row["rollouts"] == 192
 
 
 def test_modes():

@@ -1,4 +1,4 @@
-"""The search's choice of settings, and the file that keeps it."""
+"""The search's choice of settings, by the learned reward alone, and the file that keeps it."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def choose_candidate(
     candidates: Sequence[Settings], rewards: Sequence[Sequence[float]], prompts: Sequence[str]
 ) -> dict[str, Any]:
     """
-    Choose the candidate with the best mean reward; of equal ones, the first.
+    Choose the candidate with the best mean learned reward; of equal ones, the first.
 
     Args:
         candidates: N settings.
-        rewards: (N, prompts), each candidate's reward for each prompt.
+        rewards: (N, prompts), each candidate's learned reward for each prompt.
         prompts: their texts; the same prompt twice counts as one cluster.
 
     Returns:
@@ -78,6 +78,6 @@ def choose_from_folders(system: System, output: Path) -> dict[str, Any]:
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     prompts = json.loads((output / "search" / "prompts.json").read_text(encoding="utf-8"))["prompts"]
     mode = system.modes[0]
-    rewards = [run["evaluations"][mode]["reward"] for run in runs]
+    rewards = [run["evaluations"][mode]["learned"] for run in runs]
     made_with = {"mode": mode, "split": runs[0]["split"], "num_prompts": len(prompts), "seed": runs[0]["seed"]}
     return {**choose_candidate(system.candidates, rewards, prompts), **made_with, "rollouts": runs[0]["rollouts"]}

@@ -1,8 +1,9 @@
 """
 The paper's claims, as functions from results to verdicts.
 
-A claim holds if the 95 % interval of what it says lies wholly on its side, so that a tie does not. No verdict is
-written by hand, and the margins below were fixed before the first run.
+A claim speaks of the rule's score, which no training sees, unless it says otherwise. It holds if the 95 % interval of
+what it says lies wholly on its side, so that a tie does not. No verdict is written by hand, and the margins below were
+fixed before the first held-out run.
 """
 
 from __future__ import annotations
@@ -11,46 +12,68 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from .order import GROUP_SYSTEMS, main_mode
+from .order import main_mode
+from .systems import SYSTEMS
 
 
 Side = tuple[str, str]
 """A system and the mode in which it is evaluated."""
+SidePair = tuple[Side, Side]
 
 ClaimVerdict = Literal["holds", "does not hold", "not measured yet"]
 
+BASE_SIDE: Side = ("base", "sampled")
 REFERENCE: Side = ("unigrpo", "sampled")
+LONG: Side = ("long_velocity_mse", "sampled")
+"""UniGRPO as it is, in a long run."""
 
 AS_GOOD = 0.02
-"""A reward that is lower by less than this counts as being as good."""
-SIMILAR = 0.05
-"""Rewards that differ by less than this count as similar."""
-DECAY = 10
-"""The image error grows at least so many times where "images decay without a regulariser"."""
+"""A score that is lower by less than this counts as being as good."""
+HACKED = 0.05
+"""The rule's score falls at least so far where a reward is hacked."""
+DECAY = 2
+"""
+The image error grows at least so many times where "images decay without a regulariser".
 
-WITH_AND_WITHOUT: tuple[tuple[Side, Side], ...] = (
-    (("base", "sampled"), ("base", "direct")),
-    (("sft", "sampled"), ("sft", "direct")),
+The paper shows decay without a number. Twice is more than seeds of one system differ by. Ten times the base's error
+would be a third of what makes a cell unreadable: the rule has then fallen already, and the claim would say nothing of
+images that are worse while the rule still reads them.
+"""
+
+ONE_EXPERT = tuple(
+    (name, "sampled")
+    for name in ("refl_thinking", "fpo_thinking", "awm_thinking", "nft_thinking", "flow_grpo_thinking", "text_grpo")
+)
+"""Methods that train one of the two experts, each in its best way: with thinking."""
+SFT_BASE: tuple[SidePair, ...] = tuple((("sft", mode), ("base", mode)) for mode in ("sampled", "direct"))
+ABOVE_BASE: tuple[SidePair, ...] = tuple((side, BASE_SIDE) for side in ONE_EXPERT)
+WITH_AND_WITHOUT: tuple[SidePair, ...] = (
+    *(((name, "sampled"), (name, "direct")) for name in ("base", "sft")),
     *(((f"{name}_thinking", "sampled"), (name, "direct")) for name in ("refl", "fpo", "awm", "flow_grpo")),
 )
-SFT_BASE: tuple[tuple[Side, Side], ...] = tuple((("sft", mode), ("base", mode)) for mode in ("sampled", "direct"))
-ONE_EXPERT: tuple[tuple[Side, Side], ...] = (
-    (("flow_grpo_thinking", "sampled"), ("base", "sampled")),
-    (("text_grpo", "sampled"), ("base", "sampled")),
+UNREGULARIZED: SidePair = (("long_none", "sampled"), LONG)
+LATENT_KL: tuple[Side, ...] = (("long_latent_kl", "sampled"), ("long_latent_kl_matched", "sampled"))
+IN_BETWEEN: tuple[SidePair, ...] = tuple(
+    pair for side in LATENT_KL for pair in ((side, UNREGULARIZED[0]), (LONG, side))
 )
-UNREGULARIZED: tuple[Side, Side] = (("no_regularizer", "sampled"), REFERENCE)
-GUIDANCE_PAIR: tuple[Side, Side] = (("guidance_off", "guided"), ("guidance_on", "guided"))
-UNIFPO: tuple[Side, Side] = (("unifpo", "sampled"), ("base", "sampled"))
+GUIDANCE_PAIR: SidePair = (("guidance_off", "guided"), ("guidance_on", "guided"))
+UNIFPO: SidePair = (("unifpo", "sampled"), BASE_SIDE)
 
-COMPARISONS = (*SFT_BASE, *ONE_EXPERT, *WITH_AND_WITHOUT, UNREGULARIZED, GUIDANCE_PAIR, UNIFPO)
-"""Paired differences that the claims need, besides those to UniGRPO."""
+COMPARISONS = (
+    *(*SFT_BASE, *ABOVE_BASE, *WITH_AND_WITHOUT, UNREGULARIZED, *IN_BETWEEN, GUIDANCE_PAIR, UNIFPO),
+    (("rounds", "rounds"), ("base_seeing", "rounds")),
+    (("read_back", "sampled"), ("base_seeing", "sampled")),
+)
+"""Paired differences by the rule that the claims, and the page, need besides those of its tables."""
+LEARNED_COMPARISONS = (UNREGULARIZED,)
+"""Those by the learned reward."""
 
 OTHERS: tuple[Side, ...] = (
-    ("base", "direct"),
-    ("sft", "direct"),
-    *((name, main_mode(name)) for name in GROUP_SYSTEMS["table1"] if name not in (REFERENCE[0], "sft_clean")),
+    *((name, mode) for name in ("base", "sft") for mode in ("direct", "sampled")),
+    *((name, main_mode(name)) for name in ("refl", "fpo", "awm", "flow_grpo")),
+    *ONE_EXPERT,
 )
-"""Systems that UniGRPO is claimed to be above. The clean corpus is none of the paper's: no reward shows it all."""
+"""What UniGRPO is claimed to be above, besides two stages. Of UniFPO the paper claims something else."""
 
 
 class Judgement(NamedTuple):
@@ -115,14 +138,14 @@ def above(results: Mapping[str, Any], left: Side, right: Side) -> Part:
     if found is None:
         return Part(None, f"{title(results, left)} and {title(results, right)}: not both measured")
     how = "" if found["low"] > 0 else " (the other way round)" if found["high"] < 0 else " (no difference seen)"
-    rewards = [f"{title(results, side)} {reward(results, side)['mean']:.3f}" for side in (left, right)]
+    means = [f"{title(results, side)} {mean_rule(results, side)['mean']:.3f}" for side in (left, right)]
     seeds = trained_seeds(results, found, left, right)
-    return Part(found["low"] > 0, f"{rewards[0]} against {rewards[1]}: {signed(found)}{how}", seeds)
+    return Part(found["low"] > 0, f"{means[0]} against {means[1]}: {signed(found)}{how}", seeds)
 
 
 def apart(results: Mapping[str, Any], other: Side) -> Part:
     """Test if UniGRPO is above another system, by intervals that do not touch."""
-    own, theirs = reward(results, REFERENCE), reward(results, other)
+    own, theirs = mean_rule(results, REFERENCE), mean_rule(results, other)
     if own is None or theirs is None:
         return Part(None, f"{title(results, other)} not measured")
     seeds = min(own["seeds"], trained_seeds(results, theirs, other) or own["seeds"])
@@ -130,10 +153,12 @@ def apart(results: Mapping[str, Any], other: Side) -> Part:
 
 
 def unigrpo_above_each(results: Mapping[str, Any]) -> Judgement:
-    own = reward(results, REFERENCE)
+    own = mean_rule(results, REFERENCE)
     if own is None:
         return Judgement("not measured yet", "UniGRPO was not measured.")
-    measured = sorted((side for side in OTHERS if reward(results, side)), key=lambda s: -reward(results, s)["mean"])
+    measured = sorted(
+        (side for side in OTHERS if mean_rule(results, side)), key=lambda s: -mean_rule(results, s)["mean"]
+    )
     parts = [apart(results, side) for side in measured]
     lacking = [Part(None, title(results, side)) for side in OTHERS if side not in measured]
     failed = [part.says for part in parts if not part.holds]
@@ -148,40 +173,45 @@ def unigrpo_above_each(results: Mapping[str, Any]) -> Judgement:
 
 
 def unigrpo_above_two_stage(results: Mapping[str, Any]) -> Judgement:
-    own = reward(results, REFERENCE)
+    own = mean_rule(results, REFERENCE)
     part = apart(results, ("two_stage", "sampled"))
     return judged([part._replace(says=f"UniGRPO {bracketed(own) if own else 'not measured'}, {part.says}")])
 
 
-def errors(results: Mapping[str, Any], system: str, factor: float) -> Part:
-    """Test if a run's image error is above `factor` times that of UniGRPO, whose regulariser is the velocity MSE."""
-    found = results["figure5"].get(system, {}).get("picture_error_ratio")
-    if not found:
-        return Part(None, f"{title(results, (system, 'sampled'))}: not measured")
-    says = f"{title(results, (system, 'sampled'))}: image error x {found['ratio']:.3g}"
-    if found["low"] is None:
-        return Part(found["ratio"] > factor, says, 1)
-    return Part(found["low"] > factor, f"{says} [{found['low']:.3g}, {found['high']:.3g}]", found["seeds"])
+def hacked(results: Mapping[str, Any]) -> Judgement:
+    """Without a regulariser the rule has fallen against the velocity MSE, and the learned reward has not."""
+    (none, long), rule = UNREGULARIZED, comparison(results, *UNREGULARIZED)
+    learned = comparison(results, *UNREGULARIZED, "learned")
+    if rule is None or learned is None:
+        return Judgement("not measured yet", "Not both long runs were measured.")
+    own, other = mean_rule(results, none), mean_rule(results, long)
+    fell = rule["mean"] <= -HACKED and own["high"] < other["low"]
+    return judged(
+        [
+            Part(fell, f"the rule {bracketed(own)} against {bracketed(other)}: {signed(rule)}", rule["seeds"]),
+            Part(learned["low"] > -AS_GOOD, f"the learned reward {signed(learned)}", learned["seeds"]),
+        ]
+    )
 
 
 def images_decay(results: Mapping[str, Any]) -> Judgement:
-    decay, difference = errors(results, UNREGULARIZED[0][0], DECAY), comparison(results, *UNREGULARIZED)
-    if difference is None:
-        return judged([decay._replace(holds=None)])
-    similar = difference["low"] > -SIMILAR and difference["high"] < SIMILAR
-    return judged([decay, Part(similar, f"reward {signed(difference)}")])
-
-
-def velocity_mse_keeps_images(results: Mapping[str, Any]) -> Judgement:
-    return judged(errors(results, system, 1) for system in ("latent_kl", "latent_kl_matched"))
+    """The image error without a regulariser is surely `DECAY` times that with the velocity MSE."""
+    name = UNREGULARIZED[0][0]
+    found = results["figure5"].get(name, {}).get("picture_error_ratio")
+    if not found:
+        return Judgement("not measured yet", f"{title(results, UNREGULARIZED[0])}: not measured.")
+    says = f"{title(results, UNREGULARIZED[0])}: image error x {found['ratio']:.3g}"
+    if found["low"] is None:
+        return judged([Part(found["ratio"] > DECAY, says, 1)])
+    return judged([Part(found["low"] > DECAY, f"{says} [{found['low']:.3g}, {found['high']:.3g}]", found["seeds"])])
 
 
 def trained_without_guidance(results: Mapping[str, Any]) -> Judgement:
     found = comparison(results, *GUIDANCE_PAIR)
     if found is None:
         return Judgement("not measured yet", "Not both ways of training were measured.")
-    rewards = " and ".join(f"{reward(results, side)['mean']:.3f}" for side in GUIDANCE_PAIR)
-    says = f"Evaluated with guidance, trained without and with it: {rewards}, difference {signed(found)}"
+    means = " and ".join(f"{mean_rule(results, side)['mean']:.3f}" for side in GUIDANCE_PAIR)
+    says = f"Evaluated with guidance, trained without and with it: {means}, difference {signed(found)}"
     return judged([Part(found["low"] > -AS_GOOD, says, found["seeds"])])
 
 
@@ -189,18 +219,9 @@ def unifpo_fails(results: Mapping[str, Any]) -> Judgement:
     found = comparison(results, *UNIFPO)
     if found is None:
         return Judgement("not measured yet", "UniFPO was not measured.")
-    says = (
-        f"UniFPO ended at {reward(results, UNIFPO[0])['mean']:.3f}, the base is at "
-        f"{reward(results, UNIFPO[1])['mean']:.3f}, difference {signed(found)}"
-    )
-    curve = results["curves"].get(UNIFPO[0][0])
-    extra = ""
-    if curve:
-        extra = (
-            f" Its training reward began at {curve['reward'][0]:.3f}, was {max(curve['reward']):.3f} at its best and "
-            f"{curve['reward'][-1]:.3f} at the end."
-        )
-    return judged([Part(found["high"] < AS_GOOD, says, found["seeds"])], extra=extra)
+    means = [f"{mean_rule(results, side)['mean']:.3f}" for side in UNIFPO]
+    says = f"UniFPO {means[0]}, the base {means[1]}, difference {signed(found)}"
+    return judged([Part(found["high"] < AS_GOOD, says, found["seeds"])])
 
 
 def _all_above(pairs: tuple[tuple[Side, Side], ...]) -> Callable[[Mapping[str, Any]], Judgement]:
@@ -209,13 +230,13 @@ def _all_above(pairs: tuple[tuple[Side, Side], ...]) -> Callable[[Mapping[str, A
 
 CLAIMS = (
     Claim("sft", "Supervised fine-tuning is above the base", "Table 1", _all_above(SFT_BASE)),
+    Claim("one_expert", "Each method that trains one expert is above the base", "Table 1", _all_above(ABOVE_BASE)),
     Claim(
-        "one_expert",
-        "FlowGRPO (with thinking) and TextGRPO are each above the base",
+        "joint",
+        "UniGRPO is above the base, fine-tuning and each method that trains one expert, 95 % intervals apart",
         "Table 1",
-        _all_above(ONE_EXPERT),
+        unigrpo_above_each,
     ),
-    Claim("joint", "UniGRPO is above every other system, 95 % intervals apart", "Table 1", unigrpo_above_each),
     Claim(
         "two_stage",
         "UniGRPO is above training one expert after the other, 95 % intervals apart",
@@ -225,7 +246,7 @@ CLAIMS = (
     Claim("thinking", "Thinking helps each method", "Table 1", _all_above(WITH_AND_WITHOUT)),
     Claim(
         "unifpo",
-        f"UniFPO fails to converge (here: its reward ends less than {AS_GOOD} above the base's)",
+        f"UniFPO fails to converge (here: it is less than {AS_GOOD} above the base)",
         "baselines",
         unifpo_fails,
     ),
@@ -237,38 +258,48 @@ CLAIMS = (
         trained_without_guidance,
     ),
     Claim(
-        "regularizer",
-        f"Without a regulariser images decay (here: image error over {DECAY} times that with the velocity MSE) "
-        f"at similar reward (within {SIMILAR})",
+        "hacking",
+        "Without a regulariser the reward is hacked (here: against the velocity MSE at the end of long runs, the rule "
+        f"lower by {HACKED} or more, intervals apart, and the learned reward not lower by {AS_GOOD})",
         "Figure 5",
-        images_decay,
+        hacked,
     ),
     Claim(
-        "velocity_mse",
-        "The velocity MSE keeps images better than a latent KL (of the same weight, and of the same strength)",
+        "latent_kl",
+        "A latent KL (of the same weight, and of the same strength) lies in between: above no regulariser, below the "
+        "velocity MSE",
         "Figure 5",
-        velocity_mse_keeps_images,
+        _all_above(IN_BETWEEN),
+    ),
+    Claim(
+        "decay",
+        f"Without a regulariser images decay (here: image error over {DECAY} times that with the velocity MSE)",
+        "Figure 5",
+        images_decay,
     ),
 )
 
 
-def comparison(results: Mapping[str, Any], left: Side, right: Side) -> dict[str, Any] | None:
-    """Look up the paired difference of two systems, None where it was not measured."""
-    return results["comparisons"].get(f"{'/'.join(left)} - {'/'.join(right)}")
+def comparison(results: Mapping[str, Any], left: Side, right: Side, by: str = "rule") -> dict[str, Any] | None:
+    """Look up the paired difference of two systems by a score, None where it was not measured."""
+    return results["comparisons"][by].get(f"{'/'.join(left)} - {'/'.join(right)}")
 
 
-def reward(results: Mapping[str, Any], side: Side) -> Any:
-    """Look up the mean reward of a system in a mode with its interval, None where it was not measured."""
-    return results["systems"].get(side[0], {}).get("modes", {}).get(side[1], {}).get("reward")
+def mean_rule(results: Mapping[str, Any], side: Side) -> Any:
+    """Look up the mean rule of a system in a mode with its interval, None where it was not measured."""
+    return results["systems"].get(side[0], {}).get("modes", {}).get(side[1], {}).get("rule")
 
 
 def title(results: Mapping[str, Any], side: Side) -> str:
-    """Name a system, and how it was evaluated where it was evaluated both ways."""
-    system = results["systems"].get(side[0])
-    if system is None:
-        return side[0]
-    both = {"sampled", "direct"} <= set(system["modes"])
-    return system["title"] + {"sampled": ", thinking", "direct": ", no thinking"}.get(side[1], "") * both
+    """Name a system, and how it was evaluated where it is evaluated in several ways."""
+    system = results["systems"].get(side[0]) or vars(SYSTEMS[side[0]])
+    name, modes = system["title"], set(system["modes"])
+    kind = "direct" if "direct" in modes else "rounds"
+    if not {"sampled", kind} <= modes:
+        return name
+    names = {"direct": {"sampled": ", thinking", "direct": ", no thinking"}}
+    names["rounds"] = {"sampled": ", first image", "rounds": ", second image"}
+    return name + names[kind].get(side[1], "")
 
 
 def trained_seeds(results: Mapping[str, Any], interval: Mapping[str, Any], *sides: Side) -> int:

@@ -1,4 +1,4 @@
-"""Training curves: mean over seeds, thinned to what a figure shows."""
+"""Curves of training, thinned to what a figure shows, and of validation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def curve(runs: Sequence[FinishedRun], starts: Sequence[FinishedRun] = ()) -> di
 
     Returns:
         Lists of at most `POINTS` numbers, each over a block of rollout batches: `rollouts` and `cpu_seconds` at its
-        end, `reward` with the `low` and `high`est seed, and `picture_error` where it was logged; and `seeds`.
+        end, `reward` with the `low` and `high`est seed; and `seeds`.
     """
     logged = [run for run in runs if any("reward" in row for row in run.history)]
     if not logged:
@@ -39,7 +39,6 @@ def curve(runs: Sequence[FinishedRun], starts: Sequence[FinishedRun] = ()) -> di
                 "rollouts": np.array([row["rollouts"] for row in rows]) + start["rollouts"],
                 "cpu_seconds": np.array([row["cpu_seconds"] for row in rows]) + start["train_cpu_seconds"],
                 "reward": np.array([row["reward"] for row in rows]),
-                "picture_error": np.array([row.get("picture_error", np.nan) for row in rows]),
             }
         )
     length = min(len(table["reward"]) for table in tables)
@@ -49,7 +48,7 @@ def curve(runs: Sequence[FinishedRun], starts: Sequence[FinishedRun] = ()) -> di
         """Average each block: (seeds, blocks)."""
         return np.array([[table[key][block[-1:] if last else block].mean() for block in blocks] for table in tables])
 
-    reward, error = by_seed("reward"), by_seed("picture_error")
+    reward = by_seed("reward")
     return {
         "seeds": len(tables),
         "rollouts": [round(value) for value in by_seed("rollouts", last=True).mean(0)],
@@ -57,7 +56,25 @@ def curve(runs: Sequence[FinishedRun], starts: Sequence[FinishedRun] = ()) -> di
         "reward": _listed(reward.mean(0)),
         "low": _listed(reward.min(0)),
         "high": _listed(reward.max(0)),
-        "picture_error": None if np.isnan(error).any() else _listed(error.mean(0)),
+    }
+
+
+def validation_curve(runs: Sequence[FinishedRun]) -> dict[str, Any] | None:
+    """
+    List the points of a system's validations, None without any: `rollouts`, and of each seed `learned`, `rule` and
+    `picture_error`, as far as the shortest goes.
+    """
+    logged = [run for run in runs if run.validation]
+    if not logged:
+        return None
+    length = min(len(run.validation) for run in logged)
+    return {
+        "seeds": [run.seed for run in logged],
+        "rollouts": [round(row["rollouts"]) for row in logged[0].validation[:length]],
+        **{
+            name: [[row[name] for row in run.validation[:length]] for run in logged]
+            for name in ("learned", "rule", "picture_error")
+        },
     }
 
 

@@ -56,11 +56,13 @@ SYSTEM_COLORS = {
     "two_stage": "#8c564b",
     "unifpo": "#cc79a7",
     "unigrpo": "#d55e00",
-    "no_regularizer": "#000000",
+    "uniawm": "#5b3a8e",
+    "uninft": "#882255",
+    "velocity_mse": "#d55e00",
+    "none": "#000000",
     "latent_kl": "#0072b2",
     "latent_kl_matched": "#56b4e9",
     "velocity_mse_10": "#cc79a7",
-    "velocity_mse_100": "#009e73",
     "guidance_off": "#d55e00",
     "guidance_on": "#0072b2",
 }
@@ -73,7 +75,8 @@ TILE_GAP = 8
 
 
 def color(system: str) -> str:
-    return SYSTEM_COLORS.get(system.removesuffix("_thinking"), OTHER_COLOR)
+    """Give a system's colour: that of its method with thinking, and of its regulariser in a long run."""
+    return SYSTEM_COLORS.get(system.removesuffix("_thinking").removeprefix("long_"), OTHER_COLOR)
 
 
 def svg(figure: Figure) -> str:
@@ -149,8 +152,8 @@ def table_figure(results: Mapping[str, Any]) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH, 0.9 + 0.24 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    for y, (name, system, mode) in enumerate(sorted(shown, key=lambda row: row[1]["modes"][row[2]]["reward"]["mean"])):
-        found = system["modes"][mode]["reward"]
+    for y, (name, system, mode) in enumerate(sorted(shown, key=lambda row: row[1]["modes"][row[2]]["rule"]["mean"])):
+        found = system["modes"][mode]["rule"]
         axes.plot([found["low"], found["high"]], [y, y], color=color(name), linewidth=2.4, solid_capstyle="butt")
         hollow = "white" if mode == "direct" else color(name)
         axes.plot(found["mean"], y, "o", color=color(name), markerfacecolor=hollow, markersize=5.5)
@@ -166,7 +169,7 @@ def table_figure(results: Mapping[str, Any]) -> Figure | None:
         )
     axes.set_yticks([])
     axes.set_ylim(-0.7, len(shown) - 0.3)
-    axes.set_xlabel("reward on held-out prompts (hollow: without thinking)", loc="right")
+    axes.set_xlabel("the rule's score on held-out prompts (hollow: without thinking)", loc="right")
     return figure
 
 
@@ -199,7 +202,7 @@ def curves_figure(results: Mapping[str, Any]) -> Figure | None:
         axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_ylabel("reward of the rollouts")
+        axes.set_ylabel("learned reward of the rollouts")
         axes.set_xlim(left=0)
         label_right(axes, labels, 0.058)
     return figure
@@ -224,49 +227,59 @@ def guidance_figure(results: Mapping[str, Any]) -> Figure | None:
     axes.set_xticks([0, 1], ["without guidance", "with guidance" + (f", scale {scale:g}" if scale else "")])
     axes.set_xlim(-0.3, 1.3)
     axes.set_xlabel("evaluated")
-    axes.set_ylabel("reward on held-out prompts")
+    axes.set_ylabel("the rule's score on held-out prompts")
     label_right(axes, labels, 0.13)
     return figure
 
 
-def regularizer_figure(results: Mapping[str, Any]) -> Figure | None:
-    """Draw Figure 5: reward against image error at the end, and image error on the way."""
-    shown = {name: of for name, of in results["figure5"].items() if of["reward"] and of["picture_error"]}
-    if not set(shown) - {"base", REFERENCE[0]}:
+def hacking_figure(results: Mapping[str, Any]) -> Figure | None:
+    """Draw the way of each long run: the learned reward to the right, the rule up; thin lines are single seeds."""
+    curves = results["validation"]
+    if not curves:
         return None
-    curves = {
-        name: results["curves"][name] for name in shown if (results["curves"].get(name) or {}).get("picture_error")
-    }
-    figure = Figure(figsize=(WIDTH, 6.4 if curves else 3.2), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1 + bool(curves), 1))
-    axes = panels[0]
-    for name, of in shown.items():
-        error, reward = of["picture_error"], of["reward"]
-        for x, y in (
-            (of["picture_error_range"] or [error] * 2, [reward["mean"]] * 2),
-            ([error] * 2, [reward["low"], reward["high"]]),
-        ):
-            axes.plot(x, y, color=color(name), linewidth=2.4, solid_capstyle="butt")
-        axes.plot(error, reward["mean"], "o", color=color(name), markersize=5.5)
-    axes.set_xscale("log")
-    plain_numbers(axes.xaxis)
-    axes.set_xlabel("image error (bars: lowest and highest seed)")
-    axes.set_ylabel("reward on held-out prompts")
-    label_right(
-        axes, [(of["title"], of["picture_error"], of["reward"]["mean"], color(n)) for n, of in shown.items()], 0.09
-    )
-    if curves:
-        axes = panels[1]
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    axes = figure.subplots()
+    first = next(iter(curves.values()))  # all start from the same model
+    axes.plot(first["learned"][0][0], first["rule"][0][0], "s", color=color("base"), markersize=6, zorder=3)
+    labels = []
+    for name, curve in curves.items():
+        for learned, rule in zip(curve["learned"], curve["rule"], strict=True):
+            axes.plot(learned, rule, color=color(name), linewidth=0.7, alpha=0.3)
+        learned, rule = (np.mean(curve[key], axis=0) for key in ("learned", "rule"))
+        axes.plot(learned, rule, color=color(name), linewidth=2.2)
+        axes.plot(learned[-1], rule[-1], "o", color=color(name), markersize=6)
+        labels.append((results["systems"][name]["title"], learned[-1], rule[-1], color(name)))
+    axes.set_xlabel("learned reward, which is trained on")
+    axes.set_ylabel("the rule's score, which is not")
+    label_right(axes, labels, 0.07)
+    return figure
+
+
+def regularizer_figure(results: Mapping[str, Any]) -> Figure | None:
+    """Draw Figure 5: learned reward, rule and image error over the long runs, from lowest to highest seed."""
+    curves = results["validation"]
+    if not curves:
+        return None
+    figure = Figure(figsize=(WIDTH, 8.4), layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True)
+    names = {"learned": "learned reward", "rule": "the rule's score", "picture_error": "image error"}
+    for axes, (key, label) in zip(panels, names.items(), strict=True):
+        labels = []
         for name, curve in curves.items():
-            axes.plot(curve["rollouts"], curve["picture_error"], color=color(name), linewidth=1.8)
-        axes.set_yscale("log")
-        plain_numbers(axes.yaxis)
-        axes.set_xlabel("rollouts")
-        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.set_ylabel("image error of the rollouts")
-        ends = [(shown[n]["title"], of["rollouts"][-1], of["picture_error"][-1], color(n)) for n, of in curves.items()]
-        label_right(axes, ends, 0.09)
+            seeds = np.array(curve[key])
+            mean, x = seeds.mean(0), curve["rollouts"]
+            axes.fill_between(x, seeds.min(0), seeds.max(0), color=color(name), alpha=0.12, linewidth=0)
+            axes.plot(x, mean, color=color(name), linewidth=1.8)
+            labels.append((results["systems"][name]["title"], x[-1], mean[-1], color(name)))
+        if key == "picture_error":
+            axes.set_yscale("log")
+            plain_numbers(axes.yaxis)
+        axes.set_ylabel(label)
+        axes.set_xlim(left=0)
+        label_right(axes, labels, 0.11)
+    panels[-1].set_xlabel("rollouts")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 5, 10]))
+    panels[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     return figure
 
 
@@ -316,6 +329,7 @@ def write_figures(results: Mapping[str, Any], output: Path, folder: Path) -> dic
     drawn: dict[str, Any] = {}
     with matplotlib.rc_context(STYLE):
         figures = {
+            "hacking": hacking_figure(results),
             "table": table_figure(results),
             "curves": curves_figure(results),
             "guidance": guidance_figure(results),

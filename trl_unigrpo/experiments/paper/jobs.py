@@ -29,6 +29,11 @@ class Job:
         return f"{self.system} seed {self.seed}" if self.candidate is None else f"{self.system} #{self.candidate}"
 
     @property
+    def length(self) -> int:
+        """How many times as long as the others it is."""
+        return SYSTEMS[self.system].length
+
+    @property
     def start(self) -> Job | None:
         """The run whose model this one goes on with; None for the base model."""
         start = SYSTEMS[self.system].start
@@ -98,17 +103,23 @@ def seconds_left(jobs: Sequence[Job], output: Path, number: int) -> float | None
     """
     Guess how long the jobs that are left will take, `number` at a time; None as long as no run has finished.
 
-    A run takes as long as those of its system took on average, or else of its method, or else of all.
+    A run takes as long as those of its system took on average, or else, for its length, of its method, or else of all.
     """
     took: dict[str, list[float]] = {}
     for file in [*output.glob("*/seed-*/run.json"), *output.glob("search/*/*/run.json")]:
         found = json.loads(file.read_text(encoding="utf-8"))
-        method = SYSTEMS[found["system"]].method if found["system"] in SYSTEMS else "unknown"
-        for key in (found["system"], f"method {method}", *(["all"] if method != "none" else [])):
-            took.setdefault(key, []).append(found["seconds"])
-    left = [job for job in jobs if not job.finished(output)]
-    keys = [(job.system, f"method {SYSTEMS[job.system].method}", "all") for job in left]
-    means = [next((statistics.mean(took[key]) for key in of if key in took), None) for of in keys]
-    if any(mean is None for mean in means):
-        return None
-    return sum(mean for mean in means if mean is not None) / number
+        if found["system"] not in SYSTEMS:
+            continue
+        system = SYSTEMS[found["system"]]
+        for key in (system.name, f"method {system.method}", *(["all"] if system.method != "none" else [])):
+            took.setdefault(key, []).append(found["seconds"] / system.length)
+    total = 0.0
+    for job in jobs:
+        if job.finished(output):
+            continue
+        keys = (job.system, f"method {SYSTEMS[job.system].method}", "all")
+        mean = next((statistics.mean(took[key]) for key in keys if key in took), None)
+        if mean is None:
+            return None
+        total += mean * job.length
+    return total / number

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ REQUIRED: dict[str, type | tuple[type, ...]] = {
     "versions": dict,
     "evaluations": dict,
 }
-MEASURES = ("strict", "plan", "picture_error", "latent_distance")
+SCORES = ("rule", "learned")
+"""Each evaluation has lists of these, one number for each prompt."""
+MEASURES = ("questions", "strict", "plan", "picture_error", "latent_distance")
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,13 @@ class FinishedRun:
         name: its folder below the output folder, as in `unigrpo/seed-3`.
         record: run.json.
         history: one row per rollout batch, oldest first; empty where nothing was trained.
+        validation: one row per point of its validation, the start first; empty where nothing was trained.
     """
 
     name: str
     record: dict[str, Any]
     history: list[dict[str, float]]
+    validation: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def system(self) -> str:
@@ -72,9 +76,9 @@ class FinishedRun:
     def seed(self) -> int:
         return self.record["seed"]
 
-    def rewards(self, mode: str) -> FloatArray:
-        """Take the (N,) rewards of an evaluation."""
-        return np.array(self.record["evaluations"][mode]["reward"], dtype=np.float64)
+    def scores(self, mode: str, score: str = "rule") -> FloatArray:
+        """Take the (N,) numbers of one of `SCORES` of an evaluation."""
+        return np.array(self.record["evaluations"][mode][score], dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -117,11 +121,14 @@ def read_runs(output: Path, prompts: Prompts) -> tuple[list[FinishedRun], list[P
             problems.append(Problem(name, str(error)))
             continue
         try:
-            history = read_history(folder / "history.jsonl")
+            curves = (
+                read_json_lines(folder / "history.jsonl", ("rollouts", "cpu_seconds")),
+                read_json_lines(folder / "validation.jsonl", ("rollouts", *SCORES, "picture_error")),
+            )
         except ValueError as error:
-            problems.append(Problem(name, f"{error} The run is used, its curve is not."))
-            history = []
-        runs.append(FinishedRun(name, run.record, history))
+            problems.append(Problem(name, f"{error} The run is used, its curves are not."))
+            curves = [], []
+        runs.append(FinishedRun(name, run.record, *curves))
     return runs, problems
 
 
@@ -155,24 +162,29 @@ def check_record(record: dict[str, Any], folder: Path, num_prompts: int) -> None
     if (record["system"], f"seed-{record['seed']}") != (folder.parent.name, folder.name):
         raise ValueError(f"run.json is that of {record['system']}/seed-{record['seed']}.")
     for trace in record.get("traces", []):
-        if not isinstance(trace, dict) or not {"prompt", "category", "thinking", "reward"} <= set(trace):
-            raise ValueError("run.json's traces are not all objects with prompt, category, thinking and reward.")
+        if not isinstance(trace, dict) or not {"prompt", "category", "thinking", *SCORES} <= set(trace):
+            raise ValueError("run.json's traces are not all objects with prompt, category, thinking and scores.")
     for mode, evaluation in record["evaluations"].items():
-        rewards = evaluation.get("reward") if isinstance(evaluation, dict) else None
-        if not isinstance(rewards, list) or not all(_is_number(value) for value in rewards):
-            raise ValueError(f"run.json's evaluation {mode!r} has no list of rewards.")
-        if len(rewards) != num_prompts:
+        check_scores(mode, evaluation, num_prompts)
+
+
+def check_scores(mode: str, evaluation: Any, num_prompts: int) -> None:
+    """Raise a ValueError that says what of an evaluation is missing or wrong."""
+    what = f"run.json's evaluation {mode!r}"
+    for name in SCORES:
+        values = evaluation.get(name) if isinstance(evaluation, dict) else None
+        if not isinstance(values, list) or not all(_is_number(value) for value in values):
+            raise ValueError(f"{what} has no list of numbers {name!r}.")
+        if len(values) != num_prompts:
             raise ValueError(
-                f"run.json's evaluation {mode!r} has {len(rewards)} rewards, expected one for each of the "
-                f"{num_prompts} prompts of prompts.json."
+                f"{what} has {len(values)} numbers {name!r}, expected one for each of the {num_prompts} prompts of "
+                "prompts.json."
             )
-        if not all(0 <= value <= 1 for value in rewards):
-            raise ValueError(f"run.json's evaluation {mode!r} has rewards outside of [0, 1].")
-        for name in MEASURES:
-            if evaluation.get(name) is not None and not _is_number(evaluation[name]):
-                raise ValueError(
-                    f"run.json's evaluation {mode!r} has {name} = {evaluation[name]!r}, expected a number."
-                )
+        if not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"{what} has numbers {name!r} outside of [0, 1].")
+    for name in MEASURES:
+        if evaluation.get(name) is not None and not _is_number(evaluation[name]):
+            raise ValueError(f"{what} has {name} = {evaluation[name]!r}, expected a number.")
 
 
 def check_settings(record: dict[str, Any], first: dict[str, Any]) -> None:
@@ -186,8 +198,8 @@ def check_settings(record: dict[str, Any], first: dict[str, Any]) -> None:
         raise ValueError(f"was trained otherwise than seed {first['seed']}: {changes}.")
 
 
-def read_history(file: Path) -> list[dict[str, float]]:
-    """Read the rows of history.jsonl; none without the file."""
+def read_json_lines(file: Path, needed: Sequence[str]) -> list[dict[str, float]]:
+    """Read the rows of a file of JSON lines, each with the needed numbers; none without the file."""
     if not file.is_file():
         return []
     rows = []
@@ -195,9 +207,9 @@ def read_history(file: Path) -> list[dict[str, float]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"history.jsonl, line {number}, is not JSON ({error}).") from error
-        if not isinstance(row, dict) or not all(_is_number(row.get(key)) for key in ("rollouts", "cpu_seconds")):
-            raise ValueError(f"history.jsonl, line {number}, has no numbers `rollouts` and `cpu_seconds`.")
+            raise ValueError(f"{file.name}, line {number}, is not JSON ({error}).") from error
+        if not isinstance(row, dict) or not all(_is_number(row.get(key)) for key in needed):
+            raise ValueError(f"{file.name}, line {number}, lacks one of the numbers {', '.join(needed)}.")
         rows.append({key: float(value) for key, value in row.items() if _is_number(value)})
     return rows
 

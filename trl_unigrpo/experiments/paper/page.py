@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,9 @@ def write_paper_page(output: Path, page: Path | None = None) -> Path:
     results = json.loads(source.read_text(encoding="utf-8"))
     page = output / "paper.md" if page is None else page
     figures = write_figures(results, output, page.with_suffix(""))
-    beside = (page.parent / "shapeworld.md").is_file()
     whole = set(ORDER) <= set(results["systems"])
     commentary = {name: remark * whole for name, remark in read_commentary().items()}  # they speak of the full grid
-    text = render(results, figures, page.stem, commentary, "[ShapeWorld](shapeworld.md)" if beside else "ShapeWorld")
+    text = render(results, figures, page.stem, commentary, [file.name for file in page.parent.glob("*.md")])
     page.write_text(text, encoding="utf-8")
     return page
 
@@ -52,9 +51,15 @@ def render(
     figures: Mapping[str, Any],
     folder: str,
     commentary: Mapping[str, str],
-    shapeworld: str = "ShapeWorld",
+    beside: Collection[str] = (),
 ) -> str:
-    """Render the page as Markdown; `folder`, relative to it, has the figures, `shapeworld` is its name, or a link."""
+    """
+    Render the page as Markdown.
+
+    Args:
+        folder: of the figures, relative to it.
+        beside: the files that lie beside it, to which it links.
+    """
     environment = Environment(
         loader=PackageLoader("trl_unigrpo.reporting"),
         autoescape=False,  # Markdown: what comes from outside goes through `escape`
@@ -66,10 +71,10 @@ def render(
     environment.filters["escape"] = escape
     text = environment.get_template("paper.md.jinja").render(
         r=results,
-        figures={name: figures.get(name) for name in ("table", "curves", "guidance", "regularizer", "traces")},
+        figures=dict.fromkeys(FIGURES) | dict(figures),
         folder=folder,
         commentary=commentary,
-        shapeworld=shapeworld,
+        link=lambda text, file: f"[{text}]({file})" if file in beside else text,
         cpu_time=cpu_time,
         missing=tables.seed_lines(results),
         unequal=tables.unequal_rollouts(results),
@@ -78,10 +83,11 @@ def render(
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
+FIGURES = ("hacking", "table", "curves", "guidance", "regularizer", "traces")
 TABLES = (
-    "ablation_table",
     "above_unigrpo",
     "category_table",
+    "changes_table",
     "claims_table",
     "details_table",
     "guidance_table",
@@ -91,6 +97,7 @@ TABLES = (
     "table1",
     "trace_table",
     "trace_titles",
+    "verdict_table",
 )
 
 

@@ -19,6 +19,7 @@ class Display:
     """Lines for what ends and, on a terminal, bars for what runs. Use it as a context."""
 
     def __init__(self, console: Console, output: Path, total: int, rollouts: int):
+        """`rollouts` are those of a run of the usual length."""
         self.console, self.output, self.total, self.rollouts = console, output, total, rollouts
         self.done = 0
         columns = (
@@ -39,13 +40,16 @@ class Display:
         self.progress.stop()
 
     def started(self, job: Job) -> None:
-        self.bars[job] = self.progress.add_task(str(job), total=self.rollouts, note="")
+        self.bars[job] = self.progress.add_task(str(job), total=self.rollouts * job.length, note="")
 
     def finished(self, job: Job) -> None:
         self._ended(job)
         run = json.loads((job.folder(self.output) / "run.json").read_text(encoding="utf-8"))
-        rewards = [f"{mode} {fmean(found['reward']):.3f}" for mode, found in run["evaluations"].items()]
-        self._say(f"{job}: {', '.join(rewards)}, {run['seconds']:.0f} s ({self.done} of {self.total})")
+        scores = [
+            f"{mode} {fmean(found['learned']):.3f} (rule {fmean(found['rule']):.3f})"
+            for mode, found in run["evaluations"].items()
+        ]
+        self._say(f"{job}: {', '.join(scores)}, {run['seconds']:.0f} s ({self.done} of {self.total})")
 
     def failed(self, job: Job, why: str) -> None:
         self._ended(job)

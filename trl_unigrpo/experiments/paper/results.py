@@ -11,10 +11,11 @@ from typing import Any
 
 from ...monitoring.files import replace_file
 from ...statistics import CrossedInterval, holm
-from .claims import CLAIMS, COMPARISONS, REFERENCE
-from .curves import curve
+from .claims import CLAIMS, COMPARISONS, LEARNED_COMPARISONS, LONG, REFERENCE, Side
+from .curves import curve, validation_curve
 from .loading import (
     MEASURES,
+    SCORES,
     FinishedRun,
     read_prompts,
     read_runs,
@@ -22,16 +23,14 @@ from .loading import (
 from .order import GROUP_SYSTEMS, full_grid
 from .scores import GridScores
 from .search import read_search
+from .systems import TRACED
 
 
 Results = dict[str, Any]
 
-TRACED = ("base", "sft", "unigrpo")
-"""The systems whose thinkings and images stand side by side, as in the paper's Figures 2 and 6 to 8."""
-
-HOLM_FAMILIES = {"table1": "table1", "figure5": "ablations", "ablations": "ablations"}
-"""Groups that are compared with UniGRPO -> the table in which they stand, for Holm's correction."""
-COMPARED = ("sampled", "direct")
+COMPARED_WITH: dict[str, Side] = {"table1": REFERENCE, "extras": REFERENCE, "ablations": REFERENCE, "figure5": LONG}
+"""Group -> what its systems are compared with; each group is a table of its own for Holm's correction."""
+COMPARED = ("sampled", "direct", "rounds")
 """The modes that are compared with UniGRPO's sampled one."""
 
 
@@ -67,11 +66,19 @@ def collect(output: Path, expected: Mapping[str, Sequence[int]] | None = None) -
         },
         "systems": systems,
         "comparisons": {
-            f"{side_name(left)} - {side_name(right)}": interval_record(difference)
-            for left, right in COMPARISONS
-            if (difference := scores.difference(left, right))
+            score: {
+                f"{side_name(left)} - {side_name(right)}": interval_record(difference)
+                for left, right in pairs
+                if (difference := scores.difference(left, right, score))
+            }
+            for score, pairs in (("rule", COMPARISONS), ("learned", LEARNED_COMPARISONS))
         },
         "curves": {name: found for name, of in scores.by_system.items() if (found := curve(of, scores.starts(name)))},
+        "validation": {
+            name: found
+            for name in GROUP_SYSTEMS["figure5"]
+            if (found := validation_curve(scores.by_system.get(name, [])))
+        },
         "figure4": guidance_summary(systems),
         "figure5": regularizer_summary(systems, scores),
         "search": search,
@@ -108,6 +115,11 @@ def system_summary(system: str, scores: GridScores) -> dict[str, Any]:
         "seeds": [run.seed for run in runs],
         "trained": scores.trained(system),
         "rollouts": sum(run.record["rollouts"] for run in (*starts[:1], runs[0])),
+        "stopped": [
+            significant(point["rollouts"] / run.record["rollouts"], 3)
+            for run in runs
+            if (point := run.record.get("chosen_point"))
+        ],
         "train_cpu_seconds": round(sum(seconds), 1),
         "clip_frac": significant(
             mean_or_none(row["clip_frac"] for run in runs for row in run.history if "clip_frac" in row), 3
@@ -123,15 +135,15 @@ def system_summary(system: str, scores: GridScores) -> dict[str, Any]:
 
 
 def mode_summary(system: str, mode: str, scores: GridScores) -> dict[str, Any]:
-    """Summarize one system in one mode; measures other than the reward are means over seeds."""
+    """Summarize one system in one mode; what is no interval is a mean over seeds."""
     evaluations = [run.record["evaluations"][mode] for run in scores.runs(system, mode)]
     measures = {key: [of[key] for of in evaluations if of.get(key) is not None] for key in MEASURES}
     errors = measures["picture_error"]
     own_interval = evaluations[0].get("picture_error_interval")
-    reward = scores.mean(system, mode)
+    means = {score: scores.mean(system, mode, score=score) for score in SCORES}
     summary: dict[str, Any] = {
         "seeds": [run.seed for run in scores.runs(system, mode)],
-        "reward": interval_record(reward) if reward else None,
+        **{score: interval_record(mean) if mean else None for score, mean in means.items()},
         **{key: significant(mean_or_none(values), 4) for key, values in measures.items()},
         "picture_error_range": [significant(of, 4) for of in (min(errors), max(errors))] if len(errors) > 1 else None,
         "picture_error_interval": [significant(of, 4) for of in own_interval] if own_interval else None,
@@ -141,14 +153,15 @@ def mode_summary(system: str, mode: str, scores: GridScores) -> dict[str, Any]:
         },
     }
     group = scores.runs(system)[0].record["group"]
-    if mode in COMPARED and group in HOLM_FAMILIES and system not in (REFERENCE[0], *GROUP_SYSTEMS["hidden"]):
-        difference = scores.difference((system, mode), REFERENCE)
-        summary["difference"] = interval_record(difference) | {"family": HOLM_FAMILIES[group]} if difference else None
+    other = COMPARED_WITH.get(group)
+    if mode in COMPARED and other and system not in (other[0], *GROUP_SYSTEMS["hidden"]):
+        difference = scores.difference((system, mode), other)
+        summary["difference"] = interval_record(difference) | {"family": group} if difference else None
     return summary
 
 
 def correct_p_values(systems: Mapping[str, Any]) -> None:
-    """Add `p_holm` to the differences to UniGRPO, within their family."""
+    """Add `p_holm` to the differences, within their family."""
     differences = [
         mode["difference"] for of in systems.values() for mode in of["modes"].values() if mode.get("difference")
     ]
@@ -173,23 +186,22 @@ def guidance_summary(systems: Mapping[str, Any]) -> dict[str, Any] | None:
             None,
         ),
         "cells": {
-            name: {mode: of["modes"][mode]["reward"] for mode in ("sampled", "guided") if mode in of["modes"]}
+            name: {mode: of["modes"][mode]["rule"] for mode in ("sampled", "guided") if mode in of["modes"]}
             for name, of in trained.items()
         },
     }
 
 
 def regularizer_summary(systems: Mapping[str, Any], scores: GridScores) -> dict[str, Any]:
-    """Compute Figure 5: reward and image error, which is also given as a multiple of UniGRPO's (velocity MSE)."""
-    shown = [name for name, of in systems.items() if of["group"] == "figure5" or name in ("base", REFERENCE[0])]
+    """Compute Figure 5: the ends of the long runs; the image error also as a multiple of the velocity MSE's."""
+    shown = [name for name, of in systems.items() if of["group"] == "figure5" or name == "base"]
+    keys = ("rule", "learned", "questions", "picture_error", "latent_distance")
     return {
         name: {
             "title": systems[name]["title"],
-            "reward": systems[name]["modes"]["sampled"]["reward"],
-            "picture_error": systems[name]["modes"]["sampled"]["picture_error"],
-            "picture_error_range": systems[name]["modes"]["sampled"]["picture_error_range"],
-            "latent_distance": systems[name]["modes"]["sampled"]["latent_distance"],
-            "picture_error_ratio": error_ratio(scores, name) if name not in ("base", REFERENCE[0]) else None,
+            **{key: systems[name]["modes"]["sampled"][key] for key in keys},
+            "distinct": systems[name]["diversity"].get("distinct_pictures"),
+            "picture_error_ratio": error_ratio(scores, name) if name not in ("base", LONG[0]) else None,
         }
         for name in shown
         if "sampled" in systems[name]["modes"]
@@ -198,13 +210,13 @@ def regularizer_summary(systems: Mapping[str, Any], scores: GridScores) -> dict[
 
 def error_ratio(scores: GridScores, system: str) -> dict[str, Any] | None:
     """
-    Divide the image error by UniGRPO's: geometric mean over common seeds, with a t interval of its logarithm.
+    Divide the image error by that with the velocity MSE: geometric mean over common seeds, t interval of its log.
 
     With one seed there is a ratio and no interval.
     """
     errors = [
         {run.seed: run.record["evaluations"]["sampled"].get("picture_error") for run in scores.runs(name, "sampled")}
-        for name in (system, REFERENCE[0])
+        for name in (system, LONG[0])
     ]
     logs = [math.log(errors[0][seed] / other) for seed, other in errors[1].items() if other and errors[0].get(seed)]
     if not logs:
@@ -220,7 +232,7 @@ def error_ratio(scores: GridScores, system: str) -> dict[str, Any] | None:
 
 def shown_traces(scores: GridScores) -> list[dict[str, Any]]:
     """
-    List the fixed prompts with the thinking, the reward and the place of the image of each of `TRACED`.
+    List the fixed prompts with the thinking, the scores and the place of the image of each of `TRACED`.
 
     `strip` is the file below the output folder, `index` the image's place in it.
     """
@@ -231,7 +243,7 @@ def shown_traces(scores: GridScores) -> list[dict[str, Any]]:
             row = rows.setdefault(trace["prompt"], {"prompt": trace["prompt"], "category": trace["category"]})
             row.setdefault("samples", {})[system] = {
                 "thinking": trace["thinking"],
-                "reward": significant(trace["reward"], 4),
+                **{score: significant(trace[score], 4) for score in SCORES},
                 "picture_error": significant(trace.get("picture_error"), 4),
                 "strip": f"{run.name}/strip.png" if run else None,
                 "index": index,

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, set_seed
 from ...__about__ import versions
 from ...models.bagel import BagelForUnifiedGeneration
 from ...monitoring.files import replace_file
-from ...shapeworld import BASE
+from ...shapeworld import BASE, SEEING_BASE
 from ...shapeworld.evaluate import group_diversity
 from ..demo.demo import quiet
 from .chosen import load_chosen
@@ -34,16 +34,19 @@ from .scoring import (
     sample_traces,
     strip,
     summary,
+    validation_scores,
 )
 from .systems import (
     CHOSEN,
     FULL,
     SYSTEMS,
+    TRACED,
     Scale,
     Settings,
     is_start,
 )
-from .training import make_trainer, rollouts, run_settings
+from .training import make_trainer, make_validation, rollouts, run_settings
+from .validation import VALIDATION_PROMPTS
 
 
 def run_job(job: Job, output: Path, scale: Scale, settings: Settings) -> dict[str, Any]:
@@ -52,20 +55,31 @@ def run_job(job: Job, output: Path, scale: Scale, settings: Settings) -> dict[st
     system, folder, searching = SYSTEMS[job.system], job.folder(output), job.candidate is not None
     folder.mkdir(parents=True, exist_ok=True)
     set_seed(job.seed)
-    start = BASE if job.start is None else job.start.folder(output) / "model"
+    base = SEEING_BASE if system.sees else BASE
+    start = base if job.start is None else job.start.folder(output) / "model"
     model, tokenizer = BagelForUnifiedGeneration.from_pretrained(start), AutoTokenizer.from_pretrained(start)
-    train_cpu_seconds = 0.0
+    guidance_scale = settings.get("eval_guidance_scale")
+    train_cpu_seconds, chosen_point = 0.0, None
     if system.method != "none":
-        trainer = make_trainer(system, settings, job.seed, model, tokenizer, folder)
+        few = Scale(scale.generations, VALIDATION_PROMPTS, "validation")
+        validation = make_validation(
+            system,
+            settings,
+            folder,
+            model,
+            lambda: validation_scores(evaluate_in_mode(model, tokenizer, system.modes[0], few, guidance_scale)),
+        )
+        trainer = make_trainer(system, settings, job.seed, model, tokenizer, folder, validation)
         started = time.process_time()
         trainer.train()
-        train_cpu_seconds = time.process_time() - started
+        train_cpu_seconds = time.process_time() - started - validation.cpu_seconds
+        chosen_point = validation.chosen
 
     modes = system.modes[:1] if searching else system.modes
-    guidance_scale = settings.get("eval_guidance_scale")
     evaluations = {mode: evaluate_in_mode(model, tokenizer, mode, scale, guidance_scale) for mode in modes}
     shown = evaluations[modes[0]]
-    strip(shown).save(folder / "strip.png")
+    if system.name in TRACED:
+        strip(shown).save(folder / "strip.png")
     if is_start(system.name) and not searching:
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
@@ -78,6 +92,7 @@ def run_job(job: Job, output: Path, scale: Scale, settings: Settings) -> dict[st
         "settings": settings,
         "start": system.start,
         "rollouts": rollouts(settings),
+        "chosen_point": chosen_point,
         "train_cpu_seconds": round(train_cpu_seconds, 1),
         "cpu_seconds": round(time.process_time(), 1),
         "seconds": round(time.perf_counter() - began, 1),
@@ -89,7 +104,7 @@ def run_job(job: Job, output: Path, scale: Scale, settings: Settings) -> dict[st
         "diversity": None if searching else vars(group_diversity(model, tokenizer, thinking=modes != ("direct",))),
         "traces": sample_traces(shown),
     }
-    replace_file(folder / "run.json", json.dumps(result) + "\n")
+    replace_file(folder / "run.json", json.dumps(result, separators=(",", ":")) + "\n")
     return result
 
 

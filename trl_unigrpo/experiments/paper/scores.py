@@ -1,4 +1,4 @@
-"""The runs' rewards: means and paired differences with their intervals."""
+"""The runs' scores: means and paired differences with their intervals."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ class GridScores:
     def trained(self, system: str) -> bool:
         return any(run.record["rollouts"] for run in self.by_system.get(system, []))
 
-    def mean(self, system: str, mode: str, category: str | None = None) -> CrossedInterval | None:
-        """Average the reward; None where it is not defined: a category with one prompt has no interval."""
-        rows = {run.seed: run.rewards(mode) for run in self.runs(system, mode)}
+    def mean(self, system: str, mode: str, category: str | None = None, score: str = "rule") -> CrossedInterval | None:
+        """Average a score; None where it is not defined: a category with one prompt has no interval."""
+        rows = {run.seed: run.scores(mode, score) for run in self.runs(system, mode)}
         if not self.trained(system):  # its runs are all the same one
             rows = dict(list(rows.items())[:1])
         return self._interval(list(rows.values()), category)
 
-    def difference(self, left: tuple[str, str], right: tuple[str, str]) -> CrossedInterval | None:
+    def difference(self, left: tuple[str, str], right: tuple[str, str], score: str = "rule") -> CrossedInterval | None:
         """
         Average left - right, both (system, mode), over the seeds that both have and the same prompts; None if none.
 
-        A system that was not trained has one row of rewards, which stands beside each seed of the other.
+        A system that was not trained has one row of scores, which stands beside each seed of the other.
         """
-        rows = [{run.seed: run.rewards(side[1]) for run in self.runs(*side)} for side in (left, right)]
+        rows = [{run.seed: run.scores(side[1], score) for run in self.runs(*side)} for side in (left, right)]
         if not all(rows):
             return None
         for mine, side, other in ((0, left, 1), (1, right, 0)):

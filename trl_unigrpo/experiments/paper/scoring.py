@@ -1,8 +1,9 @@
-"""Measures of a model: rewards, image quality, and what it thinks and paints for a dozen prompts."""
+"""Measures of a model: rule, learned reward, questions, image quality, and what it thinks and paints for a dozen."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,15 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ...evaluation import Guidance
-from ...shapeworld import evaluate_model
+from ...shapeworld import evaluate_model, picture_error, preference_reward
 from ...shapeworld.evaluate import Evaluation
 from ...shapeworld.grammar import CATEGORIES
 from ...shapeworld.quality import latent_distance
+from ...shapeworld.question_points import question_points
+from ...shapeworld.second_look import evaluate_second_look
 from ...statistics import mean_interval
+from .numbers import digits
 from .systems import Scale
-from .training import digits
 
 
 TRACES = 12
@@ -28,7 +31,7 @@ def evaluate_in_mode(
     """Score a model in one of `System.modes`; "guided" needs the scale."""
     if mode == "guided" and guidance_scale is None:
         raise ValueError("The mode 'guided' needs the scale of the guidance: set eval_guidance_scale.")
-    return evaluate_model(
+    found = evaluate_model(
         model,
         tokenizer,
         scale.num_prompts,
@@ -37,24 +40,46 @@ def evaluate_in_mode(
         do_sample=mode != "greedy",
         guidance=Guidance(guidance_scale) if mode == "guided" and guidance_scale else None,
     )
+    return second_images(model, tokenizer, found) if mode == "rounds" else found
+
+
+def second_images(model: Any, tokenizer: PreTrainedTokenizerBase, first: Evaluation) -> Evaluation:
+    """Have a model look at its images and paint them again or keep them; score what it then has."""
+    look = evaluate_second_look(model, tokenizer, first)
+    return replace(
+        first,
+        thinking=[f"{thinking} {said}" for thinking, said in zip(first.thinking, look.said, strict=True)],
+        images=look.images,
+        reward=look.reward,
+        strict=look.strict,
+        error=picture_error(look.images),
+    )
+
+
+def learned_rewards(evaluation: Evaluation) -> list[float]:
+    """Score the images by the reward that is trained on."""
+    return preference_reward(evaluation.prompts, [""] * len(evaluation.prompts), images=evaluation.images)
+
+
+def validation_scores(evaluation: Evaluation) -> dict[str, float]:
+    """Average what a point of `validation.jsonl` has."""
+    means = {"learned": np.array(learned_rewards(evaluation)), "rule": evaluation.reward}
+    means["picture_error"] = evaluation.error
+    return {name: float(values.mean()) for name, values in means.items()}
 
 
 def summary(model: Any, evaluation: Evaluation, thinking: bool) -> dict[str, Any]:
     """Collect the numbers of an evaluation; `plan` is None without thinking."""
-    categories = np.array(evaluation.categories)
     error = mean_interval(evaluation.error, evaluation.prompts)
     return {
-        "reward": [round(value, 4) for value in evaluation.reward.tolist()],
+        "rule": [round(value, 3) for value in evaluation.reward.tolist()],
+        "learned": [round(value, 3) for value in learned_rewards(evaluation)],
+        "questions": digits(float(question_points(evaluation.prompts, evaluation.images).mean())),
         "strict": digits(float(evaluation.strict.mean())),
         "plan": digits(float(evaluation.plan.mean())) if thinking else None,
         "picture_error": digits(error.mean),
         "picture_error_interval": [digits(error.low), digits(error.high)],
         "latent_distance": digits(latent_distance(model, evaluation.images, evaluation.prompts)),
-        "categories": {
-            name: digits(float(evaluation.reward[categories == name].mean()))
-            for name in CATEGORIES
-            if (categories == name).any()
-        },
     }
 
 
@@ -70,12 +95,14 @@ def trace_rows(categories: Sequence[str], number: int = TRACES) -> list[int]:
 
 def sample_traces(evaluation: Evaluation) -> list[dict[str, Any]]:
     """List prompt, thinking and scores of the dozen."""
+    learned = learned_rewards(evaluation)
     return [
         {
             "prompt": evaluation.prompts[row],
             "category": evaluation.categories[row],
             "thinking": evaluation.thinking[row],
-            "reward": digits(float(evaluation.reward[row])),
+            "rule": digits(float(evaluation.reward[row])),
+            "learned": digits(learned[row]),
             "picture_error": digits(float(evaluation.error[row])),
         }
         for row in trace_rows(evaluation.categories)

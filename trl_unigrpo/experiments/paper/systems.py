@@ -1,7 +1,9 @@
 """The declared grid: every system that is trained, in what it differs from the others, and what is searched for it.
 
-All start from the shipped base model unless `start` says otherwise, and see equally many images. The learning rates
-of each method are chosen on validation prompts from equally many candidates (`chosen.py`).
+All are trained from one learned reward, start from the shipped base model unless `start` or `sees` says otherwise, and
+see equally many images; the long runs three times as many. The learning rates of each method are chosen by the learned
+reward on validation prompts, from equally many candidates (`chosen.py`), and so is the point at which a run stops
+(`validation.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .constants import matched_kl_weight, of_settings, times
 
 
 Settings = Mapping[str, Any]
@@ -20,7 +24,7 @@ CHOSEN = Path(__file__).parent / "chosen.json"
 THINKING = ("sampled", "greedy")
 DIRECT = ("direct",)
 EVERY_MODE = ("sampled", "greedy", "direct")
-GUIDED = ("sampled", "guided")
+GUIDED = ("guided", "sampled")
 
 RATES = tuple({"learning_rate": rate} for rate in (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4))
 IMAGE_RATES = tuple({"image_learning_rate": rate} for rate in (5e-5, 1e-4, 2e-4, 4e-4, 8e-4))
@@ -29,7 +33,7 @@ JOINT_RATES = tuple(
     {"learning_rate": text, "image_learning_rate": image}
     for text, image in ((1.5e-4, 5e-5), (3e-4, 1e-4), (3e-4, 2e-4), (6e-4, 2e-4), (6e-4, 4e-4))
 )
-SCALES = tuple({"guidance_scale": scale, "eval_guidance_scale": scale} for scale in (1.25, 1.5, 2.0, 3.0, 4.0))
+SCALES = tuple({"guidance_scale": scale, "eval_guidance_scale": scale} for scale in (1.5, 2.0, 3.0, 4.0, 6.0))
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Scale:
     split: str = "test"
 
 
-FULL, QUICK, SEARCH = Scale(70, 1050), Scale(35, 210), Scale(70, 700, "validation")
+FULL, QUICK, SEARCH = Scale(70, 1050), Scale(28, 210), Scale(70, 700, "validation")
 """The search's runs are as long as the others: the rate that is best for a short run ruins a longer one."""
 SEARCH_SEED = 100
 """Of every run of the search: no seed of a reported run."""
@@ -64,11 +68,16 @@ class System:
         method: "none" (not trained), "sft", "refl", or "unigrpo": `UniGRPOTrainer`, whatever its objective.
         settings: in what it differs from its method's own; a function stands for what it returns.
         modes: how it is scored: "sampled" or "greedy" thinking, "direct" (no thinking), "guided" (sampled, with
-            classifier-free guidance of `eval_guidance_scale`). The first is its own mode: the search goes by it.
+            classifier-free guidance of `eval_guidance_scale`), "rounds" (sampled, and its image looked at and painted
+            again). The first is its own mode: search and early stopping go by it.
         candidates: settings among which the search chooses; empty for none.
         takes: other systems whose choice it takes over.
         start: the system whose model it goes on with, of the same seed; None for the base model.
+        sees: it starts from the base that sees images.
         part: of the images that the others see: "whole", "first half", or "second half".
+        length: how many times as long as the others' its runs are.
+        early_stopping: its model is the one of the best point by the learned reward; without, the one of the end.
+        reward: "learned", or "read_back": what the model itself reads in its images.
         hidden: it is only there to be another's start.
     """
 
@@ -81,13 +90,17 @@ class System:
     candidates: tuple[Settings, ...] = ()
     takes: tuple[str, ...] = ()
     start: str | None = None
+    sees: bool = False
     part: str = "whole"
+    length: int = 1
+    early_stopping: bool = True
+    reward: str = "learned"
     hidden: bool = False
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Five for what the paper's first table compares, three for the rest; one for what is not trained."""
-        return tuple(range(1 if self.method == "none" else 5 if self.group == "table1" else 3))
+        """Five for what a claim is about, three for the rest; one for what is not trained."""
+        return tuple(range(1 if self.method == "none" else 3 if self.group in ("extras", "ablations") else 5))
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -95,34 +108,27 @@ class System:
         return (*self.takes, self.name) if self.candidates else self.takes
 
 
-def matched_kl_weight() -> float:
-    """
-    Find the weight at which the latent KL is as large as the velocity MSE for the same change of velocity.
-
-    The KL of a step is w_t |v - v_ref|^2 with w_t of that step alone. The weight of the velocity MSE is divided by the
-    mean of w_t over the steps of all windows that may be drawn.
-    """
-    import torch
-
-    from ...flow import flow_timesteps, latent_kl, transition
-    from ...flow.per_round import PER_ROUND, of_round
-    from ...flow.schedule import window_steps
-    from ...shapeworld.settings import demo_settings
-    from ...trainers.unigrpo_config import UniGRPOConfig
-
-    args = UniGRPOConfig(output_dir="", **demo_settings())
-    number, size, window, noise_level = (of_round(args, name, 0) for name in PER_ROUND)
-    steps = torch.tensor(window_steps(window, size, args.sde_window_mode))
-    grid = flow_timesteps(number, args.timestep_shift)
-    coefficients = transition(args.sde_type, grid[steps], grid[steps + 1], noise_level, grid[1])
-    ones = torch.ones(len(steps), 1, dtype=torch.float64)
-    return args.flow_regularizer_weight / latent_kl(ones, 0 * ones, coefficients, num_batch_dims=1).mean().item()
+def long_run(name: str, title: str, settings: Mapping[str, Any] | None = None) -> System:
+    """Declare UniGRPO with another regulariser, three times as long, whose end is scored: there hacking shows."""
+    return System(
+        f"long_{name}", title, "figure5", "unigrpo", settings or {}, takes=("unigrpo",), length=3, early_stopping=False
+    )
 
 
 NO_TEXT: Settings = {"text_weight": 0.0}
 NO_THINKING: Settings = {"text_weight": 0.0, "thinking": False}
 # Three points per image, as many trained states as the window of FlowGRPO has.
 FPO, AWM, NFT = ({"image_objective": name, "matching_samples": 3} for name in ("fpo", "awm", "nft"))
+
+ROUNDS = (
+    *("system_prompt", "num_rounds", "round_group", "round_select", "keep_perfect"),
+    *("reflection_template", "max_reflection_length", "noise_level"),
+)
+SCOUTS = (
+    *("num_generations", "scout_generations", "scout_num_inference_steps", "num_inference_steps"),
+    "per_device_train_batch_size",
+)
+"""What `demo_settings` lack of the settings of two rounds, and of scouts."""
 
 # fmt: off
 GRID = (
@@ -146,27 +152,35 @@ GRID = (
     System("two_stage", "ReFL (thinking), then TextGRPO", "table1", "unigrpo", {"flow_weight": 0.0},
            takes=("text_grpo",), start="two_stage_refl", part="second half"),
     System("unifpo", "UniFPO", "table1", "unigrpo", FPO, candidates=JOINT_RATES),
+    System("uniawm", "UniAWM", "table1", "unigrpo", AWM, candidates=JOINT_RATES),
+    System("uninft", "UniNFT", "table1", "unigrpo", NFT, candidates=JOINT_RATES),
     System("unigrpo", "UniGRPO", "table1", "unigrpo", candidates=JOINT_RATES),
 
-    System("no_regularizer", "no regulariser", "figure5", "unigrpo", {"flow_regularizer": "none"},
-           takes=("unigrpo",)),
-    System("latent_kl", "latent KL, same weight", "figure5", "unigrpo", {"flow_regularizer": "latent_kl"},
-           takes=("unigrpo",)),
-    System("latent_kl_matched", "latent KL, matched weight", "figure5", "unigrpo",
-           {"flow_regularizer": "latent_kl", "flow_regularizer_weight": matched_kl_weight}, takes=("unigrpo",)),
+    long_run("velocity_mse", "velocity MSE (UniGRPO)"),
+    long_run("none", "no regulariser", {"flow_regularizer": "none"}),
+    long_run("latent_kl", "latent KL, same weight", {"flow_regularizer": "latent_kl"}),
+    long_run("latent_kl_matched", "latent KL, matched weight",
+             {"flow_regularizer": "latent_kl", "flow_regularizer_weight": matched_kl_weight}),
+    long_run("velocity_mse_10", "velocity MSE, weight x 10",
+             {"flow_regularizer_weight": times(10, "flow_regularizer_weight")}),
 
-    # These show if another weight than the paper's keeps images cleaner.
-    System("velocity_mse_10", "velocity MSE, weight x 10", "figure5", "unigrpo", {"flow_regularizer_weight": 1.5e-4},
-           takes=("unigrpo",)),
-    System("velocity_mse_100", "velocity MSE, weight x 100", "figure5", "unigrpo", {"flow_regularizer_weight": 1.5e-3},
-           takes=("unigrpo",)),
-
-    System("guided_base", "Base, for guidance", "figure4", "sft", {"context_dropout": 0.1}, ("guided", "sampled"),
+    System("guided_base", "Base, for guidance", "figure4", "sft", {"context_dropout": 0.1}, GUIDED,
            SCALES, takes=("sft",), hidden=True),
     System("guidance_off", "trained without guidance", "figure4", "unigrpo", {"guidance_scale": 1.0}, GUIDED,
            takes=("unigrpo", "guided_base"), start="guided_base"),
     System("guidance_on", "trained with guidance", "figure4", "unigrpo", {}, GUIDED,
            takes=("unigrpo", "guided_base"), start="guided_base"),
+
+    System("base_seeing", "Base that sees", "extras", "none", modes=("sampled", "rounds"), sees=True),
+    System("rounds", "UniGRPO in two rounds, from the base that sees", "extras", "unigrpo",
+           of_settings("refine_settings", *ROUNDS), ("rounds", "sampled"), takes=("unigrpo",), sees=True),
+    System("read_back", "UniNFT rewarded by its own reading, from the base that sees", "extras", "unigrpo", NFT,
+           takes=("uninft",), sees=True, reward="read_back"),
+    System("scouts", "UniNFT with scouts", "extras", "unigrpo", {**NFT, **of_settings("fast_settings", *SCOUTS)},
+           takes=("uninft",)),
+    System("diversity", "UniGRPO, paid for different images", "extras", "unigrpo", {"diversity_weight": 1.0},
+           takes=("unigrpo",)),
+    System("text_kl", "UniGRPO, KL of the text", "extras", "unigrpo", {"beta": 0.04}, takes=("unigrpo",)),
 
     System("no_ratio_norm", "no RatioNorm", "ablations", "unigrpo", {"ratio_norm": False}, takes=("unigrpo",)),
     System("cps", "CPS for the SDE", "ablations", "unigrpo", {"sde_type": "cps"}, takes=("unigrpo",)),
@@ -177,7 +191,8 @@ GRID = (
     System("lambda_0.3", "lambda 0.3", "ablations", "unigrpo", {"flow_weight": 0.3}, takes=("unigrpo",)),
     System("lambda_3", "lambda 3", "ablations", "unigrpo", {"flow_weight": 3.0}, takes=("unigrpo",)),
     # This shows if it is the clip range that holds UniGRPO back.
-    System("clip_10", "clip range x 10", "ablations", "unigrpo", {"flow_epsilon": 1e-5}, takes=("unigrpo",)),
+    System("clip_10", "clip range x 10", "ablations", "unigrpo", {"flow_epsilon": times(10, "flow_epsilon")},
+           takes=("unigrpo",)),
     System("unifpo_8", "UniFPO, 8 points per image", "ablations", "unigrpo", {**FPO, "matching_samples": 8},
            takes=("unifpo",)),
     System("one_epoch", "one pass over each rollout", "ablations", "unigrpo", {"num_iterations": 1},
@@ -188,7 +203,10 @@ GRID = (
 SYSTEMS = {system.name: system for system in GRID}
 
 GROUPS = tuple(dict.fromkeys(system.group for system in GRID))
-QUICK_SYSTEMS = ("base", "sft", "unigrpo", "flow_grpo_thinking", "text_grpo", "no_regularizer")
+QUICK_SYSTEMS = ("base", "unigrpo", "flow_grpo_thinking", "text_grpo", "long_velocity_mse", "long_none")
+
+TRACED = ("base", "unigrpo", "long_velocity_mse", "long_none")
+"""The systems whose thinkings and images stand side by side on the page."""
 
 
 def select(names: Sequence[str]) -> list[System]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .claims import REFERENCE, reward, title
+from .claims import LONG, REFERENCE, mean_rule, title
 from .markdown import (
     NONE,
     escape,
@@ -32,8 +32,8 @@ def rows(results: Mapping[str, Any], *groups: str) -> list[TableRow]:
         (name, system, mode)
         for name, system in results["systems"].items()
         if system["group"] in groups
-        for mode in ("direct", "sampled")
-        if (system["modes"].get(mode) or {}).get("reward")
+        for mode in ("direct", "sampled", "rounds")
+        if (system["modes"].get(mode) or {}).get("rule")
     ]
 
 
@@ -44,18 +44,18 @@ def emphasized(row: TableRow, cells: list[str]) -> list[str]:
 
 def table1(results: Mapping[str, Any]) -> str:
     """Tabulate every system in every way to paint, against UniGRPO."""
-    header = ["system", "thinking", "reward, sampled", "minus UniGRPO", "Holm p", "greedy", "seeds"]
+    header = ["system", "thinking", "rule", "minus UniGRPO", "Holm p", "questions", "learned reward", "seeds"]
     lines = []
     for row in rows(results, "table1"):
         _, system, mode = row
         found = system["modes"][mode]
-        greedy = system["modes"].get("greedy", {}).get("reward") if mode == "sampled" else None
         cells = [
             escape(system["title"]),
             "yes" if mode == "sampled" else "no",
-            interval(found["reward"]),
+            interval(found["rule"]),
             *_difference(found),
-            number(greedy["mean"]) if greedy else NONE,
+            number(found["questions"]),
+            interval(found["learned"]),
             str(len(found["seeds"])) if system["trained"] else NONE,
         ]
         lines.append(emphasized(row, cells))
@@ -63,15 +63,24 @@ def table1(results: Mapping[str, Any]) -> str:
 
 
 def details_table(results: Mapping[str, Any], *groups: str) -> str:
-    """Tabulate what plans and images are worth, and what training cost."""
-    header = ["system", "strict", "plan", "clipped", *IMAGE_MEASURES, "CPU seconds"]
+    """Tabulate what plans and images are worth, where runs were stopped, and what training cost."""
+    header = ["system", "greedy", "strict", "plan", "clipped", *IMAGE_MEASURES, "stopped at", "CPU seconds"]
     lines = []
     for row in rows(results, *groups):
         name, system, mode = row
         found = system["modes"][mode]
-        cost = f"{system['train_cpu_seconds']:,.0f}" if system["trained"] else NONE
-        plans = [number(found["strict"]), number(found["plan"]), number(system["clip_frac"], 2)]
-        lines.append(emphasized(row, [escape(title(results, (name, mode))), *plans, *_image_measures(row), cost]))
+        greedy = system["modes"].get("greedy", {}).get("rule") if mode == "sampled" else None
+        stopped = system["stopped"]
+        cells = [
+            escape(title(results, (name, mode))),
+            number(greedy["mean"] if greedy else None),
+            *(number(found[key]) for key in ("strict", "plan")),
+            number(system["clip_frac"], 2),
+            *_image_measures(row),
+            number(sum(stopped) / len(stopped) if stopped else None, 2),
+            f"{system['train_cpu_seconds']:,.0f}" if system["trained"] else NONE,
+        ]
+        lines.append(emphasized(row, cells))
     return markdown_table(header, lines)
 
 
@@ -91,7 +100,7 @@ def _difference(found: Mapping[str, Any]) -> list[str]:
 
 
 def category_table(results: Mapping[str, Any]) -> str:
-    """Tabulate the mean reward by category; the highest of each column is bold."""
+    """Tabulate the mean rule by category; the highest of each column is bold."""
     categories = list(results["prompts"]["categories"])
     shown = rows(results, "table1")
     means = {
@@ -108,23 +117,25 @@ def category_table(results: Mapping[str, Any]) -> str:
     return markdown_table(["system", *(escape(of.replace("_", " ")) for of in categories)], lines)
 
 
-def ablation_table(results: Mapping[str, Any]) -> str:
-    """Tabulate what each ablation changed, and what that changed. Nothing without any of them."""
-    shown = [row for row in rows(results, "figure5", "ablations") if row[2] == "sampled"]
+def changes_table(results: Mapping[str, Any], group: str) -> str:
+    """Tabulate what each system of a group changed against UniGRPO, and what came of it. Nothing without any."""
+    shown = rows(results, group)
     if not shown:
         return ""
     own = [row for row in rows(results, "table1") if row[0] == REFERENCE[0]]
-    header = ["run", "changed", "reward, sampled", "minus UniGRPO", "Holm p", "seeds"]
+    header = ["run", "changed", "rule", "minus UniGRPO", "Holm p", "questions", "learned reward", "seeds"]
     lines = []
     for row in own + shown:
-        _, system, mode = row
+        name, system, mode = row
         found = system["modes"][mode]
         cells = [
-            escape(system["title"]),
+            escape(title(results, (name, mode))),
             changed(system["settings"], own[0][1]["settings"]) if own else NONE,
-            interval(found["reward"]),
+            interval(found["rule"]),
             *_difference(found),
-            str(len(found["seeds"])),
+            number(found["questions"]),
+            interval(found["learned"]),
+            str(len(found["seeds"])) if system["trained"] else NONE,
         ]
         lines.append(emphasized(row, cells))
     return markdown_table(header, lines, text_columns=2)
@@ -153,27 +164,30 @@ def guidance_table(results: Mapping[str, Any]) -> str:
 
 
 def regularizer_table(results: Mapping[str, Any]) -> str:
-    """Tabulate Figure 5's numbers."""
+    """Tabulate the ends of the long runs."""
+    header = ["run", "learned reward", "rule", "minus velocity MSE", "Holm p", "questions"]
+    header += ["image error", "as a multiple", "latent distance", "distinct images"]
     lines = []
-    for found in results["figure5"].values():
+    for name, found in results["figure5"].items():
         ratio = found["picture_error_ratio"]
         spread = f" [{ratio['low']:.3g}, {ratio['high']:.3g}]" if ratio and ratio["low"] is not None else ""
-        lines.append(
-            [
-                escape(found["title"]),
-                interval(found["reward"]) if found["reward"] else NONE,
-                number(found["picture_error"], 4),
-                f"x {ratio['ratio']:.3g}{spread}" if ratio else NONE,
-                number(found["latent_distance"], 3, significant=True),
-            ]
-        )
-    return markdown_table(
-        ["run", "reward, sampled", "image error", "as a multiple of UniGRPO's", "latent distance"], lines
-    )
+        difference = _difference(results["systems"][name]["modes"]["sampled"]) if name != "base" else [NONE, NONE]
+        cells = [
+            escape(found["title"]),
+            *(interval(found[key]) if found[key] else NONE for key in ("learned", "rule")),
+            *difference,
+            number(found["questions"]),
+            number(found["picture_error"], 4),
+            f"x {ratio['ratio']:.3g}{spread}" if ratio else NONE,
+            number(found["latent_distance"], 3, significant=True),
+            number(found["distinct"], 2),
+        ]
+        lines.append([f"**{cell}**" for cell in cells] if name == LONG[0] else cells)
+    return markdown_table(header, lines)
 
 
 def search_table(results: Mapping[str, Any]) -> str:
-    """Tabulate each method's candidates with their validation rewards; the chosen one is bold."""
+    """Tabulate each method's candidates with their learned reward on validation prompts; the chosen one is bold."""
     entries = results["search"]
     width = max((len(of["candidates"]) for of in entries.values()), default=0)
     lines = []
@@ -196,17 +210,22 @@ def _searched(entry: Mapping[str, Any]) -> list[str]:
     return [key for i, key in enumerate(columns) if columns[key] not in list(columns.values())[:i]]
 
 
+def verdict_table(results: Mapping[str, Any]) -> str:
+    """Tabulate the paper's claims and if they hold here, and nothing else."""
+    lines = [[f"{escape(of['text'])} ({escape(of['where'])})", f"**{of['verdict']}**"] for of in results["claims"]]
+    return markdown_table(["the paper", "here"], lines, text_columns=2)
+
+
 def claims_table(results: Mapping[str, Any]) -> str:
-    """Tabulate the paper's claims and what happened here."""
+    """Tabulate the numbers behind each verdict."""
     lines = [
         [
-            f"{escape(of['text'])} ({escape(of['where'])})",
-            f"**{of['verdict']}**",
+            f"{escape(of['text'])}: **{of['verdict']}**",
             "<br>".join(escape(part) for part in of["sentence"].split("; ")),
         ]
         for of in results["claims"]
     ]
-    return markdown_table(["the paper", "here", "numbers"], lines, text_columns=3)
+    return markdown_table(["claim", "numbers"], lines, text_columns=2)
 
 
 def seed_lines(results: Mapping[str, Any]) -> list[str]:
@@ -226,11 +245,13 @@ def seed_lines(results: Mapping[str, Any]) -> list[str]:
 
 def above_unigrpo(results: Mapping[str, Any]) -> str:
     """Name the rows of Table 1 that are above UniGRPO, intervals apart."""
-    own = reward(results, REFERENCE)
+    own = mean_rule(results, REFERENCE)
     if own is None:
         return "not known, UniGRPO was not measured"
     shown = [(name, mode) for name, _, mode in rows(results, "table1")]
-    return ", ".join(escape(title(results, of)) for of in shown if reward(results, of)["low"] > own["high"]) or "none"
+    return (
+        ", ".join(escape(title(results, of)) for of in shown if mean_rule(results, of)["low"] > own["high"]) or "none"
+    )
 
 
 def rate_table(results: Mapping[str, Any]) -> str:
@@ -267,10 +288,11 @@ def trace_titles(results: Mapping[str, Any], trace: Mapping[str, Any]) -> list[s
 def trace_table(results: Mapping[str, Any], trace: Mapping[str, Any]) -> str:
     """Tabulate what each system thought of one prompt, and what its image scored."""
     lines = [
-        [name, escape(unwrapped(of["thinking"])) or NONE, number(of["reward"], 2), number(of["picture_error"], 4)]
+        [name, escape(unwrapped(of["thinking"])) or NONE]
+        + [number(of["rule"], 2), number(of["learned"], 2), number(of["picture_error"], 4)]
         for name, of in zip(trace_titles(results, trace), trace["samples"].values(), strict=True)
     ]
-    return markdown_table(["", "thinking", "reward", "image error"], lines, text_columns=2)
+    return markdown_table(["", "thinking", "rule", "learned reward", "image error"], lines, text_columns=2)
 
 
 def unwrapped(thinking: str) -> str:

@@ -5,26 +5,31 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
 
+from ...rewards import ReadBackReward
 from ...shapeworld import (
     demo_settings,
     picture_error,
+    preference_reward,
     shapeworld_dataset,
     shapeworld_reward,
-    soft_shapeworld_reward,
+    soft_preference_reward,
 )
 from ...shapeworld.corpus import NO_ERRORS, pretraining_corpus
 from ...trainers.refl_trainer import ReFLConfig, ReFLTrainer
 from ...trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
 from ...trainers.unigrpo_config import UniGRPOConfig
 from ...trainers.unigrpo_trainer import UniGRPOTrainer
+from .numbers import digits
 from .systems import Scale, Settings, System
+from .validation import VALIDATION_POINTS, PointScores, Validation, validation_steps
 
 
 NO_SETTING_OF = {
@@ -34,11 +39,13 @@ NO_SETTING_OF = {
 }
 """Entries of a run's settings that speak of its data and of how it is scored, not of its trainer."""
 
+IMAGES_PER_ROLLOUT = 192
 CORPUS_SEED = 1000
 """Added to a run's seed: the base model was trained on the corpus of seed 0."""
 
 LOGGED = {
     "reward": "reward",
+    "rewards/shapeworld_reward/mean": "rule",
     "rewards/picture_error_reward/mean": "picture_error",
     "flow/velocity_mse": "velocity_mse",
     "flow/latent_kl": "latent_kl",
@@ -55,7 +62,7 @@ def method_settings(method: str, generations: int) -> dict[str, Any]:
     """Give what all systems of a method share. 192 images per generation: one rollout, or two batches of 96."""
     demo = {**demo_settings(generations), "lr_scheduler_type": "constant"}  # the rates were searched without decay
     if method == "unigrpo":
-        return {**demo, "reward_weights": [1.0, 0.0]}
+        return {**demo, "reward_weights": [1.0, 0.0, 0.0]}
     shared = {name: demo[name] for name in ("lr_scheduler_type", "logging_steps", "save_strategy", "report_to")}
     shared |= {"per_device_train_batch_size": demo["per_device_train_batch_size"] // 2, "max_steps": 2 * generations}
     if method == "refl":
@@ -87,8 +94,8 @@ def run_settings(
             f"{system.name} needs the search's choice for {', '.join(missing)}. Make it first: "
             f"trl-unigrpo paper --search --only {','.join(missing)}"
         )
-    half = scale.generations // 2
-    generations = {"whole": scale.generations, "first half": half, "second half": scale.generations - half}
+    whole = scale.generations * system.length
+    generations = {"whole": whole, "first half": whole // 2, "second half": whole - whole // 2}
     settings = method_settings(system.method, generations[system.part])
     for name in needed:
         settings |= chosen[name]
@@ -107,7 +114,13 @@ def passes(settings: Settings) -> int:
 
 def rollouts(settings: Settings) -> int:
     """Count the images that a run sees."""
-    return settings["max_steps"] * settings["per_device_train_batch_size"] // passes(settings) if settings else 0
+    return round(settings["max_steps"] * images_per_step(settings)) if settings else 0
+
+
+def images_per_step(settings: Settings) -> float:
+    """Count the images that a run sees for each optimizer step; of a pool of scouts, all."""
+    pool = settings.get("scout_generations", settings.get("num_generations", 1)) / settings.get("num_generations", 1)
+    return settings["per_device_train_batch_size"] * pool / passes(settings)
 
 
 def configuration(method: str) -> type:
@@ -138,13 +151,13 @@ class HistoryFile(TrainerCallback):
     A callback that writes one line of JSON per rollout batch as soon as it has been trained on.
 
     A line has `LOGGED`, "rollouts" (images so far) and "cpu_seconds" (of training so far), to five digits. Of the
-    numbers that each pass logs it has those of the last pass: in the first, the ratio is 1.
+    numbers that each pass logs it has those of the last pass: in the first, the ratio is 1. The seconds are without
+    those of the validation.
     """
 
-    def __init__(self, file: Path, settings: Settings):
-        self.file = file
-        self.passes = passes(settings)
-        self.batch = settings["per_device_train_batch_size"]
+    def __init__(self, file: Path, settings: Settings, validation: Validation | None = None):
+        self.file, self.validation = file, validation
+        self.passes, self.images = passes(settings), images_per_step(settings)
         self.row: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -157,16 +170,23 @@ class HistoryFile(TrainerCallback):
             return
         # They stand in the order of LOGGED; what has no value, such as the entropy of no thinking, is left out.
         known = {name: self.row[name] for name in LOGGED.values() if math.isfinite(self.row.get(name, math.nan))}
-        rollouts = state.global_step // self.passes * self.batch
-        row = {"rollouts": rollouts, **known, "cpu_seconds": time.process_time() - self.started}
+        rollouts = round(state.global_step * self.images)
+        validated = self.validation.cpu_seconds if self.validation else 0.0
+        row = {"rollouts": rollouts, **known, "cpu_seconds": time.process_time() - self.started - validated}
         with self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps({name: digits(value) for name, value in row.items()}) + "\n")
         self.row = {}
 
 
-def digits(value: float, number: int = 5) -> float:
-    """Round to so many significant digits; whole numbers stay whole."""
-    return value if isinstance(value, int) else float(f"{value:.{number}g}")
+def make_validation(
+    system: System, settings: Settings, folder: Path, model: torch.nn.Module, score: Callable[[], PointScores]
+) -> Validation:
+    """Make the callback that writes `validation.jsonl` and stops early, if the system does."""
+    seen = rollouts(settings)
+    steps = validation_steps(settings["max_steps"], seen // IMAGES_PER_ROLLOUT, VALIDATION_POINTS * system.length)
+    return Validation(
+        folder / "validation.jsonl", model, score, steps, images_per_step(settings), system.early_stopping
+    )
 
 
 def make_trainer(
@@ -176,11 +196,13 @@ def make_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
+    validation: Validation | None = None,
 ) -> Trainer:
     """Make the trainer of a run, which writes `history.jsonl` into its folder."""
     args = trainer_arguments(system, settings, str(folder), seed)
     common: dict[str, Any] = {"model": model, "args": args, "processing_class": tokenizer}
-    common["callbacks"] = [HistoryFile(folder / "history.jsonl", settings)]
+    history = HistoryFile(folder / "history.jsonl", settings, validation)
+    common["callbacks"] = [history, validation] if validation else [history]
     trainer: Trainer
     if system.method == "sft":
         rates = None if settings.get("corpus_errors", True) else NO_ERRORS
@@ -188,9 +210,10 @@ def make_trainer(
         trainer = UnifiedSFTTrainer(train_dataset=corpus, **common)
     elif system.method == "refl":
         dataset = shapeworld_dataset("train", seed=seed)
-        trainer = ReFLTrainer(reward=soft_shapeworld_reward, train_dataset=dataset, **common)
+        trainer = ReFLTrainer(reward=soft_preference_reward, train_dataset=dataset, **common)
     else:
-        rewards = [shapeworld_reward, picture_error_reward]
+        trained: Any = ReadBackReward() if system.reward == "read_back" else preference_reward
+        rewards = [trained, shapeworld_reward, picture_error_reward]
         dataset = shapeworld_dataset("train", seed=seed)
         trainer = UniGRPOTrainer(reward_funcs=rewards, train_dataset=dataset, **common)
     trainer.remove_callback(PrinterCallback)
