@@ -100,6 +100,12 @@ def test_half_precision_in_and_out():
     assert score.item() == pytest.approx(soft_preference_reward(pixels(RED), ["a red circle"]).item(), abs=0.02)
 
 
+def test_loading_it_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    load_preference_model.__wrapped__(CPU)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_shipped_model_is_small_and_frozen():
     assert PREFERENCE_WEIGHTS.stat().st_size < 2_000_000
     assert not any(parameter.requires_grad for parameter in load_preference_model(CPU).parameters())

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..messages import user_text
@@ -113,8 +113,9 @@ def word_ids(prompts: Sequence[str | list[dict[str, Any]]]) -> Tensor:
 @cache
 def load_preference_model(device: torch.device) -> PreferenceModel:
     """Load the model that comes with the package, for use alone; once per process and device."""
-    model = PreferenceModel()
-    load_model(model, PREFERENCE_WEIGHTS)
+    with torch.device("meta"):  # no weights are drawn, so that a training that asks for it goes on as it would
+        model = PreferenceModel()
+    model.load_state_dict(load_file(PREFERENCE_WEIGHTS), assign=True)
     return model.to(device).eval().requires_grad_(False)
 
 

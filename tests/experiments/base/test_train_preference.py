@@ -75,10 +75,10 @@ def test_training_finds_the_odds_of_the_annotator():
 
 def test_the_shipped_reward_is_useful_and_can_be_misled():
     base, tokenizer = load_base()
-    groups = paint_groups(base, tokenizer, 70, "validation", seed=3)
+    groups = paint_groups(base, tokenizer, 105, "validation", seed=3)
     found = pair_accuracy(judge_all(load_preference_model(torch.device("cpu")), groups), groups)
     assert 0.80 <= found["all"][0] <= 0.95  # .895 of ten times as many prompts
-    assert found["place"][0] < 0.7 < found["present"][0]
+    assert found["place"][0] < 0.7 < 0.8 < found["present"][0]
 
 
 @pytest.mark.slow

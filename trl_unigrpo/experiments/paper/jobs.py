@@ -30,7 +30,7 @@ class Job:
 
     @property
     def length(self) -> int:
-        """How many times as long as the others it is."""
+        """Say how many times as long as the others it is."""
         return SYSTEMS[self.system].length
 
     @property
