@@ -36,9 +36,9 @@ def test_every_documented_metric_is_logged_and_every_logged_one_documented(make_
         next(entry for entry in trainer.state.log_history if entry["step"] == step and key in entry)
         for step, key in ((1, "loss"), (2, "loss"), (2, "eval_reward"))
     )
-    # The tests of readers' alarms, of scouts and of overlap see these.
+    # The tests of readers' alarms, of scouts, of overlap and of diverse advantages see these.
     elsewhere = {"read_back/letters", "understanding/caption_log_prob", "scouts/agreement", "time/scout"}
-    documented = set(LOGGED_METRICS) - elsewhere - {"time/reward_ahead"}
+    documented = set(LOGGED_METRICS) - elsewhere - {"time/reward_ahead", "images/isolation"}
     for name in documented:
         assert name in generated, name
         assert math.isfinite(generated[name]), name

@@ -1,5 +1,8 @@
 """The cost of any VAE that a configuration can name, counted on tensors without data."""
 
+import json
+from functools import cache
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,16 +14,28 @@ from ..models.bagel.configuration import BagelConfig
 
 def vae_parameters(config: BagelConfig) -> int:
     """Count the parameters of the whole VAE."""
+    return _parameters(json.dumps(config.vae_config, sort_keys=True))
+
+
+@cache
+def _parameters(vae_config: str) -> int:
+    """Count for a configuration in JSON, once."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in build_vae(config.vae_config).parameters())
+        return sum(parameter.numel() for parameter in build_vae(json.loads(vae_config)).parameters())
 
 
 def vae_decode(config: BagelConfig, image_size: Size) -> tuple[int, int]:
     """Count the FLOPs of decoding one image, and the numbers in the largest input of one of its layers."""
+    sides = [side // config.vae_downsample for side in image_size]
+    shape = (1, config.latent_channels // config.latent_patch_size**2, *sides)
+    return _decode(json.dumps(config.vae_config, sort_keys=True), shape)
+
+
+@cache
+def _decode(vae_config: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Count for a configuration in JSON and the shape of its latents; once, as advice asks for it again and again."""
     with torch.device("meta"):
-        vae = build_vae(config.vae_config)
-        sides = [side // config.vae_downsample for side in image_size]
-        latents = torch.empty(1, config.latent_channels // config.latent_patch_size**2, *sides)
+        vae, latents = build_vae(json.loads(vae_config)), torch.empty(shape)
     largest = 0
 
     def measure(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:

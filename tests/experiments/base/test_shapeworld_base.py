@@ -65,7 +65,8 @@ def test_new_eyes_change_nothing_for_who_is_shown_nothing():
     latents, t = torch.randn(1, 9, 8), torch.tensor([0.7])
     velocities = [m.predict_velocity(m.encode_context(contexts), latents, t, (48, 48)) for m in (base, model)]
     assert torch.equal(*velocities)
-    assert torch.equal(base(ids).logits, model(ids).logits[..., : len(tokenizer)])
+    logits = [m(ids).logits[..., : len(tokenizer)] for m in (base, model)]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)  # a wider head may add up in another order
     [shown] = model.read_images(render_images(np.full(9, 7)))
     assert (shown.latents.shape, shown.features.shape, shown.grid) == ((9, 8), (9, 64), (3, 3))
 
