@@ -1,4 +1,4 @@
-"""What importing costs, and which names are public."""
+"""The cost of importing, and the public names."""
 
 import ast
 import json

@@ -43,7 +43,7 @@ def planted_errors() -> dict[str, float]:
 
 @dataclass
 class World:
-    """What is planted. Effects are normal; spreads are standard deviations, small enough to stay within [0, 1]."""
+    """The planted numbers. Effects are normal; spreads are standard deviations, small enough to stay within [0, 1]."""
 
     means: dict[str, float] = field(default_factory=planted_means)
     errors: dict[str, float] = field(default_factory=planted_errors)

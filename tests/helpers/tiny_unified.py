@@ -197,7 +197,7 @@ def beside(trainer, trajectories) -> dict:
 
 
 class Recorder(TrainerCallback):
-    """What the optimizer saw: weights and gradients before each step, and the batches that they came from."""
+    """The optimizer's view: weights and gradients before each step, and the batches that they came from."""
 
     def __init__(self):
         self.weights, self.gradients, self.batches, self.rates = [], [], [], []

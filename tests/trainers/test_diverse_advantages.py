@@ -127,7 +127,7 @@ def trl_advantages(rewards, group_size):
 
 
 def of_rows(seen, name="advantages"):
-    """What each row was trained with, in order."""
+    """List the advantage that each row was trained with, in order."""
     pairs = [
         (t.row, value.item())
         for batch in seen.batches

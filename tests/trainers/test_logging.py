@@ -1,4 +1,4 @@
-"""What a run logs, shows and writes."""
+"""The logs, lines and files of a run."""
 
 import math
 import types

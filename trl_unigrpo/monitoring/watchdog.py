@@ -32,7 +32,7 @@ AGAIN = "Checkpoints are whole: go on from the last with train(resume_from_check
 @dataclass
 class Heard:
     """
-    What was last heard of a process, and when that changed.
+    The last that was heard of a process, and when that changed.
 
     Attributes:
         beat: number of its sign of life.

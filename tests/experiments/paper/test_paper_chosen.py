@@ -55,7 +55,7 @@ def test_edges_and_ties_are_reported():
 
 
 def test_from_the_folders_to_the_file(tmp_path):
-    """What counts is the learned reward in the system's own mode; the entries of other systems stay as they are."""
+    """Choose by the learned reward in the system's own mode; the entries of other systems stay as they are."""
     system = SYSTEMS["flow_grpo_thinking"]
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "prompts.json").write_text(json.dumps({"prompts": PROMPTS}))

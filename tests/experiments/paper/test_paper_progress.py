@@ -1,4 +1,4 @@
-"""What is shown while runs are done."""
+"""Shown while runs are done: bars and lines."""
 
 import io
 import json

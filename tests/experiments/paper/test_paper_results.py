@@ -98,22 +98,21 @@ def test_categories_are_means_over_their_own_prompts(output, results):
     assert np.mean(others) - found["mean"] == pytest.approx(0.1, abs=0.04), "the planted effect"
 
 
-def test_differences_to_unigrpo_are_paired_by_seed_and_prompt(output, results):
-    left, right = table(output, "flow_grpo", "direct"), table(output, "unigrpo", "sampled")
-    expected = crossed_interval(left - right)
-    found = results["systems"]["flow_grpo"]["modes"]["direct"]["difference"]
+@pytest.mark.parametrize(
+    ("system", "mode", "other"),
+    [("flow_grpo", "direct", "unigrpo"), ("long_none", "sampled", "long_velocity_mse")],
+)
+def test_differences_are_paired_by_seed_and_prompt(output, results, system, mode, other):
+    """To UniGRPO, of long runs to its long run."""
+    expected = crossed_interval(table(output, system, mode) - table(output, other, "sampled"))
+    found = results["systems"][system]["modes"][mode]["difference"]
     assert [found["mean"], found["low"], found["high"]] == pytest.approx(expected[:3], abs=5e-5)
-    assert "difference" not in results["systems"]["unigrpo"]["modes"]["sampled"]
+    assert "difference" not in results["systems"][other]["modes"]["sampled"]
+
+
+def test_other_starts_are_not_compared(results):
     assert "difference" not in results["systems"]["two_stage_refl"]["modes"]["sampled"], "only another's start"
     assert "difference" not in results["systems"]["guidance_on"]["modes"]["sampled"], "starts from another base"
-
-
-def test_long_runs_are_compared_with_the_long_run_of_unigrpo(output, results):
-    left, right = table(output, "long_none", "sampled"), table(output, "long_velocity_mse", "sampled")
-    expected = crossed_interval(left - right)
-    found = results["systems"]["long_none"]["modes"]["sampled"]["difference"]
-    assert [found["mean"], found["low"], found["high"]] == pytest.approx(expected[:3], abs=5e-5)
-    assert "difference" not in results["systems"]["long_velocity_mse"]["modes"]["sampled"]
 
 
 def test_the_base_stands_beside_every_seed(output, results):

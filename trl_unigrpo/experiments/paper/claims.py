@@ -73,7 +73,7 @@ OTHERS: tuple[Side, ...] = (
     *((name, main_mode(name)) for name in ("refl", "fpo", "awm", "flow_grpo")),
     *ONE_EXPERT,
 )
-"""What UniGRPO is claimed to be above, besides two stages. Of UniFPO the paper claims something else."""
+"""The systems that UniGRPO is claimed to be above, besides two stages. Of UniFPO the paper claims something else."""
 
 
 class Judgement(NamedTuple):

@@ -128,7 +128,7 @@ SCOUTS = (
     *("num_generations", "scout_generations", "scout_num_inference_steps", "num_inference_steps"),
     "per_device_train_batch_size",
 )
-"""What `demo_settings` lack of the settings of two rounds, and of scouts."""
+"""The settings of two rounds, and of scouts, that `demo_settings` lack."""
 
 # fmt: off
 GRID = (
