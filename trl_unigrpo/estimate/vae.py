@@ -14,11 +14,11 @@ from ..models.bagel.configuration import BagelConfig
 
 def vae_parameters(config: BagelConfig) -> int:
     """Count the parameters of the whole VAE."""
-    return _parameters(json.dumps(config.vae_config, sort_keys=True))
+    return _counted(json.dumps(config.vae_config, sort_keys=True))
 
 
 @cache
-def _parameters(vae_config: str) -> int:
+def _counted(vae_config: str) -> int:
     """Count for a configuration in JSON, once."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build_vae(json.loads(vae_config)).parameters())
