@@ -25,6 +25,7 @@ from ...shapeworld.grammar import parse_prompt
 from ...shapeworld.preference import PreferenceModel, word_ids
 from ...shapeworld.render import IMAGE_SIZE
 from ...shapeworld.verifier import images_to_array, read_cells, score
+from ...shapeworld.world import IntArray
 from ...statistics import FloatArray
 
 
@@ -93,7 +94,7 @@ def opinion(checks: Mapping[str, FloatArray]) -> FloatArray:
     return (np.nan_to_num(values) @ attention) / (~np.isnan(values) @ attention)
 
 
-def pair_indices(number: int = IMAGES_PER_PROMPT) -> tuple[FloatArray, FloatArray]:
+def pair_indices(number: int = IMAGES_PER_PROMPT) -> tuple[IntArray, IntArray]:
     """Name the first and the second image of each pair of a group: two arrays (M,)."""
     first, second = np.array(list(itertools.combinations(range(number), 2))).T
     return first, second
