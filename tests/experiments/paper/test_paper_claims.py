@@ -100,7 +100,8 @@ def test_sentences_carry_the_numbers(tmp_path):
     assert found["unifpo"]["sentence"] == "UniFPO 0.440, the base 0.450, difference -0.010 [-0.010, -0.010]."
     assert found["hacking"]["sentence"] == (
         "the rule 0.650 [0.650, 0.650] against 0.800 [0.800, 0.800]: -0.150 [-0.150, -0.150]; "
-        "the learned reward +0.000 [+0.000, +0.000]."
+        "the learned reward +0.000 [+0.000, +0.000]. "
+        "Against the base: the rule +0.200 [+0.200, +0.200], the learned reward +0.240 [+0.240, +0.240]."
     )
     assert "image error x " in found["decay"]["sentence"]
 

@@ -57,15 +57,17 @@ IN_BETWEEN: tuple[SidePair, ...] = tuple(
     pair for side in LATENT_KL for pair in ((side, UNREGULARIZED[0]), (LONG, side))
 )
 GUIDANCE_PAIR: SidePair = (("guidance_off", "guided"), ("guidance_on", "guided"))
+UNREGULARIZED_BASE: SidePair = (UNREGULARIZED[0], BASE_SIDE)
 UNIFPO: SidePair = (("unifpo", "sampled"), BASE_SIDE)
 
 COMPARISONS = (
-    *(*SFT_BASE, *ABOVE_BASE, *WITH_AND_WITHOUT, UNREGULARIZED, *IN_BETWEEN, GUIDANCE_PAIR, UNIFPO),
+    *(*SFT_BASE, *ABOVE_BASE, *WITH_AND_WITHOUT, *IN_BETWEEN, GUIDANCE_PAIR, UNIFPO),
+    *(UNREGULARIZED, UNREGULARIZED_BASE),
     (("rounds", "rounds"), ("base_seeing", "rounds")),
     (("read_back", "sampled"), ("base_seeing", "sampled")),
 )
 """Paired differences by the rule that the claims, and the page, need besides those of its tables."""
-LEARNED_COMPARISONS = (UNREGULARIZED,)
+LEARNED_COMPARISONS = (UNREGULARIZED, UNREGULARIZED_BASE)
 """Those by the learned reward."""
 
 OTHERS: tuple[Side, ...] = (
@@ -179,7 +181,11 @@ def unigrpo_above_two_stage(results: Mapping[str, Any]) -> Judgement:
 
 
 def hacked(results: Mapping[str, Any]) -> Judgement:
-    """Without a regulariser the rule has fallen against the velocity MSE, and the learned reward has not."""
+    """
+    Without a regulariser the rule has fallen against the velocity MSE, and the learned reward has not.
+
+    What both did against the base is told beside it, and decides nothing.
+    """
     (none, long), rule = UNREGULARIZED, comparison(results, *UNREGULARIZED)
     learned = comparison(results, *UNREGULARIZED, "learned")
     if rule is None or learned is None:
@@ -190,8 +196,17 @@ def hacked(results: Mapping[str, Any]) -> Judgement:
         [
             Part(fell, f"the rule {bracketed(own)} against {bracketed(other)}: {signed(rule)}", rule["seeds"]),
             Part(learned["low"] > -AS_GOOD, f"the learned reward {signed(learned)}", learned["seeds"]),
-        ]
+        ],
+        extra=_against_base(results),
     )
+
+
+def _against_base(results: Mapping[str, Any]) -> str:
+    """Say what a long run without a regulariser changed of the base; nothing where that was not measured."""
+    rule, learned = (comparison(results, *UNREGULARIZED_BASE, score) for score in ("rule", "learned"))
+    if rule is None or learned is None:
+        return ""
+    return f" Against the base: the rule {signed(rule)}, the learned reward {signed(learned)}."
 
 
 def images_decay(results: Mapping[str, Any]) -> Judgement:
