@@ -13,7 +13,7 @@ FORMS = (
     "the side of a square such as 512, height and width such as [384, 640] or '384x640', or a list of sizes such as "
     "[[512, 512], [384, 640]] or ['512x512', '384x640']"
 )
-"""What `read_sizes` takes, in words."""
+"""The values that `read_sizes` takes, in words."""
 
 
 def read_sizes(value: Any, name: str = "image_size") -> list[Size]:

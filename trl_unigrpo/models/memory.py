@@ -34,7 +34,7 @@ def fitting(free: int | None, bytes_each: float, share: float = 0.8) -> int | No
 
 SAMPLED = "sampled: from here on {0} at once. Set image_batch_size={0} to begin with that, or see docs/performance.md."
 READ = "read: from here on {0} at once."
-"""What was done with images, and what to do now that so many at once fit."""
+"""Words of a warning: the work that was done, how many images fit at once, and the remedy."""
 
 
 def in_fitting_batches(

@@ -16,9 +16,9 @@ from .reading import Reading, cut, spelled
 
 
 NEVER = -9999.0
-"""What vLLM writes for log 0."""
+"""The number that vLLM writes for log 0."""
 ROUNDING = 1e-3
-"""How far above 0 rounding may lift a log-prob."""
+"""The most that rounding may lift a log-prob above 0."""
 
 # vLLM's own arguments: the log-prob of each prompt token and of no other one, behind a last message that stays open.
 _READ = {"prompt_logprobs": 0, "add_generation_prompt": False, "continue_final_message": True}
