@@ -217,6 +217,9 @@ def test_hacking_is_a_rule_that_fell_and_a_learned_reward_that_did_not(none, dif
     scores = {"long_none": none, "long_velocity_mse": (0.76, 0.82)}
     assert judgement("hacking", scores, {pair: difference}, {pair: learned}) == verdict
     assert judgement("hacking", scores, {pair: difference}) == "not measured yet"
+    base = "long_none/sampled - base/sampled"
+    alone = judgement("hacking", scores, {pair: difference, base: difference}, {pair: learned})
+    assert alone == verdict, "against the base one score is missing: nothing is told of it"
 
 
 @pytest.mark.parametrize(
