@@ -362,6 +362,8 @@ def test_changed_settings():
     assert changed({"a": 2, "b": "x", "c": [0, 5]}, reference) == "a = 2"
     assert changed({"a": 1, "b": "x", "c": [0, 4], "new_one": 0.5}, reference) == "c = \\[0, 4\\], new\\_one = 0.5"
     assert changed(reference, reference) == "–"
+    assert changed(dict.fromkeys("abcd", 9), {}) == "a = 9, b = 9, c = 9, d = 9"
+    assert changed(dict.fromkeys("abcde", 9), {}) == "5 settings, in its run.json"
 
 
 def test_thinkings_are_shown_without_their_tags():

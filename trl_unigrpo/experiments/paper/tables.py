@@ -20,6 +20,8 @@ from .order import main_mode
 
 WEIGHT_OF_RATE = {"learning_rate": "text_weight", "image_learning_rate": "flow_weight"}
 """Learning rate -> the weight that is 0 where it trains nothing."""
+LISTED = 4
+"""More changed settings than these would fill a table, and say less than the text below it."""
 IMAGE_MEASURES = ("image error", "latent distance", "distinct images")
 
 TableRow = tuple[str, Mapping[str, Any], str]
@@ -142,15 +144,12 @@ def changes_table(results: Mapping[str, Any], group: str) -> str:
 
 
 def changed(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
-    """List the settings that differ from a reference, those it does not have included."""
-    return (
-        ", ".join(
-            f"{escape(key)} = {escape(f'{value:.3g}' if isinstance(value, float) else value)}"
-            for key, value in settings.items()
-            if key not in reference or reference[key] != value
-        )
-        or NONE
-    )
+    """List the settings that differ from a reference, those it does not have included; count them if they are many."""
+    found = {key: value for key, value in settings.items() if key not in reference or reference[key] != value}
+    if len(found) > LISTED:
+        return f"{len(found)} settings, in its run.json"
+    values = {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in found.items()}
+    return ", ".join(f"{escape(key)} = {escape(value)}" for key, value in values.items()) or NONE
 
 
 def guidance_table(results: Mapping[str, Any]) -> str:
