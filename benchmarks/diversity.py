@@ -99,7 +99,7 @@ def read(file: Path) -> Iterator[dict[str, Any]]:
 def table(file: Path) -> Table:
     """Make the table of all that was measured; several seeds stand side by side."""
     shown = Table(title=f"{PROMPTS} {SPLIT} prompts")
-    columns = {"reward": ".3f", "error": ".4f", "distinct_pictures": ".2f", "position_entropy": ".2f", "twins": ".2f"}
+    columns = {"reward": ".3f", "error": ".4f", "distinct_images": ".2f", "position_entropy": ".2f", "twins": ".2f"}
     for name in ("settings", "seeds", *columns, "alarms", "seconds"):
         shown.add_column(name)
     rows = list(read(file))

@@ -124,14 +124,14 @@ def crops(number: int, side: int = 768) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(noisy[y : y + side, x : x + side])) for y, x in corners]
 
 
-def measure(questions: int, per_picture: int, seconds: float, share: float, concurrency: int) -> dict[str, Any]:
+def measure(questions: int, per_image: int, seconds: float, share: float, concurrency: int) -> dict[str, Any]:
     from trl_unigrpo.rewards import VLMJudge
     from trl_unigrpo.rewards.judge.vlm_judge import data_url
 
-    images = crops(-(-questions // per_picture))
+    images = crops(-(-questions // per_image))
     with server(seconds, share) as url:
         judge = VLMJudge("m", url, concurrency=concurrency, max_retries=10, timeout=30)
-        pairs = [(images[i // per_picture], f"Is this number {i}?") for i in range(questions)]
+        pairs = [(images[i // per_image], f"Is this number {i}?") for i in range(questions)]
         wall, cpu = time.perf_counter(), time.process_time()
         scores = asyncio.run(judge.ask(pairs))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -142,7 +142,7 @@ def measure(questions: int, per_picture: int, seconds: float, share: float, conc
     plan = [fault(question, 0, share) for question in range(questions)]
     return {
         "questions": questions,
-        "questions_per_picture": per_picture,
+        "questions_per_image": per_image,
         "concurrency": concurrency,
         "seconds_per_request": seconds,
         "fault_share": share,
@@ -152,15 +152,15 @@ def measure(questions: int, per_picture: int, seconds: float, share: float, conc
         "simulated_seconds": simulated,
         "wall_over_simulated": wall / simulated,
         "cpu_ms_per_question": 1000 * cpu / questions,
-        "of_which_encoding_ms": 1000 * encoding / per_picture,
-        "kilobytes_per_picture": float(np.mean(kilobytes)),
+        "of_which_encoding_ms": 1000 * encoding / per_image,
+        "kilobytes_per_image": float(np.mean(kilobytes)),
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=1000)
-    parser.add_argument("--per-picture", type=int, default=4)
+    parser.add_argument("--per-image", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=0.5, help="that the endpoint takes for a request")
     parser.add_argument("--faults", type=float, default=0.2, help="share of requests that fail")
     parser.add_argument("--concurrency", type=int, default=32)
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
         serve(options.seconds, options.faults)
         return
     result = {
-        **measure(options.questions, options.per_picture, options.seconds, options.faults, options.concurrency),
+        **measure(options.questions, options.per_image, options.seconds, options.faults, options.concurrency),
         "versions": {package: version(package) for package in ("openai", "httpx2", "pillow")},
         "machine": platform.processor() or platform.machine(),
         "python": platform.python_version(),

@@ -91,7 +91,7 @@ def machine() -> str:
 def measure(number: int, size: int, repeats: int) -> dict[str, float]:
     """Measure each part: its name -> median of its CPU seconds."""
     generations = [generation(number, size, seed) for seed in range(repeats)]
-    names = ("alarms: pictures", "alarms: thinkings", "alarms", "gallery: a shown generation", "gallery: a page")
+    names = ("alarms: images", "alarms: thinkings", "alarms", "gallery: a shown generation", "gallery: a page")
     parts: dict[str, list[float]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         settings = {"num_generations": number, "report_to": "none", "use_cpu": True, "bf16": False}
@@ -113,7 +113,7 @@ def measure(number: int, size: int, repeats: int) -> dict[str, float]:
             gallery.wait()
 
         for state.global_step, seen in enumerate(generations):
-            parts["alarms: pictures"].append(seconds(lambda: [image_statistics(i) for i in seen.images]))  # noqa: B023
+            parts["alarms: images"].append(seconds(lambda: [image_statistics(i) for i in seen.images]))  # noqa: B023
             parts["alarms: thinkings"].append(seconds(lambda: [repetition(t) for t in seen.thinking]))  # noqa: B023
             parts["alarms"].append(seconds(lambda: step(seen)))  # noqa: B023
             parts["gallery: a shown generation"].append(seconds(lambda: show(seen)))  # noqa: B023
@@ -125,13 +125,13 @@ def measure(number: int, size: int, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--images", type=int, default=24)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found = measure(arguments.pictures, arguments.size, arguments.repeats)
+    found = measure(arguments.images, arguments.size, arguments.repeats)
     table = Table("part", "CPU seconds", f"of {LIMIT} s")
     for name, value in found.items():
         table.add_row(name, f"{value:.4f}", f"{value / LIMIT:.0%}")
@@ -142,7 +142,7 @@ def main() -> None:
         "machine": machine(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("numpy", "pillow")},
-        "pictures": arguments.pictures,
+        "images": arguments.images,
         "size": arguments.size,
         "repeats": arguments.repeats,
         "limit_seconds": LIMIT,

@@ -177,7 +177,7 @@ def measure(model: PipelineForUnifiedGeneration, arguments: argparse.Namespace) 
         if on_gpu:
             torch.cuda.synchronize()
 
-    prompts = [f"a picture of {row} things" for row in range(batch)]
+    prompts = [f"an image of {row} things" for row in range(batch)]
     plan = RolloutPlan(model.own_timesteps(arguments.steps, size), size, torch.arange(window))
 
     def rollout() -> list[Image]:
@@ -292,7 +292,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--num-inference-steps", dest="steps", type=int, default=10, help="denoising steps, N")
-    parser.add_argument("--steps", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--window", type=int, default=3, help="trained steps, K")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--checkpointing", action="store_true", help="compute blocks again in the backward pass")

@@ -67,7 +67,6 @@ class Stopwatch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=10, help="rollouts of 192 trajectories")
-    parser.add_argument("--steps", dest="rollouts", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=1, help="above 1: compare FSDP2 with DDP instead")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()

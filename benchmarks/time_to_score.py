@@ -151,7 +151,7 @@ def measure(run: Run) -> dict[str, Any]:
         **vars(run),
         "points": [*clock.points, end],
         "error": float(last.error.mean()),
-        "distinct": group_diversity(model, tokenizer).distinct_pictures,
+        "distinct": group_diversity(model, tokenizer).distinct_images,
         "evaluations": evaluations_of_a_rollout(trainer.args),
         "flops": flops,
         "settings": SETS[run.name][1],

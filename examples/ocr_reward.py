@@ -69,7 +69,6 @@ if __name__ == "__main__":
     parser.add_argument("--target", help="text that every image should show; without it, its file's name")
     parser.add_argument("--train", action="store_true", help="train the demo model instead of scoring")
     parser.add_argument("--max_steps", type=int, default=4, help="optimizer steps of --train (default: %(default)s)")
-    parser.add_argument("--steps", dest="max_steps", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--output_dir", default="ocr-unigrpo", help="folder of --train (default: %(default)s)")
     options = parser.parse_args()
     if options.train:

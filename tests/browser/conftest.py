@@ -41,7 +41,7 @@ def _playwright():
 
 @pytest.fixture
 def look(browser):
-    """Function that opens a file and returns a `Look`; `screenshot` names a file for the picture of it."""
+    """Function that opens a file and returns a `Look`; `screenshot` names a file for the image of it."""
 
     def open_page(file: Path, size=DESKTOP, dark=False, screenshot: Path | None = None) -> Look:
         found = Look()

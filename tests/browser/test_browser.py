@@ -1,4 +1,4 @@
-"""Every kind of page in a real browser: no network, no errors, nothing too wide for a phone, pictures that decode."""
+"""Every kind of page in a real browser: no network, no errors, nothing too wide for a phone, images that decode."""
 
 import json
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.browser
         ("<script>throw new Error('x')</script>", "console: x"),
         ("<script></script>", "1 scripts"),
         ("<img src='https://example.org/a.png'>", "request: https://example.org/a.png"),
-        ("<img src='data:image/jpeg;base64,AAAA'>", "picture 0 does not decode"),
+        ("<img src='data:image/jpeg;base64,AAAA'>", "image 0 does not decode"),
         ("<div style='width: 500px'>wide</div>", "pixels too wide"),
         ("<details><summary>s</summary><pre>" + "long " * 200 + "</pre></details>", "pixels too wide"),
         ("<p style='font-size: 8px'>tiny</p>", "too small to read"),
@@ -35,12 +35,12 @@ def test_a_bad_page_is_found_out(look, tmp_path, body, problem):
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Pages of runs with hostile texts, alarms, an unreadable line and a missing picture."""
+    """Pages of runs with hostile texts, alarms, an unreadable line and a missing image."""
     root = tmp_path_factory.mktemp("pages")
     run = write_run(root / "run", side=200)
     alarm = {"step": 100, "name": HOSTILE[0], "message": HOSTILE[5], "indices": list(range(100))}
     (run / "alarms.jsonl").write_text(json.dumps(alarm) + "\n{}\n")
-    next((run / "gallery" / "pictures").glob("train*")).unlink()
+    next((run / "gallery" / "images").glob("train*")).unlink()
     other = write_run(root / ("other" * 20), side=48, gain=-0.1, model=HOSTILE[2])
     files = {"run": root / "run.html", "comparison": root / "comparison.html"}
     write_page(files["run"], run_page(read_run(run)))
@@ -54,7 +54,7 @@ def pages(tmp_path_factory):
 def test_pages_are_sound(look, pages, name, size, dark):
     found = look(pages[name], size, dark)
     assert found.problems() == []
-    assert len(found.seen["pictures"]) > 5
+    assert len(found.seen["images"]) > 5
     assert found.seen["title"] != "stolen"
     assert readable(HOSTILE[0]) in found.seen["text"]
     assert found.seen["background"] == ("rgb(16, 21, 29)" if dark else "rgb(255, 255, 255)")
@@ -77,7 +77,7 @@ def test_the_page_of_a_training(look, tmp_path):
     for file in (tmp_path / "gallery.html", write_report([tmp_path], tmp_path / "again.html")):
         found = look(file, PHONE)
         assert found.problems() == []
-        assert len(found.seen["pictures"]) == 2 * 8 + 2 * 4
+        assert len(found.seen["images"]) == 2 * 8 + 2 * 4
         assert "Finished at step 4 of 4" in found.seen["text"]
         assert file.stat().st_size < 5_000_000
 
@@ -89,4 +89,4 @@ def test_the_demo(look, tmp_path):
     for name, says in (("report.html", "7 prompts that it never saw"), ("gallery.html", "Finished at step 2 of 2")):
         found = look(tmp_path / name, PHONE)
         assert found.problems() == []
-        assert says in " ".join(found.seen["text"].split()) and len(found.seen["pictures"]) >= 14
+        assert says in " ".join(found.seen["text"].split()) and len(found.seen["images"]) >= 14

@@ -21,9 +21,9 @@ def pages(tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [PHONE, DESKTOP])
-@pytest.mark.parametrize(("name", "pictures"), [("one", 6), ("four", 12), ("both", 10)])
-def test_pages_are_sound(look, pages, name, pictures, size):
+@pytest.mark.parametrize(("name", "images"), [("one", 6), ("four", 12), ("both", 10)])
+def test_pages_are_sound(look, pages, name, images, size):
     found = look(pages[name], size)
     assert found.problems() == []
-    assert len(found.seen["pictures"]) == pictures
+    assert len(found.seen["images"]) == images
     assert "<script>alert('prompt')</script>" in found.seen["text"]

@@ -118,7 +118,7 @@ def test_eval_and_train_load_it(tmp_path):
             + ["--greedy", "--model", str(tmp_path / name), "--output-dir", str(tmp_path / f"eval-{name}")],
         )
         assert result.exit_code == 0, result.output
-        found.append(json.loads((tmp_path / f"eval-{name}" / "summary.json").read_text())["metrics"]["picture_error"])
+        found.append(json.loads((tmp_path / f"eval-{name}" / "summary.json").read_text())["metrics"]["image_error"])
     assert found[0]["mean"] == pytest.approx(found[1]["mean"], abs=1e-4)
     settings = {
         "model_name_or_path": tmp_path / "merged",

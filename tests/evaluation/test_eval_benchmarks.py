@@ -427,7 +427,7 @@ def test_all_correct_hangs_on_a_missing_answer_only_if_the_others_are_right(answ
     assert all_correct([YES, NO], list(answers)) == {"correct": correct}
 
 
-def test_a_picture_with_too_few_answers_has_no_score(tmp_path):
+def test_a_image_with_too_few_answers_has_no_score(tmp_path):
     item = Item("k", "p", "t", tuple(Question(f"{i}?") for i in range(8)))
     benchmark = load_benchmark("prompts", write_jsonl(tmp_path / "x.jsonl", {"prompt": "p", "questions": ["a?"]}))
     answers = [1.0] * 5 + [0.0] + [None] * 2

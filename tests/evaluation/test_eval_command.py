@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.helpers.judge_server import ChatServer, pictures_of, text_of, yes
+from tests.helpers.judge_server import ChatServer, images_of, text_of, yes
 from trl_unigrpo.cli import app
 from trl_unigrpo.rewards import read_questions
 from trl_unigrpo.sampling.self_reader import SelfReader
@@ -139,7 +139,7 @@ def test_own_edits_are_scored_by_a_reward_that_asks_the_judge(tmp_path):
     assert rewarded["settings"]["scorer"] == {"rewards": [reward], "judge": "m", "mode": "logprobs"}
     assert judged["reward"] == pytest.approx(0.54)  # sqrt(min(.81, .36) * .81), by GEdit-Bench's questions
     assert len(server.requests) - asked == 9
-    assert all(len(pictures_of(body)) == 2 for _, body in server.requests)
+    assert all(len(images_of(body)) == 2 for _, body in server.requests)
     page = (tmp_path / "a" / "index.html").read_text(encoding="utf-8")
     assert page.count(">source</div>") == 3 and page.count("data:image/jpeg") == 6
 

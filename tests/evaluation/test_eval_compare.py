@@ -38,7 +38,7 @@ def numbers():
     return a, a + rng.normal(0.1, 0.3, 40) + 0.3 * (np.array(tasks) == "small"), tasks
 
 
-def test_one_picture_of_each_prompt_is_the_paired_t_test(tmp_path, numbers):
+def test_one_image_of_each_prompt_is_the_paired_t_test(tmp_path, numbers):
     a, b, tasks = numbers
     report, pairs = compare_folders(folder_of(tmp_path / "a", a, tasks), folder_of(tmp_path / "b", b, tasks))
     expected = ttest_rel(b, a)
@@ -54,7 +54,7 @@ def test_one_picture_of_each_prompt_is_the_paired_t_test(tmp_path, numbers):
     assert len(pairs) == 40 and report["different_settings"] == {}
 
 
-def test_pictures_of_one_prompt_are_no_independent_evidence(tmp_path, numbers):
+def test_images_of_one_prompt_are_no_independent_evidence(tmp_path, numbers):
     a, b, tasks = numbers
     report, _ = compare_folders(
         folder_of(tmp_path / "a", np.tile(a, 4), tasks, samples=4),

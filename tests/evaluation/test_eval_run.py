@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.editing import PAINTED, SIZES, source, tiny_editor
-from tests.helpers.judge_server import ChatServer, Reply, pictures_of, text_of, yes
+from tests.helpers.judge_server import ChatServer, Reply, images_of, text_of, yes
 from tests.helpers.tiny_unified import PROMPTS, tiny_tokenizer
 from trl_unigrpo.evaluation import runner
 from trl_unigrpo.evaluation.benchmark import Item, Painting, evenly_spread
@@ -58,7 +58,7 @@ def judge(server, **options):
     ids=["sampled", "greedy", "guided, without thinking"],
 )
 def test_shapeworld_gives_the_demos_numbers(base, tmp_path, options):
-    """Two whole batches and a part of one: the same pictures as all at once, to the bit."""
+    """Two whole batches and a part of one: the same images as all at once, to the bit."""
     model, tokenizer = base
     expected = evaluate_model(model, tokenizer, 17, seed=5, batch_size=7, **options)
     benchmark = load_benchmark("shapeworld", num_prompts=17, seed=5)
@@ -68,7 +68,7 @@ def test_shapeworld_gives_the_demos_numbers(base, tmp_path, options):
     assert [line["tag"] for line in lines] == expected.categories
     assert [line["thinking"] for line in lines] == expected.thinking
     assert [line["reward"] for line in lines] == expected.reward.tolist()
-    for name, values in {"strict": expected.strict, "plan": expected.plan, "picture_error": expected.error}.items():
+    for name, values in {"strict": expected.strict, "plan": expected.plan, "image_error": expected.error}.items():
         assert [line["scores"][name] for line in lines] == values.tolist()
     for line, image in zip(lines, expected.images, strict=True):
         with Image.open(tmp_path / "out" / line["image"]) as kept:
@@ -92,7 +92,7 @@ def test_a_killed_run_goes_on_to_the_same_results(base, asked, tmp_path, cut):
     written = file.read_bytes()
     file.write_bytes(written[: int(len(written) * cut)])
     seen = []
-    again = run(*base, asked, red(), tmp_path / "killed", chosen, on_pictures=lambda *counts: seen.append(counts))
+    again = run(*base, asked, red(), tmp_path / "killed", chosen, on_images=lambda *counts: seen.append(counts))
     assert without_times(again) == without_times(whole) == without_times(read_lines(tmp_path / "killed"))
     assert seen[0] == (written[: int(len(written) * cut)].count(b"\n"), 8) and seen[-1] == (8, 8)
     for line in whole:
@@ -106,7 +106,7 @@ def test_a_finished_folder_paints_nothing(base, asked, tmp_path, monkeypatch):
     assert run(*base, asked, red(), tmp_path) == first
 
 
-def test_a_lost_picture_is_painted_again(base, asked, tmp_path):
+def test_a_lost_image_is_painted_again(base, asked, tmp_path):
     first = run(*base, asked, red(), tmp_path)
     lost = tmp_path / first[2]["image"]
     pixels = np.asarray(Image.open(lost))
@@ -119,8 +119,8 @@ def test_more_samples_leave_the_first_as_they_are(base, asked, tmp_path):
     one = run(*base, asked, red(), tmp_path / "one", Options(replace(asked.painting, batch_size=2)))
     two = run(*base, asked, red(), tmp_path / "two", Options(replace(asked.painting, batch_size=2, samples=2)))
     assert without_times(two[:4]) == without_times(one)
-    pictures = {line["image"]: line["reward"] for line in two}
-    assert len(pictures) == 8 and len(set(pictures.values())) > 4
+    some_images = {line["image"]: line["reward"] for line in two}
+    assert len(some_images) == 8 and len(set(some_images.values())) > 4
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_failed_answers_are_masked_and_asked_again(base, asked, tmp_path, monkey
     assert found["questions"]["empty"]["mean"] == 1 and found["questions"]["shape"]["mean"] == pytest.approx(1 / 3)
     assert settings["scorer"] == {"judge": "m"} and server.url not in json.dumps(settings)
 
-    # The same command later: pictures stay, the judge is asked about the one alone.
+    # The same command later: images stay, the judge is asked about the one alone.
     monkeypatch.setattr(runner, "generate", lambda *args, **kwargs: pytest.fail("painted again"))
     with ChatServer(lambda body, attempt: yes(0.1)) as server:
         again = run(*base, asked, JudgeScorer(judge(server), asked.metric, "m"), tmp_path)
@@ -190,7 +190,7 @@ def test_failed_answers_are_masked_and_asked_again(base, asked, tmp_path, monkey
     assert again == read_lines(tmp_path)
 
 
-def test_a_dead_judge_stops_the_run_and_keeps_the_pictures(base, asked, tmp_path):
+def test_a_dead_judge_stops_the_run_and_keeps_the_images(base, asked, tmp_path):
     benchmark = replace(asked, painting=replace(asked.painting, batch_size=1, samples=2))
     with ChatServer(lambda body, attempt: Reply(b"", status=503)) as server:
         scorer = JudgeScorer(judge(server), asked.metric, "m")
@@ -217,7 +217,7 @@ def test_the_folder_is_what_genevals_scorer_reads(base, tmp_path):
     benchmark = replace(whole, items=evenly_spread(whole.items, 6), painting=Painting(2, 2, 48, 4, 6))
 
     def detector(images):
-        """A bench and a cow in every picture, the bench left."""
+        """A bench and a cow in every image, the bench left."""
         return [[Detection("bench", 0.99, (0, 0, 9, 9)), Detection("cow", 0.99, (30, 0, 39, 9))] for _ in images]
 
     scorer = detector_scorer(detector, lambda image, found: ["red"] * len(found), "d")
@@ -242,7 +242,7 @@ def whole_rows(benchmark):
 
 
 def test_geneval_is_the_mean_of_six_tasks():
-    """Tasks of different sizes: the mean of all pictures would be another number."""
+    """Tasks of different sizes: the mean of all images would be another number."""
     settings = {"benchmark": {"title": "GenEval", "overall": "tasks", "pooled": False}}
     shape = {"single_object": (3, 3), "two_object": (4, 1), "counting": (2, 0), "colors": (5, 5), "position": (2, 1)}
     lines = [
@@ -408,7 +408,7 @@ def test_edits_are_painted_from_their_sources_and_judged_beside_them(tmp_path):
             assert image.size[::-1] == PAINTED[place]
             with Image.open(tmp_path / "judged" / "official" / f"{place}.png") as official:
                 assert image.tobytes() == official.tobytes()
-        seen = [pictures_of(body) for _, body in server.requests if PROMPTS[place] in text_of(body)]
+        seen = [images_of(body) for _, body in server.requests if PROMPTS[place] in text_of(body)]
         assert {tuple(shown.size[::-1] for shown in pair) for pair in seen} <= {(SIZES[place], PAINTED[place])}
     for place in range(4):
         (copy,) = source_files(tmp_path / "judged", place)

@@ -8,7 +8,7 @@ from datasets import Dataset
 from PIL import Image as PILImage
 
 from tests.helpers.examples import run_example
-from tests.helpers.judge_server import ChatServer, pictures_of, yes
+from tests.helpers.judge_server import ChatServer, images_of, yes
 from tests.helpers.rounds import rounds_bagel
 from tests.helpers.tiny_unified import tiny_bagel, tiny_config, tiny_tokenizer
 from trl_unigrpo.evaluation import Look, generate, refine
@@ -154,7 +154,7 @@ def test_the_example_saves_what_the_judge_likes_best(tmp_path, monkeypatch):
         "image_size=512": f"image_size=8, num_inference_steps=2, {look}",
         "import load_model, refine": "import Look, load_model, refine\nfrom trl_unigrpo.sampling import Thinking",
     }
-    with ChatServer(lambda body, attempt: yes(np.asarray(pictures_of(body)[0]).mean() / 255)) as server:
+    with ChatServer(lambda body, attempt: yes(np.asarray(images_of(body)[0]).mean() / 255)) as server:
         names['"http://localhost:8000/v1"'] = repr(server.url)
         refined = run_example("refine_at_inference.py", **names)["refined"]
     assert len({score for one in refined for score in one.scores}) == 6

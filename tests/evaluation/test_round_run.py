@@ -95,7 +95,7 @@ def test_the_page_shows_each_round(folder):
     [
         (["--no-score"], "rounds=3: nothing scores the images"),
         (["--no-thinking"], "rounds=3 without thinking"),
-        (["--reflection-template", "{picture}"], "reflection_template='{picture}' has {picture}"),
+        (["--reflection-template", "{image}"], "reflection_template='{image}' has {image}"),
         (["--model", "shapeworld"], "beyond the vocabulary"),
     ],
 )

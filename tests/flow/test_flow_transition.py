@@ -145,7 +145,7 @@ def test_no_noise_is_euler(kind):
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.4, 0.8, 1.0])
-def test_cps_keeps_the_amounts_of_picture_and_noise(noise_level):
+def test_cps_keeps_the_amounts_of_image_and_noise(noise_level):
     """With the true velocity eps - x_0, x_next is (1 - t_next) x_0 plus noise of norm t_next."""
     x_0, eps = 1.7, -0.6
     for k in range(25):

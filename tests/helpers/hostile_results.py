@@ -23,8 +23,8 @@ def folder_of(path, prompts, samples, size=48, seed=0):
     random = np.random.default_rng(seed)
     benchmark = {"name": "prompts", "title": EVIL.format("title"), "overall": "mean", "pooled": False}
     open_folder(path, {"benchmark": benchmark, "scorer": EVIL.format("scorer"), EVIL.format(f"name {seed}"): seed})
-    picture = path / "noise.png"
-    Image.fromarray(random.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(picture)
+    image = path / "noise.png"
+    Image.fromarray(random.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(image)
     lines = []
     for row in range(prompts * samples):
         place, sample = row % prompts, row // prompts
@@ -50,7 +50,7 @@ def folder_of(path, prompts, samples, size=48, seed=0):
         }
         lines.append(line)
         (path / line["image"]).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(picture, path / line["image"])
+        shutil.copyfile(image, path / line["image"])
     append_lines(path, lines)
     return path, lines
 

@@ -45,7 +45,7 @@ def text_of(body):
     return body["messages"][-1]["content"][-1]["text"]
 
 
-def pictures_of(body):
+def images_of(body):
     """The PIL images of a request, in order."""
     parts = [part for part in body["messages"][-1]["content"] if part["type"] == "image_url"]
     urls = [part["image_url"]["url"] for part in parts]

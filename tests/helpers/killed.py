@@ -109,7 +109,7 @@ def left_by(folder: Path) -> dict:
     last = folder / f"checkpoint-{STEPS}"
     state = json.loads((last / "trainer_state.json").read_text())
     run = read_run(folder)
-    pictures = {name for shown in run.shown for sample in shown.samples for name in sample.files}
+    images = {name for shown in run.shown for sample in shown.samples for name in sample.files}
     return {
         "checkpoints": sorted(path.name for path in folder.iterdir() if path.is_dir()),
         "files": sorted(path.name for path in last.iterdir()),
@@ -121,7 +121,7 @@ def left_by(folder: Path) -> dict:
         "shown": run.shown,
         "finished": run.finished,
         "problems": run.problems,
-        "pictures": {name: (folder / "gallery" / name).read_bytes() for name in pictures},
+        "images": {name: (folder / "gallery" / name).read_bytes() for name in images},
         "alarms": read_alarms(folder),
         "completions": {
             file.name: pd.read_parquet(file).to_dict("list") for file in (folder / "completions").glob("completions_*")

@@ -20,7 +20,7 @@ LOOK = """() => {
     text: document.body.innerText,
     overflow: document.documentElement.scrollWidth - width,
     wide, small,
-    pictures: [...document.images].map(i => i.naturalWidth),
+    images: [...document.images].map(i => i.naturalWidth),
     scripts: document.scripts.length,
     background: getComputedStyle(document.body).backgroundColor,
   };
@@ -46,7 +46,7 @@ class Look:
         """What no page may have."""
         found = [f"console: {error}" for error in self.errors]
         found += [f"request: {url}" for url in self.requests]
-        found += [f"picture {i} does not decode" for i, width in enumerate(self.seen["pictures"]) if not width]
+        found += [f"image {i} does not decode" for i, width in enumerate(self.seen["images"]) if not width]
         found += [f"{self.seen['overflow']} pixels too wide: {self.seen['wide'][:3]}"] * (self.seen["overflow"] > 0)
         found += [f"too small to read: {self.seen['small'][:3]}"] * bool(self.seen["small"])
         found += [f"{self.seen['scripts']} scripts"] * bool(self.seen["scripts"])

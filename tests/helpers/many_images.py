@@ -62,7 +62,7 @@ class ManyImages(FixedTexts):
     """
 
     def _paint(self, trajectories):
-        pictures = super()._paint(trajectories)
+        painted = super()._paint(trajectories)
         for trajectory in trajectories:
             if trajectory.row % 4 in (1, 2):
                 trajectory.rounds.append(Round())
@@ -73,7 +73,7 @@ class ManyImages(FixedTexts):
             for number, image in enumerate(images(trajectory)):
                 untrained = trajectory.row == 7 or (trajectory.row == 3 and number == 0)
                 image.steps = rows_of(image.steps, slice(0 if untrained else 1 + (trajectory.row + number) % 3))
-        return pictures
+        return painted
 
 
 def images(trajectory):

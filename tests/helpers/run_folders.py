@@ -18,7 +18,7 @@ HOSTILE = [
 ]
 
 
-def picture(side=64, seed=0):
+def some_image(side=64, seed=0):
     """Smooth random colours: what JPEG makes of it is about as large as a photograph."""
     small = np.random.default_rng(seed).integers(0, 256, (side // 4 or 1, side // 4 or 1, 3), dtype=np.uint8)
     return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
@@ -33,7 +33,7 @@ def generation(prompts, group_size=4, mode="train", seed=0, side=64, rewards=Non
         group_size=group_size,
         prompts=[prompt for prompt in prompts for _ in range(group_size)],
         thinking=[f"<think>{prompts[i // group_size]} {i}</think>" for i in range(number)],
-        images=[picture(side, seed * 1000 + i) for i in range(number)],
+        images=[some_image(side, seed * 1000 + i) for i in range(number)],
         statistics=[],
         rewards={"judge": values, "words": [value * 0 + 1 for value in values]},
         advantages=[value - 0.5 for value in values],

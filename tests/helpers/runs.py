@@ -75,7 +75,7 @@ def given(folder):
 
 
 def shapeworld_trainer(folder, reward_funcs, steps, **settings):
-    """Eight prompts of eight pictures per generation; no thinking, so that it takes a third of a second."""
+    """Eight prompts of eight images per generation; no thinking, so that it takes a third of a second."""
     model, tokenizer = load_base()
     chosen = {
         **demo_settings(1),

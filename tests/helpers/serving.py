@@ -21,7 +21,7 @@ SERVED = "tests.helpers.served_rewards"
 TOKEN = "a-token-of-the-tests"
 
 
-def pictures(number, size=8):
+def some_images(number, size=8):
     """Images of random pixels."""
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)) for _ in range(number)]

@@ -9,16 +9,16 @@ from tests.helpers.tiny_unified import IMAGE_SIZE, tiny_bagel, tiny_tokenizer
 from trl_unigrpo.trainers.sft_trainer import UnifiedSFTConfig, UnifiedSFTTrainer
 
 
-def picture(seed):
+def some_image(seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 ROWS = [
-    {"prompt": "a red cat", "completion": "<think> the cat sits </think>", "image": picture(0)},
-    {"prompt": "a small tree", "completion": "<think> a big tree under the mat </think>", "image": picture(1)},
-    {"prompt": "the green dog runs", "completion": "", "image": picture(2)},
-    {"prompt": "a mat", "completion": None, "image": picture(3)},
+    {"prompt": "a red cat", "completion": "<think> the cat sits </think>", "image": some_image(0)},
+    {"prompt": "a small tree", "completion": "<think> a big tree under the mat </think>", "image": some_image(1)},
+    {"prompt": "the green dog runs", "completion": "", "image": some_image(2)},
+    {"prompt": "a mat", "completion": None, "image": some_image(3)},
 ]
 
 
@@ -26,7 +26,8 @@ def many_rows(count):
     """Rows with thinkings of all lengths, some with none."""
     words = ["the", "cat", "sits", "on", "the", "mat", "and", "the", "dog", "runs"]
     return [
-        {"prompt": words[i % 5], "completion": " ".join(words[: i % 5 * 2]), "image": picture(i)} for i in range(count)
+        {"prompt": words[i % 5], "completion": " ".join(words[: i % 5 * 2]), "image": some_image(i)}
+        for i in range(count)
     ]
 
 

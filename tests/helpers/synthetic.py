@@ -137,16 +137,16 @@ def write_run(output: Path, world: World, system: str, seed: int, scores, log_er
                 "questions": 0.7,
                 "strict": 0.5,
                 "plan": 0.6,
-                "picture_error": error,
-                "picture_error_interval": [error * 0.9, error * 1.1],
+                "image_error": error,
+                "image_error_interval": [error * 0.9, error * 1.1],
                 "latent_distance": 10 * error,
             }
             for mode, values in scores.items()
         },
-        "diversity": {"position_entropy": 2.0, "color_entropy": 1.5, "distinct_pictures": 0.9},
+        "diversity": {"position_entropy": 2.0, "color_entropy": 1.5, "distinct_images": 0.9},
         "traces": [
             {"prompt": f"prompt {i}", "category": CATEGORIES[i], "thinking": f"{system} thinks {i}", "rule": 0.5,
-             "learned": 0.4, "picture_error": 0.003}
+             "learned": 0.4, "image_error": 0.003}
             for i in range(len(CATEGORIES))
         ],
     })  # fmt: skip
@@ -160,7 +160,7 @@ def write_run(output: Path, world: World, system: str, seed: int, scores, log_er
         with (folder / "history.jsonl").open("w", encoding="utf-8") as out:
             for i in range(1, generations + 1):
                 reward = world.learned["base"] + (goal - world.learned["base"]) * i / generations
-                row = {"rollouts": 192 * i, "reward": round(reward, 5), "picture_error": error, "cpu_seconds": 5.0 * i}
+                row = {"rollouts": 192 * i, "reward": round(reward, 5), "image_error": error, "cpu_seconds": 5.0 * i}
                 row["clip_frac"] = 0.1 + 0.02 * seed + 0.1 * (2 * i > generations)
                 out.write(json.dumps(row) + "\n")
 
@@ -170,7 +170,7 @@ def write_validation(file: Path, world: World, system: str, rollouts: int) -> No
     with file.open("w", encoding="utf-8") as out:
         for i in range(8):
             row = {"rollouts": rollouts * i // 7}
-            for name, planted in (("learned", world.learned), ("rule", world.means), ("picture_error", world.errors)):
+            for name, planted in (("learned", world.learned), ("rule", world.means), ("image_error", world.errors)):
                 row[name] = planted["base"] + (planted[system] - planted["base"]) * i / 7
             out.write(json.dumps(row) + "\n")
 

@@ -33,7 +33,7 @@ def tiny_llava(seed=0, dtype=torch.float64, merges=False):
         vision_feature_layer=-1,
     )
     model = LlavaForConditionalGeneration(config).to(dtype).eval()
-    for weight in model.parameters():  # far from uniform, and far from blind to the picture
+    for weight in model.parameters():  # far from uniform, and far from blind to the image
         torch.nn.init.normal_(weight, std=0.3) if weight.ndim > 1 else None
     tokens = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     splits = [pre_tokenizers.WhitespaceSplit(), *([] if merges else [pre_tokenizers.Punctuation()])]

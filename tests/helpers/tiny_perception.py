@@ -1,4 +1,4 @@
-"""Tiny random models of the CLIP family and a Mask2Former, in memory, and pictures for them."""
+"""Tiny random models of the CLIP family and a Mask2Former, in memory, and images for them."""
 
 import string
 
@@ -106,7 +106,7 @@ def tiny_mask2former() -> tuple[Mask2FormerForUniversalSegmentation, Mask2Former
     return model, Mask2FormerImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 128})
 
 
-def smooth_picture(seed: int, width: int, height: int) -> Image.Image:
+def smooth_image(seed: int, width: int, height: int) -> Image.Image:
     """Slow waves of colour, one set for each seed."""
     rng = np.random.default_rng(seed)
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
@@ -114,7 +114,7 @@ def smooth_picture(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(np.uint8(np.round(127.5 + 110 * np.stack(waves, axis=-1))))
 
 
-def word_picture(word: str, size: tuple[int, int] = (256, 128), font_size: int = 56) -> Image.Image:
+def word_image(word: str, size: tuple[int, int] = (256, 128), font_size: int = 56) -> Image.Image:
     image = Image.new("RGB", size, "white")
     font = ImageFont.load_default(size=font_size)
     ImageDraw.Draw(image).text((size[0] / 2, size[1] / 2), word, fill="black", font=font, anchor="mm")

@@ -253,7 +253,7 @@ def test_thinking_that_a_reward_spoils(make_trainer, tmp_path, reward, limit, al
     assert line["indices"]
 
 
-# Pictures of a model that paints
+# Images of a model that paints
 
 
 def brightness(images, **_):
@@ -261,7 +261,7 @@ def brightness(images, **_):
 
 
 @pytest.mark.slow
-def test_pictures_that_please_a_foolish_reward_are_seen(tmp_path):
+def test_images_that_please_a_foolish_reward_are_seen(tmp_path):
     # As UniRL#407, the other way round: the reward pays for light, and ShapeWorld's own reward is only watched.
     trainer = shapeworld_trainer(
         tmp_path,
@@ -285,7 +285,7 @@ def test_pictures_that_please_a_foolish_reward_are_seen(tmp_path):
     assert not any(line["stopped"] for line in lines.values())
 
 
-def test_pictures_of_repeated_noise_are_twins(tmp_path, monkeypatch):
+def test_images_of_repeated_noise_are_twins(tmp_path, monkeypatch):
     # Without the start-up checks, from the second generation on.
     trainer = shapeworld_trainer(tmp_path, shapeworld_reward, 4, trust_checks="off")
     seeded = module.row_generator

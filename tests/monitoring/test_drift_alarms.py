@@ -1,4 +1,4 @@
-"""Alarms on pictures, rewards and thinkings, on faults as public runs had them and on runs without."""
+"""Alarms on images, rewards and thinkings, on faults as public runs had them and on runs without."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from trl_unigrpo.monitoring.shift import Shift
 from trl_unigrpo.monitoring.thinking_alarms import plain_text, repetition
 
 
-def picture(random, size=64):
+def image(random, size=64):
     """Coloured tiles with soft light: about half of it dark, as in UniRL#407 at the start."""
     tiles = random.integers(0, 256, (8, 8, 3)).repeat(size // 8, 0).repeat(size // 8, 1)
     light = np.linspace(0.2, 1, size)[:, None, None]
@@ -31,26 +31,26 @@ def picture(random, size=64):
 
 
 def hacked(values, progress):
-    """What UniRL#407's pictures became: dark, with few edges and colours."""
+    """What UniRL#407's images became: dark, with few edges and colours."""
     blurred = values.reshape(8, values.shape[0] // 8, 8, -1, 3).mean((0, 2), keepdims=True)
     flat = np.broadcast_to(blurred, (8, values.shape[0] // 8, 8, values.shape[1] // 8, 3)).reshape(values.shape)
     return ((1 - progress) * values + progress * flat) * (1 - 0.75 * progress)
 
 
 def blue_noise(values, progress, random):
-    """What flow_grpo#172's became: noise of high frequency over the picture."""
+    """What flow_grpo#172's became: noise of high frequency over the image."""
     white = random.normal(0, 120, values.shape)
     blue = white - (np.roll(white, 1, 0) + np.roll(white, -1, 0) + np.roll(white, 1, 1) + np.roll(white, -1, 1)) / 4
     return values + progress * blue
 
 
 def watch(spoil, rollouts=100, prompts=4, group_size=4, seed=0):
-    """Alarm -> first rollout, pictures; of a run whose pictures `spoil` as it goes on, with new prompts each time."""
+    """Alarm -> first rollout, images; of a run whose images `spoil` as it goes on, with new prompts each time."""
     random, watching, first = np.random.default_rng(seed), ImageWatch(), {}
     for rollout in range(rollouts):
         images = []
         for _ in range(prompts):
-            scene = picture(random)
+            scene = image(random)
             for _ in range(group_size):
                 own = scene + random.normal(0, 40, (8, 8, 1)).repeat(8, 0).repeat(8, 1)
                 values = np.clip(spoil(own, rollout, random), 0, 255).astype(np.uint8)
@@ -62,7 +62,7 @@ def watch(spoil, rollouts=100, prompts=4, group_size=4, seed=0):
 
 
 @pytest.mark.parametrize("prompts", [1, 4, 12])
-def test_sound_pictures_of_ever_new_prompts_give_no_alarm(prompts):
+def test_sound_images_of_ever_new_prompts_give_no_alarm(prompts):
     for seed in range(2):
         assert watch(lambda values, rollout, random: values, 60 if prompts < 12 else 25, prompts, seed=seed) == {}
 
@@ -74,13 +74,13 @@ def test_prompts_of_other_light_are_no_drift():
 
 
 def test_a_change_that_nobody_sees_is_no_drift():
-    scene = picture(np.random.default_rng(0))
+    scene = image(np.random.default_rng(0))
     found = watch(lambda values, rollout, random: scene * (0.97 if rollout > 20 else 1.0) + random.normal(), 40)
     assert found == {}
 
 
 @pytest.mark.parametrize("prompts", [1, 4])
-def test_pictures_that_darken_and_lose_detail_are_seen_early(prompts):
+def test_images_that_darken_and_lose_detail_are_seen_early(prompts):
     found = watch(lambda values, rollout, random: hacked(values, rollout / 100), 60, prompts)
     for name in ("images/dark_share", "images/color_entropy", "images/edge_density"):
         rollout, indices = found[name]
@@ -88,9 +88,9 @@ def test_pictures_that_darken_and_lose_detail_are_seen_early(prompts):
         assert indices
 
 
-def test_blue_noise_is_seen_and_the_noisy_pictures_are_named():
+def test_blue_noise_is_seen_and_the_noisy_images_are_named():
     def spoil(values, rollout, random):
-        # From the 20th rollout on, half of the pictures.
+        # From the 20th rollout on, half of the images.
         return blue_noise(values, 1.0, random) if rollout >= 20 and random.random() < 0.5 else values
 
     rollout, indices = watch(spoil, 30)["images/noise"]
@@ -267,9 +267,9 @@ def test_memory_of_another_version_is_taken_as_far_as_it_goes():
     assert revive(RewardWatch, {**memory, "gone": 1}) == replace(watching, flat=[])
 
 
-def test_pictures_of_one_prompt_per_generation_are_compared_with_those_before():
+def test_images_of_one_prompt_per_generation_are_compared_with_those_before():
     random = np.random.default_rng(0)
-    scenes = [image_statistics(Image.fromarray(picture(random).clip(0, 255).astype(np.uint8))) for _ in range(3)]
+    scenes = [image_statistics(Image.fromarray(image(random).clip(0, 255).astype(np.uint8))) for _ in range(3)]
     watching = ImageWatch()
 
     def across(images, prompt, trains=True):

@@ -49,7 +49,7 @@ def test_rollout_whose_trajectory_is_another_one(make_trainer, monkeypatch):
 
 
 def test_policy_that_a_learning_rate_destroys(tmp_path):
-    # flow_grpo#182: the reward goes to 0, pictures become noise.
+    # flow_grpo#182: the reward goes to 0, images become noise.
     trainer = shapeworld_trainer(tmp_path, shapeworld_reward, 4, image_learning_rate=0.1, num_iterations=1)
     trainer.train()
     fallen = given(tmp_path)["reward/fallen"]
@@ -57,7 +57,7 @@ def test_policy_that_a_learning_rate_destroys(tmp_path):
     assert fallen["indices"]
 
 
-def test_reward_that_has_nothing_to_do_with_the_picture(make_trainer, tmp_path, monkeypatch):
+def test_reward_that_has_nothing_to_do_with_the_image(make_trainer, tmp_path, monkeypatch):
     # UniRL#121, DanceGRPO#45: groups of two, and a reward that stays where it was.
     monkeypatch.setattr(reward_alarms, "STALLED", 20)
     random = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Image statistics against pictures whose numbers are known."""
+"""Image statistics against images whose numbers are known."""
 
 import io
 import math
@@ -60,7 +60,7 @@ def test_thumbnails_are_the_means_of_blocks():
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (8, 8), (130, 700), (1024, 1024)])
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_pictures_of_any_size_and_mode(size, mode):
+def test_images_of_any_size_and_mode(size, mode):
     found = image_statistics(Image.new("RGB", size, "white").convert(mode))
     assert (found.dark_share, found.bright_share, found.color_entropy) == (0, 1, 0)
     assert (found.edge_density, found.noise) == (0, 0)

@@ -66,7 +66,7 @@ def test_the_gallery_holds_what_was_generated(make_trainer, tmp_path):
                 assert sample.reward is None and sample.rewards == {"redness": None, "judged": None}
             else:
                 assert sample.reward == pytest.approx(total, abs=1e-6)
-            kept = np.asarray(Image.open(tmp_path / "gallery" / sample.picture)).astype(float)
+            kept = np.asarray(Image.open(tmp_path / "gallery" / sample.image)).astype(float)
             assert np.abs(kept - np.asarray(found.images[i])).mean() < 8
     evaluated = [shown for shown in run.shown if shown.mode == "eval"]
     assert [shown.step for shown in evaluated] == [0, 2, 4, 6, 8]

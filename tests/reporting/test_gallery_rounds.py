@@ -63,11 +63,11 @@ def test_a_trajectory_is_shown_round_by_round(tmp_path, train, group):
         paid = columns["round_advantages"].tolist()
         assert [part.advantage for part in told] == pytest.approx(paid[: len(told)])
         assert [part.kept for part in told] == [part.stopped for part in t.rounds]
-        assert [part.picture is None for part in told] == [part.stopped for part in t.rounds]
-        assert [nearest(folder / p.picture, images) for p in told if p.picture] == [
+        assert [part.image is None for part in told] == [part.stopped for part in t.rounds]
+        assert [nearest(folder / p.image, images) for p in told if p.image] == [
             place[t.row, m] for m, _ in t.painted()
         ]
-        assert sample.picture == [p.picture for p in told if p.picture][-1] and sample.sources == ()
+        assert sample.image == [p.image for p in told if p.image][-1] and sample.sources == ()
     stands = {}  # the image after each round, by its number
     for m, (i, sample) in product(range(3), enumerate(shown.samples)):
         if m == len(sample.rounds):
@@ -85,7 +85,7 @@ def test_a_trajectory_is_shown_round_by_round(tmp_path, train, group):
             assert change == pytest.approx(image_distance(images[stands[i, m]], images[begun]))
     origins = {(i // 4, m, part.origin) for i, s in enumerate(shown.samples) for m, part in enumerate(s.rounds)}
     assert len([origin for *_, origin in origins if origin is not None]) == (4 if group == "tree" else 0)
-    assert all(len(sample.rounds) == 2 and sample.rounds[0].picture for sample in evaluated.samples)
+    assert all(len(sample.rounds) == 2 and sample.rounds[0].image for sample in evaluated.samples)
     html = (tmp_path / "gallery.html").read_text()
     figures = re.findall(r"<figure.*?</figure>", html, re.DOTALL)
     of_rounds = [figure for figure in figures if "round " in figure]
@@ -103,7 +103,7 @@ def test_a_story_shows_each_turn_beside_what_was_made_of_it(tmp_path):
     assert len(shown.samples) == 12
     for sample in shown.samples:
         assert [part.asked for part in sample.rounds] == TURNS[sample.prompt]
-        assert len(sample.sources) == 1 and all(part.picture for part in sample.rounds)
+        assert len(sample.sources) == 1 and all(part.image for part in sample.rounds)
     html = (tmp_path / "gallery.html").read_text()
     for turns in TURNS.values():
         assert all(html.count(f'“<span class="text" dir="auto">{turn}</span>”') >= 4 for turn in turns)

@@ -66,20 +66,20 @@ def test_the_card_of_a_run(make_trainer, tmp_path):
     listed = re.findall(r"^\d\. `([^`]*)`$", text, re.MULTILINE)
     assert listed == [prompt.replace("`", "'").replace("\n", " ") for prompt in order]
 
-    picture = np.asarray(Image.open(tmp_path / "before_after.jpg")).astype(float)
-    assert picture.shape == (18, 38, 3)
+    some_image = np.asarray(Image.open(tmp_path / "before_after.jpg")).astype(float)
+    assert some_image.shape == (18, 38, 3)
     first, last = (shown for shown in read_run(tmp_path).shown if shown.mode == "eval")
     means = []
     for row, shown in enumerate((first, last)):
         for column, sample in enumerate(shown.samples):
-            image = np.asarray(Image.open(tmp_path / "gallery" / sample.picture)).astype(float)
-            cell = picture[10 * row : 10 * row + 8, 10 * column : 10 * column + 8]
+            image = np.asarray(Image.open(tmp_path / "gallery" / sample.image)).astype(float)
+            cell = some_image[10 * row : 10 * row + 8, 10 * column : 10 * column + 8]
             assert np.abs(cell.mean((0, 1)) - image.mean((0, 1))).max() < 5
             means.append(image.mean((0, 1)))
     assert np.abs(np.subtract(means[:4], means[4:])).max() > 10  # a swap of the rows would be seen
 
 
-def test_without_evaluations_a_group_and_without_a_gallery_no_picture(make_trainer, tmp_path):
+def test_without_evaluations_a_group_and_without_a_gallery_no_image(make_trainer, tmp_path):
     make_trainer(tmp_path / "group", gallery_steps=50, **SAVED).train()
     text = (tmp_path / "group" / "README.md").read_text()
     assert "A group of one prompt at step 0, the best first" in text

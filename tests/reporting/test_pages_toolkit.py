@@ -1,4 +1,4 @@
-"""What every page is built from: texts that do no harm, small pictures, charts that say what the numbers do."""
+"""What every page is built from: texts that do no harm, small images, charts that say what the numbers do."""
 
 import base64
 import io
@@ -104,12 +104,12 @@ def noise(size, mode="RGB"):
 
 
 @pytest.mark.parametrize("size, expected", [((512, 512), (256, 256)), ((1024, 256), (256, 64)), ((24, 40), (24, 40))])
-def test_pictures_are_scaled_down_never_up(size, expected):
+def test_images_are_scaled_down_never_up(size, expected):
     decoded = Image.open(io.BytesIO(jpeg(noise(size))))
     assert decoded.format == "JPEG" and decoded.size == expected
 
 
-def test_pictures_keep_their_colours():
+def test_images_keep_their_colours():
     colours = np.array([[[220, 30, 30], [30, 200, 60]], [[40, 60, 220], [240, 230, 40]]], dtype=np.uint8)
     for side in (12, 200):
         image = Image.fromarray(colours.repeat(side, 0).repeat(side, 1))
@@ -119,17 +119,17 @@ def test_pictures_keep_their_colours():
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "1"])
-def test_pictures_of_every_mode(mode):
+def test_images_of_every_mode(mode):
     image = noise((20, 20), "RGBA").convert(mode) if mode != "RGBA" else Image.new("RGBA", (20, 20), (255, 0, 0, 0))
     decoded = np.asarray(Image.open(io.BytesIO(jpeg(image))).convert("RGB"))
     if mode == "RGBA":
         assert decoded.min() > 250  # wholly transparent: white
 
 
-def test_a_data_uri_is_the_picture():
-    picture = jpeg(noise((8, 8)))
-    head, data = data_uri(picture).split(",")
-    assert head == "data:image/jpeg;base64" and base64.b64decode(data) == picture
+def test_a_data_uri_is_the_image():
+    some_image = jpeg(noise((8, 8)))
+    head, data = data_uri(some_image).split(",")
+    assert head == "data:image/jpeg;base64" and base64.b64decode(data) == some_image
 
 
 def lines(svg):

@@ -42,7 +42,7 @@ def test_words_are_shaded_by_their_likelihood():
 def test_the_prompt_stands_beside_its_image_instead_of_the_numbers(tmp_path):
     values = [reading("a red cat").to_json(), None]
     html = page_of(tmp_path, {"read_back": values, "answers": ["yes", "no"]}, ["a red cat", "a dog"])
-    cards = html.split("Groups of one prompt")[1].split('<div class="picture">')[1:]
+    cards = html.split("Groups of one prompt")[1].split('<div class="image">')[1:]
     assert len(re.findall("--shade", cards[0])) == 2 and "--shade" not in cards[1]
     assert "[&#34;" not in html and "yes" in cards[0] and "no" in cards[1]
 

@@ -31,8 +31,8 @@ def log(records, *steps, value=0.0):
 
 def test_a_generation_comes_back_as_it_was(tmp_path):
     texts = {"answers": ["yes", None, {"a": math.nan}, "\ud83d"]}
-    shown, pictures = choose(generation(["a \x00 cat"], extra=texts, rewards=[0.5, math.nan, 1.0, 0.0]), 7)
-    Records(tmp_path, "a").show(shown, pictures)
+    shown, images = choose(generation(["a \x00 cat"], extra=texts, rewards=[0.5, math.nan, 1.0, 0.0]), 7)
+    Records(tmp_path, "a").show(shown, images)
     (found,) = read_run(tmp_path).shown
     assert (found.step, found.mode, found.group_size, found.total, found.side) == (7, "train", 4, 4, 64)
     assert [sample.prompt for sample in found.samples] == ["a \x00 cat"] * 4
@@ -41,20 +41,20 @@ def test_a_generation_comes_back_as_it_was(tmp_path):
     assert [sample.extra["answers"] for sample in found.samples] == ["yes", None, {"a": None}, "\ud83d"]
     assert [sample.index for sample in found.groups[0]] == [2, 0, 3, 1]  # the best first, the failed one last
     for sample in found.samples:
-        assert (tmp_path / "gallery" / sample.picture).read_bytes() == pictures[sample.picture]
+        assert (tmp_path / "gallery" / sample.image).read_bytes() == images[sample.image]
 
 
-def test_few_pictures_of_a_large_batch_in_whole_groups():
+def test_few_images_of_a_large_batch_in_whole_groups():
     for groups, size, kept in ((32, 24, 48), (12, 16, 48), (1, 100, 100), (3, 40, 40), (2, 4, 8)):
-        shown, pictures = choose(generation([f"p{i}" for i in range(groups)], size, side=8), 0)
-        assert len(shown.samples) == len(pictures) == kept
+        shown, images = choose(generation([f"p{i}" for i in range(groups)], size, side=8), 0)
+        assert len(shown.samples) == len(images) == kept
         assert shown.total == groups * size
 
 
-def test_of_an_evaluation_all_numbers_are_kept_and_the_first_prompts_pictures():
-    shown, pictures = choose(generation([f"p{i}" for i in range(40)], 2, "eval", side=8), 0)
-    assert len(shown.samples) == 80 and len(pictures) == 16
-    assert [sample.index for sample in shown.samples if sample.picture] == list(range(0, 32, 2))
+def test_of_an_evaluation_all_numbers_are_kept_and_the_first_prompts_images():
+    shown, images = choose(generation([f"p{i}" for i in range(40)], 2, "eval", side=8), 0)
+    assert len(shown.samples) == 80 and len(images) == 16
+    assert [sample.index for sample in shown.samples if sample.image] == list(range(0, 32, 2))
 
 
 def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):

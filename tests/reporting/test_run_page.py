@@ -112,7 +112,7 @@ def test_the_interval_of_the_curve_covers_as_often_as_it_says():
     assert 0.91 <= covered / 400 <= 0.98
 
 
-def test_alarms_lead_the_page_and_mark_their_pictures(tmp_path):
+def test_alarms_lead_the_page_and_mark_their_images(tmp_path):
     write_run(tmp_path, steps=(0, 50))
     assert "No alarm was raised" in Page(run_page(read_run(tmp_path))).text
     alarm = {"step": 50, "mode": "train", "alarm": "images <dark>", "message": "half are black"}
@@ -142,12 +142,12 @@ def test_a_run_whose_alarms_were_off_is_not_called_quiet(tmp_path):
     assert "Nobody watched it" in text and "No alarm was" not in text
 
 
-def test_missing_pictures_and_paths_that_lead_out(tmp_path):
+def test_missing_images_and_paths_that_lead_out(tmp_path):
     (tmp_path / "secret.jpg").write_bytes(b"secret")
     folder = write_run(tmp_path / "run", steps=(0, 1), evaluated=False, prompts=["a", "b"])
-    next((folder / "gallery" / "pictures").glob("*0003.jpg")).unlink()
+    next((folder / "gallery" / "images").glob("*0003.jpg")).unlink()
     file = folder / "gallery" / "records.jsonl"
-    file.write_text(file.read_text().replace("pictures/train-000000-0001.jpg", "../../secret.jpg"))
+    file.write_text(file.read_text().replace("images/train-000000-0001.jpg", "../../secret.jpg"))
     html = run_page(read_run(folder))
     assert html.count("image's file is missing") == 2 and html.count("<img") == 14
     assert "c2VjcmV0" not in html  # "secret" in base64
@@ -155,7 +155,7 @@ def test_missing_pictures_and_paths_that_lead_out(tmp_path):
 
 @pytest.mark.parametrize("side", [64, pytest.param(512, marks=pytest.mark.slow)])
 def test_the_page_of_a_long_run_is_small(tmp_path, side):
-    """100 steps with a generation at each tenth, and their evaluations: 24 pictures each, and texts of 4,000 signs."""
+    """100 steps with a generation at each tenth, and their evaluations: 24 images each, and texts of 4,000 signs."""
     prompts = [f"{i} " + "word " * 800 for i in range(24)]
     write_run(tmp_path, steps=range(0, 101, 10), prompts=prompts, side=side, group_size=12)
     html = run_page(read_run(tmp_path))

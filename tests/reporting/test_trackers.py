@@ -1,4 +1,4 @@
-"""The gallery's pictures in the trackers that a run reports to, read back from what these wrote."""
+"""The gallery's images in the trackers that a run reports to, read back from what these wrote."""
 
 import io
 import os
@@ -17,7 +17,7 @@ def grey(*levels, side=10):
     return [Image.new("RGB", (side, side), (level,) * 3) for level in levels]
 
 
-def test_the_grid_has_its_pictures_in_rows():
+def test_the_grid_has_its_images_in_rows():
     pixels = np.asarray(grid(grey(0, 50, 100, 150, 200), columns=3))
     assert pixels.shape == (22, 34, 3)
     for i, level in enumerate((0, 50, 100, 150, 200)):
@@ -27,7 +27,7 @@ def test_the_grid_has_its_pictures_in_rows():
     assert np.asarray(grid(grey(7), columns=4)).shape == (10, 10, 3)
 
 
-def test_large_pictures_are_scaled_down():
+def test_large_images_are_scaled_down():
     wide = Image.new("RGB", (1024, 512), (9, 8, 7))
     assert grid([wide] * 2, 2).size == (2 * CELL + 2, CELL // 2)
     with pytest.raises(ValueError, match="No images"):
@@ -63,7 +63,7 @@ def run(make_trainer, tracker, **arguments):
     return notes
 
 
-def test_tensorboard_has_the_pictures(make_trainer, tmp_path):
+def test_tensorboard_has_the_images(make_trainer, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     notes = run(make_trainer, "tensorboard")
@@ -73,12 +73,12 @@ def test_tensorboard_has_the_pictures(make_trainer, tmp_path):
     for name, grids in (("gallery/train", notes.trained), ("gallery/eval", notes.evaluated)):
         found = {event.step: Image.open(io.BytesIO(event.encoded_image_string)) for event in events.Images(name)}
         assert list(found) == list(grids) and len(grids) == 2
-        for step, picture in found.items():
-            assert np.array_equal(np.asarray(picture), grids[step])
+        for step, image in found.items():
+            assert np.array_equal(np.asarray(image), grids[step])
     assert "train/reward" in events.Tags()["scalars"]
 
 
-def test_wandb_has_the_pictures(make_trainer, tmp_path, monkeypatch):
+def test_wandb_has_the_images(make_trainer, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
@@ -94,7 +94,7 @@ def test_wandb_has_the_pictures(make_trainer, tmp_path, monkeypatch):
             assert np.array_equal(np.asarray(Image.open(file)), pixels)
 
 
-def test_trackio_has_the_pictures(make_trainer):
+def test_trackio_has_the_images(make_trainer):
     folder = pytest.importorskip("trackio.utils").TRACKIO_DIR  # fixed when it is imported
     project = f"test-{uuid.uuid4().hex}"
     notes = run(make_trainer, "trackio", project=project)

@@ -6,7 +6,7 @@ from accelerate import PartialState
 from torch import nn
 
 from tests.helpers.tiny_llava import tiny_llava
-from tests.helpers.tiny_perception import smooth_picture, tiny_clip, tiny_mask2former
+from tests.helpers.tiny_perception import smooth_image, tiny_clip, tiny_mask2former
 from trl_unigrpo.rewards import ClipReward, LocalReader, LocalVLMJudge
 from trl_unigrpo.rewards.clip.embedder import ClipEmbedder
 from trl_unigrpo.rewards.geneval.geneval_reward import Mask2FormerDetector
@@ -51,7 +51,7 @@ def test_weights_that_a_score_has_placed_still_lead_a_gradient(monkeypatch):
     move = nn.Module.to  # a copy of all weights, as where they go to another device
     copied = lambda module, *to: move(module._apply(torch.clone), *to)  # noqa: E731
     monkeypatch.setattr(nn.Module, "to", copied)
-    assert len(reward.score([smooth_picture(0, 32, 32)], ["a cat"], {})) == 1
+    assert len(reward.score([smooth_image(0, 32, 32)], ["a cat"], {})) == 1
     pixels = torch.rand(1, 3, 32, 32, requires_grad=True)
     reward.differentiable(pixels, ["a cat"]).sum().backward()
     assert pixels.grad.abs().max() > 0

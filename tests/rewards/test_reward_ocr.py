@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.tiny_perception import word_picture
+from tests.helpers.tiny_perception import word_image
 from trl_unigrpo.rewards import OCRReward
 from trl_unigrpo.rewards.common import DeadRewardError
 from trl_unigrpo.rewards.ocr import quoted_text, text_match
@@ -81,7 +81,7 @@ def test_empty_target_is_an_error(reward, target):
     with pytest.raises(ValueError, match="target text is empty"):
         text_match("HELLO", target)
     with pytest.raises(ValueError, match="column 'target' is empty"):
-        reward(prompts=["a"], images=[word_picture("HELLO")], target=[target])
+        reward(prompts=["a"], images=[word_image("HELLO")], target=[target])
 
 
 @pytest.mark.parametrize(
@@ -124,14 +124,14 @@ def test_quoted_text(prompt, text):
     ("word", "target", "score"), [("HELLO", "HELLO", 1.0), ("HELO", "HELLO", 0.8), ("CAT", "DOG", 0.0)]
 )
 def test_drawn_words(reward, word, target, score):
-    assert reward(prompts=[f'the word "{target}"'], images=[word_picture(word)]) == [pytest.approx(score)]
+    assert reward(prompts=[f'the word "{target}"'], images=[word_image(word)]) == [pytest.approx(score)]
 
 
 @pytest.mark.parametrize(
     ("drawn", "target"), [("HE\nLO", "HE\nLO"), ("DON'T", "DON’T"), ("HELLO", "ＨＥ\u00a0ＬＬＯ"), ("GO...", "GO…")]
 )
 def test_what_is_drawn_rightly_has_the_full_reward(reward, drawn, target):
-    assert reward(prompts=["x"], images=[word_picture(drawn, size=(256, 192))], target=[target]) == [1.0]
+    assert reward(prompts=["x"], images=[word_image(drawn, size=(256, 192))], target=[target]) == [1.0]
 
 
 def test_noise_and_blank_have_no_text(reward):
@@ -141,7 +141,7 @@ def test_noise_and_blank_have_no_text(reward):
 
 @pytest.mark.slow
 def test_image_modes_read_alike(reward):
-    image = word_picture("HELLO")
+    image = word_image("HELLO")
     transparent = Image.new("RGBA", image.size, (0, 0, 0, 0))  # black below what is not there
     transparent.paste(image.convert("RGBA"), mask=image.convert("L").point(lambda x: 255 - x))
     images = [image.convert("L"), image.convert("RGBA"), image.convert("P"), transparent]
@@ -149,26 +149,26 @@ def test_image_modes_read_alike(reward):
 
 
 def test_two_lines_are_read_from_top_to_bottom(reward):
-    image = word_picture("GREEN\nTEA", size=(256, 192))
+    image = word_image("GREEN\nTEA", size=(256, 192))
     assert reward.read(image).replace(" ", "").upper() == "GREENTEA"
 
 
 @pytest.mark.slow
 def test_uncertain_lines_do_not_count(reward):
-    image = word_picture("HELLO")
+    image = word_image("HELLO")
     assert reward.read(image) == "HELLO"
     assert OCRReward(min_confidence=1.0, threads=1).read(image) == ""
 
 
 def test_each_image_has_its_own_target(reward):
-    images = [word_picture(word) for word in ("HELLO", "GREEN")]
+    images = [word_image(word) for word in ("HELLO", "GREEN")]
     scores = reward(prompts=["a", "b"], images=images, target=["GREEN", "GREEN"])
     assert scores[1] == 1.0 and scores[0] < 0.5
 
 
 @pytest.mark.slow
 def test_column_before_quotation(reward):
-    image = [word_picture("HELLO")]
+    image = [word_image("HELLO")]
     assert reward(prompts=['"DOG"'], images=image, target=["HELLO"]) == [1.0]
     own = OCRReward(target_column="caption", threads=1)
     assert own(prompts=['"DOG"'], images=image, target=["DOG"], caption=["HELLO"]) == [1.0]
@@ -177,7 +177,7 @@ def test_column_before_quotation(reward):
 
 
 def test_missing_target(reward):
-    images = [word_picture("HELLO")] * 2
+    images = [word_image("HELLO")] * 2
     with pytest.raises(ValueError, match="row 1 of the batch, 'a sign', has no text .* missing='none'"):
         reward(prompts=['"HELLO"', "a sign"], images=images)
     with pytest.raises(ValueError, match="row 0 .* column 'target' is empty"):
@@ -189,7 +189,7 @@ def test_missing_target(reward):
 def test_conversation_and_metric(reward):
     logged = {}
     prompt = [{"role": "system", "content": '"DOG"'}, {"role": "user", "content": 'a sign: "HELLO"'}]
-    images = [word_picture("HELLO")]
+    images = [word_image("HELLO")]
     assert reward(prompts=[prompt], images=images, log_metric=logged.__setitem__) == [1.0]
     assert logged == {"OCRReward/failed": 0.0}
 
@@ -197,10 +197,10 @@ def test_conversation_and_metric(reward):
 def test_broken_image_costs_its_score_and_a_dead_run_stops(caplog):
     reward = OCRReward(threads=1, max_dead_batches=2)
     file = BytesIO()
-    word_picture("HELLO").save(file, format="PNG")
+    word_image("HELLO").save(file, format="PNG")
     broken = Image.open(BytesIO(file.getvalue()[:-200]))  # it fails when its pixels are read
     with caplog.at_level(logging.WARNING):
-        assert reward(prompts=['"HELLO"'] * 2, images=[broken, word_picture("HELLO")]) == [None, 1.0]
+        assert reward(prompts=['"HELLO"'] * 2, images=[broken, word_image("HELLO")]) == [None, 1.0]
     assert "OCRReward gives no score: OSError" in caplog.text
     assert reward(prompts=['"HELLO"'], images=[broken]) == [None]
     with pytest.raises(DeadRewardError, match="no image in 2 batches.*OSError"):

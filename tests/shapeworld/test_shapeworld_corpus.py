@@ -30,7 +30,7 @@ def corpus(rows=ROWS, **rates):
     return columns
 
 
-def test_without_errors_every_plan_and_picture_is_right():
+def test_without_errors_every_plan_and_image_is_right():
     columns = corpus(10_000)
     assert all(plan is not None for plan in columns["plan"])
     assert score_plans(columns["spec"], columns["completion"]).min() == 1
@@ -231,7 +231,7 @@ def test_seed_fixes_everything():
     assert one["prompt"] != other["prompt"]
 
 
-def test_dataset_draws_pictures_when_read():
+def test_dataset_draws_images_when_read():
     data = pretraining_corpus(400, seed=2, no_thinking_share=0.5)
     columns = corpus_columns(400, seed=2, no_thinking_share=0.5)
     rows = data[:]

@@ -1,4 +1,4 @@
-"""The independent score of pictures: FID's formula against scipy, and its order on pictures of known quality."""
+"""The independent score of images: FID's formula against scipy, and its order on images of known quality."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_frechet_distance_is_the_closed_form_of_gaussians(dims):
 
 
 def test_frechet_distance_of_flat_sets():
-    """A singular covariance, as of pictures of one colour, is no special case."""
+    """A singular covariance, as of images of one colour, is no special case."""
     a = np.random.default_rng(0).normal(size=(60, 3)) * [1.0, 2.0, 0.0]
     assert frechet_distance(a, 2 * a) == pytest.approx(np.square(a.mean(0)).sum() + np.trace(np.cov(a.T)), rel=1e-6)
     with pytest.raises(ValueError, match="two of each"):
@@ -63,7 +63,7 @@ def test_clean_drawings_are_clean_and_as_asked():
     assert len({drawing.tobytes() for drawing in drawings}) > 0.5 * len(drawings)
 
 
-def test_clean_pictures_are_near_and_noise_moves_away(base):
+def test_clean_images_are_near_and_noise_moves_away(base):
     model, _ = base
     clean = clean_drawings(PROMPTS, seed=1)[::10]
     latents = model.encode_images(torch.from_numpy(images_to_array(clean)))
@@ -84,7 +84,7 @@ def test_tokens_are_those_of_the_autoencoder(base):
     torch.testing.assert_close(torch.from_numpy(tokens[3 * 9 + 4]), expected)
 
 
-def test_guidance_reaches_the_pictures(base):
+def test_guidance_reaches_the_images(base):
     plain, one, guided = (
         evaluate_model(*base, num_prompts=7, guidance=guidance) for guidance in (None, Guidance(1.0), Guidance(3.0))
     )

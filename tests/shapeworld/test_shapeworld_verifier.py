@@ -22,8 +22,8 @@ from trl_unigrpo.shapeworld.render import (
     shape_masks,
 )
 from trl_unigrpo.shapeworld.verifier import (
+    image_error,
     images_to_array,
-    picture_error,
     read_cells,
     score,
     shapeworld_reward,
@@ -121,19 +121,19 @@ def test_checks_apart():
         np.testing.assert_array_equal(checks[name], values, err_msg=name)
 
 
-def test_pictures_read_back_whatever_the_form():
+def test_images_read_back_whatever_the_form():
     cells = np.random.default_rng(0).integers(0, 31, (50, 9))
-    pictures = render_tensor(cells)
-    assert pictures.shape == (50, 3, 48, 48)
-    assert pictures.dtype == torch.float32
-    assert pictures.min() >= -1
-    assert pictures.max() <= 1
-    read, error = read_cells(pictures.numpy())
+    some_images = render_tensor(cells)
+    assert some_images.shape == (50, 3, 48, 48)
+    assert some_images.dtype == torch.float32
+    assert some_images.min() >= -1
+    assert some_images.max() <= 1
+    read, error = read_cells(some_images.numpy())
     np.testing.assert_array_equal(read, cells)
     assert error.max() < 1e-9
     images = render_images(cells)
     assert {(image.size, image.mode) for image in images} == {((48, 48), "RGB")}
-    np.testing.assert_allclose(images_to_array(images), pictures.numpy(), atol=1 / 255 + 1e-6)
+    np.testing.assert_allclose(images_to_array(images), some_images.numpy(), atol=1 / 255 + 1e-6)
     np.testing.assert_array_equal(read_cells(images_to_array(images))[0], cells)
 
 
@@ -151,7 +151,7 @@ def test_shapes_have_their_areas():
     np.testing.assert_allclose(shape_masks(oversample=32).sum((1, 2)), areas, rtol=0.005)
 
 
-def test_picture_error_is_the_mean_squared_distance():
+def test_image_error_is_the_mean_squared_distance():
     clean = images_to_array(render_images(np.stack([scene(top=RED_CIRCLE), scene()])))
     shifted = clean.copy()
     shifted[0, :, :16, :16] += 0.1  # one of nine cells, by 0.1 in every channel
@@ -163,8 +163,8 @@ def test_picture_error_is_the_mean_squared_distance():
     value = 128 / 127.5 - 1
     clean_cells = render_tensor(np.stack([np.full(9, code) for code in range(31)])).numpy()
     distances = ((clean_cells - value) ** 2).mean((1, 2, 3))
-    assert picture_error([grey])[0] == pytest.approx(distances.min(), rel=1e-5)
-    assert picture_error(render_images(scene(top=CYAN_RING))).max() < 2e-5
+    assert image_error([grey])[0] == pytest.approx(distances.min(), rel=1e-5)
+    assert image_error(render_images(scene(top=CYAN_RING))).max() < 2e-5
 
 
 def test_a_cell_too_far_from_all_is_unreadable():
@@ -260,11 +260,11 @@ def test_diversity_in_closed_form():
     same = np.stack([scene(top=RED_CIRCLE)] * 4)
     spread = np.stack([scene(top=RED_CIRCLE), scene(left=BLUE_CIRCLE), scene(right=RED_RING), scene(center=CYAN_RING)])
     collapsed = cell_diversity(same[None])
-    assert (collapsed.position_entropy, collapsed.color_entropy, collapsed.distinct_pictures) == (0, 0, 0.25)
+    assert (collapsed.position_entropy, collapsed.color_entropy, collapsed.distinct_images) == (0, 0, 0.25)
     varied = cell_diversity(spread[None])
     assert varied.position_entropy == pytest.approx(2)  # four places, equally often
     assert varied.color_entropy == pytest.approx(1.5)  # shares 1/2, 1/4, 1/4
-    assert varied.distinct_pictures == 1
+    assert varied.distinct_images == 1
     assert cell_diversity(np.stack([same, spread])).position_entropy == pytest.approx(1)
     everywhere = cell_diversity(np.full((1, 1, 9), RED_CIRCLE))
     assert everywhere.position_entropy == pytest.approx(np.log2(9))

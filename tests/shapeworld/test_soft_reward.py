@@ -43,7 +43,7 @@ def scenes(prompts, rng):
 
 @pytest.fixture
 def blurred():
-    """Unclear pictures in [0, 1], float64: mixtures of two scenes each, with noise."""
+    """Unclear images in [0, 1], float64: mixtures of two scenes each, with noise."""
     rng = np.random.default_rng(5)
     one, other = (render_tensor(rng.integers(0, 31, (4, 9))).double() for _ in range(2))
     noise = torch.from_numpy(rng.normal(0, 0.05, one.shape))
@@ -71,7 +71,7 @@ def test_conversations_are_scored_like_plain_prompts():
 
 @pytest.mark.parametrize("prompt", prompts_of_every_kind())
 def test_expected_score_is_the_mean_over_all_readings(prompt):
-    """Every cell may be one of two codes: the verifier scores all 512 pictures, weighted by their probability."""
+    """Every cell may be one of two codes: the verifier scores all 512 images, weighted by their probability."""
     spec = parse_prompt(prompt)
     rng = np.random.default_rng(sum(map(ord, prompt)))
     asked = [code for code in range(1, 31) if score([spec], np.array([[code] + [0] * 8])).checks["present"][0] > 0]
@@ -114,12 +114,12 @@ def test_a_batch_scores_like_its_rows(blurred):
 def test_cells_are_read_by_a_softmax_of_their_squared_distances(blurred):
     p = cell_probabilities(blurred, 0.05)
     assert p.shape == (4, 9, 32)
-    for picture, cell in itertools.product(range(4), range(9)):
+    for image, cell in itertools.product(range(4), range(9)):
         row, column = divmod(cell, 3)
-        tile = blurred[picture, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16].numpy() * 2 - 1
+        tile = blurred[image, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16].numpy() * 2 - 1
         errors = [((tile - template) ** 2).mean() for template in CLEAN_CELLS.astype(np.float64)] + [0.08]
         weights = np.exp(-np.array(errors) / 0.05)
-        np.testing.assert_allclose(p[picture, cell], weights / weights.sum(), rtol=1e-6)
+        np.testing.assert_allclose(p[image, cell], weights / weights.sum(), rtol=1e-6)
 
 
 def test_without_temperature_it_reads_as_the_verifier(blurred):
@@ -153,7 +153,7 @@ def test_gradient_is_that_of_the_reward(blurred, temperature):
     assert torch.autograd.gradcheck(lambda x: expected_score(specs, x), p.requires_grad_(), fast_mode=True)
 
 
-def test_its_gradient_makes_wrong_pictures_right():
+def test_its_gradient_makes_wrong_images_right():
     prompts = shapeworld_dataset("validation", 35, seed=3)["prompt"]
     specs = [parse_prompt(prompt) for prompt in prompts]
     rng = np.random.default_rng(0)
@@ -164,7 +164,7 @@ def test_its_gradient_makes_wrong_pictures_right():
         return score(specs, read_cells((2 * pixels.detach() - 1).float().numpy())[0]).score
 
     before = hard()
-    # Gradients of clean pictures are tiny, and Adam does not mind.
+    # Gradients of clean images are tiny, and Adam does not mind.
     optimizer = torch.optim.Adam([pixels], lr=0.02, eps=1e-300)
     for _ in range(100):
         optimizer.zero_grad()

@@ -186,8 +186,8 @@ def unigrpo(model, folder):
 
 def sft(model, folder):
     args = UnifiedSFTConfig(str(folder), max_steps=1, learning_rate=1e-2, report_to="none", use_cpu=True)
-    picture = Image.new("RGB", (8, 8), "red")
-    rows = [{"prompt": "a red circle", "completion": text, "image": picture} for text in ("a circle", "red")]
+    image = Image.new("RGB", (8, 8), "red")
+    rows = [{"prompt": "a red circle", "completion": text, "image": image} for text in ("a circle", "red")]
     return UnifiedSFTTrainer(model=model, args=args, train_dataset=rows, processing_class=TOY.tokenizer)
 
 

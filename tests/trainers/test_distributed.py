@@ -271,7 +271,7 @@ def test_the_gallery_shows_the_images_of_all_processes(two_processes, tmp_path):
     for alone, together in zip(one, two, strict=True):
         assert (alone.prompt, alone.thinking) == (together.prompt, together.thinking)
         images = [
-            np.asarray(Image.open(place / "gallery" / sample.picture), dtype=float)
+            np.asarray(Image.open(place / "gallery" / sample.image), dtype=float)
             for place, sample in ((tmp_path, alone), (folder / "full", together))
         ]
         assert np.abs(images[0] - images[1]).max() <= 2

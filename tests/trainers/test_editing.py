@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.helpers.editing import PAINTED, PLACEHOLDER, SIZES, edits, source, tiny_editor
 from tests.helpers.examples import run_example
-from tests.helpers.judge_server import ChatServer, pictures_of, yes
+from tests.helpers.judge_server import ChatServer, images_of, yes
 from tests.helpers.many_images import assert_equations, images
 from tests.helpers.runs import assert_equal_runs, run
 from tests.helpers.tiny_unified import FixedTexts, redness, tiny_bagel, tiny_tokenizer
@@ -277,11 +277,11 @@ def test_the_example_trains_by_a_judge_that_sees_source_and_edit(tmp_path, monke
     (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
     small = {"image_size": 8, "num_inference_steps": 6, "num_generations": 4, "max_completion_length": 4}
     small |= {"report_to": "none", "use_cpu": True, "max_steps": 2, "save_strategy": "no", "disable_tqdm": True}
-    pictures = []
+    some_images = []
 
     def reply(body, attempt):
-        pictures.append([image.size[::-1] for image in pictures_of(body)])
-        return yes(0.1 + 0.8 * np.asarray(pictures_of(body)[1]).mean() / 255)
+        some_images.append([image.size[::-1] for image in images_of(body)])
+        return yes(0.1 + 0.8 * np.asarray(images_of(body)[1]).mean() / 255)
 
     with ChatServer(reply) as server:
         replaced = {
@@ -295,4 +295,4 @@ def test_the_example_trains_by_a_judge_that_sees_source_and_edit(tmp_path, monke
     logs = found["trainer"].state.log_history
     assert 0 < logs[0]["EditReward/following"] < 1
     sizes = {(first, second) for first, second in zip(SIZES, PAINTED, strict=True)}
-    assert {tuple(pair) for pair in pictures} <= sizes
+    assert {tuple(pair) for pair in some_images} <= sizes

@@ -171,7 +171,7 @@ def test_model_card_paints(make_trainer, tmp_path):
     assert "## Training procedure" in card
 
 
-def test_image_size_of_the_pictures_is_the_configured_one(make_trainer):
+def test_image_size_of_the_images_is_the_configured_one(make_trainer):
     sizes = set()
 
     def reward(images, **_):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.judge_server import ChatServer, Reply, pictures_of, yes
+from tests.helpers.judge_server import ChatServer, Reply, images_of, yes
 from tests.helpers.painting import trajectory
 from tests.helpers.rounds import rounds_trainer
 from tests.helpers.tiny_unified import IMAGE_SIZE, prompts_dataset, redness, tiny_bagel, weights
@@ -59,7 +59,7 @@ class WholeQuestions(QuestionReward):
 
 def answer(body, attempt):
     """P(yes) is the image's brightness; some images have no answer, and one of two requests has to be repeated."""
-    (image,) = pictures_of(body)
+    (image,) = images_of(body)
     if not attempt and int(np.asarray(image, dtype=np.int64).sum()) % 2:
         return Reply(status=500, headers={"retry-after-ms": "1"})
     return Reply(status=400, delay=0.01) if fails(image) else Reply(yes(brightness(image)).body, delay=0.01)

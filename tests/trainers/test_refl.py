@@ -38,7 +38,7 @@ SIZE = (IMAGE_SIZE, IMAGE_SIZE)
 
 
 def likeness(pixels, prompts, **columns):
-    """1 minus the squared distance to a picture that depends on the prompt."""
+    """1 minus the squared distance to an image that depends on the prompt."""
     targets = torch.stack(
         [torch.from_numpy(np.random.default_rng(len(prompt)).random((3, *SIZE))).float() for prompt in prompts]
     )

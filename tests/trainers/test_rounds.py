@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers.examples import run_example
-from tests.helpers.judge_server import ChatServer, pictures_of, yes
+from tests.helpers.judge_server import ChatServer, images_of, yes
 from tests.helpers.many_images import assert_equations
 from tests.helpers.rounds import PLACEHOLDER, STOP, WORD, FixedRounds, in_order_of_rows, rounds_bagel, rounds_trainer
 from tests.helpers.runs import assert_equal_runs, run
@@ -390,7 +390,7 @@ def test_the_example_refines_by_a_judge(tmp_path, monkeypatch):
     small = {"image_size": 8, "num_inference_steps": 6, "num_generations": 4, "max_completion_length": 4}
     small |= {"max_reflection_length": 4, "max_steps": 1, "gallery_steps": 0}
     small |= {"report_to": "none", "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
-    with ChatServer(lambda body, attempt: yes(0.1 + 0.8 * np.asarray(pictures_of(body)[0]).mean() / 255)) as server:
+    with ChatServer(lambda body, attempt: yes(0.1 + 0.8 * np.asarray(images_of(body)[0]).mean() / 255)) as server:
         names = {
             '"ByteDance-Seed/BAGEL-7B-MoT"': repr(str(tmp_path / "model")),
             '"http://localhost:8000/v1"': repr(server.url),

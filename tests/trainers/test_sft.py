@@ -10,7 +10,7 @@ from datasets import List as ListFeature
 from transformers import TrainerCallback
 
 from tests.helpers.runs import assert_same_update
-from tests.helpers.sft import FEATURES, ROWS, make_sft, many_rows, picture
+from tests.helpers.sft import FEATURES, ROWS, make_sft, many_rows, some_image
 from tests.helpers.tiny_unified import IMAGE_SIZE, bagel_with_tower, broken, moved, tiny_bagel, tiny_tokenizer, weights
 from trl_unigrpo.models.bagel import BagelForUnifiedGeneration, BagelProcessor
 from trl_unigrpo.models.contract import ContextRow, UnifiedModelMixin
@@ -221,7 +221,7 @@ def test_resume_is_exact(tmp_path):
     ("columns", "message"),
     [
         (
-            {"prompt": ["a"], "image": [picture(0)]},
+            {"prompt": ["a"], "image": [some_image(0)]},
             r"train_dataset has no column 'completion' \(it has \['prompt', 'image'\]\). Add it, or rename",
         ),
         ({"prompt": ["a"], "completion": ["b"]}, "has no column 'image'"),
@@ -234,7 +234,7 @@ def test_wrong_dataset(tmp_path, columns, message):
 
 
 def test_images_of_other_sizes_in_a_batch_are_refused(tmp_path):
-    rows = [*ROWS[:1], {**ROWS[1], "image": picture(1).resize((16, 16))}]
+    rows = [*ROWS[:1], {**ROWS[1], "image": some_image(1).resize((16, 16))}]
     with pytest.raises(ValueError, match=r"images of one batch have the sizes .*Resize them to one size"):
         make_sft(tmp_path, rows=rows).train()
 
@@ -308,9 +308,9 @@ def test_steps_draw_times_and_noise_of_their_own(tmp_path):
 
 
 SEEN = [
-    {**ROWS[0], "source_image": picture(4)},
+    {**ROWS[0], "source_image": some_image(4)},
     {**ROWS[1], "source_image": None},
-    {**ROWS[2], "source_image": picture(5)},
+    {**ROWS[2], "source_image": some_image(5)},
     {**ROWS[3], "source_image": None},
 ]
 
@@ -370,7 +370,7 @@ def wordless(*rows):
 def test_a_caption_is_learnt_as_it_is_read_back(tmp_path):
     """The loss of a completion behind an image without words is that of reading it back, and of the end marker."""
     model, words = bagel_with_tower(), tiny_tokenizer()
-    caption = {"prompt": [], "completion": "the cat sits", "image": picture(0), "source_image": picture(4)}
+    caption = {"prompt": [], "completion": "the cat sits", "image": some_image(0), "source_image": some_image(4)}
     trainer = make_sft(tmp_path, model=model, rows=wordless(*[caption] * 4), learning_rate=0.0, system_prompt="")
     trainer.train()
     ids = [*words("the cat sits")["input_ids"], words.eos_token_id]
@@ -380,7 +380,7 @@ def test_a_caption_is_learnt_as_it_is_read_back(tmp_path):
 
 
 def test_a_row_without_words_needs_an_image(tmp_path):
-    rows = [{"prompt": [], "completion": "a cat", "image": picture(0), "source_image": None}]
+    rows = [{"prompt": [], "completion": "a cat", "image": some_image(0), "source_image": None}]
     trainer = make_sft(tmp_path, model=bagel_with_tower(), rows=wordless(*rows * 4), system_prompt="")
     with pytest.raises(ValueError, match=r"the prompt is \[\], expected a text"):
         trainer.train()

@@ -10,7 +10,7 @@ from datasets import IterableDataset
 
 from tests.helpers.editing import PLACEHOLDER, edits, source, tiny_editor
 from tests.helpers.examples import run_example
-from tests.helpers.judge_server import ChatServer, pictures_of, text_of, yes
+from tests.helpers.judge_server import ChatServer, images_of, text_of, yes
 from tests.helpers.many_images import assert_equations, images
 from tests.helpers.rounds import STOP, FixedRounds, in_order_of_rows
 from tests.helpers.stories import TURNS, stories, story_trainer
@@ -305,7 +305,7 @@ def test_the_example_trains_by_a_judge_that_sees_each_turn(tmp_path, monkeypatch
     asked = Counter()
 
     def reply(body, attempt):
-        before, after = pictures_of(body)
+        before, after = images_of(body)
         assert before.tobytes() != after.tobytes()
         asked.update(turn for turns in TURNS.values() for turn in turns if turn in text_of(body))
         return yes(0.1 + 0.8 * np.asarray(after).mean() / 255)

@@ -145,7 +145,7 @@ def run(
     folder: str | Path,
     options: Options | None = None,
     fingerprint: Mapping[str, Any] | None = None,
-    on_pictures: Callable[[int, int], None] = lambda done, total: None,
+    on_images: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Line]:
     """
     Paint and score what the folder does not have yet. Images without a score are scored again, not painted again.
@@ -157,7 +157,7 @@ def run(
         scorer: None only paints.
         folder: see [`results`].
         fingerprint: the digest by which the model's weights are known.
-        on_pictures: called with (images done, images to do) at the start and after each batch.
+        on_images: called with (images done, images to do) at the start and after each batch.
 
     Returns:
         One line per image, in the order of rows.
@@ -175,7 +175,7 @@ def run(
     write_lines(folder, done.values())  # without the line that a killed run left half written
     if scorer is not None:
         _score_again(folder, done, items, scorer, batch, benchmark.soft)
-    on_pictures(len(done), total)
+    on_images(len(done), total)
     for start in range(0, total, batch):
         rows = range(start, min(start + batch, total))
         missing = [row for row in rows if row not in done]
@@ -188,7 +188,7 @@ def run(
                 raise
             append_lines(folder, lines)
             done.update((line["row"], line) for line in lines)
-            on_pictures(len(done), total)
+            on_images(len(done), total)
     ordered = [done[row] for row in range(total)]
     write_lines(folder, ordered)
     return ordered

@@ -130,7 +130,7 @@ class ShapeWorldScorer:
             "reward": found.score,
             "strict": found.strict,
             "plan": score_plans(specs, list(thinkings)),
-            "picture_error": errors.mean(1),
+            "image_error": errors.mean(1),
         }
         rows = zip(*(values.tolist() for values in columns.values()), strict=True)
         return [Score(row[0], dict(zip(columns, row, strict=True))) for row in rows]

@@ -246,7 +246,7 @@ def choose(
             advantage=_finite(generation.advantages[i]) or 0.0,
             rewards={name: _finite(values[i]) for name, values in generation.rewards.items()},
             extra={name: values[i] for name, values in generation.extra.items() if i in names},
-            picture=names.get(i),
+            image=names.get(i),
             sources=sources.get(i, ()),
             rounds=rounds.get(i, ()),
         )
@@ -266,7 +266,7 @@ class _Files:
 
     def add(self, index: int, image: Image.Image, part: str = "") -> str:
         """Add an image of a sample, if it is not there yet, and return its name."""
-        name = f"pictures/{self.place}-{index:04d}{part}.jpg"
+        name = f"images/{self.place}-{index:04d}{part}.jpg"
         if name not in self.jpegs:
             self.jpegs[name] = jpeg(image, SIDE, QUALITY)
         return name

@@ -165,7 +165,7 @@ def _image(run: Run, folder: Path) -> dict[str, Any] | None:
         rows, title = [trained[-1].groups[0]], f"A group of one prompt at step {trained[-1].step}, the best first"
     else:
         return None
-    shown = [[sample for sample in row if sample.picture is not None][:CARD_COLUMNS] for row in rows]
+    shown = [[sample for sample in row if sample.image is not None][:CARD_COLUMNS] for row in rows]
     images = [_opened(run, sample) for row in shown for sample in row]
     if not images or len({len(row) for row in shown}) > 1 or None in images:
         return None
@@ -177,7 +177,7 @@ def _image(run: Run, folder: Path) -> dict[str, Any] | None:
 
 def _opened(run: Run, sample: ShownSample) -> Image.Image | None:
     try:
-        with Image.open(run.folder / FOLDER / str(sample.picture)) as image:
+        with Image.open(run.folder / FOLDER / str(sample.image)) as image:
             return image.convert("RGB")
     except OSError:
         return None

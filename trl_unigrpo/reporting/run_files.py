@@ -3,7 +3,7 @@ The files of a run for its galleries: `<output_dir>/gallery/`, read back by the 
 
     run.json           what is trained, with which settings
     records.jsonl      one JSON object a line, only ever added to: starts, logged metrics, shown generations, the end
-    pictures/*.jpg     what the generations' lines name
+    images/*.jpg       what the generations' lines name
 
 A crash loses at most the line that was being written. A run that is resumed adds a line "start" at its step, and a
 reader then forgets what the interrupted one wrote after that step.
@@ -33,7 +33,7 @@ class ShownRound:
         reward: of the image that stands after it, None where it has none.
         advantage: of its text and image.
         kept: whether it kept the image that it began with.
-        picture: file of the image that it painted, in the folder `gallery`; None where it painted none.
+        image: file of the image that it painted, in the folder `gallery`; None where it painted none.
         origin: index of the sample whose image it began with, where that is another one's.
         begun: file of that image.
         asked: the user's turn that the round answers, in a story.
@@ -43,7 +43,7 @@ class ShownRound:
     reward: float | None
     advantage: float
     kept: bool = False
-    picture: str | None = None
+    image: str | None = None
     origin: int | None = None
     begun: str | None = None
     asked: str = ""
@@ -59,7 +59,7 @@ class ShownSample:
         reward: weighted sum of the rewards, None where it has none.
         rewards: function -> its value.
         extra: what reward functions logged about it, such as a judge's answers.
-        picture: file in the folder `gallery`; None where only the numbers were kept.
+        image: file in the folder `gallery`; None where only the numbers were kept.
         sources: files of the images that it edits.
         rounds: where there are several.
     """
@@ -71,15 +71,15 @@ class ShownSample:
     advantage: float
     rewards: Mapping[str, float | None]
     extra: Mapping[str, Any]
-    picture: str | None = None
+    image: str | None = None
     sources: Sequence[str] = ()
     rounds: Sequence[ShownRound] = ()
 
     @property
     def files(self) -> list[str]:
         """All its images."""
-        of_rounds = [name for part in self.rounds for name in (part.begun, part.picture)]
-        return [name for name in dict.fromkeys([*self.sources, *of_rounds, self.picture]) if name is not None]
+        of_rounds = [name for part in self.rounds for name in (part.begun, part.image)]
+        return [name for name in dict.fromkeys([*self.sources, *of_rounds, self.image]) if name is not None]
 
 
 @dataclass(frozen=True)

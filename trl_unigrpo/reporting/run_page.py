@@ -194,12 +194,12 @@ def _sample(run: Run, shown: Shown, sample: ShownSample) -> dict[str, Any]:
         "rewards": sample.rewards,
         "extra": _plain_extra(sample),
         "read_back": _shaded(sample),
-        "image": _image(run, sample.picture),
+        "image": _image(run, sample.image),
         "sources": [_image(run, name) for name in sample.sources],
         "rounds": [
             {
                 "text": part.text,
-                "image": _image(run, part.picture),
+                "image": _image(run, part.image),
                 "reward": part.reward,
                 "credit": part.advantage if shown.mode == "train" else None,
                 "kept": part.kept,
@@ -281,7 +281,7 @@ def _side_by_side(runs: Sequence[Run], budget: _Budget) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for prompt in firsts[0]:
         samples = [of.get(prompt) for of in firsts]
-        whole = [sample for sample in samples if sample is not None and sample.picture is not None]
+        whole = [sample for sample in samples if sample is not None and sample.image is not None]
         if len(whole) < len(runs) or len(rows) == 2 * ROWS:
             continue
         size = sum(_size(run, [sample]) for run, sample in zip(runs, whole, strict=True))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .reflection import REFLECTION_TEMPLATE, shapeworld_diagnosis_reward
     from .settings import demo_settings
     from .soft_reward import soft_shapeworld_reward
-    from .verifier import picture_error, shapeworld_reward
+    from .verifier import image_error, shapeworld_reward
 
 _PUBLIC = {
     "BASE": "base",
@@ -23,7 +23,7 @@ _PUBLIC = {
     "demo_settings": "settings",
     "evaluate_model": "evaluate",
     "load_base": "base",
-    "picture_error": "verifier",
+    "image_error": "verifier",
     "preference_reward": "preference",
     "shapeworld_dataset": "dataset",
     "shapeworld_diagnosis_reward": "reflection",
@@ -42,8 +42,8 @@ __all__ = [
     "SEEING_BASE",
     "demo_settings",
     "evaluate_model",
+    "image_error",
     "load_base",
-    "picture_error",
     "preference_reward",
     "shapeworld_dataset",
     "shapeworld_diagnosis_reward",

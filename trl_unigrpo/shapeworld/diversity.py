@@ -21,12 +21,12 @@ class Diversity:
     Args:
         position_entropy: bits, of the cell in which an object lies; at most log2(9) = 3.17.
         color_entropy: bits, of the colour of an object; at most log2(6) = 2.58.
-        distinct_pictures: share in (0, 1] of a prompt's images that differ in at least one cell.
+        distinct_images: share in (0, 1] of a prompt's images that differ in at least one cell.
     """
 
     position_entropy: float
     color_entropy: float
-    distinct_pictures: float
+    distinct_images: float
 
 
 def _entropy(counts: IntArray) -> float:

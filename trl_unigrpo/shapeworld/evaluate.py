@@ -20,8 +20,8 @@ from .grammar import parse_prompt
 from .plan import score_plans
 from .render import IMAGE_SIZE
 from .verifier import (
+    image_error,
     images_to_array,
-    picture_error,
     read_cells,
     score,
 )
@@ -59,7 +59,7 @@ class Evaluation:
         """Write one line of JSON per prompt."""
         with file.open("w", encoding="utf-8") as out:
             for row in zip(self.prompts, self.categories, self.thinking, self.reward, self.error, strict=True):
-                names = ("prompt", "category", "thinking", "reward", "picture_error")
+                names = ("prompt", "category", "thinking", "reward", "image_error")
                 out.write(json.dumps(dict(zip(names, row, strict=True))) + "\n")
 
 
@@ -113,7 +113,7 @@ def evaluate_model(
         reward=scores.score,
         strict=scores.strict,
         plan=score_plans(specs, texts),
-        error=picture_error(images),
+        error=image_error(images),
         latents=torch.stack([sample.latents for sample in samples]),
     )
 

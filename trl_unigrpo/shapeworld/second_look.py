@@ -20,7 +20,7 @@ from .plan import parse_plan, plan_cells
 from .reflection import MAX_REFLECTION_LENGTH, REFLECTION_TEMPLATE, diagnosis_f1, parse_reflection
 from .render import IMAGE_SIZE, render_images
 from .second_corpus import DESCRIBE
-from .verifier import images_to_array, picture_error, read_cells, score
+from .verifier import image_error, images_to_array, read_cells, score
 from .world import EMPTY, MAX_OBJECTS
 
 
@@ -152,7 +152,7 @@ def evaluate_edits(
         images=images,
         said=[sample.thinking for sample in samples],
         scores=score_edits([parse_edit(text) for text in texts], before, after),
-        error=picture_error(images),
+        error=image_error(images),
     )
 
 

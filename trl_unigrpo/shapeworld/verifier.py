@@ -73,7 +73,7 @@ def read_cells(pixels: NDArray[np.float32]) -> tuple[IntArray, ScoreArray]:
     return cells.reshape(-1, NUM_CELLS), error.reshape(-1, NUM_CELLS)
 
 
-def picture_error(images: Sequence[Image.Image]) -> ScoreArray:
+def image_error(images: Sequence[Image.Image]) -> ScoreArray:
     """Measure how far each of B images is from clean drawing, whatever it shows: (B,), 0 is clean.
 
     The squared distance to the nearest clean cell, pixels in [-1, 1], averaged over the cells. Eight-bit rounding

@@ -44,10 +44,10 @@ def test_other_sizes():
 
 def test_encoder_sees_one_patch_only():
     vae = PatchAutoencoderKL()
-    pictures = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-    changed = pictures.clone()
+    images = torch.randn(1, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    changed = images.clone()
     changed[:, :, 16:32, 32:48] += 1
-    difference = (vae.encode(pictures).latent_dist.mode() - vae.encode(changed).latent_dist.mode()).abs().amax((0, 1))
+    difference = (vae.encode(images).latent_dist.mode() - vae.encode(changed).latent_dist.mode()).abs().amax((0, 1))
     assert (difference > 0).nonzero().tolist() == [[1, 2]]
 
 
@@ -63,23 +63,23 @@ def test_saved_and_loaded(trained, tmp_path):
     trained.save_pretrained(tmp_path)
     loaded = PatchAutoencoderKL.from_pretrained(tmp_path)
     assert loaded.config.scaling_factor == trained.config.scaling_factor != 1
-    pictures = torch.randn(2, 3, 48, 48)
-    torch.testing.assert_close(loaded(pictures).sample, trained(pictures).sample)
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(loaded(images).sample, trained(images).sample)
 
 
 def test_training_beats_no_training_and_a_blank(trained):
     untrained, report = evaluate_autoencoder(PatchAutoencoderKL(), 64), evaluate_autoencoder(trained, 64)
-    pictures = render_tensor(random_cells(np.random.default_rng(1), 64))
-    blank = (pictures - render_tensor(np.zeros(9, dtype=np.int64))).square().mean().item()
+    images = render_tensor(random_cells(np.random.default_rng(1), 64))
+    blank = (images - render_tensor(np.zeros(9, dtype=np.int64))).square().mean().item()
     assert report.pixel_error < 0.5 * blank < untrained.pixel_error
     assert report.cell_accuracy > 0.4 > untrained.cell_accuracy
     assert report.noisy_cell_accuracy[0.5] <= report.cell_accuracy
 
 
 def test_scaled_latents_have_unit_variance(trained):
-    pictures = render_tensor(random_cells(np.random.default_rng(9), 512))
+    images = render_tensor(random_cells(np.random.default_rng(9), 512))
     with torch.no_grad():
-        z = trained.encode(pictures).latent_dist.sample(torch.Generator().manual_seed(0))
+        z = trained.encode(images).latent_dist.sample(torch.Generator().manual_seed(0))
     scaled = trained.config.scaling_factor * (z - trained.config.shift_factor)
     assert abs(scaled.mean().item()) < 0.05
     assert scaled.std().item() == pytest.approx(1, abs=0.05)

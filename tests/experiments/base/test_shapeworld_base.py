@@ -34,8 +34,8 @@ def test_what_is_built_loads_again(tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     latents = torch.randn(2, 9, 8)
-    pictures = [m.decode_latents(latents, (48, 48), output_type="pt") for m in (model, loaded)]
-    assert torch.equal(*pictures)
+    some_images = [m.decode_latents(latents, (48, 48), output_type="pt") for m in (model, loaded)]
+    assert torch.equal(*some_images)
 
 
 def test_shipped_files_are_small_and_name_no_machine():
@@ -99,7 +99,7 @@ def test_evaluation_is_repeatable_and_reads_what_was_painted():
     assert first.thinking == again.thinking
     assert (first.reward == again.reward).all()
     assert torch.equal(first.latents, again.latents)
-    # A model that never saw a picture scores about .1 here.
+    # A model that never saw an image scores about .1 here.
     assert first.reward.mean() > 0.5
     assert first.error.mean() < 0.01
 

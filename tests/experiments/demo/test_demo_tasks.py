@@ -73,7 +73,7 @@ def test_numbers_of_a_second_round():
             "above_best_of_two": -0.1875,
             "damage": 0.25,
             "diagnosis": 0.5,
-            "picture_error": 0.25,
+            "image_error": 0.25,
         }
     )  # the faults that were kept are one prompt's, so that there is no interval
     after = means(summary, "after")
@@ -100,7 +100,7 @@ def edited(done, kept):
 
 def test_numbers_of_edits_and_of_stories_which_are_other_rows():
     summary = EditTask().summary(edited([0.25, 0], [1, 1]), edited([1, 0.25], [1, 1]))
-    expected = {"reward": 0.25, "done": 0.125, "kept": 1.0, "picture_error": 0.0, "story": 0.5, "untouched": 0.75}
+    expected = {"reward": 0.25, "done": 0.125, "kept": 1.0, "image_error": 0.0, "story": 0.5, "untouched": 0.75}
     assert means(summary, "before") == pytest.approx(expected)
     assert summary["untouched_before"]["n"] == 3 and summary["reward_before"]["n"] == 2
     assert summary["change"]["mean"] == pytest.approx(0.5)

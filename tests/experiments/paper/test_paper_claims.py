@@ -176,7 +176,7 @@ def judgement(name, scores, differences=None, learned=None, ratio=None):
             "rule": {key: interval(*of) for key, of in (differences or {}).items()},
             "learned": {key: interval(*of) for key, of in (learned or {}).items()},
         },
-        "figure5": {"long_none": {"picture_error_ratio": ratio}},
+        "figure5": {"long_none": {"image_error_ratio": ratio}},
     }
     return next(claim for claim in CLAIMS if claim.id == name).judge(results).verdict
 

@@ -62,7 +62,7 @@ def test_guidance_and_regularizer_figures_draw_the_results(results):
     cells = results["figure4"]["cells"]["guidance_on"]
     assert [cells["sampled"]["mean"], cells["guided"]["mean"]] in [list(line.get_ydata()) for line in axes.lines]
     found = results["validation"]["long_none"]
-    for axes, name in zip(figures.regularizer_figure(results).axes, ("learned", "rule", "picture_error"), strict=True):
+    for axes, name in zip(figures.regularizer_figure(results).axes, ("learned", "rule", "image_error"), strict=True):
         [line] = lines_of(axes, "long_none")
         assert list(line.get_xdata()) == found["rollouts"]
         assert list(line.get_ydata()) == pytest.approx(np.mean(found[name], axis=0))
@@ -115,27 +115,27 @@ def test_labels_that_fit_stay_and_those_that_collide_move_apart_evenly():
     assert figures.spaced([0.9, 0.2, 0.2, 0.2], 0.1) == pytest.approx([0.9, 0.1, 0.2, 0.3])
 
 
-def test_trace_picture_is_cut_from_the_strips(output, results):
+def test_trace_image_is_cut_from_the_strips(output, results):
     trace = results["traces"][2]
     assert trace["prompt"] == "prompt 2" and list(trace["samples"]) == list(COLORS)
-    picture = np.asarray(figures.trace_image(output, trace, list(COLORS)))
+    image = np.asarray(figures.trace_image(output, trace, list(COLORS)))
     side, gap = 48 * figures.SCALE, figures.TILE_GAP
-    assert picture.shape == (side, 4 * side + 3 * gap, 3)
+    assert image.shape == (side, 4 * side + 3 * gap, 3)
     for i, system in enumerate(COLORS):
         left = i * (side + gap)
-        assert (picture[:, left : left + side] == np.array(COLORS[system]) + 2).all()
-    assert (picture[:, side : side + gap] == 255).all()
+        assert (image[:, left : left + side] == np.array(COLORS[system]) + 2).all()
+    assert (image[:, side : side + gap] == 255).all()
 
 
-def test_pictures_are_enlarged_pixel_by_pixel(output, results, tmp_path):
+def test_images_are_enlarged_pixel_by_pixel(output, results, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "strip.png")
     trace = {"samples": {"base": {"strip": "strip.png", "index": 1}}}
-    picture = np.asarray(figures.trace_image(tmp_path, trace, ["base"]))
-    assert (picture == pixels[:, 48:].repeat(figures.SCALE, axis=0).repeat(figures.SCALE, axis=1)).all()
+    image = np.asarray(figures.trace_image(tmp_path, trace, ["base"]))
+    assert (image == pixels[:, 48:].repeat(figures.SCALE, axis=0).repeat(figures.SCALE, axis=1)).all()
 
 
-def test_a_strip_without_the_picture_is_an_error(tmp_path):
+def test_a_strip_without_the_image_is_an_error(tmp_path):
     Image.new("RGB", (96, 48)).save(tmp_path / "strip.png")
     with pytest.raises(ValueError, match=r"strip.png is 96 x 48 pixels: it has no image 3"):
         figures.trace_image(tmp_path, {"samples": {"base": {"strip": "strip.png", "index": 2}}}, ["base"])

@@ -68,7 +68,7 @@ def test_every_method_tries_five_candidates():
 
 
 @by_name
-def test_every_method_sees_as_many_pictures(system):
+def test_every_method_sees_as_many_images(system):
     seen = rollouts(settings_of(system.name))
     if system.part == "second half":
         seen += rollouts(settings_of(system.start))

@@ -62,7 +62,7 @@ def test_validations_are_those_of_the_long_runs(output, results):
     found = results["validation"]["long_none"]
     lines = [json.loads(line) for line in (output / "long_none/seed-3/validation.jsonl").read_text().splitlines()]
     assert found["rollouts"] == [line["rollouts"] for line in lines] and found["seeds"] == [0, 1, 2, 3, 4]
-    for name in ("learned", "rule", "picture_error"):
+    for name in ("learned", "rule", "image_error"):
         assert found[name][3] == [line[name] for line in lines]
 
 
@@ -154,14 +154,14 @@ def test_costs_add_up(results):
     assert results["machine"]["dates"] == ["2026-01-01", "2026-01-05"]
 
 
-def test_picture_error_ratio_is_a_t_interval_of_its_logarithm(output, results):
+def test_image_error_ratio_is_a_t_interval_of_its_logarithm(output, results):
     def errors(system):
         files = sorted(output.glob(f"{system}/seed-*/run.json"))
-        return np.array([json.loads(file.read_text())["evaluations"]["sampled"]["picture_error"] for file in files])
+        return np.array([json.loads(file.read_text())["evaluations"]["sampled"]["image_error"] for file in files])
 
     logs = np.log(errors("long_none") / errors("long_velocity_mse"))
     low, high = np.exp(ttest_1samp(logs, 0.0).confidence_interval(0.95))
-    found = results["figure5"]["long_none"]["picture_error_ratio"]
+    found = results["figure5"]["long_none"]["image_error_ratio"]
     assert (found["ratio"], found["low"], found["high"]) == pytest.approx((np.exp(logs.mean()), low, high), rel=1e-3)
     assert holds(found, 30), "the planted ratio"
 
@@ -290,7 +290,7 @@ def test_a_broken_validation_is_named(tmp_path):
     file.write_text(json.dumps({"rollouts": 0, "learned": 0.5, "rule": 0.5}) + "\n")
     results = collect(tmp_path)
     assert (
-        "validation.jsonl, line 1, lacks one of the numbers rollouts, rule, learned, picture_error"
+        "validation.jsonl, line 1, lacks one of the numbers rollouts, rule, learned, image_error"
         in (results["problems"][0]["why"])
     )
     assert results["validation"]["long_none"]["seeds"] == [0]

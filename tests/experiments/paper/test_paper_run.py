@@ -25,14 +25,14 @@ from trl_unigrpo.experiments.paper.scoring import (
 from trl_unigrpo.experiments.paper.systems import SYSTEMS, Scale
 from trl_unigrpo.experiments.paper.training import (
     HistoryFile,
+    image_error_reward,
     make_trainer,
-    picture_error_reward,
     rollouts,
     run_settings,
 )
 from trl_unigrpo.shapeworld import (
+    image_error,
     load_base,
-    picture_error,
     preference_reward,
     shapeworld_dataset,
     shapeworld_reward,
@@ -120,12 +120,12 @@ def test_run_folder(whole):
     for found in result["evaluations"].values():
         for score in ("rule", "learned"):
             assert len(found[score]) == 14 and all(0 <= value <= 1 for value in found[score])
-        assert found["picture_error_interval"][0] < found["picture_error"] < found["picture_error_interval"][1]
+        assert found["image_error_interval"][0] < found["image_error"] < found["image_error_interval"][1]
         assert 0 < found["questions"] < 1
     points = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
     assert [point["rollouts"] for point in points] == [0, 192, 384]
     assert result["chosen_point"] == max(points, key=lambda point: point["learned"])
-    assert set(result["diversity"]) == {"position_entropy", "color_entropy", "distinct_pictures"}
+    assert set(result["diversity"]) == {"position_entropy", "color_entropy", "distinct_images"}
     assert [trace["category"] for trace in result["traces"]] == sorted(
         [*CATEGORIES, *CATEGORIES[:5]], key=CATEGORIES.index
     )
@@ -140,10 +140,10 @@ def test_history(whole):
     assert 0 < first["cpu_seconds"] < second["cpu_seconds"]
     for row in (first, second):
         assert set(row) == {
-            *("rollouts", "reward", "rule", "picture_error", "velocity_mse"),
+            *("rollouts", "reward", "rule", "image_error", "velocity_mse"),
             *("clip_frac", "entropy", "length", "cpu_seconds"),
         }
-        assert 0 < row["reward"] < 1 and 0 < row["clip_frac"] < 1 and 0 < row["picture_error"] < 0.1
+        assert 0 < row["reward"] < 1 and 0 < row["clip_frac"] < 1 and 0 < row["image_error"] < 0.1
 
 
 @pytest.mark.slow
@@ -183,10 +183,10 @@ def small_trainer(output, rewards, **options):
     return trainer
 
 
-def test_rule_and_picture_error_are_logged_and_change_nothing(tmp_path):
+def test_rule_and_image_error_are_logged_and_change_nothing(tmp_path):
     """Weights equal to the bit with and without them, and far from equal with a weight on one."""
     weights, logged = [], []
-    rewards = [preference_reward, shapeworld_reward, picture_error_reward]
+    rewards = [preference_reward, shapeworld_reward, image_error_reward]
     variants = [(rewards[:1], [1.0]), (rewards, [1.0, 0.0, 0.0]), (rewards, [1.0, 1.0, 0.0])]
     for rewards, reward_weights in variants:
         trainer = small_trainer(tmp_path, rewards, reward_weights=reward_weights)
@@ -200,7 +200,7 @@ def test_rule_and_picture_error_are_logged_and_change_nothing(tmp_path):
 
 def test_history_is_what_the_trainer_logged(tmp_path):
     """One row per rollout batch: its reward, and the clipping of its last pass; a single pass has none."""
-    rewards = [preference_reward, shapeworld_reward, picture_error_reward]
+    rewards = [preference_reward, shapeworld_reward, image_error_reward]
     trainer = small_trainer(tmp_path, rewards)
     trainer.train()
     log = [row for row in trainer.state.log_history if "learning_rate" in row]
@@ -209,7 +209,7 @@ def test_history_is_what_the_trainer_logged(tmp_path):
     for row, first, second in zip(rows, log[::2], log[1::2], strict=True):
         assert row["reward"] == float(f"{first['reward']:.5g}")
         assert row["rule"] == float(f"{first['rewards/shapeworld_reward/mean']:.5g}") != row["reward"]
-        assert row["picture_error"] == float(f"{first['rewards/picture_error_reward/mean']:.5g}")
+        assert row["image_error"] == float(f"{first['rewards/image_error_reward/mean']:.5g}")
         assert row["clip_frac"] == float(f"{second['flow/clip_frac']:.5g}") and first["flow/clip_frac"] == 0
 
     trainer = small_trainer(tmp_path, rewards, num_iterations=1, max_steps=3)
@@ -220,7 +220,7 @@ def test_history_is_what_the_trainer_logged(tmp_path):
 
 def test_the_logged_error_is_the_verifiers():
     images = [Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8))]
-    assert picture_error_reward(["a red circle"], [""], images=images) == picture_error(images).tolist()
+    assert image_error_reward(["a red circle"], [""], images=images) == image_error(images).tolist()
 
 
 def test_without_thinking(tmp_path):
@@ -303,7 +303,7 @@ def test_summary_and_traces_are_of_the_evaluation():
     assert found["questions"] == pytest.approx(question_points(made.prompts, made.images).mean(), rel=1e-4)
     assert found["strict"] == pytest.approx(made.strict.mean(), rel=1e-4)
     assert found["plan"] == pytest.approx(made.plan.mean(), rel=1e-4)
-    assert found["picture_error"] == pytest.approx(made.error.mean(), rel=1e-4)
+    assert found["image_error"] == pytest.approx(made.error.mean(), rel=1e-4)
     rows = trace_rows(made.categories)
     assert rows == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
     traces = sample_traces(made)

@@ -28,7 +28,7 @@ def trained(tmp_path, restores):
 
     def score():
         point = round(model.weight.item())
-        return {"learned": LEARNED[point], "rule": RULE[point], "picture_error": 0.01 * point}
+        return {"learned": LEARNED[point], "rule": RULE[point], "image_error": 0.01 * point}
 
     callback = Validation(tmp_path / "validation.jsonl", model, score, [0, 2, 4, 6, 8], 96.0, restores)
     nn.init.zeros_(model.weight)
@@ -45,7 +45,7 @@ def trained(tmp_path, restores):
 def test_the_best_point_by_the_learned_reward_comes_back(tmp_path):
     model, callback, lines = trained(tmp_path, restores=True)
     assert model.weight.item() == 2
-    assert callback.chosen == lines[2] == {"rollouts": 384, "learned": 0.7, "rule": 0.5, "picture_error": 0.02}
+    assert callback.chosen == lines[2] == {"rollouts": 384, "learned": 0.7, "rule": 0.5, "image_error": 0.02}
     assert [line["rollouts"] for line in lines] == [0, 192, 384, 576, 768]
     assert [line["learned"] for line in lines] == LEARNED and [line["rule"] for line in lines] == RULE
 

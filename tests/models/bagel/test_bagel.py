@@ -388,7 +388,7 @@ def test_images_must_fit_the_model(model):
         paint(model, [trajectory([1], [2])], RolloutPlan(flow_timesteps(2), (40, 64)), [torch.Generator()])
 
 
-def test_decoded_tensor_is_the_picture_with_a_gradient(model):
+def test_decoded_tensor_is_the_image_with_a_gradient(model):
     latents = torch.randn(2, *model.latent_shape(SIZE), generator=torch.Generator().manual_seed(0)).requires_grad_()
     pixels = model.decode_latents(latents, SIZE, "pt")
     assert pixels.shape == (2, 3, *SIZE)
@@ -406,7 +406,7 @@ def test_decoded_tensor_is_the_picture_with_a_gradient(model):
 
 
 def test_decoding_inverts_the_order_of_patches(model):
-    """Encoding looks at one place of the picture per token; decoding puts the token there."""
+    """Encoding looks at one place of the image per token; decoding puts the token there."""
     latents = torch.zeros(2, *model.latent_shape((64, 96)))
     latents[1, 9] = 3.0  # row 1, column 3 of 4 x 6
     difference = model.decode_latents(latents, (64, 96), "pt").diff(dim=0)[0].abs().sum(0)

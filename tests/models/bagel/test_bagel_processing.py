@@ -27,7 +27,7 @@ def processor(checkpoint) -> BagelProcessor:
     return BagelProcessor.from_pretrained(checkpoint)
 
 
-def picture(height: int, width: int, mode: str = "RGB") -> Image.Image:
+def some_image(height: int, width: int, mode: str = "RGB") -> Image.Image:
     """Smooth colours, so that two resizes differ by rounding alone."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(y / 9 + k) + np.cos(x / 7 - k) for k in range(3)]
@@ -124,7 +124,7 @@ def test_rules_follow_from_the_configuration(processor):
     small = BagelProcessor(tokenizer, BagelConfig(**sizes, im_start_token_id=1, im_end_token_id=2))
     assert small.vae_rule == ResizeRule(48, 24, 16)
     with pytest.raises(ValueError, match=r"vit_config is None.*can't read images"):
-        small.vit_pixels(picture(20, 20))
+        small.vit_pixels(some_image(20, 20))
 
 
 # Pixels
@@ -133,7 +133,7 @@ def test_rules_follow_from_the_configuration(processor):
 @pytest.mark.parametrize("size", [(600, 800), (40, 30)])
 def test_resized_pixels(size):
     """Smaller and larger, against PyTorch's antialiased bicubic resize: Pillow rounds after each direction."""
-    image = picture(*size)
+    image = some_image(*size)
     target = VAE.size(*size)
     values = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
     expected = torch.nn.functional.interpolate(values, target, mode="bicubic", antialias=True)[0].clamp(0, 255)
@@ -150,7 +150,7 @@ def test_pixels_span_minus_one_to_one():
 
 
 def test_tower_sees_the_image_that_the_vae_sees(processor):
-    image = picture(300, 200)
+    image = some_image(300, 200)
     large = processor.vae_image(image)
     assert (large.height, large.width) == (768, 512)
     assert processor.vae_pixels(image).shape == (3, 768, 512)
@@ -160,7 +160,7 @@ def test_tower_sees_the_image_that_the_vae_sees(processor):
 
 @torch.no_grad()
 def test_pixels_are_what_the_model_takes(processor, model):
-    image = picture(60, 20)
+    image = some_image(60, 20)
     assert model.embed_vit_image(processor.vit_pixels(image)).shape == (70 * 23, 64)  # 1024 x 336 -> 980 x 322 pixels
     assert model.encode_images(processor.vae_pixels(image)[None]).shape == (1, 64 * 21, 64)
 

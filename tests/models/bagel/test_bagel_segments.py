@@ -247,13 +247,13 @@ def test_context_longer_than_the_model_has_positions(model):
 
 
 @torch.no_grad()
-def test_picture_to_answer_and_to_edit(model, checkpoint):
+def test_image_to_answer_and_to_edit(model, checkpoint):
     """The way of docs/images.md, from a PIL image on."""
     processor = BagelProcessor.from_pretrained(checkpoint)
-    picture = Image.new("RGB", (300, 200), "red")
-    shown = model.context_image(processor.vae_pixels(picture), processor.vit_pixels(picture))
+    some_image = Image.new("RGB", (300, 200), "red")
+    shown = model.context_image(processor.vae_pixels(some_image), processor.vit_pixels(some_image))
     assert (shown.grid, len(shown.latents), len(shown.features)) == ((32, 48), 32 * 48, 37 * 55)
-    ids = [model.config.image_token_id, *processor.prompt_ids("What is in the picture?"), START]
+    ids = [model.config.image_token_id, *processor.prompt_ids("What is in the image?"), START]
     answer = model.generate(torch.tensor([ids]), images=[[shown]], max_new_tokens=3, do_sample=False, eos_token_id=511)
     assert answer[0, : len(ids)].tolist() == ids
     edit = Trajectory("", prompt_ids=ids, images=[shown])

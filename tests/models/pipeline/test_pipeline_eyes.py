@@ -50,8 +50,8 @@ def test_texts_are_read_as_the_thinker_alone_reads_them():
     found = model.read_back(model.read_images(IMAGES), ids_of(model))
     for row, reading in zip(found, expected, strict=True):
         assert row.tolist() == pytest.approx(reading.log_probs, abs=1e-5)
-    for picture, text, row in zip(IMAGES, ids_of(model), found, strict=True):
-        (alone,) = model.read_back(model.read_images([picture]), [text])
+    for some_image, text, row in zip(IMAGES, ids_of(model), found, strict=True):
+        (alone,) = model.read_back(model.read_images([some_image]), [text])
         assert row.tolist() == pytest.approx(alone.tolist(), abs=1e-5)
     assert model.read_back([], []) == []
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from tests.helpers.tiny_perception import SIDE, smooth_picture, tiny_clip
+from tests.helpers.tiny_perception import SIDE, smooth_image, tiny_clip
 from trl_unigrpo.rewards import aesthetic_score, hps_v2
 from trl_unigrpo.rewards.clip.weights import from_open_clip, linear_head, load_weights
 
@@ -121,7 +121,7 @@ def test_hps_v2_is_the_cosine_under_its_weights(clip, open_clip, tmp_path):
     clip[0].config.save_pretrained(tmp_path)
     clip[1].save_pretrained(tmp_path)
     torch.save({"state_dict": open_clip.state_dict(), "epoch": 3}, tmp_path / "hps.pt")
-    prompts, images = ["a cat", "two dogs"], [smooth_picture(i, 20, 20) for i in range(2)]
+    prompts, images = ["a cat", "two dogs"], [smooth_image(i, 20, 20) for i in range(2)]
     reward = hps_v2(tmp_path / "hps.pt", base=str(tmp_path))
     with torch.no_grad():
         pixels = clip[1].image_processor(images, return_tensors="pt")["pixel_values"]
@@ -150,7 +150,7 @@ def test_aesthetic_head_of_several_layers(clip, tmp_path, suffix):
         state[f"{name}.bias"] = torch.randn(rows, generator=generator)
     path = tmp_path / f"head{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(state, path)
-    images = [smooth_picture(i, 16, 16) for i in range(3)]
+    images = [smooth_image(i, 16, 16) for i in range(3)]
     with torch.no_grad():
         pixels = clip[1].image_processor(images, return_tensors="pt")["pixel_values"]
         x = clip[0].get_image_features(pixels).pooler_output

@@ -6,7 +6,7 @@ import math
 import pytest
 from PIL import Image
 
-from tests.helpers.judge_server import ChatServer, Reply, pictures_of, text_of, yes
+from tests.helpers.judge_server import ChatServer, Reply, images_of, text_of, yes
 from trl_unigrpo.rewards import EditReward, VLMJudge, edit_questions, edit_score
 from trl_unigrpo.rewards.common import DeadRewardError
 
@@ -39,7 +39,7 @@ def test_the_judge_sees_source_edit_and_instruction():
     assert logged["EditReward/preservation"] == pytest.approx(0.4)
     assert len(bodies_of(server)) == 2
     for body in bodies_of(server):
-        first, second = (image.convert("RGB").getpixel((4, 4)) for image in pictures_of(body))
+        first, second = (image.convert("RGB").getpixel((4, 4)) for image in images_of(body))
         assert (first[0] > 200 > first[2], second[2] > 200 > second[0]) == (True, True)
         assert "make it blue" in text_of(body)
 
@@ -47,7 +47,7 @@ def test_the_judge_sees_source_edit_and_instruction():
 def test_every_source_stands_before_the_edit():
     with ChatServer(answering(0.9, 0.9)) as server:
         scored(EditReward(judge_of(server)), source_images=[[RED, BLUE, RED]])
-    assert [len(pictures_of(body)) for body in bodies_of(server)] == [4, 4]
+    assert [len(images_of(body)) for body in bodies_of(server)] == [4, 4]
 
 
 def test_half_an_answer_is_no_score_and_never_0():
@@ -82,7 +82,7 @@ def test_a_turn_of_a_story_is_judged_beside_the_image_before():
     asked = {}
     for body in bodies_of(server):
         turn = next(turn for turn in turns if turn in text_of(body))
-        colors = [image.convert("RGB").getpixel((4, 4)) for image in pictures_of(body)]
+        colors = [image.convert("RGB").getpixel((4, 4)) for image in images_of(body)]
         asked.setdefault(turn, []).append(["red" if color[0] > 200 else "blue" for color in colors])
     assert asked == {"make it blue": [["red", "blue"]] * 2, "make it red": [["blue", "red"]] * 2}
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
-from tests.helpers.tiny_perception import smooth_picture, tiny_clip, tiny_mask2former
+from tests.helpers.tiny_perception import smooth_image, tiny_clip, tiny_mask2former
 from trl_unigrpo.rewards import GenEvalReward
 from trl_unigrpo.rewards.clip.embedder import ClipEmbedder
 from trl_unigrpo.rewards.geneval.geneval_reward import (
@@ -219,8 +219,8 @@ def outputs_of(masks: list[np.ndarray], labels: list[int], sure: float = 8.0, qu
     )
 
 
-def test_detections_are_in_the_pictures_pixels():
-    """A model's masks of 16 x 16 for a picture of 320 pixels in width and 160 in height: 20 and 10 pixels each."""
+def test_detections_are_in_the_images_pixels():
+    """A model's masks of 16 x 16 for an image of 320 pixels in width and 160 in height: 20 and 10 pixels each."""
     detector = Mask2FormerDetector(*tiny_mask2former(), device="cpu")
     upper_right, stripe = np.zeros((16, 16), dtype=bool), np.zeros((16, 16), dtype=bool)
     upper_right[:4, 8:], stripe[6:10, 2:6] = True, True
@@ -241,7 +241,7 @@ def test_detections_are_in_the_pictures_pixels():
 def test_tiny_mask2former_finds_the_same_alone_and_in_a_batch():
     model, processor = tiny_mask2former()
     detector = Mask2FormerDetector(model, processor, threshold=0.05, device="cpu", batch_size=2)
-    images = [smooth_picture(i, *size) for i, size in enumerate([(64, 64), (90, 64), (64, 64), (64, 64), (70, 120)])]
+    images = [smooth_image(i, *size) for i, size in enumerate([(64, 64), (90, 64), (64, 64), (64, 64), (70, 120)])]
     found = detector(images)
     assert sum(map(len, found)) > 5
     for image, detections in zip(images, found, strict=True):
@@ -274,7 +274,7 @@ def test_crop_is_grey_outside_of_the_mask():
 def test_colors_are_clips_nearest_by_the_mean_of_three_templates():
     model, processor = tiny_clip()
     colors = ClipColors(ClipEmbedder(model, processor, device="cpu", batch_size=4))
-    image = smooth_picture(0, 60, 40)
+    image = smooth_image(0, 60, 40)
     boxes = [(0, 0, 20, 40), (20, 0, 60, 20), (10, 10, 30, 30), (40, 20, 60, 40)]
     found = colors(image, [Detection("dog", 1.0, box) for box in boxes])
     with torch.no_grad():
@@ -307,7 +307,7 @@ def test_models_from_folders_score_as_their_parts(tmp_path):
         credit="partial", detector=str(tmp_path / "d"), colors=str(tmp_path / "c"), device="cpu", batch_size=2
     )
     reward.detector.threshold = 0.0
-    images = [smooth_picture(i, 64, 64) for i in range(3)]
+    images = [smooth_image(i, 64, 64) for i in range(3)]
     row = {"tag": "colors", "include": [clause("dog", 2, color="red"), clause("computer mouse")]}
     scores = reward(prompts=["a"] * 3, images=images, geneval=[row] * 3)
     colors = ClipColors(ClipEmbedder(clip, clip_processor, device="cpu"))

@@ -8,7 +8,7 @@ import sys
 import pytest
 from transformers import PrinterCallback, set_seed
 
-from tests.helpers.judge_server import ChatServer, pictures_of, text_of, yes
+from tests.helpers.judge_server import ChatServer, images_of, text_of, yes
 from tests.helpers.paths import ROOT
 from trl_unigrpo import UniGRPOConfig, UniGRPOTrainer
 from trl_unigrpo.shapeworld import (
@@ -24,9 +24,9 @@ SETTINGS = {"max_steps": 4, "num_generations": 4, "per_device_train_batch_size":
 
 
 def verified(body, attempt):
-    """P(yes) is the verifier's score of the picture that came, for the prompt that came."""
+    """P(yes) is the verifier's score of the image that came, for the prompt that came."""
     (prompt,) = re.findall(r'"(?:[^"\\]|\\.)*"', text_of(body))
-    return yes(shapeworld_reward([json.loads(prompt)], [""], pictures_of(body))[0])
+    return yes(shapeworld_reward([json.loads(prompt)], [""], images_of(body))[0])
 
 
 def test_example_with_a_judge_gives_the_verifiers_rewards(tmp_path, monkeypatch):

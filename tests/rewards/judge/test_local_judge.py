@@ -18,13 +18,13 @@ from trl_unigrpo.rewards.local_vlm import to_image
 from trl_unigrpo.rewards.pixels import differentiable_pixels
 
 
-def picture(seed=0, size=(IMAGE_SIZE, IMAGE_SIZE)):
+def some_image(seed=0, size=(IMAGE_SIZE, IMAGE_SIZE)):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 QUESTIONS = ["is there a cat ?", "is there a red cat and a blue dog in the picture ?", "red ?"]
-IMAGES = [picture(0), picture(1, (60, 40)), picture(2)]
+IMAGES = [some_image(0), some_image(1, (60, 40)), some_image(2)]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def asked(judge, pairs):
 
 def by_hand(llava, image, question):
     """
-    P(yes) and the share of both words, from the whole distribution of the next token, one picture and one sequence,
+    P(yes) and the share of both words, from the whole distribution of the next token, one image and one sequence,
     without a chat template.
     """
     model, processor = llava
@@ -106,7 +106,7 @@ def test_batch_equals_singles(llava, batch_size):
 
 
 def test_several_images_are_seen_in_their_order(judge):
-    red, other = picture(0), picture(1)
+    red, other = some_image(0), some_image(1)
     shown = [[red, other], [other, red], [red], red]
     first, second, single, bare = asked(judge, [(images, "Is it?") for images in shown[:2]]) + asked(
         judge, [(images, "Is it?") for images in shown[2:]]
@@ -151,7 +151,7 @@ def test_gradient_agrees_with_finite_differences(judge, size):
 
 
 def test_differentiable_path_sees_what_the_judge_sees(judge):
-    images = [picture(seed) for seed in range(3)]
+    images = [some_image(seed) for seed in range(3)]
     pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]).double() / 255
     scores = judge.differentiable(pixels, QUESTIONS)
     assert scores.tolist() == pytest.approx(asked(judge, list(zip(images, QUESTIONS, strict=True))), abs=1e-6)
@@ -170,7 +170,7 @@ def test_differentiable_path_sees_what_the_judge_sees(judge):
 def test_pixels_agree_with_the_image_processor(resample, shape, sizes):
     """Up to the rounding to 8 bits that Pillow makes after each of the two passes of resizing."""
     processor = CLIPImageProcessorPil(resample=resample, **sizes)
-    image = picture(3, shape[::-1])
+    image = some_image(3, shape[::-1])
     expected = processor(image, return_tensors="pt")["pixel_values"]
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double() / 255
     found = differentiable_pixels(pixels, processor)
@@ -192,7 +192,7 @@ def test_sizes_that_have_no_gradient_are_named():
 
 
 def test_image_round_trip():
-    image = picture(5, (7, 4))
+    image = some_image(5, (7, 4))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     assert np.array_equal(np.asarray(to_image(pixels)), np.asarray(image))
 

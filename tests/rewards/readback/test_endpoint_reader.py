@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.helpers.judge_server import ChatServer, Reply, chat, pictures_of
+from tests.helpers.judge_server import ChatServer, Reply, chat, images_of
 from tests.helpers.tiny_llava import IMAGE_SIZE, tiny_llava
 from trl_unigrpo.rewards import EndpointReader, LocalReader, ReadBackReward
 from trl_unigrpo.rewards.judge.answers import NoAnswer
@@ -17,13 +17,13 @@ from trl_unigrpo.rewards.readback.endpoint_reader import to_reading
 from trl_unigrpo.rewards.readback.reading import cut, spelled
 
 
-def picture(seed=0, size=(IMAGE_SIZE, IMAGE_SIZE)):
+def some_image(seed=0, size=(IMAGE_SIZE, IMAGE_SIZE)):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 PROMPTS = ["a red cat", "the blue dog is there", "a picture", "dog"]
-IMAGES = [picture(0), picture(1, (60, 40)), picture(2, (20, 70)), picture(3)]
+IMAGES = [some_image(0), some_image(1, (60, 40)), some_image(2, (20, 70)), some_image(3)]
 
 
 class VLLM:
@@ -40,7 +40,7 @@ class VLLM:
     def __call__(self, body, attempt):
         messages = copy.deepcopy(body["messages"])
         (user,) = [message for message in messages if message["role"] == "user"]
-        (image,) = pictures_of({"messages": [user]})
+        (image,) = images_of({"messages": [user]})
         user["content"][0] = {"type": "image", "image": image}
         for message in messages:
             if isinstance(message["content"], str):

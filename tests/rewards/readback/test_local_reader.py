@@ -15,13 +15,13 @@ from trl_unigrpo.rewards.common import DeadRewardError
 from trl_unigrpo.trainers.refl import as_reward
 
 
-def picture(seed=0, size=(IMAGE_SIZE, IMAGE_SIZE)):
+def some_image(seed=0, size=(IMAGE_SIZE, IMAGE_SIZE)):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
 PROMPTS = ["a red cat", "the blue dog is there", "a picture", "dog"]
-IMAGES = [picture(0), picture(1, (60, 40)), picture(2, (20, 70)), picture(3)]
+IMAGES = [some_image(0), some_image(1, (60, 40)), some_image(2, (20, 70)), some_image(3)]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_log_probs_are_those_of_the_loss_alone_and_in_a_batch(llava, batch_size,
 def test_images_that_take_numbers_of_tokens_of_their_own():
     """Qwen's images are as many tokens as they are large, so that texts of a batch end at other places."""
     model, processor = tiny_qwen_vl()
-    images = [picture(seed, size) for seed, size in enumerate([(56, 56), (112, 56), (100, 100)])]
+    images = [some_image(seed, size) for seed, size in enumerate([(56, 56), (112, 56), (100, 100)])]
     prompts = ["a red cat", "日本 is far, €5", "dog"]
     together = LocalReader(model, processor, device="cpu").read(images, prompts)
     for reading, image, prompt in zip(together, images, prompts, strict=True):
@@ -235,7 +235,7 @@ def tensor_of(images):
 
 
 def test_differentiable_path_reads_what_the_reader_reads(reader):
-    images = [picture(seed) for seed in range(4)]
+    images = [some_image(seed) for seed in range(4)]
     scores = ReadBackReward(reader).differentiable(tensor_of(images), PROMPTS)
     assert scores.tolist() == pytest.approx([row.score for row in reader.read(images, PROMPTS)], abs=1e-6)
 

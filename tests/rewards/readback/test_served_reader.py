@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from tests.helpers.served_readers import reward
-from tests.helpers.serving import pictures, serving_process
+from tests.helpers.serving import serving_process, some_images
 from trl_unigrpo.rewards import RemoteReward
 from trl_unigrpo.rewards.remote.server import load_rewards
 
@@ -13,7 +13,7 @@ from trl_unigrpo.rewards.remote.server import load_rewards
 def test_served_scores_are_those_of_the_reader_here():
     """In a process of its own, several requests at once: each image with its prompt, in their order."""
     prompts = ["a red cat", "the blue dog is there", "", "dog", "a picture", "the cat", "a dog"]
-    images = pictures(7, 32)
+    images = some_images(7, 32)
     with serving_process("tests.helpers.served_readers:reward") as (_, address):
         remote = RemoteReward(address, batch_size=2, concurrency=4)
         assert remote.__name__ == "reading"

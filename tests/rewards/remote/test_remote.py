@@ -16,7 +16,7 @@ from PIL import Image
 
 from tests.helpers.judge_server import endless_server
 from tests.helpers.served_rewards import calm, patchy, redness
-from tests.helpers.serving import SERVED, TOKEN, pictures, score, scripted, serving, serving_process
+from tests.helpers.serving import SERVED, TOKEN, score, scripted, serving, serving_process, some_images
 from trl_unigrpo.rewards import RemoteReward
 from trl_unigrpo.rewards.common import DeadRewardError, to_rgb
 from trl_unigrpo.rewards.remote import remote_reward as remote
@@ -40,14 +40,14 @@ def url():
 @pytest.mark.parametrize("name", ["redness", "calm"])
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_scores_keep_the_order_of_the_images(url, name, batch_size):
-    images = pictures(10)
+    images = some_images(10)
     reward = RemoteReward(url, name, batch_size=batch_size)
     assert score(reward, images) == redness(None, None, images)
 
 
 @pytest.mark.parametrize("mode", [*PNG_MODES, "CMYK", "HSV"])
 def test_pixels_survive_the_wire(mode):
-    colors = pictures(1, 16)[0]
+    colors = some_images(1, 16)[0]
     if mode == "I;16":
         image = Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (16, 16), dtype=np.uint16))
     elif mode == "RGBA":
@@ -66,7 +66,7 @@ def test_pixels_survive_the_wire(mode):
 
 def test_none_nan_and_infinity_are_no_scores(url):
     metrics = {}
-    scores = score(RemoteReward(url, "patchy"), pictures(5), log_metric=metrics.__setitem__)
+    scores = score(RemoteReward(url, "patchy"), some_images(5), log_metric=metrics.__setitem__)
     assert scores == [None, None, None, 0.5, float(np.float32(0.1))]
     assert metrics == {"patchy/failed": 3 / 5}
 
@@ -97,7 +97,7 @@ def test_rewards_get_what_was_sent():
         "log_metric": lambda name, value: None,
         "environments": print,
     }
-    images = pictures(3)
+    images = some_images(3)
     with serving(listen) as address:
         reward = RemoteReward(address, "listen", batch_size=2, concurrency=1)
         asyncio.run(reward(prompts=prompts, completions=completions, images=images, **columns, **stays))
@@ -114,7 +114,7 @@ def test_rewards_get_what_was_sent():
 @pytest.mark.parametrize(
     ("columns", "error", "message"),
     [
-        ({"reference": pictures(2)}, TypeError, "reference can't be sent as JSON.*columns="),
+        ({"reference": some_images(2)}, TypeError, "reference can't be sent as JSON.*columns="),
         ({"weight": [1.0, float("nan")]}, TypeError, "weight can't be sent as JSON"),
         ({"count": np.arange(2)}, TypeError, "count can't be sent as JSON.*int64"),
         ({"target": ["a"]}, ValueError, "target has 1 values for 2 images"),
@@ -122,21 +122,21 @@ def test_rewards_get_what_was_sent():
 )
 def test_columns_that_cannot_be_sent(url, columns, error, message):
     with pytest.raises(error, match=message):
-        score(RemoteReward(url, "redness"), pictures(2), **columns)
+        score(RemoteReward(url, "redness"), some_images(2), **columns)
     reward = RemoteReward(url, "redness", columns=[])
-    assert score(reward, pictures(2), **columns) == redness(None, None, pictures(2))
+    assert score(reward, some_images(2), **columns) == redness(None, None, some_images(2))
 
 
 def test_column_that_is_missing(url):
     with pytest.raises(ValueError, match="redness reads the column 'target', which the dataset does not have"):
-        score(RemoteReward(url, "redness", columns=["target"]), pictures(2), other=[1, 2])
+        score(RemoteReward(url, "redness", columns=["target"]), some_images(2), other=[1, 2])
 
 
 def test_images_of_a_wrong_kind_or_number(url):
     with pytest.raises(TypeError, match="type ndarray, expected a PIL image"):
         score(RemoteReward(url, "redness"), [np.zeros((8, 8, 3))])
     with pytest.raises(ValueError, match="Got 1 images for 2 prompts"):
-        asyncio.run(RemoteReward(url, "redness")(prompts=["a", "b"], images=pictures(1)))
+        asyncio.run(RemoteReward(url, "redness")(prompts=["a", "b"], images=some_images(1)))
 
 
 # Requests at once
@@ -163,7 +163,7 @@ def test_concurrency_of_the_client_and_turns_on_the_server():
 
     with serving(together, in_turn) as address:
         for name in inside:
-            assert score(RemoteReward(address, name, batch_size=1, concurrency=3), pictures(9)) == [0.0] * 9
+            assert score(RemoteReward(address, name, batch_size=1, concurrency=3), some_images(9)) == [0.0] * 9
     assert most == {"together": 3, "in_turn": 1}
 
 
@@ -178,9 +178,9 @@ def test_request_whose_caller_gave_up_is_not_scored():
     with serving(patient) as address:
         # The second request waits for the first, until both have waited too long.
         reward = RemoteReward(address, "patient", batch_size=1, timeout=0.5, max_retries=0)
-        assert score(reward, pictures(2)) == [None, None]
+        assert score(reward, some_images(2)) == [None, None]
         release.set()
-        assert score(RemoteReward(address, "patient"), pictures(3)) == [0.0] * 3
+        assert score(RemoteReward(address, "patient"), some_images(3)) == [0.0] * 3
     assert len(scored) == 1 + 3
 
 
@@ -193,7 +193,7 @@ def test_failed_request_costs_the_scores_of_its_own_images_alone(caplog):
             raise RuntimeError("not this one")
         return redness(prompts, None, images)
 
-    images = pictures(6)
+    images = some_images(6)
     with serving(moody) as address:
         metrics = {}
         reward = RemoteReward(address, "moody", batch_size=2, max_retries=1)
@@ -212,34 +212,34 @@ def test_dead_reward_stops_the_run_and_says_why():
 
     with serving(broken) as address:
         reward = RemoteReward(address, "broken", max_retries=0, max_dead_batches=3)
-        assert score(reward, pictures(2)) == score(reward, pictures(2)) == [None, None]
+        assert score(reward, some_images(2)) == score(reward, some_images(2)) == [None, None]
         with pytest.raises(DeadRewardError, match="broken scored no image in 3 batches.*RuntimeError: no weights"):
-            score(reward, pictures(2))
+            score(reward, some_images(2))
 
 
 def test_wrong_name_names_the_right_ones(url, caplog):
-    assert score(RemoteReward(url, "blueness"), pictures(1)) == [None]
+    assert score(RemoteReward(url, "blueness"), some_images(1)) == [None]
     assert "404: No reward 'blueness' here, only: redness, calm, patchy." in caplog.text
 
 
 @pytest.mark.parametrize("answer", [(429, ""), (500, ""), (503, "busy"), None])
 def test_what_may_heal_is_asked_again(answer):
     with scripted(answer, answer, (200, '{"scores": [0.25]}')) as (address, requests):
-        assert score(RemoteReward(address, "far/off"), pictures(1)) == [0.25]
+        assert score(RemoteReward(address, "far/off"), some_images(1)) == [0.25]
     assert requests == ["/score/far%2Foff"] * 3
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
 def test_what_cannot_heal_is_asked_once(status):
     with scripted((status, '{"error": "no"}')) as (address, requests):
-        assert score(RemoteReward(address, "far"), pictures(1)) == [None]
+        assert score(RemoteReward(address, "far"), some_images(1)) == [None]
     assert len(requests) == 1
 
 
 @pytest.mark.parametrize("max_retries", [0, 2])
 def test_retries_end(max_retries):
     with scripted((503, "")) as (address, requests):
-        assert score(RemoteReward(address, "far", max_retries=max_retries), pictures(1)) == [None]
+        assert score(RemoteReward(address, "far", max_retries=max_retries), some_images(1)) == [None]
     assert len(requests) == max_retries + 1
 
 
@@ -256,7 +256,7 @@ def test_pauses_double_and_the_server_may_ask_for_more(monkeypatch):
     answers = [(503, "")] * 3 + [(429, "", {"retry-after": "30"}), (429, "", {"retry-after": "1e9"})]
     answers += [(429, "", {"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}), (200, '{"scores": [1]}')]
     with scripted(*answers) as (address, _):
-        assert score(RemoteReward(address, "far", max_retries=6), pictures(1)) == [1.0]
+        assert score(RemoteReward(address, "far", max_retries=6), some_images(1)) == [1.0]
     expected = [0.5, 1.0, 2.0, 30.0, 60.0, 16.0]
     assert [pause == pytest.approx(wait, rel=0.25) for pause, wait in zip(pauses, expected, strict=True)] == [True] * 6
     assert pauses[3:5] == [30.0, 60.0]
@@ -266,7 +266,7 @@ def test_random_numbers_of_the_run_stay_where_they_were():
     random.seed(0)
     before = random.getstate()
     with scripted((503, ""), (200, '{"scores": [1]}')) as (address, _):
-        score(RemoteReward(address, "far"), pictures(1))
+        score(RemoteReward(address, "far"), some_images(1))
     assert random.getstate() == before
 
 
@@ -291,7 +291,7 @@ def test_random_numbers_of_the_run_stay_where_they_were():
 )
 def test_garbage_is_no_score(body, caplog):
     with scripted((200, body)) as (address, requests):
-        assert score(RemoteReward(address, "far"), pictures(2)) == [None, None]
+        assert score(RemoteReward(address, "far"), some_images(2)) == [None, None]
     assert len(requests) == 1
     assert "expected 2 scores" in caplog.text or len(body) > 400  # those break the reading of JSON or numbers
     assert len(caplog.text) < 1000
@@ -299,11 +299,11 @@ def test_garbage_is_no_score(body, caplog):
 
 def test_nan_in_an_answer_is_no_score():
     with scripted((200, '{"scores": [NaN, 0.5, null, -Infinity, 2]}')) as (address, _):
-        assert score(RemoteReward(address, "far"), pictures(5)) == [None, 0.5, None, None, 2.0]
+        assert score(RemoteReward(address, "far"), some_images(5)) == [None, 0.5, None, None, 2.0]
 
 
 def test_server_killed_and_started_again():
-    images = pictures(4)
+    images = some_images(4)
     with serving_process(f"{SERVED}:redness") as (process, address):
         reward = RemoteReward(address, max_retries=0, batch_size=2)
         assert score(reward, images) == redness(None, None, images)
@@ -318,7 +318,7 @@ def test_sigterm_finishes_what_is_running():
     with serving_process(f"{SERVED}:slow") as (process, address):
         reward = RemoteReward(address, max_retries=0)
         answers = []
-        thread = threading.Thread(target=lambda: answers.append(score(reward, pictures(2))))
+        thread = threading.Thread(target=lambda: answers.append(score(reward, some_images(2))))
         thread.start()
         assert process.stdout.readline() == "scoring\n"
         process.send_signal(signal.SIGTERM)
@@ -334,17 +334,17 @@ def test_token(monkeypatch, caplog):
     with serving(redness, token=TOKEN) as address:
         monkeypatch.setenv("MY_REWARDS", TOKEN)
         reward = RemoteReward(address, token_env="MY_REWARDS", check=True)
-        assert score(reward, pictures(2)) == redness(None, None, pictures(2))
+        assert score(reward, some_images(2)) == redness(None, None, some_images(2))
         assert TOKEN not in str(vars(reward)) and TOKEN.encode() not in pickle.dumps(reward)
 
-        assert score(RemoteReward(address, "redness"), pictures(2)) == [None, None]
+        assert score(RemoteReward(address, "redness"), some_images(2)) == [None, None]
         assert "answered 401: Wrong or missing token." in caplog.text
         with pytest.raises(PermissionError, match="wants a token: pass token_env"):
             RemoteReward(address)
 
         wrong = "another-token-altogether"
         monkeypatch.setenv("MY_REWARDS", wrong)
-        assert score(RemoteReward(address, "redness", token_env="MY_REWARDS"), pictures(2)) == [None, None]
+        assert score(RemoteReward(address, "redness", token_env="MY_REWARDS"), some_images(2)) == [None, None]
         with pytest.raises(PermissionError, match="it is not the one in MY_REWARDS"):
             RemoteReward(address, token_env="MY_REWARDS", check=True)
     assert TOKEN not in caplog.text and wrong not in caplog.text
@@ -367,7 +367,7 @@ def test_token_that_a_server_sends_back_is_not_shown(monkeypatch, caplog):
     with scripted((403, f"You sent Bearer {TOKEN}")) as (address, _):
         reward = RemoteReward(address, "far", token_env="MY_REWARDS", max_dead_batches=1)
         with pytest.raises(DeadRewardError, match="answered 403: You sent Bearer") as caught:
-            score(reward, pictures(1))
+            score(reward, some_images(1))
     assert TOKEN not in str(caught.value) and TOKEN not in caplog.text
 
 
@@ -424,7 +424,7 @@ def test_greeting_that_never_ends_is_ended_by_the_whole_time(monkeypatch):
 
         with pytest.raises(ConnectionError, match="did not answer within 0.3 s"):
             asyncio.run(in_a_loop())
-        assert score(RemoteReward(address, "far", timeout=0.3, max_retries=0), pictures(1)) == [None]
+        assert score(RemoteReward(address, "far", timeout=0.3, max_retries=0), some_images(1)) == [None]
 
 
 def test_proxy_that_leads_nowhere_is_named(monkeypatch):
@@ -440,8 +440,8 @@ def test_proxy_of_the_environment_is_not_for_this_machine(url, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    assert score(RemoteReward(url, "redness", check=True, max_retries=0), pictures(1)) == redness(
-        None, None, pictures(1)
+    assert score(RemoteReward(url, "redness", check=True, max_retries=0), some_images(1)) == redness(
+        None, None, some_images(1)
     )
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from tests.helpers.paths import ROOT
 from tests.helpers.served_rewards import alone, redness, short
-from tests.helpers.serving import SERVED, TOKEN, pictures, score, serving
+from tests.helpers.serving import SERVED, TOKEN, score, serving, some_images
 from trl_unigrpo import __version__
 from trl_unigrpo.cli import app
 from trl_unigrpo.rewards import RemoteReward
@@ -47,7 +47,7 @@ def encoded(image):
 
 
 def request(number=1, **changes):
-    images = [encoded(image) for image in pictures(number)]
+    images = [encoded(image) for image in some_images(number)]
     return {"prompts": ["a"] * number, "images": images, **changes}
 
 
@@ -57,7 +57,7 @@ def post(url, content, name="redness", **arguments):
 
 
 def lives(url):
-    return post(url, request()).json() == {"scores": redness(None, None, pictures(1))}
+    return post(url, request()).json() == {"scores": redness(None, None, some_images(1))}
 
 
 def bare_png(width, height):
@@ -161,17 +161,17 @@ def test_too_many_pixels_are_refused_by_the_header(url, size, message):
     assert lives(url)
 
 
-def test_picture_of_exactly_the_limit(url):
-    assert post(url, request(images=[encoded(pictures(1, 64)[0])])).status_code == 200
+def test_image_of_exactly_the_limit(url):
+    assert post(url, request(images=[encoded(some_images(1, 64)[0])])).status_code == 200
 
 
 def test_client_gets_no_scores_for_what_is_too_much(url, caplog):
-    assert score(RemoteReward(url, "redness", batch_size=5), pictures(5)) == [None] * 5
+    assert score(RemoteReward(url, "redness", batch_size=5), some_images(5)) == [None] * 5
     assert "413: 5 images, expected at most 4. Lower batch_size." in caplog.text
     caplog.clear()
-    assert score(RemoteReward(url, "redness"), pictures(1, 65)) == [None]
+    assert score(RemoteReward(url, "redness"), some_images(1, 65)) == [None]
     assert "413: images[0] is 65 x 65 pixels" in caplog.text
-    assert score(RemoteReward(url, "redness", batch_size=4), pictures(5)) == redness(None, None, pictures(5))
+    assert score(RemoteReward(url, "redness", batch_size=4), some_images(5)) == redness(None, None, some_images(5))
 
 
 @pytest.mark.parametrize("name", ["max_images", "max_body", "max_pixels"])
@@ -198,16 +198,16 @@ def test_limits_are_positive(name):
         (request(columns={"target": []}), "target has 0 values for 1 images"),
         (request(images=["*" * 40]), "images[0] is no base64."),
         (request(images=[""]), "images[0] is no readable PNG."),
-        (request(images=[encoded(pictures(1)[0])[:120]]), "images[0] is no readable PNG."),
+        (request(images=[encoded(some_images(1)[0])[:120]]), "images[0] is no readable PNG."),
         (request(images=[base64.b64encode(bare_png(8, 8)).decode()]), "images[0] is no readable PNG."),
-        (request(images=[base64.b64encode(as_jpeg(pictures(1)[0])).decode()]), "images[0] is no readable PNG."),
+        (request(images=[base64.b64encode(as_jpeg(some_images(1)[0])).decode()]), "images[0] is no readable PNG."),
     ],
 )
 def test_malformed_requests(url, content, message):
     answer = post(url, content)
     assert answer.status_code == 422
     assert message in answer.json()["error"]
-    assert len(answer.text) < 200  # and nothing of the picture
+    assert len(answer.text) < 200  # and nothing of the image
     assert lives(url)
 
 
@@ -243,13 +243,13 @@ def test_other_machines_need_a_token(host):
 # Rewards that fail
 
 
-def test_reward_that_raises_shows_neither_keys_nor_pictures(monkeypatch, caplog):
+def test_reward_that_raises_shows_neither_keys_nor_images(monkeypatch, caplog):
     monkeypatch.setenv("SOME_API_KEY", "sk-0123456789")
 
     def broken(images, **columns):
         raise RuntimeError(f"with sk-0123456789 and {TOKEN}: {encoded(images[0])} {to_png(images[0])!r}")
 
-    image = pictures(1, 32)[0]
+    image = some_images(1, 32)[0]
     with serving(broken, token=TOKEN) as address:
         content = request(images=[encoded(image)])
         with caplog.at_level(logging.DEBUG):

@@ -89,14 +89,14 @@ class AutoencoderReport:
 
     Args:
         pixel_error: mean squared error of decoded images, pixels in [-1, 1].
-        picture_error: mean squared distance of decoded cells to the nearest clean cell.
+        image_error: mean squared distance of decoded cells to the nearest clean cell.
         cell_accuracy: share of cells read back as drawn.
         noisy_cell_accuracy: standard deviation of the noise -> that share.
         channel_std: smallest and largest standard deviation of one channel of the scaled latents.
     """
 
     pixel_error: float
-    picture_error: float
+    image_error: float
     cell_accuracy: float
     noisy_cell_accuracy: dict[float, float]
     channel_std: tuple[float, float]
@@ -123,7 +123,7 @@ def evaluate_autoencoder(
     channel_std = scaled.transpose(0, 1).flatten(1).std(1)
     return AutoencoderReport(
         pixel_error=(decoded - images).square().mean().item(),
-        picture_error=float(error.mean()),
+        image_error=float(error.mean()),
         cell_accuracy=float((read == cells).mean()),
         noisy_cell_accuracy={std: accuracy(std) for std in noise},
         channel_std=(channel_std.min().item(), channel_std.max().item()),
@@ -135,7 +135,6 @@ def train_from_arguments() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output_dir")
     parser.add_argument("--max-steps", type=int, default=2400)
-    parser.add_argument("--steps", dest="max_steps", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     start = time.process_time()

@@ -68,7 +68,7 @@ class EditTask(RoundsTask[Editing]):
             MeasuredRow("reward", "sqrt(done x kept)", scores.reward),
             MeasuredRow("done", "done: cells that were to change, as asked", scores.done),
             MeasuredRow("kept", "kept: all others, as they were", scores.kept),
-            MeasuredRow("picture_error", "image error", measured.edits.error),
+            MeasuredRow("image_error", "image error", measured.edits.error),
             MeasuredRow("story", "sqrt(done x kept) after three edits in a row", stories.scores.reward, told),
             MeasuredRow("untouched", "cells that none of the three was to change", stories.untouched, told),
         ]

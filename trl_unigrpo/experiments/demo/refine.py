@@ -86,7 +86,7 @@ class RefineTask(RoundsTask[Refined]):
             MeasuredRow("false_stop", "images with faults that were kept", np.where(right, np.nan, look.kept)),
             MeasuredRow("true_stop", "images without that were kept", np.where(right, look.kept, np.nan)),
             MeasuredRow("diagnosis", "diagnosis, F1", look.diagnosis),
-            MeasuredRow("picture_error", "image error of the first image", measured.first.error),
+            MeasuredRow("image_error", "image error of the first image", measured.first.error),
         ]
 
     def clusters(self, measured: Refined) -> list[str]:

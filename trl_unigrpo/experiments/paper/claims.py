@@ -212,7 +212,7 @@ def _against_base(results: Mapping[str, Any]) -> str:
 def images_decay(results: Mapping[str, Any]) -> Judgement:
     """The image error without a regulariser is surely `DECAY` times that with the velocity MSE."""
     name = UNREGULARIZED[0][0]
-    found = results["figure5"].get(name, {}).get("picture_error_ratio")
+    found = results["figure5"].get(name, {}).get("image_error_ratio")
     if not found:
         return Judgement("not measured yet", f"{title(results, UNREGULARIZED[0])}: not measured.")
     says = f"{title(results, UNREGULARIZED[0])}: image error x {found['ratio']:.3g}"

@@ -62,7 +62,7 @@ def curve(runs: Sequence[FinishedRun], starts: Sequence[FinishedRun] = ()) -> di
 def validation_curve(runs: Sequence[FinishedRun]) -> dict[str, Any] | None:
     """
     List the points of a system's validations, None without any: `rollouts`, and of each seed `learned`, `rule` and
-    `picture_error`, as far as the shortest goes.
+    `image_error`, as far as the shortest goes.
     """
     logged = [run for run in runs if run.validation]
     if not logged:
@@ -73,7 +73,7 @@ def validation_curve(runs: Sequence[FinishedRun]) -> dict[str, Any] | None:
         "rollouts": [round(row["rollouts"]) for row in logged[0].validation[:length]],
         **{
             name: [[row[name] for row in run.validation[:length]] for run in logged]
-            for name in ("learned", "rule", "picture_error")
+            for name in ("learned", "rule", "image_error")
         },
     }
 

@@ -262,7 +262,7 @@ def regularizer_figure(results: Mapping[str, Any]) -> Figure | None:
         return None
     figure = Figure(figsize=(WIDTH, 8.4), layout="constrained")
     panels = figure.subplots(3, 1, sharex=True)
-    names = {"learned": "learned reward", "rule": "the rule's score", "picture_error": "image error"}
+    names = {"learned": "learned reward", "rule": "the rule's score", "image_error": "image error"}
     for axes, (key, label) in zip(panels, names.items(), strict=True):
         labels = []
         for name, curve in curves.items():
@@ -271,7 +271,7 @@ def regularizer_figure(results: Mapping[str, Any]) -> Figure | None:
             axes.fill_between(x, seeds.min(0), seeds.max(0), color=color(name), alpha=0.12, linewidth=0)
             axes.plot(x, mean, color=color(name), linewidth=1.8)
             labels.append((results["systems"][name]["title"], x[-1], mean[-1], color(name)))
-        if key == "picture_error":
+        if key == "image_error":
             axes.set_yscale("log")
             plain_numbers(axes.yaxis)
         axes.set_ylabel(label)

@@ -35,7 +35,7 @@ REQUIRED: dict[str, type | tuple[type, ...]] = {
 }
 SCORES = ("rule", "learned")
 """Each evaluation has lists of these, one number for each prompt."""
-MEASURES = ("questions", "strict", "plan", "picture_error", "latent_distance")
+MEASURES = ("questions", "strict", "plan", "image_error", "latent_distance")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def read_runs(output: Path, prompts: Prompts) -> tuple[list[FinishedRun], list[P
         try:
             curves = (
                 read_json_lines(folder / "history.jsonl", ("rollouts", "cpu_seconds")),
-                read_json_lines(folder / "validation.jsonl", ("rollouts", *SCORES, "picture_error")),
+                read_json_lines(folder / "validation.jsonl", ("rollouts", *SCORES, "image_error")),
             )
         except ValueError as error:
             problems.append(Problem(name, f"{error} The run is used, its curves are not."))

@@ -138,15 +138,15 @@ def mode_summary(system: str, mode: str, scores: GridScores) -> dict[str, Any]:
     """Summarize one system in one mode; what is no interval is a mean over seeds."""
     evaluations = [run.record["evaluations"][mode] for run in scores.runs(system, mode)]
     measures = {key: [of[key] for of in evaluations if of.get(key) is not None] for key in MEASURES}
-    errors = measures["picture_error"]
-    own_interval = evaluations[0].get("picture_error_interval")
+    errors = measures["image_error"]
+    own_interval = evaluations[0].get("image_error_interval")
     means = {score: scores.mean(system, mode, score=score) for score in SCORES}
     summary: dict[str, Any] = {
         "seeds": [run.seed for run in scores.runs(system, mode)],
         **{score: interval_record(mean) if mean else None for score, mean in means.items()},
         **{key: significant(mean_or_none(values), 4) for key, values in measures.items()},
-        "picture_error_range": [significant(of, 4) for of in (min(errors), max(errors))] if len(errors) > 1 else None,
-        "picture_error_interval": [significant(of, 4) for of in own_interval] if own_interval else None,
+        "image_error_range": [significant(of, 4) for of in (min(errors), max(errors))] if len(errors) > 1 else None,
+        "image_error_interval": [significant(of, 4) for of in own_interval] if own_interval else None,
         "categories": {
             category: interval_record(found) if (found := scores.mean(system, mode, category)) else None
             for category in scores.prompts.kinds
@@ -195,13 +195,13 @@ def guidance_summary(systems: Mapping[str, Any]) -> dict[str, Any] | None:
 def regularizer_summary(systems: Mapping[str, Any], scores: GridScores) -> dict[str, Any]:
     """Compute Figure 5: the ends of the long runs; the image error also as a multiple of the velocity MSE's."""
     shown = [name for name, of in systems.items() if of["group"] == "figure5" or name == "base"]
-    keys = ("rule", "learned", "questions", "picture_error", "latent_distance")
+    keys = ("rule", "learned", "questions", "image_error", "latent_distance")
     return {
         name: {
             "title": systems[name]["title"],
             **{key: systems[name]["modes"]["sampled"][key] for key in keys},
-            "distinct": systems[name]["diversity"].get("distinct_pictures"),
-            "picture_error_ratio": error_ratio(scores, name) if name not in ("base", LONG[0]) else None,
+            "distinct": systems[name]["diversity"].get("distinct_images"),
+            "image_error_ratio": error_ratio(scores, name) if name not in ("base", LONG[0]) else None,
         }
         for name in shown
         if "sampled" in systems[name]["modes"]
@@ -215,7 +215,7 @@ def error_ratio(scores: GridScores, system: str) -> dict[str, Any] | None:
     With one seed there is a ratio and no interval.
     """
     errors = [
-        {run.seed: run.record["evaluations"]["sampled"].get("picture_error") for run in scores.runs(name, "sampled")}
+        {run.seed: run.record["evaluations"]["sampled"].get("image_error") for run in scores.runs(name, "sampled")}
         for name in (system, LONG[0])
     ]
     logs = [math.log(errors[0][seed] / other) for seed, other in errors[1].items() if other and errors[0].get(seed)]
@@ -244,7 +244,7 @@ def shown_traces(scores: GridScores) -> list[dict[str, Any]]:
             row.setdefault("samples", {})[system] = {
                 "thinking": trace["thinking"],
                 **{score: significant(trace[score], 4) for score in SCORES},
-                "picture_error": significant(trace.get("picture_error"), 4),
+                "image_error": significant(trace.get("image_error"), 4),
                 "strip": f"{run.name}/strip.png" if run else None,
                 "index": index,
             }

@@ -126,7 +126,6 @@ def run_from_arguments() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--candidate", type=int, help="index of the search's candidate to try")
     parser.add_argument("--rollouts", type=int, default=FULL.generations)
-    parser.add_argument("--generations", dest="rollouts", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument("--num-prompts", type=int, default=FULL.num_prompts)
     parser.add_argument("--split", default=FULL.split)
     parser.add_argument("--chosen", type=Path, default=CHOSEN)

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from ...evaluation import Guidance
-from ...shapeworld import evaluate_model, picture_error, preference_reward
+from ...shapeworld import evaluate_model, image_error, preference_reward
 from ...shapeworld.evaluate import Evaluation
 from ...shapeworld.grammar import CATEGORIES
 from ...shapeworld.quality import latent_distance
@@ -52,7 +52,7 @@ def second_images(model: Any, tokenizer: PreTrainedTokenizerBase, first: Evaluat
         images=look.images,
         reward=look.reward,
         strict=look.strict,
-        error=picture_error(look.images),
+        error=image_error(look.images),
     )
 
 
@@ -64,7 +64,7 @@ def learned_rewards(evaluation: Evaluation) -> list[float]:
 def validation_scores(evaluation: Evaluation) -> dict[str, float]:
     """Average what a point of `validation.jsonl` has."""
     means = {"learned": np.array(learned_rewards(evaluation)), "rule": evaluation.reward}
-    means["picture_error"] = evaluation.error
+    means["image_error"] = evaluation.error
     return {name: float(values.mean()) for name, values in means.items()}
 
 
@@ -77,8 +77,8 @@ def summary(model: Any, evaluation: Evaluation, thinking: bool) -> dict[str, Any
         "questions": digits(float(question_points(evaluation.prompts, evaluation.images).mean())),
         "strict": digits(float(evaluation.strict.mean())),
         "plan": digits(float(evaluation.plan.mean())) if thinking else None,
-        "picture_error": digits(error.mean),
-        "picture_error_interval": [digits(error.low), digits(error.high)],
+        "image_error": digits(error.mean),
+        "image_error_interval": [digits(error.low), digits(error.high)],
         "latent_distance": digits(latent_distance(model, evaluation.images, evaluation.prompts)),
     }
 
@@ -103,7 +103,7 @@ def sample_traces(evaluation: Evaluation) -> list[dict[str, Any]]:
             "thinking": evaluation.thinking[row],
             "rule": digits(float(evaluation.reward[row])),
             "learned": digits(learned[row]),
-            "picture_error": digits(float(evaluation.error[row])),
+            "image_error": digits(float(evaluation.error[row])),
         }
         for row in trace_rows(evaluation.categories)
     ]

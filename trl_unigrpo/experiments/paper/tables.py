@@ -91,9 +91,9 @@ def _image_measures(row: TableRow) -> list[str]:
     name, system, mode = row
     found = system["modes"][mode]
     # Diversity is measured once per run, in the system's own way to paint.
-    distinct = system["diversity"].get("distinct_pictures") if mode == main_mode(name) else None
+    distinct = system["diversity"].get("distinct_images") if mode == main_mode(name) else None
     distance = number(found["latent_distance"], 3, significant=True)
-    return [number(found["picture_error"], 4), distance, number(distinct, 2)]
+    return [number(found["image_error"], 4), distance, number(distinct, 2)]
 
 
 def _difference(found: Mapping[str, Any]) -> list[str]:
@@ -168,7 +168,7 @@ def regularizer_table(results: Mapping[str, Any]) -> str:
     header += ["image error", "as a multiple", "latent distance", "distinct images"]
     lines = []
     for name, found in results["figure5"].items():
-        ratio = found["picture_error_ratio"]
+        ratio = found["image_error_ratio"]
         spread = f" [{ratio['low']:.3g}, {ratio['high']:.3g}]" if ratio and ratio["low"] is not None else ""
         difference = _difference(results["systems"][name]["modes"]["sampled"]) if name != "base" else [NONE, NONE]
         cells = [
@@ -176,7 +176,7 @@ def regularizer_table(results: Mapping[str, Any]) -> str:
             *(interval(found[key]) if found[key] else NONE for key in ("learned", "rule")),
             *difference,
             number(found["questions"]),
-            number(found["picture_error"], 4),
+            number(found["image_error"], 4),
             f"x {ratio['ratio']:.3g}{spread}" if ratio else NONE,
             number(found["latent_distance"], 3, significant=True),
             number(found["distinct"], 2),
@@ -288,7 +288,7 @@ def trace_table(results: Mapping[str, Any], trace: Mapping[str, Any]) -> str:
     """Tabulate what each system thought of one prompt, and what its image scored."""
     lines = [
         [name, escape(unwrapped(of["thinking"])) or NONE]
-        + [number(of["rule"], 2), number(of["learned"], 2), number(of["picture_error"], 4)]
+        + [number(of["rule"], 2), number(of["learned"], 2), number(of["image_error"], 4)]
         for name, of in zip(trace_titles(results, trace), trace["samples"].values(), strict=True)
     ]
     return markdown_table(["", "thinking", "rule", "learned reward", "image error"], lines, text_columns=2)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 from ...rewards import ReadBackReward
 from ...shapeworld import (
     demo_settings,
-    picture_error,
+    image_error,
     preference_reward,
     shapeworld_dataset,
     shapeworld_reward,
@@ -46,7 +46,7 @@ CORPUS_SEED = 1000
 LOGGED = {
     "reward": "reward",
     "rewards/shapeworld_reward/mean": "rule",
-    "rewards/picture_error_reward/mean": "picture_error",
+    "rewards/image_error_reward/mean": "image_error",
     "flow/velocity_mse": "velocity_mse",
     "flow/latent_kl": "latent_kl",
     "flow/clip_frac": "clip_frac",
@@ -139,11 +139,11 @@ def trainer_arguments(system: System, settings: Settings, output_dir: str, seed:
         raise ValueError(f"{system.name}: {error}") from error
 
 
-def picture_error_reward(
+def image_error_reward(
     prompts: Sequence[Any], completions: Sequence[Any], images: Sequence[Image.Image], **kwargs: Any
 ) -> list[float]:
     """Give image errors as a reward function of weight 0: it is logged, and nothing is trained on it."""
-    return picture_error(images).tolist()
+    return image_error(images).tolist()
 
 
 class HistoryFile(TrainerCallback):
@@ -213,7 +213,7 @@ def make_trainer(
         trainer = ReFLTrainer(reward=soft_preference_reward, train_dataset=dataset, **common)
     else:
         trained: Any = ReadBackReward() if system.reward == "read_back" else preference_reward
-        rewards = [trained, shapeworld_reward, picture_error_reward]
+        rewards = [trained, shapeworld_reward, image_error_reward]
         dataset = shapeworld_dataset("train", seed=seed)
         trainer = UniGRPOTrainer(reward_funcs=rewards, train_dataset=dataset, **common)
     trainer.remove_callback(PrinterCallback)

@@ -21,7 +21,7 @@ VALIDATION_POINTS = 7
 VALIDATION_PROMPTS = 210
 
 PointScores = dict[str, float]
-"""`learned`, by which is chosen, and `rule` and `picture_error`, for the figure alone."""
+"""`learned`, by which is chosen, and `rule` and `image_error`, for the figure alone."""
 
 
 def validation_steps(max_steps: int, rollouts: int, points: int) -> list[int]:
