@@ -116,7 +116,12 @@ def test_tables_hold_the_numbers_of_the_results(output, page, renderer):
     assert row["rule"].startswith(f"{found['rule']['mean']:.3f}") and row["questions"] == "0.700"
     assert row["learned reward"].startswith(f"{found['learned']['mean']:.3f}")
     assert len(table[1]) == len(header) == 8
-    row = dict(zip(table[22], table[43], strict=True))
+    joint = table[22:27]
+    found = results["comparisons"]["rule"]["unigrpo/sampled - flow_grpo_thinking/sampled"]
+    assert joint[0] == ["image expert alone → both experts", "alone", "both", "difference"]
+    assert joint[4][0] == "flow grpo, thinking → unigrpo" and joint[4][3].startswith(f"{found['mean']:+.3f}")
+    assert joint[4][2] == table[21][2] and joint[4][1] == next(of[2] for of in table if of[0] == "flow grpo, thinking")
+    row = dict(zip(table[27], table[48], strict=True))
     assert (row["system"], row["strict"], row["plan"], row["clipped"]) == ("unigrpo", "0.500", "0.600", "0.19")
     assert row["stopped at"] == "0.50" and row["greedy"].startswith("0.8")
     verdicts = cells(page, "Which claims hold", renderer)

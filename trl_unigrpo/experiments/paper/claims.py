@@ -59,9 +59,19 @@ IN_BETWEEN: tuple[SidePair, ...] = tuple(
 GUIDANCE_PAIR: SidePair = (("guidance_off", "guided"), ("guidance_on", "guided"))
 UNREGULARIZED_BASE: SidePair = (UNREGULARIZED[0], BASE_SIDE)
 UNIFPO: SidePair = (("unifpo", "sampled"), BASE_SIDE)
+JOINT: tuple[SidePair, ...] = tuple(
+    ((joint, "sampled"), (alone, "sampled"))
+    for joint, alone in (
+        ("unifpo", "fpo_thinking"),
+        ("uniawm", "awm_thinking"),
+        ("uninft", "nft_thinking"),
+        ("unigrpo", "flow_grpo_thinking"),
+    )
+)
+"""The same image objective with the thinking trained, too, and without. No claim of the paper's rests on these."""
 
 COMPARISONS = (
-    *(*SFT_BASE, *ABOVE_BASE, *WITH_AND_WITHOUT, *IN_BETWEEN, GUIDANCE_PAIR, UNIFPO),
+    *(*SFT_BASE, *ABOVE_BASE, *WITH_AND_WITHOUT, *IN_BETWEEN, *JOINT, GUIDANCE_PAIR, UNIFPO),
     *(UNREGULARIZED, UNREGULARIZED_BASE),
     (("rounds", "rounds"), ("base_seeing", "rounds")),
     (("read_back", "sampled"), ("base_seeing", "sampled")),

@@ -91,6 +91,7 @@ TABLES = (
     "claims_table",
     "details_table",
     "guidance_table",
+    "joint_table",
     "rate_table",
     "regularizer_table",
     "search_table",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .claims import LONG, REFERENCE, mean_rule, title
+from .claims import JOINT, LONG, REFERENCE, comparison, mean_rule, title
 from .markdown import (
     NONE,
     escape,
@@ -99,6 +99,21 @@ def _image_measures(row: TableRow) -> list[str]:
 def _difference(found: Mapping[str, Any]) -> list[str]:
     difference = found.get("difference")
     return [interval(difference, "+"), p_value(difference["p_holm"])] if difference else [NONE, NONE]
+
+
+def joint_table(results: Mapping[str, Any]) -> str:
+    """Tabulate the rule of each image objective, trained alone and together with the thinking. Nothing without any."""
+    lines = [
+        [
+            f"{escape(title(results, alone))} → {escape(title(results, both))}",
+            *(interval(mean_rule(results, side)) for side in (alone, both)),
+            interval(difference, "+"),
+        ]
+        for both, alone in JOINT
+        if (difference := comparison(results, both, alone))
+    ]
+    header = ["image expert alone → both experts", "alone", "both", "difference"]
+    return markdown_table(header, lines) if lines else ""
 
 
 def category_table(results: Mapping[str, Any]) -> str:
