@@ -239,7 +239,7 @@ def test_training_prompts_are_written(tmp_path):
 
 
 def test_decomposed_prompts_can_be_evaluated(tmp_path):
-    """What `trl-unigrpo decompose` writes is what `--prompts` reads."""
+    """`--prompts` reads the file that `trl-unigrpo decompose` writes."""
     from trl_unigrpo.evaluation.benchmarks import load_benchmark
     from trl_unigrpo.rewards.questions.decompose import decompose_with_progress
 

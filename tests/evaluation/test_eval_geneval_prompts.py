@@ -105,7 +105,7 @@ def test_dataset_feeds_the_reward():
     assert [row["prompt"] for row in rows] == dataset["prompt"]
 
     def sees_all(images):
-        """What each row asks for, beside each other: right wherever no place is asked for."""
+        """Objects that each row asks for, beside each other: right wherever no place is asked for."""
         return [
             [
                 Detection(item["class"], 0.95, (30.0 * i, 0, 30.0 * i + 9, 9))

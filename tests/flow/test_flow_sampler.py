@@ -147,7 +147,7 @@ def test_same_seed_same_image_and_other_seed_other_noise():
 
 
 def test_steps_hold_only_their_own_memory():
-    """What is kept for training, or written to disk, is one sample, not a view of the batch."""
+    """A sample that is kept for training, or written to disk, is alone, not a view of the batch."""
     for _, steps in sample(4, windows=torch.tensor([0, 1])):
         for value in columns(steps).values():
             assert value.untyped_storage().nbytes() == value.numel() * value.element_size()

@@ -1,1 +1,1 @@
-"""What tests are built from: tiny models, servers, made-up runs, and checks that several files share."""
+"""Parts of which tests are built: tiny models, servers, made-up runs, and checks that several files share."""

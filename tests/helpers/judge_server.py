@@ -17,7 +17,7 @@ from PIL import Image
 
 @dataclass
 class Reply:
-    """What goes over the wire: `drop` sends so many bytes of it and hangs up."""
+    """A reply as it goes over the wire: `drop` sends so many bytes of it and hangs up."""
 
     body: object = b""
     status: int = 200

@@ -1,4 +1,4 @@
-"""What a browser is asked about a page, and what no page may have."""
+"""Questions to a browser about a page, and faults that no page may have."""
 
 from dataclasses import dataclass, field
 
@@ -43,7 +43,7 @@ class Look:
     requests: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
-        """What no page may have."""
+        """List the faults that no page may have."""
         found = [f"console: {error}" for error in self.errors]
         found += [f"request: {url}" for url in self.requests]
         found += [f"image {i} does not decode" for i, width in enumerate(self.seen["images"]) if not width]

@@ -52,7 +52,7 @@ def go_on_in_all_ways(folder, alone):
 
 
 def distance(before, after, other):
-    """How far two ends are from each other, of the distance moved."""
+    """Measure how far two ends are from each other, as a share of the distance moved."""
     squares = [sum((a[name] - b[name]).square().sum() for name in a) for a, b in ((after, other), (after, before))]
     return (squares[0] / squares[1]).sqrt().item()
 

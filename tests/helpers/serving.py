@@ -28,7 +28,7 @@ def some_images(number, size=8):
 
 
 def score(reward, images, **arguments):
-    """What an async reward says about images."""
+    """Ask an async reward about images."""
     return asyncio.run(reward(prompts=[f"prompt {i}" for i in range(len(images))], images=images, **arguments))
 
 

@@ -123,7 +123,7 @@ def spread_pipelines(folder, rank, cases):
 
 
 def gathers(folder, rank):
-    """How often weights are gathered in rollouts of unequal thinkings: held, or travelling; and the lengths."""
+    """Count gathers of weights in rollouts of unequal thinkings: held, or travelling; and the lengths."""
     os.environ.update(ENVIRONMENT)
     calls, original = [], groups.foreach_all_gather
     groups.foreach_all_gather = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]

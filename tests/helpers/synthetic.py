@@ -14,7 +14,7 @@ from trl_unigrpo.shapeworld.grammar import CATEGORIES
 
 COLORS = {"base": (200, 0, 0), "unigrpo": (0, 0, 200), "long_velocity_mse": (0, 200, 0), "long_none": (90, 90, 0)}
 DIRECT = 0.15
-"""How much lower the base and the fine-tuned ones are planted to be without thinking."""
+"""The base and the fine-tuned ones are planted to be so much lower without thinking."""
 GREEDY = 0.03
 
 

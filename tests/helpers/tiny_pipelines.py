@@ -756,7 +756,7 @@ def prx_pixel() -> TinyPipeline:
 
 
 class TextProcessor(transformers.ProcessorMixin):
-    """What is left of a processor of texts and images where there are no images."""
+    """A processor of texts and images of which the texts' part is left."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         super().__init__(tokenizer, chat_template=CHAT_TEMPLATE)

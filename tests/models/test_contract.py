@@ -199,7 +199,7 @@ def test_rollout_does_not_depend_on_its_batch_size(model):
 
 
 def test_images_hold_only_their_own_memory(model):
-    """What is kept for training, or written to disk, is one image, not a view of the batch."""
+    """An image that is kept for training, or written to disk, is alone, not a view of the batch."""
     for image in painted(model, RolloutPlan(flow_timesteps(4), SIZE, windows=torch.tensor([0, 1])), count=3):
         for value in (image.latents, *columns(image.steps).values()):
             assert value.untyped_storage().nbytes() == value.numel() * value.element_size()

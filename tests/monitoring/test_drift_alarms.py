@@ -31,14 +31,14 @@ def image(random, size=64):
 
 
 def hacked(values, progress):
-    """What UniRL#407's images became: dark, with few edges and colours."""
+    """Images as UniRL#407's became: dark, with few edges and colours."""
     blurred = values.reshape(8, values.shape[0] // 8, 8, -1, 3).mean((0, 2), keepdims=True)
     flat = np.broadcast_to(blurred, (8, values.shape[0] // 8, 8, values.shape[1] // 8, 3)).reshape(values.shape)
     return ((1 - progress) * values + progress * flat) * (1 - 0.75 * progress)
 
 
 def blue_noise(values, progress, random):
-    """What flow_grpo#172's became: noise of high frequency over the image."""
+    """Images as flow_grpo#172's became: noise of high frequency over the image."""
     white = random.normal(0, 120, values.shape)
     blue = white - (np.roll(white, 1, 0) + np.roll(white, -1, 0) + np.roll(white, 1, 1) + np.roll(white, -1, 1)) / 4
     return values + progress * blue

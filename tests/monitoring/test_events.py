@@ -1,4 +1,4 @@
-"""What watchers are told of a run: held against what the rewards, the optimizer and the logs saw themselves."""
+"""Events that watchers are told of: held against what the rewards, the optimizer and the logs saw themselves."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What every page is built from: texts that do no harm, small images, charts that say what the numbers do."""
+"""Parts of every page: texts that do no harm, small images, charts that say what the numbers do."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ from trl_unigrpo.reporting.pages import (
 
 
 class Texts(HTMLParser):
-    """What a browser would show of a page, and the tags in it."""
+    """The text that a browser would show of a page, and the tags in it."""
 
     def __init__(self, html):
         super().__init__(convert_charrefs=True)

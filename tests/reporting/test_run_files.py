@@ -1,4 +1,4 @@
-"""What a run writes is read back, whatever happened to the run in between."""
+"""A run's files are read back, whatever happened to the run in between."""
 
 import json
 import math

@@ -64,7 +64,7 @@ PLAN_ERRORS = {
 
 
 def kinds(spec):
-    """What is asked for, colour and shape, object by object."""
+    """List colour and shape, object by object."""
     return [(g.color, g.shape) for g in spec.groups for _ in range(g.count)]
 
 

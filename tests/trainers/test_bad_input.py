@@ -1,4 +1,4 @@
-"""What a user can hand over by mistake: one clear error each, before any training."""
+"""Mistakes in what a user hands over: one clear error each, before any training."""
 
 import re
 from functools import wraps

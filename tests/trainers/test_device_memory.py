@@ -1,4 +1,4 @@
-"""What a run keeps on the device, and what it does when that has no memory left."""
+"""Tensors that a run keeps on the device, and a run whose device has no memory left."""
 
 import warnings
 

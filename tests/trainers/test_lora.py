@@ -278,7 +278,7 @@ def test_merged_model_computes_the_same_and_loads_as_a_plain_one(tmp_path, dtype
 
 
 def copies_of(weight):
-    """How often the values of a tensor are in memory."""
+    """Count how often the values of a tensor are in memory."""
     gc.collect()  # what earlier tests left
     tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)]  # torch.compile's aside
     alike = [x for x in tensors if x.shape == weight.shape and x.dtype == weight.dtype and torch.equal(x, weight)]

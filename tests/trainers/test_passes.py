@@ -1,4 +1,4 @@
-"""How often the model is called, and that the cut into micro-batches and passes changes nothing but what it must."""
+"""Calls of the model are counted, and the cut into micro-batches and passes changes nothing but what it must."""
 
 import pytest
 import torch

@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
 
 
 def quantize_blocks(network):
-    """What diffusers makes of a `BitsAndBytesConfig`, which it only does on a GPU."""
+    """Quantise blocks as diffusers does by a `BitsAndBytesConfig`, which needs a GPU there."""
     for name, module in list(network.named_modules()):
         if isinstance(module, torch.nn.Linear) and name.startswith("transformer_blocks"):
             layer = bnb.nn.Linear4bit(

@@ -60,7 +60,7 @@ def advantages(seen, expected_images):
 
 
 def logged(trainer):
-    """What was logged, without what a clock says."""
+    """Take what was logged, without what a clock says."""
     clocks = ("time", "per_second", "profiling", "runtime")
     return [{k: v for k, v in entry.items() if not any(c in k for c in clocks)} for entry in trainer.state.log_history]
 

@@ -97,7 +97,7 @@ def logs(trainer):
 
 
 def captured(trainer):
-    """What the images of each micro-batch are painted from, and its prompts."""
+    """Keep what the images of each micro-batch are painted from, and its prompts."""
     kept, contexts, compute_loss = [], trainer.unified.contexts, trainer.compute_loss
 
     def spied_contexts(trajectories):

@@ -34,7 +34,7 @@ class Gradients(TrainerCallback):
 
 
 def captured(trainer):
-    """What the model is given during training."""
+    """Keep what the model is given during training."""
     flows, make = [], trainer._noisy_copies
 
     def kept(base, inputs):

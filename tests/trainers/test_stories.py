@@ -184,7 +184,7 @@ def test_texts_that_are_not_sampled_leave_the_image_its_source(trained):
 
 
 def gaps(one, other):
-    """How far the images of two runs are from one another: prompt -> a number for each turn."""
+    """Measure how far the images of two runs are from one another: prompt -> a number for each turn."""
     found = {}
     for (a, _), (b, _) in zip(one, other, strict=True):
         pairs = zip(images(a), images(b), strict=True)

@@ -1,4 +1,4 @@
-"""What reaches all three trainers: data without prompts, too few rows, one callback, runs that are finished."""
+"""Faults that reach all three trainers: data without prompts, too few rows, one callback, runs that are finished."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What is used of TRL: each change to it ends in an error that says so, before or at the first use."""
+"""Parts of TRL that are used: each change to it ends in an error that says so, before or at the first use."""
 
 import ast
 import copy

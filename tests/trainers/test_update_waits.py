@@ -1,4 +1,4 @@
-"""How often the host waits for the device in an update, and gathers from other processes."""
+"""The host's waits for the device in an update, and its gathers from other processes."""
 
 from collections import Counter
 

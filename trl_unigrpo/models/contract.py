@@ -370,7 +370,7 @@ class UnifiedModelMixin(SeesImages, _Base):
         return partial(self.predict_velocity, self.encode_context(contexts), image_size=image_size)
 
     largest_image_batch: int | None = None
-    """How many images at once the memory held when it had run out with more; None before."""
+    """Images at once that the memory held when it had run out with more; None before."""
 
     _reference: dict[str, Tensor] | None = None
 

@@ -46,7 +46,7 @@ class Phases:
 
     @property
     def place(self) -> tuple[int, str]:
-        """How many phases have begun and ended so far, and the one that runs, or that was the last."""
+        """Count the phases that have begun and ended so far, and name the one that runs, or that was the last."""
         return self._turns, self._place
 
     def begin(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""How prompts were read back from the images of a run: their words, shaded, and the worst of them."""
+"""Prompts as they were read back from the images of a run: their words, shaded, and the worst of them."""
 
 import math
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""How well a reward agrees with the rule, where it matters: among images of one prompt."""
+"""Agreement of a reward with the rule, where it matters: among images of one prompt."""
 
 from __future__ import annotations
 

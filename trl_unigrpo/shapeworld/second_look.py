@@ -1,4 +1,4 @@
-"""How well a model looks again at its images, and edits images, on prompts and instructions that it has never seen."""
+"""Scores of a model that looks again at its images, or edits images, on prompts and instructions new to it."""
 
 from __future__ import annotations
 

@@ -370,7 +370,7 @@ class RunKeeping(AveragedRun):
 
     @property
     def _geometry(self) -> list[int]:
-        """How a generation batch is cut: rollouts are of use to a run that cuts them alike."""
+        """Describe how a generation batch is cut: rollouts are of use to a run that cuts them alike."""
         args = self.args
         sizes = [args.per_device_train_batch_size, args.steps_per_generation, self.num_iterations]
         return [self.accelerator.num_processes, *sizes]

@@ -1,4 +1,4 @@
-"""How images are sampled: the plan of a rollout, which of its denoising steps are stochastic, and sizes of groups."""
+"""Plans of rollouts: which of the denoising steps are stochastic, and sizes of groups."""
 
 from collections.abc import Sequence
 

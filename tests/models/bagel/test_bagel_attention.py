@@ -92,7 +92,7 @@ def test_dtype_of_attention_where_nothing_casts():
 
 
 def test_mask_of_rows_of_which_padding_is_known():
-    """What the caller knows is not looked up: a mask on a device that has no values would not allow it."""
+    """Nothing that the caller knows is looked up: a mask on a device that has no values would not allow it."""
     mask = torch.ones(2, 4, dtype=torch.bool, device="meta")
     assert causal_mask(mask, 1, padded=False) is None
     assert causal_mask(mask, 4, padded=False) is None

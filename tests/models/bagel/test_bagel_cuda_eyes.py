@@ -1,4 +1,4 @@
-"""How often the host waits for the device while BAGEL thinks, paints and trains."""
+"""The host's waits for the device while BAGEL thinks, paints and trains."""
 
 from collections import Counter
 from dataclasses import replace

@@ -46,7 +46,7 @@ def edits(model, tiny, number=2):
 
 
 def stock(tiny, arguments, sources):
-    """What the pipeline paints of each prompt and its source by itself."""
+    """Paint each prompt and its source by the pipeline itself."""
     accepted = inspect.signature(type(tiny.pipeline).__call__).parameters
     images = []
     for prompt, generator, shown in zip(PROMPTS, generators(), sources, strict=True):

@@ -72,7 +72,7 @@ def counted_rows(network):
 
 
 def stock_images(tiny, arguments):
-    """What the pipeline paints by itself, with diffusers' Euler scheduler."""
+    """Paint by the pipeline itself, with diffusers' Euler scheduler."""
     pipeline, scheduler = tiny.pipeline, tiny.pipeline.scheduler
     config = {"shift": scheduler.config.get("flow_shift", 1.0), **scheduler.config}
     known = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters

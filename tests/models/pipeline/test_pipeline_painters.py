@@ -1,4 +1,4 @@
-"""What pipelines do beside their loop: sizes, schedulers and times of their own, videos, long prompts, bad images."""
+"""Pipelines beside their loop: sizes, schedulers and times of their own, videos, long prompts, bad images."""
 
 import functools
 import inspect

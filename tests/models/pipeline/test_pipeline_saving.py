@@ -1,4 +1,4 @@
-"""What is saved, read back by transformers and diffusers alone: the same thinking, and the same image to the bit."""
+"""Saved models, read back by transformers and diffusers alone: the same thinking, and the same image to the bit."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What should stay in an edit, measured on images whose difference is known."""
+"""Parts that should stay in an edit, measured on images whose difference is known."""
 
 import numpy as np
 import pytest

@@ -207,7 +207,7 @@ def test_wrong_use():
 
 
 def outputs_of(masks: list[np.ndarray], labels: list[int], sure: float = 8.0, queries: int = 6):
-    """What Mask2Former gives for these masks (h, w) of bool, classes out of 3; the other queries are empty."""
+    """Give Mask2Former's outputs for masks (h, w) of bool, classes out of 3; the other queries are empty."""
     class_logits = torch.zeros(1, queries, 4)
     class_logits[..., 3] = 12.0
     mask_logits = torch.full((1, queries, *masks[0].shape), -9.0)

@@ -31,7 +31,7 @@ from ...statistics import FloatArray
 
 IMAGES_PER_PROMPT = 8
 ATTENTION = {"present": 1.0, "count": 0.5, "total": 0.5, "place": 0.25, "relation": 0.25}
-"""How much the annotator looks at each of the verifier's checks: shapes and colours first, positions last."""
+"""Weights with which the annotator looks at the verifier's checks: shapes and colours first, positions last."""
 MISTAKES = 0.1
 """The share of pairs in which the annotator names the wrong image."""
 

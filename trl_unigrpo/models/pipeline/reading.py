@@ -1,5 +1,4 @@
-"""How far a pipeline's text encoders read their prompts: what is too long is cut off, most often without a word. And
-whether its VAE gives numbers."""
+"""The reach of a pipeline's text encoders, which cut off what is too long, and a test of its VAE's numbers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -52,7 +52,7 @@ def pieces(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
 
 
 PARTIAL = "\ufffd"
-"""How a part of a character is decoded alone."""
+"""The sign as which a part of a character is decoded alone."""
 
 
 def spelled(text: str, tokens: Sequence[str]) -> int | None:
