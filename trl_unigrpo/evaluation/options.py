@@ -47,7 +47,7 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True)
 class PaintingOptions:
-    """Options of how images are made; None stands for the benchmark's own. Behind a renamed option is its former name."""
+    """Options for painting; None stands for the benchmark's own. Behind a renamed option is its former name."""
 
     samples: Annotated[int | None, Option(min=1, help="Images of each prompt; the benchmark's own.")] = None
     num_inference_steps: Annotated[
