@@ -1,4 +1,4 @@
-"""Verdicts follow what is planted: they flip with it, a tie does not hold, and what is missing is said."""
+"""Verdicts follow what is planted: they flip with it, a tie shows nothing, and what is missing is said."""
 
 import pytest
 
@@ -59,7 +59,7 @@ def test_verdicts_flip_with_what_is_planted(tmp_path, kind):
     means, errors, learned, expected = FLIPS[kind]
     found = verdicts(tmp_path, means, errors, learned)
     assert {name for name, of in found.items() if of["verdict"] != "holds"} == expected
-    assert all(found[name]["verdict"] == "does not hold" for name in expected)
+    assert all(found[name]["verdict"] == "contradicted" for name in expected)
 
 
 def test_only_hacking_asks_for_the_learned_reward(tmp_path):
@@ -69,21 +69,21 @@ def test_only_hacking_asks_for_the_learned_reward(tmp_path):
     assert {name for name, of in found.items() if of["verdict"] != "holds"} == {"hacking"}
 
 
-def test_ties_do_not_hold(tmp_path):
+def test_ties_show_nothing(tmp_path):
     means = {"sft": 0.45, "text_grpo": 0.45, "two_stage": 0.8, "refl": 0.6}
     means |= {"long_latent_kl": 0.8}
     found = verdicts(tmp_path, means)
-    assert {name for name, of in found.items() if of["verdict"] == "does not hold"} == {
+    assert {name for name, of in found.items() if of["verdict"] == "not shown"} == {
         "sft", "one_expert", "two_stage", "thinking", "latent_kl",
     }  # fmt: skip
     assert "(no difference seen)" in found["one_expert"]["sentence"]
 
 
-def test_an_exact_tie_does_not_hold(tmp_path):
+def test_an_exact_tie_shows_nothing(tmp_path):
     still = {"seed_spread": 0.0, "prompt_spread": 0.0, "rest": 0.0}
     tied = {"sft": 0.45, "two_stage": 0.8, "awm_thinking": 0.8, "guidance_on": 0.7, "unifpo": 0.45}
     found = verdicts(tmp_path, tied, **still)
-    lost = {name for name, of in found.items() if of["verdict"] == "does not hold"}
+    lost = {name for name, of in found.items() if of["verdict"] == "not shown"}
     assert lost == {"sft", "joint", "two_stage"}, "as good as, and no better than, hold in a tie"
 
 
@@ -123,7 +123,7 @@ def test_what_is_missing_is_not_measured_yet(tmp_path):
 
 def test_one_part_that_fails_settles_a_claim(tmp_path):
     found = verdicts(tmp_path, {"text_grpo": 0.42}, systems=("base", "unigrpo", "text_grpo"))
-    assert found["one_expert"]["verdict"] == "does not hold"
+    assert found["one_expert"]["verdict"] == "contradicted"
 
 
 def test_without_unigrpo_nothing_is_above(tmp_path):
@@ -152,10 +152,17 @@ def test_others_are_what_trains_one_expert_or_none():
 
 
 def test_judged():
-    assert judged([Part(True, "a"), Part(True, "b")]) == Judgement("holds", "a; b.")
-    assert judged([Part(True, "a"), Part(None, "b")]).verdict == "not measured yet"
-    assert judged([Part(False, "a"), Part(None, "b")]).verdict == "does not hold"
-    assert judged([Part(True, "a", 1)]).sentence.endswith(
+    holds, fails, refuted, unknown = (
+        Part(True, False, "a"),
+        Part(False, False, "b"),
+        Part(False, True, "c"),
+        Part(None, False, "d"),
+    )
+    assert judged([holds, holds]) == Judgement("holds", "a; a.")
+    assert judged([holds, unknown]).verdict == "not measured yet"
+    assert judged([holds, fails, unknown]).verdict == "not shown"
+    assert judged([holds, fails, refuted, unknown]).verdict == "contradicted"
+    assert judged([Part(True, False, "a", 1)]).sentence.endswith(
         "One seed only: what another would change is not in the interval."
     )
 
@@ -167,7 +174,11 @@ def interval(low, high, seeds=5):
 def judgement(name, scores, differences=None, learned=None, ratio=None):
     """The verdict of a claim from intervals made by hand. `scores`: system -> its rule in its own mode."""
     systems = {
-        system: {"title": system, "trained": system != "base", "modes": {main_mode(system): {"rule": interval(*of)}}}
+        system: {
+            "title": system,
+            "trained": system != "base",
+            "modes": {mode: {"rule": interval(*of)} for mode in (main_mode(system), "guided")},
+        }
         for system, of in scores.items()
     }
     results = {
@@ -184,8 +195,25 @@ def judgement(name, scores, differences=None, learned=None, ratio=None):
 def test_above_means_that_intervals_do_not_touch():
     own = {"unigrpo": (0.78, 0.82)}
     assert judgement("two_stage", own | {"two_stage": (0.75, 0.779)}) == "holds"
-    assert judgement("two_stage", own | {"two_stage": (0.74, 0.79)}) == "does not hold"
-    assert judgement("two_stage", own | {"two_stage": (0.74, 0.78)}) == "does not hold"
+    assert judgement("two_stage", own | {"two_stage": (0.74, 0.79)}) == "not shown"
+    assert judgement("two_stage", own | {"two_stage": (0.74, 0.78)}) == "not shown"
+    assert judgement("two_stage", own | {"two_stage": (0.81, 0.9)}) == "not shown"
+    assert judgement("two_stage", own | {"two_stage": (0.83, 0.9)}) == "contradicted"
+
+
+@pytest.mark.parametrize(
+    ("difference", "verdict"),
+    [
+        ((-0.019, 0.1), "holds"),
+        ((-0.021, 0.1), "not shown"),
+        ((-0.1, -0.019), "not shown"),
+        ((-0.1, -0.021), "contradicted"),
+    ],
+)
+def test_as_good_is_surely_not_lower_by_the_margin(difference, verdict):
+    differences = {"guidance_off/guided - guidance_on/guided": difference}
+    scores = {"guidance_off": (0.4, 0.6), "guidance_on": (0.4, 0.5)}
+    assert judgement("guidance", scores, differences) == verdict
 
 
 @pytest.mark.parametrize(
@@ -193,8 +221,9 @@ def test_above_means_that_intervals_do_not_touch():
     [
         ((-0.3, -0.2), "holds"),
         ((-0.05, 0.019), "holds"),
-        ((-0.05, 0.021), "does not hold"),
-        ((0.1, 0.2), "does not hold"),
+        ((-0.05, 0.021), "not shown"),
+        ((0.019, 0.2), "not shown"),
+        ((0.021, 0.2), "contradicted"),
     ],
 )
 def test_failing_to_converge_is_a_gain_that_is_surely_small(difference, verdict):
@@ -206,10 +235,12 @@ def test_failing_to_converge_is_a_gain_that_is_surely_small(difference, verdict)
     ("none", "difference", "learned", "verdict"),
     [
         ((0.70, 0.74), (-0.10, -0.04), (-0.01, 0.05), "holds"),
-        ((0.70, 0.74), (-0.10, -0.04), (-0.03, 0.09), "does not hold"),  # the learned reward may have fallen, too
-        ((0.70, 0.74), (-0.08, -0.01), (-0.01, 0.05), "does not hold"),  # a smaller fall
-        ((0.70, 0.76), (-0.10, -0.04), (-0.01, 0.05), "does not hold"),  # intervals that touch
-        ((0.84, 0.88), (0.04, 0.10), (-0.01, 0.05), "does not hold"),
+        ((0.70, 0.74), (-0.10, -0.04), (-0.03, 0.09), "not shown"),  # the learned reward may have fallen, too
+        ((0.70, 0.74), (-0.10, -0.04), (-0.09, -0.03), "contradicted"),  # it has
+        ((0.70, 0.74), (-0.08, -0.01), (-0.01, 0.05), "not shown"),  # a smaller fall
+        ((0.70, 0.74), (-0.04, -0.01), (-0.01, 0.05), "contradicted"),  # surely a smaller one
+        ((0.70, 0.76), (-0.10, -0.04), (-0.01, 0.05), "not shown"),  # intervals that touch
+        ((0.84, 0.88), (0.04, 0.10), (-0.01, 0.05), "contradicted"),
     ],
 )
 def test_hacking_is_a_rule_that_fell_and_a_learned_reward_that_did_not(none, difference, learned, verdict):
@@ -223,7 +254,7 @@ def test_hacking_is_a_rule_that_fell_and_a_learned_reward_that_did_not(none, dif
 
 
 @pytest.mark.parametrize(
-    ("ratio", "verdict"), [((2.1, 8), "holds"), ((1.9, 8), "does not hold"), ((0.5, 1.5), "does not hold")]
+    ("ratio", "verdict"), [((2.1, 8), "holds"), ((1.9, 8), "not shown"), ((0.5, 1.5), "contradicted")]
 )
 def test_decay_is_surely_large(ratio, verdict):
     found = {"ratio": 4.0, "low": ratio[0], "high": ratio[1], "seeds": 5}

@@ -133,6 +133,9 @@ def test_tables_hold_the_numbers_of_the_results(output, page, renderer):
     assert end[1].startswith(f"{found['learned']['mean']:.3f}") and end[2].startswith(f"{found['rule']['mean']:.3f}")
     extras = [line[0] for line in cells(page, "Extras", renderer)]
     assert "rounds, first image" in extras and "rounds, second image" in extras
+    scouts = next(line for line in cells(page, "Extras", renderer) if line[0] == "scouts")
+    difference = results["systems"]["scouts"]["modes"]["sampled"]["difference"]
+    assert scouts[2] == "uninft" and scouts[4].startswith(f"{difference['mean']:+.3f}")
     assert cells(page, "Figure 4", renderer)[1][0] == "guidance off"
     assert cells(page, "Search", renderer)[0] == ["system", "learning rate", "of the image expert"]
 
@@ -359,7 +362,7 @@ def test_numbers_as_text():
     ]
     assert [number(None), number(0.12345), number(0.00309, 3, True)] == ["–", "0.123", "0.00309"]
     assert [cpu_time(5400), cpu_time(90)] == ["1.5 CPU hours", "2 CPU minutes"]
-    assert [p_value(0.0004), p_value(0.04), p_value(1.0)] == ["&lt;\u00a00.001", "0.04", "1"]
+    assert [p_value(0.004), p_value(0.04), p_value(1.0)] == ["&lt;\u00a00.01", "0.04", "1"]
 
 
 def test_changed_settings():

@@ -100,19 +100,30 @@ def test_categories_are_means_over_their_own_prompts(output, results):
 
 @pytest.mark.parametrize(
     ("system", "mode", "other"),
-    [("flow_grpo", "direct", "unigrpo"), ("long_none", "sampled", "long_velocity_mse")],
+    [
+        ("flow_grpo", "direct", ("unigrpo", "sampled")),
+        ("long_none", "sampled", ("long_velocity_mse", "sampled")),
+        ("scouts", "sampled", ("uninft", "sampled")),
+        ("rounds", "rounds", ("base_seeing", "rounds")),
+        ("unifpo_8", "sampled", ("unifpo", "sampled")),
+    ],
 )
 def test_differences_are_paired_by_seed_and_prompt(output, results, system, mode, other):
-    """To UniGRPO, of long runs to its long run."""
-    expected = crossed_interval(table(output, system, mode) - table(output, other, "sampled"))
+    """To UniGRPO, of long runs to its long run, or to what a system builds on; over the seeds of both."""
+    left, right = table(output, system, mode), table(output, *other)
+    expected = crossed_interval(left - right[: len(left)])
     found = results["systems"][system]["modes"][mode]["difference"]
+    assert found["to"] == list(other)
     assert [found["mean"], found["low"], found["high"]] == pytest.approx(expected[:3], abs=5e-5)
-    assert "difference" not in results["systems"][other]["modes"]["sampled"]
+    assert "difference" not in results["systems"]["unigrpo"]["modes"]["sampled"]
 
 
 def test_other_starts_are_not_compared(results):
     assert "difference" not in results["systems"]["two_stage_refl"]["modes"]["sampled"], "only another's start"
     assert "difference" not in results["systems"]["guidance_on"]["modes"]["sampled"], "starts from another base"
+    seeing = results["systems"]["base_seeing"]["modes"]
+    assert seeing["sampled"]["difference"]["to"] == ["base", "sampled"]
+    assert "difference" not in seeing["rounds"], "the base has no second image"
 
 
 def test_the_base_stands_beside_every_seed(output, results):
@@ -123,18 +134,20 @@ def test_the_base_stands_beside_every_seed(output, results):
     assert results["systems"]["base"]["trained"] is False
 
 
-def test_p_values_are_corrected_within_each_table(results):
-    families = {"table1": [], "figure5": [], "extras": [], "ablations": []}
+def test_p_values_are_corrected_within_tables_of_five_seeds(results):
+    families = {group: [] for group in GROUP_SYSTEMS}
     for system in results["systems"].values():
         for mode in system["modes"].values():
             if mode.get("difference"):
-                families[mode["difference"]["family"]].append(mode["difference"])
+                families[system["group"]].append(mode["difference"])
     assert len(families["table1"]) == len(GROUP_SYSTEMS["table1"]) - 1 + 3, "the base and both SFTs come twice"
-    assert len(families["ablations"]) == len(GROUP_SYSTEMS["ablations"])
     assert len(families["figure5"]) == len(GROUP_SYSTEMS["figure5"]) - 1
-    assert len(families["extras"]) == len(GROUP_SYSTEMS["extras"]) + 2, "both images of two rounds"
-    for members in families.values():
-        assert [of["p_holm"] for of in members] == pytest.approx(holm([of["p"] for of in members]), rel=0.01)
+    for group in ("table1", "figure5"):
+        expected = holm([of["p"] for of in families[group]])
+        assert [of["p_holm"] for of in families[group]] == pytest.approx(expected, rel=0.01)
+    assert len(families["ablations"]) == len(GROUP_SYSTEMS["ablations"])
+    assert len(families["extras"]) == len(GROUP_SYSTEMS["extras"]) + 1, "both images of two rounds"
+    assert not any("p_holm" in of for group in ("extras", "ablations") for of in families[group])
 
 
 def test_rollouts_of_the_stages_add_up(results):

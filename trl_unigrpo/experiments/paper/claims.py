@@ -2,8 +2,8 @@
 The paper's claims, as functions from results to verdicts.
 
 A claim speaks of the rule's score, which no training sees, unless it says otherwise. It holds if the 95 % interval of
-what it says lies wholly on its side, so that a tie does not. No verdict is written by hand, and the margins below were
-fixed before the first held-out run.
+what it says lies wholly on its side, and is contradicted if that lies wholly on the other; between them nothing was
+shown. No verdict is written by hand, and the margins below were fixed before the first held-out run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Side = tuple[str, str]
 """A system and the mode in which it is evaluated."""
 SidePair = tuple[Side, Side]
 
-ClaimVerdict = Literal["holds", "does not hold", "not measured yet"]
+ClaimVerdict = Literal["holds", "not shown", "contradicted", "not measured yet"]
 
 BASE_SIDE: Side = ("base", "sampled")
 REFERENCE: Side = ("unigrpo", "sampled")
@@ -73,8 +73,6 @@ JOINT: tuple[SidePair, ...] = tuple(
 COMPARISONS = (
     *(*SFT_BASE, *ABOVE_BASE, *WITH_AND_WITHOUT, *IN_BETWEEN, *JOINT, GUIDANCE_PAIR, UNIFPO),
     *(UNREGULARIZED, UNREGULARIZED_BASE),
-    (("rounds", "rounds"), ("base_seeing", "rounds")),
-    (("read_back", "sampled"), ("base_seeing", "sampled")),
 )
 """Paired differences by the rule that the claims, and the page, need besides those of its tables."""
 LEARNED_COMPARISONS = (UNREGULARIZED, UNREGULARIZED_BASE)
@@ -114,11 +112,13 @@ class Part(NamedTuple):
 
     Attributes:
         holds: None where it was not measured.
+        refuted: its interval lies wholly on the other side.
         says: its numbers.
         seeds: of the interval; 1 where it is over prompts alone.
     """
 
     holds: bool | None
+    refuted: bool
     says: str
     seeds: int = 0
 
@@ -128,7 +128,8 @@ ONE_SEED = " One seed only: what another would change is not in the interval."
 
 def judged(parts: Iterable[Part], says: str = "", extra: str = "") -> Judgement:
     """
-    Judge a claim by its parts: it holds if all of them do; one that fails settles it, whatever is missing.
+    Judge a claim by its parts: it holds if all of them do. One that fails settles that it does not, and one that is
+    refuted contradicts it, whatever is missing.
 
     Args:
         says: instead of what the parts say.
@@ -136,8 +137,10 @@ def judged(parts: Iterable[Part], says: str = "", extra: str = "") -> Judgement:
     """
     of = list(parts)
     verdict: ClaimVerdict = "holds"
-    if any(part.holds is False for part in of):
-        verdict = "does not hold"
+    if any(part.refuted for part in of):
+        verdict = "contradicted"
+    elif any(part.holds is False for part in of):
+        verdict = "not shown"
     elif any(part.holds is None for part in of):
         verdict = "not measured yet"
     alone = ONE_SEED if any(part.seeds == 1 for part in of) else ""
@@ -148,20 +151,21 @@ def above(results: Mapping[str, Any], left: Side, right: Side) -> Part:
     """Test if left is above right, by the interval of their paired difference."""
     found = comparison(results, left, right)
     if found is None:
-        return Part(None, f"{title(results, left)} and {title(results, right)}: not both measured")
+        return Part(None, False, f"{title(results, left)} and {title(results, right)}: not both measured")
     how = "" if found["low"] > 0 else " (the other way round)" if found["high"] < 0 else " (no difference seen)"
     means = [f"{title(results, side)} {mean_rule(results, side)['mean']:.3f}" for side in (left, right)]
     seeds = trained_seeds(results, found, left, right)
-    return Part(found["low"] > 0, f"{means[0]} against {means[1]}: {signed(found)}{how}", seeds)
+    return Part(found["low"] > 0, found["high"] < 0, f"{means[0]} against {means[1]}: {signed(found)}{how}", seeds)
 
 
 def apart(results: Mapping[str, Any], other: Side) -> Part:
     """Test if UniGRPO is above another system, by intervals that do not touch."""
     own, theirs = mean_rule(results, REFERENCE), mean_rule(results, other)
     if own is None or theirs is None:
-        return Part(None, f"{title(results, other)} not measured")
+        return Part(None, False, f"{title(results, other)} not measured")
     seeds = min(own["seeds"], trained_seeds(results, theirs, other) or own["seeds"])
-    return Part(own["low"] > theirs["high"], f"{title(results, other)} {bracketed(theirs)}", seeds)
+    above_it, below_it = own["low"] > theirs["high"], own["high"] < theirs["low"]
+    return Part(above_it, below_it, f"{title(results, other)} {bracketed(theirs)}", seeds)
 
 
 def unigrpo_above_each(results: Mapping[str, Any]) -> Judgement:
@@ -172,7 +176,7 @@ def unigrpo_above_each(results: Mapping[str, Any]) -> Judgement:
         (side for side in OTHERS if mean_rule(results, side)), key=lambda s: -mean_rule(results, s)["mean"]
     )
     parts = [apart(results, side) for side in measured]
-    lacking = [Part(None, title(results, side)) for side in OTHERS if side not in measured]
+    lacking = [Part(None, False, title(results, side)) for side in OTHERS if side not in measured]
     failed = [part.says for part in parts if not part.holds]
     says = f"UniGRPO {bracketed(own)} is above {len(parts) - len(failed)} of {len(OTHERS)}"
     if failed:
@@ -202,13 +206,12 @@ def hacked(results: Mapping[str, Any]) -> Judgement:
         return Judgement("not measured yet", "Not both long runs were measured.")
     own, other = mean_rule(results, none), mean_rule(results, long)
     fell = rule["mean"] <= -HACKED and own["high"] < other["low"]
-    return judged(
-        [
-            Part(fell, f"the rule {bracketed(own)} against {bracketed(other)}: {signed(rule)}", rule["seeds"]),
-            Part(learned["low"] > -AS_GOOD, f"the learned reward {signed(learned)}", learned["seeds"]),
-        ],
-        extra=_against_base(results),
-    )
+    says = f"the rule {bracketed(own)} against {bracketed(other)}: {signed(rule)}"
+    parts = [
+        Part(fell, rule["low"] > -HACKED, says, rule["seeds"]),
+        Part(learned["low"] > -AS_GOOD, learned["high"] < -AS_GOOD, f"the learned reward {signed(learned)}"),
+    ]
+    return judged(parts, extra=_against_base(results))
 
 
 def _against_base(results: Mapping[str, Any]) -> str:
@@ -226,9 +229,10 @@ def images_decay(results: Mapping[str, Any]) -> Judgement:
     if not found:
         return Judgement("not measured yet", f"{title(results, UNREGULARIZED[0])}: not measured.")
     says = f"{title(results, UNREGULARIZED[0])}: image error x {found['ratio']:.3g}"
-    if found["low"] is None:
-        return judged([Part(found["ratio"] > DECAY, says, 1)])
-    return judged([Part(found["low"] > DECAY, f"{says} [{found['low']:.3g}, {found['high']:.3g}]", found["seeds"])])
+    low, high = found["low"], found["high"]
+    if low is None:
+        return judged([Part(found["ratio"] > DECAY, False, says, 1)])
+    return judged([Part(low > DECAY, high < DECAY, f"{says} [{low:.3g}, {high:.3g}]", found["seeds"])])
 
 
 def trained_without_guidance(results: Mapping[str, Any]) -> Judgement:
@@ -237,7 +241,7 @@ def trained_without_guidance(results: Mapping[str, Any]) -> Judgement:
         return Judgement("not measured yet", "Not both ways of training were measured.")
     means = " and ".join(f"{mean_rule(results, side)['mean']:.3f}" for side in GUIDANCE_PAIR)
     says = f"Evaluated with guidance, trained without and with it: {means}, difference {signed(found)}"
-    return judged([Part(found["low"] > -AS_GOOD, says, found["seeds"])])
+    return judged([Part(found["low"] > -AS_GOOD, found["high"] < -AS_GOOD, says, found["seeds"])])
 
 
 def unifpo_fails(results: Mapping[str, Any]) -> Judgement:
@@ -246,7 +250,7 @@ def unifpo_fails(results: Mapping[str, Any]) -> Judgement:
         return Judgement("not measured yet", "UniFPO was not measured.")
     means = [f"{mean_rule(results, side)['mean']:.3f}" for side in UNIFPO]
     says = f"UniFPO {means[0]}, the base {means[1]}, difference {signed(found)}"
-    return judged([Part(found["high"] < AS_GOOD, says, found["seeds"])])
+    return judged([Part(found["high"] < AS_GOOD, found["low"] > AS_GOOD, says, found["seeds"])])
 
 
 def _all_above(pairs: tuple[tuple[Side, Side], ...]) -> Callable[[Mapping[str, Any]], Judgement]:

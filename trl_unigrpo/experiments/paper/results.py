@@ -23,13 +23,15 @@ from .loading import (
 from .order import GROUP_SYSTEMS, full_grid
 from .scores import GridScores
 from .search import read_search
-from .systems import TRACED
+from .systems import SYSTEMS, TRACED
 
 
 Results = dict[str, Any]
 
 COMPARED_WITH: dict[str, Side] = {"table1": REFERENCE, "extras": REFERENCE, "ablations": REFERENCE, "figure5": LONG}
-"""Group -> what its systems are compared with; each group is a table of its own for Holm's correction."""
+"""Group -> what its systems are compared with, unless they say something else."""
+CORRECTED = ("table1", "figure5")
+"""Groups of five seeds, each a family of p-values. Of fewer seeds, small p-values come up too often by chance."""
 COMPARED = ("sampled", "direct", "rounds")
 """The modes that are compared with UniGRPO's sampled one."""
 
@@ -152,21 +154,33 @@ def mode_summary(system: str, mode: str, scores: GridScores) -> dict[str, Any]:
             for category in scores.prompts.kinds
         },
     }
-    group = scores.runs(system)[0].record["group"]
-    other = COMPARED_WITH.get(group)
-    if mode in COMPARED and other and system not in (other[0], *GROUP_SYSTEMS["hidden"]):
+    other = compared_with(system, mode, scores)
+    if other:
         difference = scores.difference((system, mode), other)
-        summary["difference"] = interval_record(difference) | {"family": group} if difference else None
+        summary["difference"] = interval_record(difference) | {"to": list(other)} if difference else None
     return summary
 
 
+def compared_with(system: str, mode: str, scores: GridScores) -> Side | None:
+    """Name the system, and its mode, that one is compared with in its table, None for nothing."""
+    against = SYSTEMS[system].against
+    other = COMPARED_WITH.get(scores.runs(system)[0].record["group"])
+    if mode not in COMPARED or other is None or system in (other[0], *GROUP_SYSTEMS["hidden"]):
+        return None
+    if against is None:
+        return other
+    return (against, mode) if mode in SYSTEMS[against].modes else None
+
+
 def correct_p_values(systems: Mapping[str, Any]) -> None:
-    """Add `p_holm` to the differences, within their family."""
-    differences = [
-        mode["difference"] for of in systems.values() for mode in of["modes"].values() if mode.get("difference")
-    ]
-    for family in dict.fromkeys(of["family"] for of in differences):
-        members = [of for of in differences if of["family"] == family]
+    """Add `p_holm` to the differences of each group of `CORRECTED`."""
+    for group in CORRECTED:
+        members = [
+            mode["difference"]
+            for of in systems.values()
+            for mode in of["modes"].values()
+            if of["group"] == group and mode.get("difference")
+        ]
         for member, corrected in zip(members, holm([of["p"] for of in members]), strict=True):
             member["p_holm"] = significant(corrected, 3)
 

@@ -79,6 +79,7 @@ class System:
         early_stopping: its model is the one of the best point by the learned reward; without, the one of the end.
         reward: "learned", or "read_back": what the model itself reads in its images.
         hidden: it is only there to be another's start.
+        against: the system that its row is compared with, in the mode that both have; None for the table's own.
     """
 
     name: str
@@ -96,6 +97,7 @@ class System:
     early_stopping: bool = True
     reward: str = "learned"
     hidden: bool = False
+    against: str | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -171,13 +173,15 @@ GRID = (
     System("guidance_on", "trained with guidance", "figure4", "unigrpo", {}, GUIDED,
            takes=("unigrpo", "guided_base"), start="guided_base"),
 
-    System("base_seeing", "Base that sees", "extras", "none", modes=("sampled", "rounds"), sees=True),
+    System("base_seeing", "Base that sees", "extras", "none", modes=("sampled", "rounds"), sees=True,
+           against="base"),
     System("rounds", "UniGRPO in two rounds, from the base that sees", "extras", "unigrpo",
-           of_settings("refine_settings", *ROUNDS), ("rounds", "sampled"), takes=("unigrpo",), sees=True),
+           of_settings("refine_settings", *ROUNDS), ("rounds", "sampled"), takes=("unigrpo",), sees=True,
+           against="base_seeing"),
     System("read_back", "UniNFT rewarded by its own reading, from the base that sees", "extras", "unigrpo", NFT,
-           takes=("uninft",), sees=True, reward="read_back"),
+           takes=("uninft",), sees=True, reward="read_back", against="base_seeing"),
     System("scouts", "UniNFT with scouts", "extras", "unigrpo", {**NFT, **of_settings("fast_settings", *SCOUTS)},
-           takes=("uninft",)),
+           takes=("uninft",), against="uninft"),
     System("diversity", "UniGRPO, paid for different images", "extras", "unigrpo", {"diversity_weight": 1.0},
            takes=("unigrpo",)),
     System("text_kl", "UniGRPO, KL of the text", "extras", "unigrpo", {"beta": 0.04}, takes=("unigrpo",)),
@@ -194,7 +198,7 @@ GRID = (
     System("clip_10", "clip range x 10", "ablations", "unigrpo", {"flow_epsilon": times(10, "flow_epsilon")},
            takes=("unigrpo",)),
     System("unifpo_8", "UniFPO, 8 points per image", "ablations", "unigrpo", {**FPO, "matching_samples": 8},
-           takes=("unifpo",)),
+           takes=("unifpo",), against="unifpo"),
     System("one_epoch", "one pass over each rollout", "ablations", "unigrpo", {"num_iterations": 1},
            takes=("unigrpo",)),
 )

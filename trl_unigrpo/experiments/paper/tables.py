@@ -135,27 +135,32 @@ def category_table(results: Mapping[str, Any]) -> str:
 
 
 def changes_table(results: Mapping[str, Any], group: str) -> str:
-    """Tabulate what each system of a group changed against UniGRPO, and what came of it. Nothing without any."""
+    """
+    Tabulate what each system of a group changed of UniGRPO's settings, and what came of it, against UniGRPO or what it
+    builds on. Nothing without any.
+    """
     shown = rows(results, group)
     if not shown:
         return ""
     own = [row for row in rows(results, "table1") if row[0] == REFERENCE[0]]
-    header = ["run", "changed", "rule", "minus UniGRPO", "Holm p", "questions", "learned reward", "seeds"]
+    header = ["run", "changed", "against", "rule", "difference", "questions", "learned reward", "seeds"]
     lines = []
     for row in own + shown:
         name, system, mode = row
         found = system["modes"][mode]
+        difference = found.get("difference")
         cells = [
             escape(title(results, (name, mode))),
             changed(system["settings"], own[0][1]["settings"]) if own else NONE,
+            escape(title(results, tuple(difference["to"]))) if difference else NONE,
             interval(found["rule"]),
-            *_difference(found),
+            interval(difference, "+") if difference else NONE,
             number(found["questions"]),
             interval(found["learned"]),
             str(len(found["seeds"])) if system["trained"] else NONE,
         ]
         lines.append(emphasized(row, cells))
-    return markdown_table(header, lines, text_columns=2)
+    return markdown_table(header, lines, text_columns=3)
 
 
 def changed(settings: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
