@@ -152,17 +152,12 @@ def test_others_are_what_trains_one_expert_or_none():
 
 
 def test_judged():
-    holds, fails, refuted, unknown = (
-        Part(True, False, "a"),
-        Part(False, False, "b"),
-        Part(False, True, "c"),
-        Part(None, False, "d"),
-    )
+    holds, fails, refuted, unknown = Part(True, "a"), Part(False, "b"), Part(False, "c", refuted=True), Part(None, "d")
     assert judged([holds, holds]) == Judgement("holds", "a; a.")
     assert judged([holds, unknown]).verdict == "not measured yet"
     assert judged([holds, fails, unknown]).verdict == "not shown"
     assert judged([holds, fails, refuted, unknown]).verdict == "contradicted"
-    assert judged([Part(True, False, "a", 1)]).sentence.endswith(
+    assert judged([Part(True, "a", 1)]).sentence.endswith(
         "One seed only: what another would change is not in the interval."
     )
 

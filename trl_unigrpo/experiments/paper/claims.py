@@ -112,15 +112,15 @@ class Part(NamedTuple):
 
     Attributes:
         holds: None where it was not measured.
-        refuted: its interval lies wholly on the other side.
         says: its numbers.
         seeds: of the interval; 1 where it is over prompts alone.
+        refuted: the interval lies wholly on the other side.
     """
 
     holds: bool | None
-    refuted: bool
     says: str
     seeds: int = 0
+    refuted: bool = False
 
 
 ONE_SEED = " One seed only: what another would change is not in the interval."
@@ -151,21 +151,21 @@ def above(results: Mapping[str, Any], left: Side, right: Side) -> Part:
     """Test if left is above right, by the interval of their paired difference."""
     found = comparison(results, left, right)
     if found is None:
-        return Part(None, False, f"{title(results, left)} and {title(results, right)}: not both measured")
+        return Part(None, f"{title(results, left)} and {title(results, right)}: not both measured")
     how = "" if found["low"] > 0 else " (the other way round)" if found["high"] < 0 else " (no difference seen)"
     means = [f"{title(results, side)} {mean_rule(results, side)['mean']:.3f}" for side in (left, right)]
     seeds = trained_seeds(results, found, left, right)
-    return Part(found["low"] > 0, found["high"] < 0, f"{means[0]} against {means[1]}: {signed(found)}{how}", seeds)
+    return Part(found["low"] > 0, f"{means[0]} against {means[1]}: {signed(found)}{how}", seeds, found["high"] < 0)
 
 
 def apart(results: Mapping[str, Any], other: Side) -> Part:
     """Test if UniGRPO is above another system, by intervals that do not touch."""
     own, theirs = mean_rule(results, REFERENCE), mean_rule(results, other)
     if own is None or theirs is None:
-        return Part(None, False, f"{title(results, other)} not measured")
+        return Part(None, f"{title(results, other)} not measured")
     seeds = min(own["seeds"], trained_seeds(results, theirs, other) or own["seeds"])
-    above_it, below_it = own["low"] > theirs["high"], own["high"] < theirs["low"]
-    return Part(above_it, below_it, f"{title(results, other)} {bracketed(theirs)}", seeds)
+    says = f"{title(results, other)} {bracketed(theirs)}"
+    return Part(own["low"] > theirs["high"], says, seeds, own["high"] < theirs["low"])
 
 
 def unigrpo_above_each(results: Mapping[str, Any]) -> Judgement:
@@ -176,7 +176,7 @@ def unigrpo_above_each(results: Mapping[str, Any]) -> Judgement:
         (side for side in OTHERS if mean_rule(results, side)), key=lambda s: -mean_rule(results, s)["mean"]
     )
     parts = [apart(results, side) for side in measured]
-    lacking = [Part(None, False, title(results, side)) for side in OTHERS if side not in measured]
+    lacking = [Part(None, title(results, side)) for side in OTHERS if side not in measured]
     failed = [part.says for part in parts if not part.holds]
     says = f"UniGRPO {bracketed(own)} is above {len(parts) - len(failed)} of {len(OTHERS)}"
     if failed:
@@ -207,11 +207,13 @@ def hacked(results: Mapping[str, Any]) -> Judgement:
     own, other = mean_rule(results, none), mean_rule(results, long)
     fell = rule["mean"] <= -HACKED and own["high"] < other["low"]
     says = f"the rule {bracketed(own)} against {bracketed(other)}: {signed(rule)}"
-    parts = [
-        Part(fell, rule["low"] > -HACKED, says, rule["seeds"]),
-        Part(learned["low"] > -AS_GOOD, learned["high"] < -AS_GOOD, f"the learned reward {signed(learned)}"),
-    ]
-    return judged(parts, extra=_against_base(results))
+    as_good = _as_good(learned, f"the learned reward {signed(learned)}")
+    return judged([Part(fell, says, rule["seeds"], rule["low"] > -HACKED), as_good], extra=_against_base(results))
+
+
+def _as_good(difference: Mapping[str, Any], says: str) -> Part:
+    """Test if a difference is surely not below `-AS_GOOD`."""
+    return Part(difference["low"] > -AS_GOOD, says, difference["seeds"], difference["high"] < -AS_GOOD)
 
 
 def _against_base(results: Mapping[str, Any]) -> str:
@@ -231,8 +233,8 @@ def images_decay(results: Mapping[str, Any]) -> Judgement:
     says = f"{title(results, UNREGULARIZED[0])}: image error x {found['ratio']:.3g}"
     low, high = found["low"], found["high"]
     if low is None:
-        return judged([Part(found["ratio"] > DECAY, False, says, 1)])
-    return judged([Part(low > DECAY, high < DECAY, f"{says} [{low:.3g}, {high:.3g}]", found["seeds"])])
+        return judged([Part(found["ratio"] > DECAY, says, 1)])
+    return judged([Part(low > DECAY, f"{says} [{low:.3g}, {high:.3g}]", found["seeds"], high < DECAY)])
 
 
 def trained_without_guidance(results: Mapping[str, Any]) -> Judgement:
@@ -241,7 +243,7 @@ def trained_without_guidance(results: Mapping[str, Any]) -> Judgement:
         return Judgement("not measured yet", "Not both ways of training were measured.")
     means = " and ".join(f"{mean_rule(results, side)['mean']:.3f}" for side in GUIDANCE_PAIR)
     says = f"Evaluated with guidance, trained without and with it: {means}, difference {signed(found)}"
-    return judged([Part(found["low"] > -AS_GOOD, found["high"] < -AS_GOOD, says, found["seeds"])])
+    return judged([_as_good(found, says)])
 
 
 def unifpo_fails(results: Mapping[str, Any]) -> Judgement:
@@ -250,7 +252,7 @@ def unifpo_fails(results: Mapping[str, Any]) -> Judgement:
         return Judgement("not measured yet", "UniFPO was not measured.")
     means = [f"{mean_rule(results, side)['mean']:.3f}" for side in UNIFPO]
     says = f"UniFPO {means[0]}, the base {means[1]}, difference {signed(found)}"
-    return judged([Part(found["high"] < AS_GOOD, found["low"] > AS_GOOD, says, found["seeds"])])
+    return judged([Part(found["high"] < AS_GOOD, says, found["seeds"], found["low"] > AS_GOOD)])
 
 
 def _all_above(pairs: tuple[tuple[Side, Side], ...]) -> Callable[[Mapping[str, Any]], Judgement]:
