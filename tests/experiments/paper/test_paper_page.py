@@ -26,9 +26,10 @@ from trl_unigrpo.experiments.paper.markdown import (
     p_value,
     rate,
 )
+from trl_unigrpo.experiments.paper.order import ORDER
 from trl_unigrpo.experiments.paper.page import read_commentary, render, write_paper_page
 from trl_unigrpo.experiments.paper.results import collect
-from trl_unigrpo.experiments.paper.tables import changed, unwrapped
+from trl_unigrpo.experiments.paper.tables import changed, search_table, unwrapped
 
 
 NASTY = "<script>alert(1)</script> | `a` **b** [c](javascript:d) &lt; {{ parameters x Y }} \\| # _e_ ![f](g)"
@@ -326,8 +327,16 @@ def test_commentary_speaks_of_the_whole_grid_and_stands_on_its_page_alone(output
     monkeypatch.setattr(page_module, "read_commentary", lambda: dict.fromkeys(read_commentary(), "") | REMARK)
     assert REMARK["table"] in write_paper_page(output, tmp_path / "whole.md").read_text(encoding="utf-8")
     write_world(tmp_path, World(num_prompts=14), systems=("base", "unigrpo"), seeds=(0,))
-    collect(tmp_path)
-    assert REMARK["table"] not in write_paper_page(tmp_path).read_text(encoding="utf-8")
+    collect(tmp_path, expected={"base": (0,), "unigrpo": (0,)})
+    part = write_paper_page(tmp_path).read_text(encoding="utf-8")
+    assert REMARK["table"] not in part and "## What changed" not in part
+    assert f"{len(ORDER) - 2} of its systems are left out" in part
+
+
+def test_search_names_systems_that_were_not_run_as_the_tables_do(output):
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    results["systems"] = {"base": results["systems"]["base"]}
+    assert "| UniGRPO |" in search_table(results)
 
 
 def test_commentary_with_a_number_is_refused():

@@ -77,6 +77,7 @@ def render(
         link=lambda text, file: f"[{text}]({file})" if file in beside else text,
         cpu_time=cpu_time,
         missing=tables.seed_lines(results),
+        left_out=len(set(ORDER) - set(results["systems"])),
         unequal=tables.unequal_rollouts(results),
         **{name: getattr(tables, name) for name in TABLES},
     )

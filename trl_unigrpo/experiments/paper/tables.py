@@ -16,6 +16,7 @@ from .markdown import (
     rate,
 )
 from .order import main_mode
+from .systems import SYSTEMS
 
 
 WEIGHT_OF_RATE = {"learning_rate": "text_weight", "image_learning_rate": "flow_weight"}
@@ -211,8 +212,8 @@ def search_table(results: Mapping[str, Any]) -> str:
     width = max((len(of["candidates"]) for of in entries.values()), default=0)
     lines = []
     for name, entry in entries.items():
-        system = results["systems"].get(name)
-        cells = [escape(system["title"] if system else name), " / ".join(map(escape, _searched(entry)))]
+        system = results["systems"].get(name) or vars(SYSTEMS[name])  # those that were searched need not be run
+        cells = [escape(system["title"]), " / ".join(map(escape, _searched(entry)))]
         for i, of in enumerate(entry["candidates"]):
             rates = " / ".join(rate(of["settings"][key]) for key in _searched(entry))
             text = f"{rates}: {of['reward']:.3f}" + " ≈" * (i in entry["as_good"])
