@@ -269,9 +269,8 @@ def above_unigrpo(results: Mapping[str, Any]) -> str:
     if own is None:
         return "not known, UniGRPO was not measured"
     shown = [(name, mode) for name, _, mode in rows(results, "table1")]
-    return (
-        ", ".join(escape(title(results, of)) for of in shown if mean_rule(results, of)["low"] > own["high"]) or "none"
-    )
+    above = [title(results, of) for of in shown if mean_rule(results, of)["low"] > own["high"]]
+    return "; ".join(map(escape, above)) or "none"
 
 
 def rate_table(results: Mapping[str, Any]) -> str:
