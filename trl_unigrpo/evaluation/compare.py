@@ -141,6 +141,7 @@ def difference(benchmark: Mapping[str, Any], pairs: Sequence[Pair], overall: boo
 
 
 def comparison_table(report: Mapping[str, Any]) -> Table:
+    """Tabulate a comparison by task, with the difference, its interval and its corrected p-value."""
     table = Table(
         "task",
         "prompts",

@@ -169,6 +169,7 @@ def apart(results: Mapping[str, Any], other: Side) -> Part:
 
 
 def unigrpo_above_each(results: Mapping[str, Any]) -> Judgement:
+    """Judge if UniGRPO is above each of `OTHERS`, by intervals that do not touch."""
     own = mean_rule(results, REFERENCE)
     if own is None:
         return Judgement("not measured yet", "UniGRPO was not measured.")
@@ -189,6 +190,7 @@ def unigrpo_above_each(results: Mapping[str, Any]) -> Judgement:
 
 
 def unigrpo_above_two_stage(results: Mapping[str, Any]) -> Judgement:
+    """Judge if UniGRPO is above training one expert after the other, by intervals that do not touch."""
     own = mean_rule(results, REFERENCE)
     part = apart(results, ("two_stage", "sampled"))
     return judged([part._replace(says=f"UniGRPO {bracketed(own) if own else 'not measured'}, {part.says}")])
@@ -196,7 +198,7 @@ def unigrpo_above_two_stage(results: Mapping[str, Any]) -> Judgement:
 
 def hacked(results: Mapping[str, Any]) -> Judgement:
     """
-    Without a regulariser the rule has fallen against the velocity MSE, and the learned reward has not.
+    Judge if, without a regulariser, the rule has fallen against the velocity MSE and the learned reward has not.
 
     What both did against the base is told beside it, and decides nothing.
     """
@@ -225,7 +227,7 @@ def _against_base(results: Mapping[str, Any]) -> str:
 
 
 def images_decay(results: Mapping[str, Any]) -> Judgement:
-    """The image error without a regulariser is surely `DECAY` times that with the velocity MSE."""
+    """Judge if the image error without a regulariser is surely `DECAY` times that with the velocity MSE."""
     name = UNREGULARIZED[0][0]
     found = results["figure5"].get(name, {}).get("image_error_ratio")
     if not found:
@@ -238,6 +240,7 @@ def images_decay(results: Mapping[str, Any]) -> Judgement:
 
 
 def trained_without_guidance(results: Mapping[str, Any]) -> Judgement:
+    """Judge if, evaluated with guidance, training without it is surely as good as training with it."""
     found = comparison(results, *GUIDANCE_PAIR)
     if found is None:
         return Judgement("not measured yet", "Not both ways of training were measured.")
@@ -247,6 +250,7 @@ def trained_without_guidance(results: Mapping[str, Any]) -> Judgement:
 
 
 def unifpo_fails(results: Mapping[str, Any]) -> Judgement:
+    """Judge if UniFPO is surely less than `AS_GOOD` above the base."""
     found = comparison(results, *UNIFPO)
     if found is None:
         return Judgement("not measured yet", "UniFPO was not measured.")
@@ -339,9 +343,11 @@ def trained_seeds(results: Mapping[str, Any], interval: Mapping[str, Any], *side
 
 
 def signed(interval: Mapping[str, Any]) -> str:
+    """Write a difference and its interval, all with their signs."""
     mean, low, high = (f"{round(interval[key], 3) + 0.0:+.3f}" for key in ("mean", "low", "high"))  # no "-0.000"
     return f"{mean} [{low}, {high}]"
 
 
 def bracketed(interval: Mapping[str, Any]) -> str:
+    """Write a mean and its interval."""
     return f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"

@@ -120,6 +120,7 @@ def end_with_parent() -> None:
 
 
 def run_from_arguments() -> None:
+    """Run one job of the grid, or of its search, in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("system", choices=SYSTEMS, metavar="system")
