@@ -257,7 +257,7 @@ def test_thinking_that_a_reward_spoils(make_trainer, tmp_path, reward, limit, al
 
 
 def brightness(images, **_):
-    return [float(np.asarray(image).mean()) / 255 for image in images]
+    return [float(np.asarray(image.convert("L")).mean()) / 255 for image in images]
 
 
 @pytest.mark.slow
