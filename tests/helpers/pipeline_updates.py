@@ -103,9 +103,13 @@ def other_update(folder, kind, size):
         rows = prompts_dataset(copies=4, completion=["a b c", "d", "", "e f"], image=images)
         trainer = UnifiedSFTTrainer(model, args, rows, processing_class=tokenizer())
     else:
-        args = ReFLConfig(str(folder), image_size=8, max_completion_length=4, temperature=0.0, **settings)
+        args = ReFLConfig(str(folder), image_size=8, max_completion_length=4, temperature=1e-4, **settings)
         trainer = ReFLTrainer(
-            model, lambda pixels, **_: pixels[:, 0].mean((1, 2)), args, prompts_dataset(), processing_class=tokenizer()
+            model,
+            lambda images, texts, **_: images[:, 0].mean((1, 2)),
+            args,
+            prompts_dataset(),
+            processing_class=tokenizer(),
         )
     before = weights(trainer.model)
     trainer.train()
