@@ -150,6 +150,22 @@ def test_p_values_are_corrected_within_tables_of_five_seeds(results):
     assert not any("p_holm" in of for group in ("extras", "ablations") for of in families[group])
 
 
+def test_fewer_than_five_seeds_have_no_p_values(tmp_path):
+    write_world(tmp_path, World(num_prompts=14), systems=("base", "unigrpo", "text_grpo"), seeds=(0, 1))
+    modes = [mode for of in collect(tmp_path)["systems"].values() for mode in of["modes"].values()]
+    found = [mode["difference"] for mode in modes if "difference" in mode]
+    assert len(found) == 3 and not any("p_holm" in of for of in found)
+
+
+def test_a_system_that_is_not_known_is_compared_as_its_group_is(tmp_path):
+    """Its runs may be of another version."""
+    write_world(tmp_path, World(num_prompts=14), systems=("unigrpo", "text_grpo"), seeds=(0,))
+    (tmp_path / "text_grpo").rename(tmp_path / "other")
+    edit(tmp_path / "other" / "seed-0" / "run.json", lambda run: run.update(system="other"))
+    found = collect(tmp_path)["systems"]["other"]["modes"]["sampled"]["difference"]
+    assert found["to"] == ["unigrpo", "sampled"] and found["mean"] < 0
+
+
 def test_rollouts_of_the_stages_add_up(results):
     systems = results["systems"]
     assert systems["two_stage"]["rollouts"] == systems["unigrpo"]["rollouts"] == 192 * 20

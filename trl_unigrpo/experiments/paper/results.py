@@ -30,8 +30,8 @@ Results = dict[str, Any]
 
 COMPARED_WITH: dict[str, Side] = {"table1": REFERENCE, "extras": REFERENCE, "ablations": REFERENCE, "figure5": LONG}
 """Group -> what its systems are compared with, unless they say something else."""
-CORRECTED = ("table1", "figure5")
-"""Groups of five seeds, each a family of p-values. Of fewer seeds, small p-values come up too often by chance."""
+ENOUGH_SEEDS = 5
+"""Of fewer, small p-values come up too often by chance."""
 COMPARED = ("sampled", "direct", "rounds")
 """The modes that are compared with UniGRPO's sampled one."""
 
@@ -163,7 +163,8 @@ def mode_summary(system: str, mode: str, scores: GridScores) -> dict[str, Any]:
 
 def compared_with(system: str, mode: str, scores: GridScores) -> Side | None:
     """Name the system, and its mode, that one is compared with in its table, None for nothing."""
-    against = SYSTEMS[system].against
+    known = SYSTEMS.get(system)
+    against = known.against if known else None
     other = COMPARED_WITH.get(scores.runs(system)[0].record["group"])
     if mode not in COMPARED or other is None or system in (other[0], *GROUP_SYSTEMS["hidden"]):
         return None
@@ -173,14 +174,16 @@ def compared_with(system: str, mode: str, scores: GridScores) -> Side | None:
 
 
 def correct_p_values(systems: Mapping[str, Any]) -> None:
-    """Add `p_holm` to the differences of each group of `CORRECTED`."""
-    for group in CORRECTED:
+    """Add `p_holm` to the differences of each group, a family of p-values, where all have `ENOUGH_SEEDS`."""
+    for group in COMPARED_WITH:
         members = [
             mode["difference"]
             for of in systems.values()
             for mode in of["modes"].values()
             if of["group"] == group and mode.get("difference")
         ]
+        if any(of["seeds"] < ENOUGH_SEEDS for of in members):
+            continue
         for member, corrected in zip(members, holm([of["p"] for of in members]), strict=True):
             member["p_holm"] = significant(corrected, 3)
 

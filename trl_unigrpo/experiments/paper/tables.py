@@ -99,7 +99,9 @@ def _image_measures(row: TableRow) -> list[str]:
 
 def _difference(found: Mapping[str, Any]) -> list[str]:
     difference = found.get("difference")
-    return [interval(difference, "+"), p_value(difference["p_holm"])] if difference else [NONE, NONE]
+    if not difference:
+        return [NONE, NONE]
+    return [interval(difference, "+"), p_value(difference["p_holm"]) if "p_holm" in difference else NONE]
 
 
 def joint_table(results: Mapping[str, Any]) -> str:
@@ -209,11 +211,12 @@ def regularizer_table(results: Mapping[str, Any]) -> str:
 def search_table(results: Mapping[str, Any]) -> str:
     """Tabulate each method's candidates with their learned reward on validation prompts; the chosen one is bold."""
     entries = results["search"]
+    titles = {name: of.title for name, of in SYSTEMS.items()}  # what was searched need not have been run
+    titles |= {name: of["title"] for name, of in results["systems"].items()}
     width = max((len(of["candidates"]) for of in entries.values()), default=0)
     lines = []
     for name, entry in entries.items():
-        system = results["systems"].get(name) or vars(SYSTEMS[name])  # those that were searched need not be run
-        cells = [escape(system["title"]), " / ".join(map(escape, _searched(entry)))]
+        cells = [escape(titles.get(name, name)), " / ".join(map(escape, _searched(entry)))]
         for i, of in enumerate(entry["candidates"]):
             rates = " / ".join(rate(of["settings"][key]) for key in _searched(entry))
             text = f"{rates}: {of['reward']:.3f}" + " ≈" * (i in entry["as_good"])
